@@ -1,0 +1,81 @@
+"""The errors that xmag raises, and the one warning category it uses.
+
+    XmagError
+    ├── InputError (also ValueError)           an argument does not make sense
+    ├── MissingExtraError (also ImportError)   an optional part is not installed
+    ├── SlideError                             a slide cannot be read
+    │   ├── UnsupportedSlideError              a format, pixel type or layout that is not read
+    │   ├── DamagedSlideError                  the file is there, but its content is broken
+    │   ├── SlideScaleError                    no usable µm/px, or too coarse for what is asked
+    │   └── ClosedSlideError                   used after close()
+    ├── ModelError
+    │   ├── WeightsError                       weights that do not fit, are damaged or not finite
+    │   └── HubError                           a model that cannot be fetched
+    ├── BagError                               a feature file or bag that is not what it should be
+    └── OutputError                            a result cannot be written where it was asked for
+        └── MismatchError                      what is there was made with something else
+
+    XmagWarning (also UserWarning)             the result stands, but it rests on an assumption
+
+Every message says what was seen, what was expected and what to do about it.
+"""
+
+
+class XmagError(Exception):
+    """Base of every error that xmag raises on purpose."""
+
+
+class InputError(XmagError, ValueError):
+    """An argument does not make sense."""
+
+
+class MissingExtraError(XmagError, ImportError):
+    """An optional part of xmag is not installed; the message names the ``pip install``."""
+
+
+class SlideError(XmagError):
+    """A slide cannot be read."""
+
+
+class UnsupportedSlideError(SlideError):
+    """A format, pixel type or layout that xmag does not read."""
+
+
+class DamagedSlideError(SlideError):
+    """The slide file is there, but its content is broken."""
+
+
+class SlideScaleError(SlideError):
+    """The slide has no usable µm/px, or is too coarse for what was asked."""
+
+
+class ClosedSlideError(SlideError):
+    """A slide was used after it was closed."""
+
+
+class ModelError(XmagError):
+    """A model cannot be loaded or used."""
+
+
+class WeightsError(ModelError):
+    """Weights that do not fit the model, are damaged, or are not finite."""
+
+
+class HubError(ModelError):
+    """A model that cannot be fetched from the Hub."""
+
+
+class BagError(XmagError):
+    """A feature file or a bag that is not what it should be."""
+
+
+class OutputError(XmagError):
+    """A result cannot be written where it was asked for."""
+
+
+class MismatchError(OutputError):
+    """What is already there was made with other weights, tiles or preprocessing."""
+
+
+class XmagWarning(UserWarning):
+    """The result stands, but it rests on an assumption that the message names."""

@@ -1,0 +1,1 @@
+"""Slides: pixels and their scale."""

@@ -1,0 +1,110 @@
+"""The seam between slide files and everything above: what a reader of a format has to offer.
+
+A reader knows the levels of one image (the canvas), and hands out the compressed bytes of its
+tiles and the pixels in them. It neither knows nor decides a scale: `Slide` and `plan` do.
+Readers whose format hides its tiles (OpenSlide, plain images) offer `read_region` instead.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""uint8 RGB pixels, shape (height, width, 3)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One level of the pyramid, in px of that level.
+
+    `size` is the (width, height) of the canvas, `downsample` the level-0 px per px of this
+    level. Where pixels are stored in tiles, `tile_size` is (width, height) of a tile, tiles are
+    numbered row-major, and the first begins at `origin` on the canvas; `stored_size` is what the
+    tiles cover from there. Canvas outside of it is declared empty, and white. `reductions` lists
+    the n for which `decode` returns a tile at 1/n; each divides the tile size and the origin.
+    """
+
+    size: tuple[int, int]
+    downsample: float
+    tile_size: tuple[int, int] | None = None
+    origin: tuple[int, int] = (0, 0)
+    stored_size: tuple[int, int] | None = None
+    reductions: tuple[int, ...] = (1,)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(width, height) of the stored image; the canvas where nothing else was said."""
+        return self.stored_size or self.size
+
+    @property
+    def tiles_across(self) -> int:
+        """Tiles in a row of the stored image."""
+        assert self.tile_size is not None
+        return -(-self.stored[0] // self.tile_size[0])
+
+    @property
+    def tiles_down(self) -> int:
+        """Rows of tiles in the stored image."""
+        assert self.tile_size is not None
+        return -(-self.stored[1] // self.tile_size[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleMetadata:
+    """What a file says about its scale, unjudged: (x, y) µm/px of level 0, objective power."""
+
+    mpp: tuple[float, float] | None = None
+    mpp_source: str = ""
+    objective_power: float | None = None
+
+
+@runtime_checkable
+class SlideReader(Protocol):
+    """What all readers offer. Methods are safe to call from several threads at once."""
+
+    @property
+    def format(self) -> str:
+        """Short lower-case name of the format, such as "aperio" or "ome-tiff"."""
+        ...
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels, finest first; `levels[0].downsample` is 1."""
+        ...
+
+    @property
+    def metadata(self) -> ScaleMetadata:
+        """What the file says about its scale."""
+        ...
+
+    def close(self) -> None:
+        """Release the file. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class TileReader(SlideReader, Protocol):
+    """A reader that hands out compressed tiles, so that each can be decoded once."""
+
+    def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
+        """The bytes of tiles, each complete enough for `decode`; None for one declared empty."""
+        ...
+
+    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
+        """The pixels of one tile at 1/`reduction`, in full tile size even at the edges.
+
+        Raises DamagedSlideError where the bytes do not hold what they should.
+        """
+        ...
+
+
+@runtime_checkable
+class RegionReader(SlideReader, Protocol):
+    """A reader that only offers finished pixels."""
+
+    def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        """The pixels of a window wholly inside the level; `xy` in px of that level."""
+        ...
