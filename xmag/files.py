@@ -1,0 +1,121 @@
+"""Files that are either whole under their final name, or not there: every write of xmag goes here.
+
+The bytes go to a temporary file in the same folder, to the disk (fsync), through a check, and only
+then under the final name (os.replace). A run that is killed leaves the old file, or none, and
+perhaps a temporary one: hidden, unique, ending in ``.xmag-tmp``, never read, safe to delete.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from xmag.errors import OutputError
+
+_TEMP_SUFFIX = ".xmag-tmp"
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or write elsewhere",
+    errno.EDQUOT: "your quota there is used up: free some space, or write elsewhere",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another file system",
+    errno.EROFS: "the file system is read-only: write elsewhere",
+    errno.EACCES: "write to a folder that you own, or ask for write permission",
+    errno.EPERM: "write to a folder that you own, or ask for write permission",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "something on the path is a file, not a folder: write elsewhere",
+    errno.EISDIR: "it is a folder: give the path of a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "the disk or the network failed: look at it, then write again",
+}
+_STORAGE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+@contextmanager
+def atomic_path(
+    path: str | os.PathLike[str], *, validate: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
+    """A temporary path to write to; what is there at the end becomes `path`, whole or not at all.
+
+    The temporary file exists already, empty, so that a place that cannot be written to is known
+    before anything is computed. Its name does not have the suffix of `path` (a leftover must not
+    look like a result), so a writer that goes by suffix has to be told the format. `validate` is
+    called with the temporary path once it is written; what it raises stops the replacement. A
+    symbolic link is written through. Raises OutputError where the path cannot be written, and
+    leaves what was there before untouched on every error.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise _cannot_write(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    temp = final.parent / f".{os.getpid()}-{secrets.token_hex(8)}{_TEMP_SUFFIX}"
+    try:
+        _create(temp)
+        yield temp
+        _sync_file(temp)
+        if validate is not None:
+            validate(temp)
+        temp.replace(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        if str(error.filename) == str(temp) or error.errno in _STORAGE_FAILURES:
+            raise _cannot_write(path, error) from error
+        raise
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def write_bytes(
+    path: str | os.PathLike[str],
+    data: bytes,
+    *,
+    validate: Callable[[Path], object] | None = None,
+) -> None:
+    """Write `data` to `path`, whole or not at all; see `atomic_path`."""
+    with atomic_path(path, validate=validate) as temp, temp.open("wb") as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 with its line ends as they are, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of everything in a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _create(temp: Path) -> None:
+    """Make an empty file with the permissions the umask gives (tempfile's would be 0600)."""
+    os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _sync_file(temp: Path) -> None:
+    with temp.open("rb+") as file:  # Windows only syncs what is open for writing
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk, where the system can.
+
+    Windows cannot open a folder, and some network file systems refuse to sync one. The file
+    itself is safe by then: a power cut could at most bring its old name back.
+    """
+    if os.name == "nt":
+        return
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
+    return OutputError(f"cannot write {os.fspath(path)}: {reason}; {remedy}")
