@@ -1,13 +1,18 @@
-"""Scale and place, without any I/O: tile specifications, the choice of a level, polygons.
+"""Scale and place: tile specifications, the choice of a level, polygons.
+
+Pure, but for `polygons_from_geojson`, which also takes the path of a file.
 
 Frames of reference used throughout xmag: *level-0 px* count pixels of the finest level from the
 top-left corner of the canvas; *decoded px* are pixels of a level decoded at 1/reduction; *output
 px* are pixels of a finished tile.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -107,8 +112,8 @@ def choose_scale(
     if not finer:
         raise SlideScaleError(
             f"the slide has {min(level_mpps):.4g} µm/px at its finest level, but {spec.mpp:g} µm/px"
-            f" (tolerance {spec.mpp_tolerance:.0%}) is asked for; it is never upsampled. Give mpp= if"
-            " the slide's own scale is wrong, or a model for a coarser scale"
+            f" (tolerance {spec.mpp_tolerance:.0%}) is asked for; it is never upsampled. Give mpp="
+            " if the slide's own scale is wrong, or a model for a coarser scale"
         )
     decoded, _, level, reduction = max(finer)
     return ReadScale(level=level, reduction=reduction, decoded_mpp=decoded, mpp=spec.mpp)
@@ -138,3 +143,178 @@ class TileGeometry:
         """The TileGeometry with these fields."""
         width, height = fields["level0_size"]
         return cls(**{**fields, "level0_size": (int(width), int(height))})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Polygon:
+    """An area in level-0 px: a ring around it, then the rings of its holes.
+
+    Each ring is float64 (K, 2), the corners (x, y) in order; the edge from the last one to the
+    first is understood, so a closed ring loses its repeated corner. The arrays are copied and
+    read-only. Raises InputError for a ring with fewer than 3 corners or one that is not finite.
+    """
+
+    rings: tuple[NDArray[np.float64], ...]
+
+    def __post_init__(self) -> None:
+        if not self.rings:
+            raise InputError(
+                "a polygon has no ring; expected an outer one, then those of its holes"
+            )
+        object.__setattr__(self, "rings", tuple(_frozen_ring(ring) for ring in self.rings))
+
+    def __reduce__(self) -> tuple[type["Polygon"], tuple[Any]]:
+        return Polygon, (self.rings,)  # arrays come out of a pickle writable
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in level-0 px."""
+        (left, top), (right, bottom) = self.rings[0].min(axis=0), self.rings[0].max(axis=0)
+        return float(left), float(top), float(right), float(bottom)
+
+    def contains(self, points: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether each of the points (K, 2) lies inside, as bool (K,).
+
+        By the even-odd rule over all rings: inside is where a ray to the right crosses an odd
+        number of edges. A point on an edge that two polygons share is in exactly one of them.
+        """
+        points = _checked_points(points)
+        order = np.argsort(points[:, 1])
+        x, y = points[order].T
+        odd = np.zeros(len(points), dtype=np.bool_)
+        for (x0, y0), (x1, y1) in self._edges():
+            beside = slice(*np.searchsorted(y, (y0, y1)))
+            odd[beside] ^= x[beside] < x0 + (y[beside] - y0) / (y1 - y0) * (x1 - x0)
+        inside = np.empty_like(odd)
+        inside[order] = odd
+        return inside
+
+    def _edges(self) -> Iterator[tuple[list[float], list[float]]]:
+        """The edges that are not level, upper end first, so that neighbours see the same one."""
+        for ring in self.rings:
+            ends = np.stack([ring, np.roll(ring, -1, axis=0)], axis=1)
+            for start, end in ends[ends[:, 0, 1] != ends[:, 1, 1]].tolist():
+                yield (start, end) if start[1] < end[1] else (end, start)
+
+
+def inside_any(polygons: Iterable[Polygon], points: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each of the points (K, 2) lies in at least one of the polygons, as bool (K,)."""
+    inside = np.zeros(len(_checked_points(points)), dtype=np.bool_)
+    for polygon in polygons:
+        inside |= polygon.contains(points)
+    return inside
+
+
+def polygons_from_geojson(source: Any) -> tuple[Polygon, ...]:
+    """The polygons of a GeoJSON object, in its order; coordinates are taken as level-0 px.
+
+    `source` is the object as Python values, JSON text, or the path of a file, such as QuPath
+    exports. It may be a Polygon, MultiPolygon, Feature, FeatureCollection or GeometryCollection
+    (RFC 7946), or a list of them. Rings need not be closed. Raises InputError where there is no
+    polygon, and for points and lines: what they were meant to select is not guessed.
+    """
+    polygons = tuple(_find_polygons(_load_geojson(source)))
+    if not polygons:
+        raise InputError(
+            "the GeoJSON holds no polygon; expected at least one Polygon or MultiPolygon"
+        )
+    return polygons
+
+
+def _load_geojson(source: Any) -> Any:
+    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
+        text, origin = source, "the GeoJSON text"
+    elif isinstance(source, str | os.PathLike):
+        try:
+            text, origin = Path(source).read_text(encoding="utf-8-sig"), os.fspath(source)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot read GeoJSON from {os.fspath(source)!r} ({error}); expected the path of a"
+                " UTF-8 file, or GeoJSON itself"
+            ) from error
+    else:
+        return source
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{origin} is not JSON: {error}; export it again as GeoJSON") from error
+
+
+def _find_polygons(item: Any) -> Iterator[Polygon]:
+    """The polygons in any GeoJSON object or list of them, depth first."""
+    if isinstance(item, list | tuple):
+        for part in item:
+            yield from _find_polygons(part)
+        return
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    match kind:
+        case "Polygon":
+            yield _polygon(item.get("coordinates"))
+        case "MultiPolygon":
+            for rings in _listed(item, "coordinates"):
+                yield _polygon(rings)
+        case "Feature":
+            if item.get("geometry") is not None:  # RFC 7946: null where a feature has no place
+                yield from _find_polygons(item["geometry"])
+        case "FeatureCollection":
+            yield from _find_polygons(_listed(item, "features"))
+        case "GeometryCollection":
+            yield from _find_polygons(_listed(item, "geometries"))
+        case _:
+            raise InputError(
+                f"GeoJSON holds {_named(item, kind)}; expected areas: Polygon or MultiPolygon,"
+                " alone or in features and collections. Export only the areas"
+            )
+
+
+def _named(item: Any, kind: object) -> str:
+    return f"a {type(item).__name__}" if kind is None else f"the type {kind!r}"
+
+
+def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
+    found = item.get(key)
+    if not isinstance(found, list | tuple):
+        raise InputError(
+            f"a GeoJSON {item['type']} has {key} of type {type(found).__name__}; expected a list"
+        )
+    return found
+
+
+def _polygon(rings: Any) -> Polygon:
+    if not isinstance(rings, list | tuple):
+        raise InputError(
+            f"a GeoJSON polygon has coordinates of type {type(rings).__name__}; expected a list of"
+            " rings, each a list of [x, y]"
+        )
+    return Polygon(tuple(rings))
+
+
+def _frozen_ring(corners: Any) -> NDArray[np.float64]:
+    """The corners as a read-only copy, without heights and without a repeated last one."""
+    try:
+        ring = np.asarray(corners)
+    except ValueError as error:
+        raise InputError(
+            "a polygon ring has corners of different lengths; expected [[x, y], [x, y], ...]"
+        ) from error
+    if ring.ndim != 2 or ring.shape[1] not in (2, 3) or ring.dtype.kind not in "iuf":
+        raise InputError(
+            f"a polygon ring is an array of {ring.dtype} with shape {ring.shape}; expected numbers,"
+            " [[x, y], [x, y], ...]"
+        )
+    if not np.isfinite(ring).all():
+        raise InputError("a polygon ring has a corner that is NaN or infinite; expected finite px")
+    ring = ring[:, :2].astype(np.float64)
+    if len(ring) > 1 and (ring[0] == ring[-1]).all():
+        ring = ring[:-1]
+    if len(ring) < 3:
+        raise InputError(f"a polygon ring has {len(ring)} corners; expected at least 3")
+    ring.flags.writeable = False
+    return ring
+
+
+def _checked_points(points: NDArray[Any]) -> NDArray[np.float64]:
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise InputError(f"points have shape {points.shape}; expected (K, 2), each (x, y)")
+    return points
