@@ -1,0 +1,239 @@
+"""A cohort: what is written where, what is done again, and what one bad slide costs."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from support.encoders import ColourEncoder
+from support.slides import write_svs
+
+from xmag.bag import FeatureBag
+from xmag.cohort import extract_cohort
+from xmag.errors import InputError, MismatchError, OutputError
+from xmag.extract import extract_features
+
+
+@pytest.fixture(scope="module")
+def slide_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("slides") / "slide.svs"
+    write_svs(path, size=(1500, 1200), mpp=0.25)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path, slide_bytes):
+    root = tmp_path / "slides"
+    for name in ("a.svs", "site 1/b.svs", "site 1/ç.svs"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(slide_bytes)
+    (root / "notes.txt").write_text("not a slide")
+    return root
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def run(slides, out, **options):
+    return extract_cohort(slides, out, model=ColourEncoder(), **{"tissue": None, **options})
+
+
+def read_report(out):
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_outputs_mirror_the_folders_and_equal_extract_features(folder, out):
+    report = run(folder, out)
+    assert [row.slide for row in report] == ["a.svs", "site 1/b.svs", "site 1/ç.svs"]
+    assert {row.status for row in report} == {"done"}
+    written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    assert written == ["a.h5", "report.csv", "site 1/b.h5", "site 1/ç.h5"]
+    bag = FeatureBag.load(out / "site 1/b.h5")
+    expected = extract_features(folder / "site 1/b.svs", model=ColourEncoder(), tissue=None)
+    assert np.array_equal(bag.features, expected.features)
+    assert np.array_equal(bag.coords, expected.coords)
+    assert bag.provenance.fingerprint == expected.provenance.fingerprint
+
+
+def test_the_report_is_a_csv_beside_the_outputs_without_absolute_paths(folder, out, tmp_path):
+    report = run(folder, out)
+    rows = read_report(out)
+    assert [row["slide"] for row in rows] == [row.slide for row in report]
+    assert [int(row["tiles"]) for row in rows] == [6, 6, 6]
+    assert rows[1]["output"] == "site 1/b.h5"
+    assert str(tmp_path) not in (out / "report.csv").read_text(encoding="utf-8")
+
+
+def test_a_bad_slide_is_a_row_with_its_error_and_the_rest_is_done(folder, out):
+    (folder / "a.svs").write_bytes(b"this is no slide")
+    report = run(folder, out)
+    assert [row.status for row in report] == ["failed", "done", "done"]
+    assert report.failed[0].error
+    assert report.failed[0].output == ""
+    assert not (out / "a.h5").exists()
+    assert read_report(out)[0]["error"] == report[0].error
+
+
+def test_running_again_does_only_what_is_missing(folder, out):
+    run(folder, out)
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.rglob("*.h5")}
+    (out / "site 1/b.h5").unlink()
+    report = run(folder, out)
+    assert [row.status for row in report] == ["skipped", "done", "skipped"]
+    assert [row.tiles for row in report] == [6, 6, 6]
+    for path, stamp in before.items():
+        if path.name != "b.h5":
+            assert (path.stat().st_ino, path.stat().st_mtime_ns) == stamp
+
+
+def test_a_truncated_output_is_not_done(folder, out):
+    run(folder, out)
+    whole = (out / "a.h5").read_bytes()
+    (out / "a.h5").write_bytes(whole[: len(whole) // 2])
+    assert [row.status for row in run(folder, out)] == ["done", "skipped", "skipped"]
+    assert len(FeatureBag.load(out / "a.h5")) == 6
+
+
+def test_outputs_of_another_model_are_refused_before_any_work_or_redone(folder, out):
+    run(folder, out)
+    (out / "a.h5").unlink()
+    other = ColourEncoder(name="others")
+    with pytest.raises(MismatchError, match=r"(?s)weights_sha256.*on_mismatch='redo'"):
+        extract_cohort(folder, out, model=other, tissue=None)
+    assert not (out / "a.h5").exists()
+    report = extract_cohort(folder, out, model=other, tissue=None, on_mismatch="redo")
+    assert {row.status for row in report} == {"done"}
+
+
+def test_outputs_of_other_plan_parameters_are_told_apart(folder, out):
+    run(folder, out)
+    with pytest.raises(MismatchError, match="overlap_px"):
+        run(folder, out, overlap=4)
+
+
+def test_another_slide_under_the_same_name_is_told_apart(folder, out, slide_bytes):
+    run(folder, out)
+    write_svs(folder / "a.svs", size=(1500, 1201), mpp=0.25)
+    report = run(folder, out)
+    assert [row.status for row in report] == ["failed", "skipped", "skipped"]
+    assert "other content" in report[0].error
+    assert [row.status for row in run(folder, out, on_mismatch="redo")][0] == "done"
+
+
+def test_another_mpp_is_told_apart(folder, out):
+    run(folder, out)
+    report = run(folder, out, mpp=0.5)
+    assert {row.status for row in report} == {"failed"}
+    assert "another scale" in report[0].error
+
+
+def test_a_csv_gives_slides_scales_and_ids(folder, out):
+    table = folder / "slides.csv"
+    table.write_text("slide,mpp,id\na.svs,,first\nsite 1/b.svs,0.5,second\n", encoding="utf-8")
+    report = run(table, out)
+    assert [row.output for row in report] == ["first.h5", "second.h5"]
+    assert [row.tiles for row in report] == [6, 30]
+    assert FeatureBag.load(out / "second.h5").tiles.level0_mpp == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path\na.svs\n", "expected a column 'slide'"),
+        ("slide\n", "no slides"),
+        ("slide,mpp\na.svs,quarter\n", "line 2.*'quarter'"),
+        ("slide,id\na.svs,../x\n", "not a file name"),
+        ("slide,mpp\n,0.25\n", "line 2.*no slide"),
+    ],
+)
+def test_a_csv_that_makes_no_sense_is_refused(folder, out, text, message):
+    (folder / "bad.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        run(folder / "bad.csv", out)
+
+
+def test_names_that_collide_are_an_error_before_any_work(folder, out, slide_bytes):
+    (folder / "A.tif").write_bytes(slide_bytes)
+    with pytest.raises(InputError, match=r"A\.tif.*a\.svs.*columns 'slide' and 'id'"):
+        run(folder, out)
+    assert not list(out.rglob("*.h5"))
+
+
+def test_a_list_of_paths_mirrors_below_their_common_folder(folder, out):
+    report = run([folder / "site 1/b.svs", folder / "a.svs"], out)
+    assert [row.output for row in report] == ["site 1/b.h5", "a.h5"]
+    assert [row.output for row in run(folder / "a.svs", out / "one")] == ["a.h5"]
+
+
+def test_a_missing_slide_is_a_row(folder, out):
+    report = run([folder / "a.svs", folder / "nowhere.svs"], out)
+    assert [row.status for row in report] == ["done", "failed"]
+    assert "nowhere.svs" in report[1].error
+
+
+def test_a_slide_without_tiles_is_empty_and_valid_and_stays_so(folder, out):
+    write_svs(folder / "a.svs", size=(300, 300), mpp=0.25)
+    assert run(folder, out)[0].status == "empty"
+    assert FeatureBag.load(out / "a.h5").features.shape == (0, 6)
+    assert run(folder, out)[0].status == "skipped"
+
+
+def test_overlays_are_written_beside_the_bags_and_made_up_for_later(folder, out):
+    run(folder, out)
+    report = run(folder, out, overlay=True)
+    assert {row.status for row in report} == {"skipped"}
+    assert (out / "site 1/b.h5.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_safetensors_are_written_if_asked_for(folder, out):
+    run(folder, out, format="safetensors")
+    assert len(FeatureBag.load(out / "a.safetensors")) == 6
+
+
+def test_an_output_folder_that_takes_no_files_is_found_out_before_any_work(folder, out):
+    out.write_text("a file in the way")
+    seen = []
+
+    class Watching(ColourEncoder):
+        def embed(self, tiles):
+            seen.append(len(tiles))
+            return super().embed(tiles)
+
+    with pytest.raises(OutputError, match="out"):
+        extract_cohort(folder, out, model=Watching(), tissue=None)
+    assert seen == []
+
+
+def test_interruption_leaves_what_is_finished_and_its_report(folder, out):
+    class Interrupted(ColourEncoder):
+        calls = 0
+
+        def embed(self, tiles):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().embed(tiles)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_cohort(folder, out, model=Interrupted(), tissue=None)
+    assert [row["status"] for row in read_report(out)] == ["done"]
+    assert [row.status for row in run(folder, out)] == ["skipped", "done", "done"]
+    assert not [name for _, _, names in os.walk(out) for name in names if "tmp" in name]
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "npy"}, {"on_mismatch": "ignore"}, {"tissue": "find"}]
+)
+def test_impossible_options_are_refused(folder, out, options):
+    with pytest.raises(InputError, match="expected|takes"):
+        run(folder, out, **options)
+
+
+def test_an_empty_folder_is_refused(tmp_path, out):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no slides"):
+        run(tmp_path / "none", out)

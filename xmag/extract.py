@@ -1,0 +1,245 @@
+"""One slide in, its FeatureBag out: the functions of the layers below, put together."""
+
+import logging
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from tqdm.notebook import tqdm as tqdm_widget
+
+from xmag.bag import FeatureBag
+from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
+from xmag.errors import InputError, ModelError, XmagWarning
+from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.provenance import Provenance, mixing_fingerprint
+from xmag.slide import Slide
+from xmag.tiles import Tiles, read_tiles
+from xmag.tissue import TissueMask, find_tissue
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[[Tiles], Tiles]
+"""uint8 (B, S, S, 3) -> the same shape and type: the hook for stain normalisation."""
+
+TissueChoice = TissueMask | Literal["auto"] | None
+"""Where tiles are wanted: "auto" finds the tissue, None takes every tile."""
+
+
+def extract_features(
+    slide: Slide | str | PathLike[str],
+    *,
+    model: TileEncoder | str | None = None,
+    tissue: TissueChoice = "auto",
+    plan: TilePlan | None = None,
+    mpp: float | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    transform: Transform | None = None,
+) -> FeatureBag:
+    """The embeddings of a slide's tiles, with where they lie and how they were made.
+
+    Args:
+        slide: An open Slide, or the path of one, which is opened and closed again.
+        model: An encoder, a name or path for `load_model`, or None for the default model.
+        tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
+        plan: The tiles to embed, from `plan_tiles`; `tissue` is then not looked at.
+        mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
+        batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        transform: Applied to each batch of tiles, for instance to normalise stains.
+
+    Returns:
+        A bag of float32 (N, D) features, row i for the tile at ``bag.coords[i]``. A slide without
+        tiles gives an empty bag and a warning.
+
+    Raises:
+        SlideError: The slide cannot be read at the scale of the model.
+        ModelError: The model cannot be loaded, or gives values that are not finite.
+        InputError: Arguments that contradict each other.
+    """
+    encoder = resolve_encoder(model)
+    with ExitStack() as stack:
+        if isinstance(slide, Slide):
+            if mpp is not None:
+                raise InputError(
+                    "mpp= goes with a path; for an open slide use Slide(path, mpp=...)"
+                )
+        else:
+            slide = stack.enter_context(Slide(slide, mpp=mpp))
+        if plan is None:
+            mask = find_tissue(slide) if tissue == "auto" else tissue
+            plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
+        elif plan.spec != encoder.tile_spec:
+            raise InputError(
+                f"the plan is for {plan.spec}, but the model wants {encoder.tile_spec}; make the"
+                " plan with plan_tiles(slide, encoder.tile_spec)"
+            )
+        if len(plan) == 0:
+            dropped = ", ".join(f"{len(v)} {k}" for k, v in plan.dropped.items() if len(v))
+            warnings.warn(
+                f"{slide.name!r} has no tile to embed (dropped cells: {dropped or 'none'}); its bag"
+                " is empty",
+                XmagWarning,
+                stacklevel=2,
+            )
+        return embed_plan(
+            slide, plan, encoder, batch_size=batch_size, progress=progress, transform=transform
+        )
+
+
+def embed_plan(
+    slide: Slide,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    transform: Transform | None = None,
+) -> FeatureBag:
+    """The bag of the tiles of a plan; `extract_features` without its choices."""
+    features = np.empty((len(plan), encoder.embed_dim), np.float32)
+    batches = read_tiles(slide, plan, batch_size=batch_size or default_batch_size(encoder))
+    with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
+        done = 0
+        for vectors in _embed(encoder, _transformed(batches, transform)):
+            features[done : done + len(vectors)] = vectors
+            done += len(vectors)
+            bar.update(len(vectors))
+    if not np.isfinite(features).all():
+        row = int(np.argwhere(~np.isfinite(features).all(axis=1))[0, 0])
+        raise ModelError(
+            f"the model gave values that are not finite for {slide.name!r} (first at tile {row},"
+            f" level-0 {tuple(plan.coords[row].tolist())}); try dtype='fp32', and check the weights"
+        )
+    provenance = Provenance(
+        fingerprint=fingerprint_of(encoder, plan.options, transform),
+        record=_record(slide, plan, encoder),
+    )
+    return FeatureBag(features, plan.coords, provenance=provenance, tiles=plan.tiles)
+
+
+def resolve_encoder(model: TileEncoder | str | None) -> TileEncoder:
+    """The encoder that `model=` means: itself, one loaded by name, or the default one."""
+    if model is None:
+        return default_encoder()
+    if isinstance(model, str | PathLike):
+        return load_model(model)
+    if not isinstance(model, TileEncoder):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected a name, a path, or an object with"
+            " tile_spec, embed_dim, embed and provenance"
+        )
+    return model
+
+
+def default_batch_size(encoder: TileEncoder) -> int:
+    """Tiles a batch: 256 fill an accelerator, 32 stay in a CPU's caches."""
+    device = getattr(encoder, "device", None)
+    return 32 if device is None or getattr(device, "type", "cpu") == "cpu" else 256
+
+
+def fingerprint_of(
+    encoder: TileEncoder, plan_options: Mapping[str, Any], transform: Transform | None
+) -> dict[str, Any]:
+    """What decides whether two bags may be mixed; the region of interest does not."""
+    return mixing_fingerprint(
+        weights_sha256=encoder.provenance["weights_sha256"],
+        tile_spec=encoder.tile_spec.to_dict(),
+        plan={k: v for k, v in plan_options.items() if k != "roi_sha256"},
+        dtype=str(getattr(encoder, "dtype", "float32")),
+        transform=None if transform is None else _name_of(transform),
+    )
+
+
+def progress_bar(progress: bool | None, **options: Any) -> "tqdm[Any]":
+    """A tqdm bar, shown if asked for, or by default where a person would see it.
+
+    It is a widget in a notebook that has ipywidgets, and text on stderr everywhere else.
+    """
+    notebook = _in_notebook()
+    if progress is None:
+        progress = sys.stderr.isatty() or notebook
+    if progress and notebook and find_spec("ipywidgets") is not None:
+        return tqdm_widget(**options)
+    return tqdm(disable=not progress, file=sys.stderr, **options)
+
+
+def _in_notebook() -> bool:
+    # IPython is never imported for this: a kernel that runs this code has imported it already.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def _transformed(
+    batches: Iterator[tuple[Coords, Tiles]], transform: Transform | None
+) -> Iterator[tuple[Coords, Tiles]]:
+    for coords, tiles in batches:
+        if transform is None:
+            yield coords, tiles
+            continue
+        changed = np.asarray(transform(tiles))
+        if changed.shape != tiles.shape or changed.dtype != np.uint8:
+            raise InputError(
+                f"transform {_name_of(transform)} returned {changed.dtype} {changed.shape};"
+                f" expected uint8 {tiles.shape}"
+            )
+        yield coords, changed
+
+
+def _embed(
+    encoder: TileEncoder, batches: Iterator[tuple[Coords, Tiles]]
+) -> Iterator[NDArray[np.float32]]:
+    if isinstance(encoder, Encoder):
+        yield from (features for _, features in encoder.embed_stream(batches))
+        return
+    for _, tiles in batches:
+        vectors = np.asarray(encoder.embed(tiles), np.float32)
+        if vectors.shape != (len(tiles), encoder.embed_dim):
+            raise ModelError(
+                f"the encoder returned {vectors.shape} for {len(tiles)} tiles; expected"
+                f" ({len(tiles)}, {encoder.embed_dim}), as its embed_dim says"
+            )
+        yield vectors
+
+
+def _record(slide: Slide, plan: TilePlan, encoder: TileEncoder) -> dict[str, Any]:
+    """What else made the bag. Nothing that tells who, where, or whose slide it is."""
+    scale = plan.scale
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "xmag": version("xmag"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "device": getattr(getattr(encoder, "device", None), "type", None),
+        "dtype": str(getattr(encoder, "dtype", "float32")).removeprefix("torch."),
+        "model": dict(encoder.provenance),
+        "slide": None if slide.fingerprint is None else dict(slide.fingerprint),
+        "scale": {
+            "format": slide.format,
+            "level0_mpp": slide.mpp,
+            "mpp_source": slide.mpp_source,
+            "level": scale.level,
+            "reduction": scale.reduction,
+            "decoded_mpp": scale.decoded_mpp,
+            "effective_mpp": scale.mpp,
+            "resampled": scale.factor != 1.0,
+        },
+        "plan": dict(plan.options),
+        "tiles": {"kept": len(plan), **{k: len(v) for k, v in plan.dropped.items()}},
+    }
+
+
+def _name_of(transform: Transform) -> str:
+    kind = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,296 @@
+"""A plan -> a stream of uint8 tile batches. Threads live here and nowhere else.
+
+Each source tile that a wanted tile touches is read once, decoded once at the plan's reduction, and
+copied into the wanted tiles that overlap it. Work is cut into runs of neighbouring source tiles,
+in row order, and handed to threads (reading and decoding release the GIL); a batch is complete
+when the last run that touches it is. So memory holds a band of the slide, however large that is.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import DamagedSlideError, InputError
+from xmag.geometry import ReadScale
+from xmag.plan import Coords, TilePlan
+from xmag.slide import Slide
+from xmag.slide.pixels import empty_tile, read_level, resample
+from xmag.slide.reader import Level, Pixels, TileReader
+
+Tiles = NDArray[np.uint8]
+"""uint8 (B, size_px, size_px, 3) RGB."""
+
+Pixels4D = NDArray[np.uint8]
+"""uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
+
+_RUN_TILES = 8
+"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
+
+_MOST_THREADS = 8
+"""More threads than this in one process wait for the GIL more than they decode."""
+
+
+def read_tiles(
+    slide: Slide, plan: TilePlan, *, batch_size: int = 256, threads: int | None = None
+) -> Iterator[tuple[Coords, Tiles]]:
+    """The tiles of `plan` in its order: pairs of coords int64 (B, 2) and uint8 (B, S, S, 3) RGB.
+
+    B is `batch_size` but for the last batch. Each array is the caller's to keep. Closing the
+    iterator early stops the threads.
+
+    Args:
+        slide: The open slide that the plan was made for.
+        plan: What to read.
+        batch_size: Tiles a batch.
+        threads: Decoding threads; by default one a usable core, at most 8.
+
+    Raises:
+        InputError: The plan belongs to another slide, or an argument is out of its range.
+        DamagedSlideError: Some bytes do not decode; no pixel is made up for them.
+    """
+    _check(slide, plan, batch_size, threads)
+    return _stream(slide, plan, batch_size, threads or default_threads())
+
+
+def default_threads() -> int:
+    """Decoding threads where the caller names none: one a core this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads!r}; expected at least 1, or None for the default")
+    if plan.slide is not None and slide.fingerprint is not None and plan.slide != slide.fingerprint:
+        raise InputError(
+            f"the plan was made for {plan.slide['name']!r}, not for the content of {slide.name!r};"
+            " make a plan for this slide with plan_tiles()"
+        )
+    if plan.tiles.level0_size != slide.dimensions or plan.tiles.level0_mpp != slide.mpp:
+        raise InputError(
+            f"the plan is for {plan.tiles.level0_size} px at {plan.tiles.level0_mpp} µm/px, but"
+            f" {slide.name!r} has {slide.dimensions} px at {slide.mpp} µm/px; make a plan for this"
+            " slide with plan_tiles()"
+        )
+
+
+def _stream(
+    slide: Slide, plan: TilePlan, batch_size: int, threads: int
+) -> Iterator[tuple[Coords, Tiles]]:
+    coords, windows = plan.coords, _windows(plan, slide.reader.levels[plan.scale.level])
+    job = _Decoding(slide, plan.scale, windows, batch_size)
+    with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
+        try:
+            for number, decoded in enumerate(_in_order(job, pool, ahead=3 * threads)):
+                batch = slice(number * batch_size, number * batch_size + len(decoded))
+                yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
+        finally:
+            # A consumer that stops early must not wait for runs that nobody will look at.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What each tile covers in decoded px: whole pixels [start, end), and the exact box in them.
+
+    int64 (N, 2) each; `box` is float64 (N, 4), x0 y0 x1 y1 from `start`, or None where the whole
+    pixels are the tile.
+    """
+
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    box: NDArray[np.float64] | None
+
+
+def _windows(plan: TilePlan, level: Level) -> _Windows:
+    scale, size_px = plan.scale, plan.spec.size_px
+    corner = plan.coords / (level.downsample * scale.reduction)
+    if scale.factor == 1.0:
+        start = np.rint(corner).astype(np.int64)
+        return _Windows(start, start + size_px, None)
+    side = size_px * scale.factor
+    decoded_size = np.floor_divide(level.size, scale.reduction)
+    # Corners are whole level-0 px: their rounding must not push a window over the edge.
+    corner = np.minimum(corner, decoded_size - side)
+    start = np.floor(corner + 1e-6).astype(np.int64)
+    end = np.minimum(np.ceil(corner + side - 1e-6).astype(np.int64), decoded_size)
+    offset = np.maximum(corner - start, 0)
+    return _Windows(start, end, np.concatenate([offset, offset + side], axis=1))
+
+
+def _finished(
+    decoded: Pixels4D, windows: _Windows, batch: slice, plan: TilePlan, pool: ThreadPoolExecutor
+) -> Tiles:
+    """The tiles of a batch, resampled from their decoded windows where the plan asks for it."""
+    if windows.box is None:
+        return decoded
+    size = (plan.spec.size_px, plan.spec.size_px)
+    extents = (windows.end[batch] - windows.start[batch]).tolist()
+    boxes = windows.box[batch].tolist()
+
+    def one(i: int) -> Pixels:
+        width, height = extents[i]
+        return resample(decoded[i, :height, :width], tuple(boxes[i]), size, plan.spec.resample)
+
+    tiles = np.empty((len(decoded), *size, 3), np.uint8)
+    for i, pixels in enumerate(pool.map(one, range(len(decoded)))):
+        tiles[i] = pixels
+    return tiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Work for one thread: source tiles that are read together, and the batches they end up in.
+
+    `pieces` has a row for each overlap of a source tile with a wanted one, grouped by source tile:
+    wanted tile, its y and x, the source tile's y and x, height and width in decoded px.
+    """
+
+    sources: list[int]
+    ends: list[int]
+    pieces: NDArray[np.int64]
+    batches: list[int]
+
+
+class _Decoding:
+    """Decodes the windows of tiles into batches, a run of source tiles at a time."""
+
+    def __init__(self, slide: Slide, scale: ReadScale, windows: _Windows, batch_size: int) -> None:
+        self._reader, self._name, self._scale = slide.reader, slide.name, scale
+        self._level = slide.reader.levels[scale.level]
+        self._windows, self._batch_size = windows, batch_size
+        count = len(windows.start)
+        self.batch_count = -(-count // batch_size)
+        extent = (windows.end - windows.start).max(axis=0) if count else (0, 0)
+        self._window_shape = (int(extent[1]), int(extent[0]), 3)
+        self.runs = self._cut_runs()
+
+    def new_batch(self, number: int) -> Pixels4D:
+        """Space for the decoded windows of a batch."""
+        count = min(self._batch_size, len(self._windows.start) - number * self._batch_size)
+        shape = (count, *self._window_shape)
+        covered = self._level.origin == (0, 0) and self._level.stored == self._level.size
+        # Canvas that the file declares empty is white; where tiles cover all of it, each byte of a
+        # window is about to be written.
+        return np.empty(shape, np.uint8) if covered else np.full(shape, 255, np.uint8)
+
+    def decode(self, run: _Run, batches: dict[int, Pixels4D]) -> None:
+        """Read and decode the source tiles of a run, and copy them into `batches`."""
+        if isinstance(self._reader, TileReader):
+            self._decode_tiles(self._reader, run, batches)
+        else:
+            self._read_windows(run, batches)
+
+    def _decode_tiles(self, reader: TileReader, run: _Run, batches: dict[int, Pixels4D]) -> None:
+        level, reduction, size = self._scale.level, self._scale.reduction, self._batch_size
+        pieces, first = run.pieces.tolist(), 0
+        for source, data, end in zip(
+            run.sources, reader.read_tile_bytes(level, run.sources), run.ends, strict=True
+        ):
+            if data is None:
+                pixels = empty_tile(reader, level, source, reduction)
+            else:
+                try:
+                    pixels = reader.decode(level, data, reduction)
+                except DamagedSlideError as error:
+                    raise DamagedSlideError(
+                        f"{self._name}: tile {source} of level {level} is damaged: {error}"
+                    ) from error
+            for tile, y, x, from_y, from_x, height, width in pieces[first:end]:
+                window = batches[tile // size][tile % size]
+                window[y : y + height, x : x + width] = pixels[
+                    from_y : from_y + height, from_x : from_x + width
+                ]
+            first = end
+
+    def _read_windows(self, run: _Run, batches: dict[int, Pixels4D]) -> None:
+        for tile in run.sources:
+            x, y = self._windows.start[tile].tolist()
+            width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
+            window = batches[tile // self._batch_size][tile % self._batch_size]
+            window[:height, :width] = read_level(
+                self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
+            )
+
+    def _cut_runs(self) -> list[_Run]:
+        if isinstance(self._reader, TileReader):
+            source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
+        else:
+            # Without source tiles to share, a wanted tile is its own source.
+            source = np.arange(len(self._windows.start))
+            pieces = np.zeros((len(source), 7), np.int64)
+            pieces[:, 0] = source
+        sources, first = np.unique(source, return_index=True)
+        ends = np.append(first[1:], len(source))
+        runs = []
+        for at in range(0, len(sources), _RUN_TILES):
+            these = slice(at, at + _RUN_TILES)
+            low, high = int(first[these][0]), int(ends[these][-1])
+            mine = pieces[low:high]
+            runs.append(
+                _Run(
+                    sources=sources[these].tolist(),
+                    ends=(ends[these] - low).tolist(),
+                    pieces=mine,
+                    batches=np.unique(mine[:, 0] // self._batch_size).tolist(),
+                )
+            )
+        return runs
+
+
+def _overlaps(
+    windows: _Windows, level: Level, reduction: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where windows and source tiles overlap: source tile (P,), and (P, 7) as in `_Run.pieces`.
+
+    Sorted by source tile. Window parts outside the stored image appear in no row.
+    """
+    assert level.tile_size is not None
+    side = np.floor_divide(level.tile_size, reduction)
+    origin = np.floor_divide(level.origin, reduction)
+    low = np.maximum(windows.start - origin, 0)
+    high = np.minimum(windows.end - origin, np.floor_divide(level.stored, reduction))
+    first = low // side
+    span = np.maximum(-(-high // side) - first, 0)
+    count = span.prod(axis=1)
+    tile = np.repeat(np.arange(len(count)), count)
+    nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+    columns = span[tile, 0]
+    cell = first[tile] + np.stack([nth % columns, nth // columns], axis=1)
+    begin = np.maximum(low[tile], cell * side)
+    extent = np.minimum(high[tile], (cell + 1) * side) - begin
+    into = begin - (windows.start - origin)[tile]
+    out_of = begin - cell * side
+    source = cell[:, 1] * level.tiles_across + cell[:, 0]
+    pieces = np.column_stack([tile, into[:, ::-1], out_of[:, ::-1], extent[:, ::-1]])
+    order = np.argsort(source, kind="stable")
+    return source[order], pieces[order]
+
+
+def _in_order(decoding: _Decoding, pool: ThreadPoolExecutor, *, ahead: int) -> Iterator[Pixels4D]:
+    """The decoded batches in order, while up to `ahead` runs of later ones are under way."""
+    last_run = [-1] * decoding.batch_count
+    for number, run in enumerate(decoding.runs):
+        for batch in run.batches:
+            last_run[batch] = number
+    batches: dict[int, Pixels4D] = {}
+    pending: deque[tuple[int, Future[None]]] = deque()
+    waiting = deque(enumerate(decoding.runs))
+    for batch, last in enumerate(last_run):
+        while waiting and (waiting[0][0] <= last or len(pending) < ahead):
+            number, run = waiting.popleft()
+            for touched in run.batches:
+                if touched not in batches:
+                    batches[touched] = decoding.new_batch(touched)
+            pending.append((number, pool.submit(decoding.decode, run, batches)))
+        while pending and pending[0][0] <= last:
+            pending.popleft()[1].result()
+        yield batches.pop(batch) if batch in batches else decoding.new_batch(batch)
