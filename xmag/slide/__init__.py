@@ -1,1 +1,5 @@
-"""Slides: pixels and their scale."""
+"""All that touches slide files: open one as a `Slide`."""
+
+from xmag.slide.slide import Slide
+
+__all__ = ["Slide"]

@@ -39,6 +39,10 @@ class Level:
         """(width, height) of the stored image; the canvas where nothing else was said."""
         return self.stored_size or self.size
 
+    def decoded_size(self, reduction: int) -> tuple[int, int]:
+        """(width, height) of the canvas at 1/`reduction`, in whole decoded px; at least 1."""
+        return max(1, self.size[0] // reduction), max(1, self.size[1] // reduction)
+
     @property
     def tiles_across(self) -> int:
         """Tiles in a row of the stored image."""

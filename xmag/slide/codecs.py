@@ -1,0 +1,245 @@
+"""Tile bytes -> RGB pixels, at full or reduced scale.
+
+A decoder is made once for a level and called for its tiles, from any thread; it holds no state
+that changes. JPEG is decoded at 1/2, 1/4 and 1/8 by libjpeg-turbo's scaled inverse transforms,
+which are box averages; what cannot be decoded at a reduced scale is decoded in full and averaged.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from xmag.errors import DamagedSlideError, UnsupportedSlideError
+from xmag.slide.reader import Pixels
+
+JPEG = 7
+APERIO_J2K_YCBCR = 33003
+APERIO_J2K_RGB = 33005
+_PHOTOMETRIC_RGB = 2
+_PHOTOMETRIC_YCBCR = 6
+_REDUCTIONS = (1, 2, 4, 8)
+
+
+class Decoder(Protocol):
+    """Pixels of one tile at 1/reduction; DamagedSlideError where the bytes are not a tile."""
+
+    def __call__(self, data: bytes, reduction: int, /) -> Pixels:
+        """The pixels, in full tile size."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileCoding:
+    """How the tiles of a level are stored, in the terms of TIFF.
+
+    `size` is the (width, height) of a tile. `last_height` is less where tiles are strips, the
+    last of which ends with the image. `jpeg_tables` are the shared tables of abbreviated JPEG
+    streams; `jpeg_header` comes before each tile that is only a stretch of a JPEG stream.
+    """
+
+    compression: int
+    photometric: int
+    samples: int
+    size: tuple[int, int]
+    last_height: int
+    predictor: int = 1
+    jpeg_tables: bytes | None = None
+    jpeg_header: bytes | None = None
+
+
+def reductions(size: tuple[int, int]) -> tuple[int, ...]:
+    """The n for which tiles of this (width, height) can be had at 1/n."""
+    return tuple(n for n in _REDUCTIONS if size[0] % n == 0 and size[1] % n == 0)
+
+
+def decoder(coding: TileCoding) -> Decoder:
+    """The decoder for tiles stored like this; UnsupportedSlideError where there is none."""
+    if coding.compression in (JPEG, 33007):
+        return _JpegDecoder(coding)
+    if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB, 34712):
+        return _ArrayDecoder(coding, _jpeg2000(coding))
+    if coding.compression == 50001:
+        return _ArrayDecoder(coding, imagecodecs.webp_decode)
+    return _ArrayDecoder(coding, _lossless(coding))
+
+
+def box_average(pixels: Pixels, factor: int) -> Pixels:
+    """The means of `factor` x `factor` blocks, rounded; both sides are multiples of it."""
+    if factor == 1:
+        return pixels
+    # Pillow's reduce is this average in C, with the GIL released.
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+class _JpegDecoder:
+    """Tiles in JPEG, whole or without their tables."""
+
+    def __init__(self, coding: TileCoding) -> None:
+        rgb = coding.photometric == _PHOTOMETRIC_RGB
+        self._colorspace = "RGB" if rgb else "YCbCr"
+        self._size = coding.size
+        self._heights = {coding.size[1], coding.last_height}
+        self._header = coding.jpeg_header
+        self._prefix = b"\xff\xd8" + _adobe_segment(0 if rgb else 1)
+        if coding.jpeg_tables:
+            self._prefix += _tables(coding.jpeg_tables)
+
+    def __call__(self, data: bytes, reduction: int) -> Pixels:
+        stream = self._complete(data)
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(stream)
+            if width != self._size[0] or height not in self._heights:
+                raise DamagedSlideError(
+                    f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
+                )
+            if colorspace != self._colorspace:
+                raise DamagedSlideError(
+                    f"its JPEG is {colorspace}, where the file promises {self._colorspace}"
+                )
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                stream, min_factor=reduction, min_width=width // reduction,
+                min_height=height // reduction,
+            )  # fmt: skip
+        except ValueError as error:
+            raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
+        return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+
+    def _complete(self, data: bytes) -> bytes:
+        """`data` with the tables it shares, and with the colour space that the TIFF states.
+
+        The TIFF's word counts, as in libtiff: libjpeg would take a stream without markers, or
+        with a JFIF marker, for YCbCr.
+        """
+        if self._header is not None:
+            data = self._header + data
+            if not data.endswith(b"\xff\xd9"):
+                data += b"\xff\xd9"
+        if data[:2] != b"\xff\xd8":
+            raise DamagedSlideError("its bytes do not begin like a JPEG")
+        start = 2
+        while data[start : start + 1] == b"\xff" and _is_application(data[start + 1]):
+            start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        return self._prefix + data[start:]
+
+
+def _is_application(marker: int) -> bool:
+    """Whether a JPEG marker begins an application segment or a comment."""
+    return 0xE0 <= marker <= 0xEF or marker == 0xFE
+
+
+def _adobe_segment(transform: int) -> bytes:
+    """The APP14 segment that states the colour transform: 0 for none (RGB), 1 for YCbCr."""
+    return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+
+
+def _tables(stream: bytes) -> bytes:
+    """The segments of a JPEGTables stream, without application segments and end markers."""
+    kept, at = b"", 2
+    while at + 4 <= len(stream) and stream[at] == 0xFF and stream[at + 1] != 0xD9:
+        end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        if not _is_application(stream[at + 1]):
+            kept += stream[at:end]
+        at = end
+    return kept
+
+
+class _ArrayDecoder:
+    """Tiles that are decoded in full, then averaged."""
+
+    def __init__(self, coding: TileCoding, decode: Callable[[bytes], NDArray[Any]]) -> None:
+        self._decode = decode
+        self._size = coding.size
+        self._heights = {coding.size[1], coding.last_height}
+
+    def __call__(self, data: bytes, reduction: int) -> Pixels:
+        try:
+            array = self._decode(data)
+        except (RuntimeError, ValueError) as error:
+            raise DamagedSlideError(f"its bytes cannot be decoded: {error}") from error
+        width = self._size[0]
+        if array.ndim != 3 or array.shape[0] not in self._heights or array.shape[1] != width:
+            raise DamagedSlideError(
+                f"it decodes to an array of shape {array.shape}, expected"
+                f" ({self._size[1]}, {width}, 3)"
+            )
+        if array.dtype != np.uint8 or array.shape[2] not in (3, 4):
+            raise UnsupportedSlideError(
+                f"its pixels are {array.shape[2]} samples of {array.dtype}; xmag reads 8-bit RGB"
+            )
+        pixels = over_white(array) if array.shape[2] == 4 else array
+        return box_average(_padded(pixels, self._size), reduction)
+
+
+def over_white(rgba: NDArray[np.uint8]) -> Pixels:
+    """RGBA pixels (not premultiplied) as they look on a white ground."""
+    colour = rgba[..., :3].astype(np.uint16)
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """`pixels` in full tile size: the last strip of an image may be short."""
+    missing = size[1] - len(pixels)
+    if missing <= 0:
+        return pixels
+    return np.pad(pixels, ((0, missing), (0, 0), (0, 0)), constant_values=255)
+
+
+def _jpeg2000(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
+    def decode(data: bytes) -> NDArray[Any]:
+        # OpenJPEG may leave what a cut stream lacks grey; a whole one ends with this marker.
+        if b"\xff\xd9" not in data[-16:]:
+            raise DamagedSlideError("its JPEG 2000 stream is truncated")
+        array = imagecodecs.jpeg2k_decode(data)
+        return _ycbcr_to_rgb(array) if coding.compression == APERIO_J2K_YCBCR else array
+
+    return decode
+
+
+def _ycbcr_to_rgb(ycbcr: NDArray[Any]) -> Pixels:
+    """Full-range ITU-R BT.601 YCbCr as RGB (JFIF 1.02)."""
+    y, cb, cr = (ycbcr[..., i].astype(np.float32) for i in range(3))
+    cb -= 128
+    cr -= 128
+    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=-1)
+    pixels: Pixels = np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+    return pixels
+
+
+def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
+    """The decoder of a general-purpose compression, followed by undoing the predictor."""
+    unpackers: dict[int, Callable[[bytes], bytes | bytearray]] = {
+        1: bytes,
+        5: imagecodecs.lzw_decode,
+        8: imagecodecs.zlib_decode,
+        32946: imagecodecs.zlib_decode,
+        32773: imagecodecs.packbits_decode,
+        50000: imagecodecs.zstd_decode,
+    }
+    unpack = unpackers.get(coding.compression)
+    if unpack is None or coding.predictor not in (1, 2):
+        raise UnsupportedSlideError(
+            f"its tiles are stored with TIFF compression {coding.compression} and predictor"
+            f" {coding.predictor}, which xmag does not read; convert it to a tiled JPEG TIFF"
+        )
+    row = coding.size[0] * coding.samples
+    whole = row * coding.size[1]
+
+    def decode(data: bytes) -> NDArray[Any]:
+        raw = np.frombuffer(unpack(data), np.uint8)[:whole]
+        if raw.size % row:
+            raise DamagedSlideError(
+                f"it holds {raw.size} bytes of pixels, expected {whole}; the file is truncated"
+            )
+        array = raw.reshape(-1, coding.size[0], coding.samples)
+        if coding.predictor == 2:
+            array = np.cumsum(array, axis=1, dtype=np.uint8)
+        return array
+
+    return decode

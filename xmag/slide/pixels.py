@@ -1,0 +1,241 @@
+"""Pixels of windows: tiles decoded, put together and resampled."""
+
+import math
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xmag.errors import DamagedSlideError
+from xmag.geometry import Resample
+from xmag.slide.codecs import box_average
+from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom)."""
+
+_WHITE = 255
+_LANCZOS_SUPPORT = 3
+_MAX_DECODED_PX = 1 << 25
+"""Decoded px held at once while a large window is resampled."""
+_ALIGNED = 1e-6
+"""Px within which a box edge counts as lying on a px edge."""
+
+
+def read_level(
+    reader: SlideReader, level: int, reduction: int, xy: tuple[int, int], size: tuple[int, int]
+) -> Pixels:
+    """The pixels of a window of a level decoded at 1/`reduction`; uint8 (height, width, 3).
+
+    `xy` and `size` (width, height) are in decoded px, and the window lies wholly inside the
+    canvas. What the file declares empty is white; a tile without bytes shows the finer level.
+    Raises DamagedSlideError, naming level and tile.
+    """
+    if isinstance(reader, RegionReader):
+        return reader.read_region(level, xy, size)
+    tiles = cast(TileReader, reader)
+    window = np.full((size[1], size[0], 3), _WHITE, np.uint8)
+    shape = reader.levels[level]
+    for row in _tile_rows(shape, reduction, xy, size):
+        for index, data in zip(row, tiles.read_tile_bytes(level, row), strict=True):
+            if data is None:
+                tile = empty_tile(tiles, level, index, reduction)
+            else:
+                tile = decode_tile(tiles, level, index, data, reduction)
+            left, top, _, _ = _tile_box(shape, index)
+            at = (left // reduction - xy[0], top // reduction - xy[1])
+            _paste(window, _without_padding(tile, shape, index, reduction), at)
+    return window
+
+
+def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:
+    """The pixels of a tile from its bytes; DamagedSlideError that says which tile it is."""
+    try:
+        return reader.decode(level, data, reduction)
+    except DamagedSlideError as error:
+        row, column = divmod(index, reader.levels[level].tiles_across)
+        raise DamagedSlideError(
+            f"tile {index} (row {row}, column {column}) of level {level} is damaged: {error}."
+            " Copy the file again; xmag never makes up pixels"
+        ) from error
+
+
+def empty_tile(reader: TileReader, level: int, index: int, reduction: int) -> Pixels:
+    """The pixels of a tile without bytes, in full tile size at 1/`reduction`.
+
+    They come from the nearest finer level that has bytes there, and are white where none has.
+    """
+    shape = reader.levels[level]
+    left, top, width, height = _tile_box(shape, index)
+    box = (
+        left * shape.downsample,
+        top * shape.downsample,
+        (left + width) * shape.downsample,
+        (top + height) * shape.downsample,
+    )
+    size = (width // reduction, height // reduction)
+    for finer in range(level - 1, -1, -1):
+        if _has_bytes(reader, finer, box):
+            factor = shape.downsample * reduction / reader.levels[finer].downsample
+            finest = max(n for n in reader.levels[finer].reductions if n <= factor)
+            return read_box(reader, finer, finest, box, size)
+    return np.full((size[1], size[0], 3), _WHITE, np.uint8)
+
+
+def read_box(
+    reader: SlideReader,
+    level: int,
+    reduction: int,
+    box: Box,
+    size: tuple[int, int],
+    *,
+    kernel: Resample = "area",
+) -> Pixels:
+    """The pixels of `box`, in level-0 px, resampled to `size` from a level at 1/`reduction`.
+
+    What of the box lies outside the canvas shows the pixels at its edge.
+    """
+    shape = reader.levels[level]
+    x0, y0, x1, y1 = (edge / (shape.downsample * reduction) for edge in box)
+    canvas = shape.decoded_size(reduction)
+    margin = _LANCZOS_SUPPORT if kernel == "lanczos" else 0
+    left, right = _span(x0, x1, margin * (x1 - x0) / size[0], canvas[0])
+    row_height = (y1 - y0) / size[1]
+    rows = max(1, int(_MAX_DECODED_PX / ((right - left) * max(row_height, 1))))
+    result = np.empty((size[1], size[0], 3), np.uint8)
+    for first in range(0, size[1], rows):
+        last = min(first + rows, size[1])
+        above, below = y0 + first * row_height, y0 + last * row_height
+        top, bottom = _span(above, below, margin * row_height, canvas[1])
+        window = read_level(reader, level, reduction, (left, top), (right - left, bottom - top))
+        inner = (x0 - left, above - top, x1 - left, below - top)
+        result[first:last] = resample(window, inner, (size[0], last - first), kernel)
+    return result
+
+
+def resample(pixels: Pixels, box: Box, size: tuple[int, int], kernel: Resample) -> Pixels:
+    """The part `box` of `pixels`, in px of it, at `size` (width, height).
+
+    "area" is the mean over exactly what each output px covers, px cut by an edge counting by
+    their share; "lanczos" is Pillow's. What of the box lies outside shows the pixels at the edge.
+    """
+    height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = box
+    if kernel == "lanczos":
+        inside = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+        resized = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, box=inside)
+        return np.asarray(resized)
+    factor = _whole_factor(pixels, box, size)
+    if factor is not None:
+        left, top = round(x0), round(y0)
+        aligned = pixels[top : top + size[1] * factor, left : left + size[0] * factor]
+        return box_average(aligned, factor)
+    rows = _weighted_sums(pixels.reshape(height, -1), *_area_weights(y0, y1, size[1], height))
+    columns = np.ascontiguousarray(rows.reshape(size[1], width, 3).swapaxes(0, 1))
+    means = _weighted_sums(
+        columns.reshape(width, -1), *_area_weights(x0, x1, size[0], width)
+    ).reshape(size[0], size[1], 3)
+    return np.ascontiguousarray((means + 0.5).astype(np.uint8).swapaxes(0, 1))
+
+
+def _whole_factor(pixels: Pixels, box: Box, size: tuple[int, int]) -> int | None:
+    """The whole factor by which `box` is reduced, if it is one and the box lies on px edges."""
+    factor = round((box[2] - box[0]) / size[0])
+    left, top = round(box[0]), round(box[1])
+    right, bottom = left + factor * size[0], top + factor * size[1]
+    expected = (left, top, right, bottom)
+    if any(abs(edge - whole) > _ALIGNED for edge, whole in zip(box, expected, strict=True)):
+        return None
+    inside = left >= 0 and top >= 0 and bottom <= pixels.shape[0] and right <= pixels.shape[1]
+    return factor if factor >= 1 and inside else None
+
+
+def _area_weights(
+    start: float, stop: float, count: int, length: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """For each of `count` equal parts of [start, stop): the px it covers and their shares.
+
+    Both arrays are (count, most px covered by a part).
+    """
+    edges = np.clip(np.linspace(start, stop, count + 1), 0, length)
+    lower = np.minimum(edges[:-1], length - _ALIGNED)
+    upper = np.maximum(edges[1:], lower + _ALIGNED)
+    first = np.floor(lower).astype(np.intp)
+    covered = int((np.ceil(upper).astype(np.intp) - first).max())
+    indices = first[:, None] + np.arange(covered)
+    shares = np.minimum(upper[:, None], indices + 1) - np.maximum(lower[:, None], indices)
+    shares = np.clip(shares, 0, None)
+    shares /= shares.sum(axis=1, keepdims=True)
+    return np.minimum(indices, length - 1), shares.astype(np.float32)
+
+
+def _weighted_sums(
+    rows: NDArray[np.uint8 | np.float32],
+    indices: NDArray[np.intp],
+    weights: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Sums of rows: result[i] is the sum over k of weights[i, k] * rows[indices[i, k]]."""
+    total = np.zeros((len(indices), rows.shape[1]), np.float32)
+    for k in range(indices.shape[1]):
+        total += rows[indices[:, k]] * weights[:, k, None]
+    return total
+
+
+def _span(start: float, stop: float, margin: float, length: int) -> tuple[int, int]:
+    """The whole px that [start - margin, stop + margin) touches in [0, length); at least one."""
+    first = min(max(math.floor(start - margin + _ALIGNED), 0), length - 1)
+    last = max(min(math.ceil(stop + margin - _ALIGNED), length), first + 1)
+    return first, last
+
+
+def _tile_box(shape: Level, index: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a tile on the canvas, in px of the level."""
+    assert shape.tile_size is not None
+    row, column = divmod(index, shape.tiles_across)
+    width, height = shape.tile_size
+    return shape.origin[0] + column * width, shape.origin[1] + row * height, width, height
+
+
+def _tile_rows(
+    shape: Level, reduction: int, xy: tuple[int, int], size: tuple[int, int]
+) -> list[range]:
+    """The indices of the tiles under a window in decoded px, one range for each row of tiles."""
+    assert shape.tile_size is not None
+    firsts, lasts = [], []
+    for axis, tiles in enumerate((shape.tiles_across, shape.tiles_down)):
+        start = xy[axis] * reduction - shape.origin[axis]
+        stop = start + size[axis] * reduction
+        firsts.append(max(start // shape.tile_size[axis], 0))
+        lasts.append(min(-(-stop // shape.tile_size[axis]), tiles))
+    across = shape.tiles_across
+    return [
+        range(row * across + firsts[0], row * across + max(lasts[0], firsts[0]))
+        for row in range(firsts[1], lasts[1])
+    ]
+
+
+def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
+    """Whether any tile of a level under `box`, in level-0 px, is stored."""
+    shape = reader.levels[level]
+    x0, x1 = _span(box[0] / shape.downsample, box[2] / shape.downsample, 0, shape.size[0])
+    y0, y1 = _span(box[1] / shape.downsample, box[3] / shape.downsample, 0, shape.size[1])
+    rows = _tile_rows(shape, 1, (x0, y0), (x1 - x0, y1 - y0))
+    return any(data is not None for row in rows for data in reader.read_tile_bytes(level, row))
+
+
+def _without_padding(tile: Pixels, shape: Level, index: int, reduction: int) -> Pixels:
+    """The part of a tile that belongs to the stored image."""
+    left, top, _, _ = _tile_box(shape, index)
+    width = -(-(shape.origin[0] + shape.stored[0] - left) // reduction)
+    height = -(-(shape.origin[1] + shape.stored[1] - top) // reduction)
+    return tile[:height, :width]
+
+
+def _paste(window: Pixels, tile: Pixels, at: tuple[int, int]) -> None:
+    """Copy what of `tile`, whose corner lies `at` (x, y) in the frame of `window`, is in it."""
+    x, y = at
+    right = min(x + tile.shape[1], window.shape[1])
+    bottom = min(y + tile.shape[0], window.shape[0])
+    into = window[max(y, 0) : bottom, max(x, 0) : right]
+    into[:] = tile[max(-y, 0) : bottom - y, max(-x, 0) : right - x]

@@ -1,0 +1,74 @@
+"""Which µm/px to believe: what the caller says, what the file says, what its power suggests."""
+
+import math
+import warnings
+
+from xmag.errors import InputError, SlideScaleError, XmagWarning
+from xmag.slide.reader import ScaleMetadata
+
+_PLAUSIBLE_MPP = (0.05, 20.0)
+_UM_PER_PX_AT_1X = 10.0
+"""A power of 40 goes with about 0.25 µm/px in every scanner's language."""
+_CONTRADICTION = 0.3
+_ANISOTROPY = 0.01
+
+
+def checked_scale(mpp: float) -> float:
+    """`mpp` as it is; InputError where it is no scale."""
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise InputError(f"mpp is {mpp!r}; expected a positive number of µm/px")
+    return mpp
+
+
+def checked_mpp(mpp: float | None) -> float | None:
+    """`mpp` as given by the caller; InputError where it cannot be a slide's µm/px."""
+    if mpp is None:
+        return None
+    low, high = _PLAUSIBLE_MPP
+    if not low <= checked_scale(mpp) <= high:
+        raise InputError(
+            f"mpp is {mpp!r}; expected µm per level-0 px, between {low} and {high}"
+            " (0.25 for a typical 40x scan)"
+        )
+    return float(mpp)
+
+
+def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float | None, str]:
+    """(mpp, where it comes from) in the light of all that is known."""
+    if given is not None:
+        return given, "given"
+    power = found.objective_power
+    nominal = _plausible(_UM_PER_PX_AT_1X / power) if power and power > 0 else None
+    mpp = None
+    if found.mpp is not None and all(_plausible(value) for value in found.mpp):
+        x, y = found.mpp
+        if abs(x / y - 1) > _ANISOTROPY:
+            raise SlideScaleError(
+                f"{name} says that its pixels are {x:.4g} µm wide and {y:.4g} µm high; expected"
+                " square ones. Give the right scale as mpp="
+            )
+        mpp = x if x == y else (x + y) / 2
+    if mpp is not None:
+        if nominal is not None and abs(mpp / nominal - 1) > _CONTRADICTION:
+            warnings.warn(
+                f"{name} says {mpp:.4g} µm/px ({found.mpp_source}), but an objective power of"
+                f" {power:g}, which goes with about {nominal:.4g}; {mpp:.4g} is used. Give mpp= if"
+                " that is wrong",
+                XmagWarning,
+                stacklevel=3,
+            )
+        return mpp, found.mpp_source
+    if nominal is not None:
+        warnings.warn(
+            f"{name} gives no usable µm/px, only an objective power of {power:g}; {nominal:.4g}"
+            " µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
+            XmagWarning,
+            stacklevel=3,
+        )
+        return nominal, "objective power"
+    return None, "unknown"
+
+
+def _plausible(mpp: float) -> float | None:
+    """`mpp` where a slide scanner could have made it; None otherwise."""
+    return mpp if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1] else None

@@ -1,0 +1,221 @@
+"""A slide: its size, its scale, its pixels."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+from xmag.errors import ClosedSlideError, InputError, SlideScaleError
+from xmag.geometry import ReadScale, TileSpec, choose_scale
+from xmag.provenance import file_fingerprint
+from xmag.slide.opening import open_reader
+from xmag.slide.pixels import read_box, read_level
+from xmag.slide.reader import Pixels, SlideReader
+from xmag.slide.scale import checked_mpp, checked_scale, judge
+
+_ROUNDING = 1e-6
+
+
+class Slide:
+    """A view of a slide file: it reads pixels and knows their scale, and nothing else.
+
+    Coordinates are level-0 px from the top-left corner of the full canvas, as in OpenSlide. A
+    Slide never changes, may be used from several threads at once, and pickles by opening the file
+    again.
+
+    Args:
+        path: the slide file.
+        mpp: µm per level-0 px; overrides what the file says.
+        region: which scan, where a file holds several.
+
+    Raises:
+        UnsupportedSlideError, DamagedSlideError: the file cannot be read.
+        SlideScaleError: the file's scale differs between x and y, and `mpp` is not given.
+        InputError: `mpp` or `region` make no sense, or `region` must be given.
+        MissingExtraError: the format needs an optional package.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, mpp: float | None = None, region: int | None = None
+    ) -> None:
+        given = checked_mpp(mpp)
+        self._path: Path | None = Path(path).absolute()
+        self._region = region
+        reader = open_reader(self._path, region)
+        try:
+            self._set(reader, self._path.name, *judge(reader.metadata, given, self._path.name))
+        except BaseException:
+            reader.close()
+            raise
+
+    @classmethod
+    def from_reader(cls, reader: SlideReader, *, name: str, mpp: float | None = None) -> Self:
+        """The slide that `reader` offers, without a file of its own."""
+        slide = cls.__new__(cls)
+        slide._path = None
+        slide._region = None
+        slide._set(reader, name, *judge(reader.metadata, checked_mpp(mpp), name))
+        return slide
+
+    def _set(self, reader: SlideReader, name: str, mpp: float | None, mpp_source: str) -> None:
+        self._reader = reader
+        self._name = name
+        self._mpp = mpp
+        self._mpp_source = mpp_source
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """Base name of the file."""
+        return self._name
+
+    @property
+    def format(self) -> str:
+        """Short lower-case name of the format, such as "aperio" or "ome-tiff"."""
+        return self._reader.format
+
+    @property
+    def reader(self) -> SlideReader:
+        """The reader, for code that wants compressed tiles; ClosedSlideError after close()."""
+        if self._closed:
+            raise ClosedSlideError(
+                f"{self._name} is closed; use it inside its `with` block, or open it again"
+            )
+        return self._reader
+
+    @property
+    def mpp(self) -> float | None:
+        """µm per level-0 px; None where neither the file nor the caller says."""
+        return self._mpp
+
+    @property
+    def mpp_source(self) -> str:
+        """Where `mpp` comes from, such as "Aperio MPP", "given" or "objective power"."""
+        return self._mpp_source
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) of the canvas in level-0 px."""
+        return self._reader.levels[0].size
+
+    @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each level in its own px, finest first."""
+        return tuple(level.size for level in self._reader.levels)
+
+    @property
+    def level_downsamples(self) -> tuple[float, ...]:
+        """Level-0 px per px of each level; whole wherever the sizes of the levels allow it."""
+        return tuple(level.downsample for level in self._reader.levels)
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells this file from others (name, size, content); None without a file."""
+        if self._path is None:
+            return None
+        return file_fingerprint(self._path)
+
+    def scale_for(self, spec: TileSpec) -> ReadScale:
+        """How pixels of the scale that `spec` asks for are read from this slide.
+
+        Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
+        """
+        mpp = self._known_mpp()
+        levels = self._reader.levels
+        return choose_scale(
+            [mpp * level.downsample for level in levels],
+            [level.reductions for level in levels],
+            spec,
+        )
+
+    def read_region(
+        self, xy: tuple[int, int], size: tuple[int, int], *, mpp: float | None = None
+    ) -> Pixels:
+        """The pixels of a rectangle; uint8 (height, width, 3).
+
+        `xy` is its top-left corner in level-0 px, `size` its (width, height) in output px: px of
+        `mpp` µm, area-averaged to exactly that scale, or level-0 px as they are without it.
+        Raises InputError where it is not wholly on the slide, SlideScaleError where `mpp` cannot
+        be had, DamagedSlideError where the file is broken.
+        """
+        reader = self.reader
+        (x, y), (width, height) = xy, size
+        if width < 1 or height < 1:
+            raise InputError(f"size is {size}; expected a width and height of at least 1 px")
+        ratio = 1.0 if mpp is None else checked_scale(mpp) / self._known_mpp()
+        box = (x, y, x + width * ratio, y + height * ratio)
+        edges = (*self.dimensions,)
+        if x < 0 or y < 0 or any(box[2 + i] > edges[i] * (1 + _ROUNDING) for i in (0, 1)):
+            raise InputError(
+                f"the region from {xy} to ({box[2]:.6g}, {box[3]:.6g}) in level-0 px is not wholly"
+                f" on the slide, which has {edges[0]}x{edges[1]} px; move or shrink it"
+            )
+        if mpp is None:
+            return read_level(reader, 0, 1, (int(x), int(y)), (int(width), int(height)))
+        scale = self.scale_for(TileSpec(mpp=mpp, mpp_tolerance=0))
+        return read_box(reader, scale.level, scale.reduction, box, (width, height))
+
+    def thumbnail(self, *, max_px: int = 1024) -> Image.Image:
+        """The whole slide as a PIL image whose longer side has at most `max_px` px."""
+        reader = self.reader
+        width, height = self.dimensions
+        downsample = max(1.0, max(width, height) / max_px)
+        scale = choose_scale(
+            [level.downsample for level in reader.levels],
+            [level.reductions for level in reader.levels],
+            TileSpec(mpp=downsample, mpp_tolerance=0),
+        )
+        size = (max(1, round(width / downsample)), max(1, round(height / downsample)))
+        box = (0, 0, width, height)
+        return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
+
+    def close(self) -> None:
+        """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
+        self._closed = True
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        width, height = self.dimensions
+        scale = "unknown" if self._mpp is None else f"{self._mpp:.4g}"
+        return f"<Slide {self._name!r} {self.format} {width}x{height} px, {scale} µm/px>"
+
+    def __reduce__(self) -> tuple[Callable[..., "Slide"], tuple[Any, ...]]:
+        source = self.reader if self._path is None else (self._path, self._region)
+        return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
+
+    def _known_mpp(self) -> float:
+        if self._mpp is None:
+            raise SlideScaleError(
+                f"{self._name} does not say how large its pixels are; give it, as in"
+                f" Slide({self._name!r}, mpp=0.25) for a typical 40x scan (0.5 at 20x)"
+            )
+        return self._mpp
+
+
+def _reopen(
+    cls: type[Slide],
+    source: SlideReader | tuple[Path, int | None],
+    name: str,
+    mpp: float | None,
+    mpp_source: str,
+) -> Slide:
+    """A pickled slide, its scale judged before: warnings are not repeated in every process."""
+    slide = cls.__new__(cls)
+    slide._path, slide._region = source if isinstance(source, tuple) else (None, None)
+    reader = open_reader(*source) if isinstance(source, tuple) else source
+    slide._set(reader, name, mpp, mpp_source)
+    return slide
