@@ -47,10 +47,10 @@ def atomic_path(
     leaves what was there before untouched on every error.
     """
     final = Path(os.path.realpath(path))
-    if final.is_dir():
-        raise _cannot_write(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
     temp = final.parent / f".{os.getpid()}-{secrets.token_hex(8)}{_TEMP_SUFFIX}"
     try:
+        if final.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final))
         _create(temp)
         yield temp
         _sync_file(temp)
@@ -59,7 +59,8 @@ def atomic_path(
         temp.replace(final)
         _sync_folder(final.parent)
     except OSError as error:
-        if str(error.filename) == str(temp) or error.errno in _STORAGE_FAILURES:
+        ours = str(error.filename) in (str(temp), str(final))
+        if ours or error.errno in _STORAGE_FAILURES:
             raise _cannot_write(path, error) from error
         raise
     finally:

@@ -46,8 +46,11 @@ class Provenance:
     record: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fingerprint", _frozen(self.fingerprint, "fingerprint"))
-        object.__setattr__(self, "record", _frozen(self.record, "record"))
+        for part in ("fingerprint", "record"):
+            value = getattr(self, part)
+            if not isinstance(value, Mapping):
+                raise InputError(f"{part} is {value!r}; expected a mapping with str keys")
+            object.__setattr__(self, part, _frozen(value, part))
 
     def __reduce__(self) -> tuple[type["Provenance"], tuple[Any, Any]]:
         return Provenance, (_plain(self.fingerprint), _plain(self.record))
