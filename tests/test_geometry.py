@@ -24,7 +24,7 @@ def choose(*level_mpps, reductions=JPEG, **spec):
         ((0.2425, 0.97), (1, 2, 1.94)),  # 3% off is read as it is, and says so
         ((0.5026, 2.0104), (1, 1, 2.0104)),
         ((0.275, 1.1, 4.4), (1, 1, 2.0)),  # 2.2 is 10% off: the next finer one, resampled
-        ((0.3,), (0, 4, 2.0)),  # 1.2 resampled; 2.4 is too coarse
+        ((0.3,), (0, 2, 2.0)),  # 2.4 is too coarse; 0.6 resampled, as 1.2 would come out blurred
         ((2.09,), (0, 1, 2.09)),  # coarser than wanted, within 5%
     ],
 )
@@ -34,9 +34,9 @@ def test_the_cheapest_scale_within_the_tolerance_is_read(level_mpps, expected):
 
 def test_just_inside_the_tolerance_is_read_and_just_outside_is_resampled():
     assert choose(2 * 0.9501 / 8) == pytest.approx((0, 8, 1.9002))
-    assert choose(2 * 0.9499 / 8) == pytest.approx((0, 8, 2.0))
+    assert choose(2 * 0.9499 / 8) == pytest.approx((0, 4, 2.0))
     assert choose(2 * 1.0499 / 8) == pytest.approx((0, 8, 2.0998))
-    assert choose(2 * 1.0501 / 8) == pytest.approx((0, 4, 2.0))
+    assert choose(2 * 1.0501 / 8) == pytest.approx((0, 2, 2.0))
 
 
 def test_no_tolerance_means_exact():

@@ -94,7 +94,9 @@ def choose_scale(
 ) -> ReadScale:
     """The cheapest way to read what `spec` asks for from levels of these scales.
 
-    Cheapest is the coarsest level, as the cost of reading is that of its compressed bytes. Raises
+    Cheapest is the coarsest level, as the cost of reading is that of its compressed bytes. What is
+    resampled is decoded at half the wanted µm/px or finer where that level has it: box averages
+    of nearly the wanted size, averaged again off their grid, would be blurred. Raises
     SlideScaleError where the finest level is coarser than `spec.mpp` by more than its tolerance:
     detail that was never scanned is not made up.
     """
@@ -115,7 +117,10 @@ def choose_scale(
             f" (tolerance {spec.mpp_tolerance:.0%}) is asked for; it is never upsampled. Give mpp="
             " if the slide's own scale is wrong, or a model for a coarser scale"
         )
-    decoded, _, level, reduction = max(finer)
+    coarsest = max(c[1] for c in finer)
+    decodings = [c for c in finer if c[1] == coarsest]
+    sharp = [c for c in decodings if 2 * c[0] <= spec.mpp * (1 + _SAME_MPP)]
+    decoded, _, level, reduction = max(sharp) if sharp else min(decodings)
     return ReadScale(level=level, reduction=reduction, decoded_mpp=decoded, mpp=spec.mpp)
 
 

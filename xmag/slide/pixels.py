@@ -225,10 +225,10 @@ def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
 
 
 def _without_padding(tile: Pixels, shape: Level, index: int, reduction: int) -> Pixels:
-    """The part of a tile that belongs to the stored image."""
+    """The part of a tile that belongs to the stored image, in whole px."""
     left, top, _, _ = _tile_box(shape, index)
-    width = -(-(shape.origin[0] + shape.stored[0] - left) // reduction)
-    height = -(-(shape.origin[1] + shape.stored[1] - top) // reduction)
+    width = (shape.origin[0] + shape.stored[0] - left) // reduction
+    height = (shape.origin[1] + shape.stored[1] - top) // reduction
     return tile[:height, :width]
 
 

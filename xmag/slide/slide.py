@@ -156,7 +156,12 @@ class Slide:
         if mpp is None:
             return read_level(reader, 0, 1, (int(x), int(y)), (int(width), int(height)))
         scale = self.scale_for(TileSpec(mpp=mpp, mpp_tolerance=0))
-        return read_box(reader, scale.level, scale.reduction, box, (width, height))
+        level = reader.levels[scale.level]
+        reduction = scale.reduction
+        if any(edge % (level.downsample * reduction) for edge in (x, y)):
+            # Off their grid, px of the wanted size would be averaged with their neighbours.
+            reduction = max((n for n in level.reductions if 2 * n <= reduction), default=reduction)
+        return read_box(reader, scale.level, reduction, box, (width, height))
 
     def thumbnail(self, *, max_px: int = 1024) -> Image.Image:
         """The whole slide as a PIL image whose longer side has at most `max_px` px."""
