@@ -1,0 +1,338 @@
+"""Every sentence of docs/guest.md: what xmag leaves alone in the program that uses it."""
+
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+from support.programs import run_program
+from support.slides import write_svs
+
+import xmag
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
+
+# Refuses every way out of the process that Python code has.
+NO_NETWORK = """
+import sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"):
+        raise AssertionError(f"{event} {args}")
+sys.addaudithook(refuse)
+"""
+
+# What a program may have set up for itself, each thing off its default.
+STATE = """
+import json, multiprocessing, os, random, signal, sys, threading, warnings
+import numpy as np, torch
+from PIL import Image, ImageFile
+
+def settle():
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    Image.MAX_IMAGE_PIXELS = 123_456_789
+    warnings.filterwarnings("ignore", message="untrained")
+    warnings.filterwarnings("always", message="of the host")
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    os.environ["OF_THE_HOST"] = "1"
+
+def state():
+    return {
+        "random": repr(random.getstate()),
+        "numpy random": repr(np.random.get_state()),
+        "torch random": torch.get_rng_state().tolist(),
+        "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "torch dtype": str(torch.get_default_dtype()),
+        "torch device": str(torch.get_default_device()),
+        "torch grad": torch.is_grad_enabled(),
+        "torch deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "sdp": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "cuda": torch.cuda.is_initialized(),
+        "pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "numpy errors": repr(np.geterr()),
+        "numpy print": repr(np.get_printoptions()),
+        "warning filters": repr(warnings.filters),
+        "signals": {s.name: repr(signal.getsignal(s)) for s in signal.valid_signals()
+                    if isinstance(s, signal.Signals)},
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "hooks": (repr(sys.excepthook), repr(threading.excepthook), repr(sys.unraisablehook)),
+        "recursion limit": sys.getrecursionlimit(),
+        "threads": sorted(t.name for t in threading.enumerate()),
+        "children": repr(multiprocessing.active_children()),
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_svs(tmp_path_factory.mktemp("guest") / "slide.svs")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> xmag.Encoder:
+    with pytest.warns(xmag.XmagWarning, match="untrained"):
+        return xmag.load_model("xmag-mini", device="cpu")
+
+
+def _in_8_threads(job: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+    start = threading.Barrier(8)
+
+    def together(number: int) -> np.ndarray:
+        start.wait()
+        return job(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(together, range(8)))
+
+
+def test_import_makes_no_request_touches_no_cuda_warns_and_prints_nothing() -> None:
+    program = """
+    import xmag
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    heavy = {"torch", "numpy", "PIL", "tifffile", "huggingface_hub", "h5py", "tqdm"}
+    assert not loaded & heavy, loaded & heavy
+    """
+    assert run_program(NO_NETWORK + textwrap.dedent(program)) == ""
+
+
+def test_import_takes_less_than_300_ms() -> None:
+    program = """
+    import time
+    start = time.perf_counter()
+    import xmag
+    print(time.perf_counter() - start)
+    """
+    assert statistics.median(float(run_program(program)) for _ in range(5)) < 0.3
+
+
+def test_reading_slides_never_imports_torch(slide_path: Path) -> None:
+    program = """
+    import sys
+    import xmag
+    with xmag.Slide(sys.argv[1]) as slide:
+        tissue = xmag.find_tissue(slide)
+        plan = xmag.plan_tiles(slide, xmag.TileSpec(), tissue=tissue)
+        tiles = sum(len(batch) for _, batch in xmag.tiles.read_tiles(slide, plan))
+        assert xmag.slide.Slide is type(slide)
+        assert tiles == len(plan) > 0
+        slide.thumbnail(max_px=64)
+    assert "torch" not in sys.modules
+    """
+    assert run_program(program, slide_path) == ""
+
+
+@pytest.mark.parametrize("settle", ["", "settle()"], ids=["by default", "set up by the host"])
+def test_a_full_extraction_leaves_the_process_as_it_was(
+    slide_path: Path, tmp_path: Path, settle: str
+) -> None:
+    program = f"""
+    {settle}
+    warnings.filterwarnings("ignore", message=".*untrained")
+    before = state()
+    import xmag
+    encoder = xmag.load_model("xmag-mini", device="cpu")
+    bag = xmag.extract_features(sys.argv[1], model=encoder, progress=False)
+    bag.save("bag.h5")
+    bag.save("bag.safetensors")
+    bag.export("bag.pt", layout="clam")
+    assert (xmag.FeatureBag.load("bag.h5").features == bag.features).all() and len(bag)
+    report = xmag.extract_cohort([sys.argv[1]], "out", model=encoder, overlay=True, progress=False)
+    assert [row.status for row in report] == ["done"]
+    after = state()
+    print(json.dumps([key for key in before if before[key] != after[key]]))
+    multiprocessing.set_start_method("spawn")
+    """
+    changed = run_program(NO_NETWORK + STATE + textwrap.dedent(program), slide_path, cwd=tmp_path)
+    assert json.loads(changed) == []
+
+
+def test_a_progress_bar_leaves_the_start_method_to_the_host(slide_path: Path) -> None:
+    program = """
+    import contextlib, io, multiprocessing, sys, warnings
+    import xmag
+    warnings.filterwarnings("ignore", message=".*untrained")
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        xmag.extract_features(sys.argv[1], model="xmag-mini", progress=True)
+    assert "100%" in shown.getvalue()
+    multiprocessing.set_start_method("spawn")
+    """
+    assert run_program(program, slide_path) == ""
+
+
+def test_the_logger_is_silent_until_the_program_listens(slide_path: Path) -> None:
+    program = """
+    import logging, sys, warnings
+    import xmag
+    warnings.filterwarnings("ignore", message=".*untrained")
+    assert [type(h) for h in logging.getLogger("xmag").handlers] == [logging.NullHandler]
+    assert logging.getLogger("xmag").level == logging.NOTSET
+    assert not logging.getLogger().handlers
+    xmag.extract_features(sys.argv[1], model="xmag-mini", progress=False)
+    assert not logging.getLogger().handlers
+    """
+    assert run_program(program, slide_path) == ""
+
+
+def test_progress_goes_to_stderr_and_only_where_a_person_sees_it(
+    slide_path: Path,
+    encoder: xmag.Encoder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    xmag.extract_features(slide_path, model=encoder)
+    assert capsys.readouterr() == ("", "")
+    xmag.extract_features(slide_path, model=encoder, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert slide_path.name in err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    xmag.extract_features(slide_path, model=encoder)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert slide_path.name in err
+    xmag.extract_features(slide_path, model=encoder, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_one_encoder_serves_8_threads(encoder: xmag.Encoder) -> None:
+    tiles = np.random.default_rng(0).integers(0, 256, (8, 3, 224, 224, 3), np.uint8)
+    alone = [encoder.embed(batch).numpy() for batch in tiles]
+    together = _in_8_threads(lambda i: encoder.embed(tiles[i]).numpy())
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_one_slide_serves_8_threads(slide_path: Path) -> None:
+    with xmag.Slide(slide_path) as slide:
+        places = [(37 * i, 53 * i) for i in range(8)]
+        alone = [slide.read_region(place, (100, 90), mpp=2.0) for place in places]
+        together = _in_8_threads(lambda i: slide.read_region(places[i], (100, 90), mpp=2.0))
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_one_encoder_and_one_slide_make_the_same_bag_in_8_threads(
+    slide_path: Path, encoder: xmag.Encoder
+) -> None:
+    with xmag.Slide(slide_path) as slide:
+        alone = xmag.extract_features(slide, model=encoder)
+        together = _in_8_threads(lambda _: np.asarray(xmag.extract_features(slide, model=encoder)))
+    for features in together:
+        np.testing.assert_allclose(features, alone.features, atol=1e-5)
+
+
+def test_it_works_in_a_running_asyncio_loop(slide_path: Path, encoder: xmag.Encoder) -> None:
+    async def serve() -> tuple[int, int]:
+        here = xmag.extract_features(slide_path, model=encoder)
+        there = await asyncio.to_thread(xmag.extract_features, slide_path, model=encoder)
+        return len(here), len(there)
+
+    here, there = asyncio.run(serve(), debug=True)
+    assert here == there > 0
+
+
+def _extract_and_send(path: Path, out: Path, send: object) -> None:
+    import warnings
+
+    warnings.simplefilter("ignore", xmag.XmagWarning)
+    encoder = xmag.load_model("xmag-mini", device="cpu")
+    bag = xmag.extract_features(path, model=encoder)
+    report = xmag.extract_cohort([path], out, model=encoder)
+    send.send((len(bag), [row.status for row in report]))  # type: ignore[attr-defined]
+
+
+def test_it_works_in_a_daemonic_process(slide_path: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    worker = context.Process(
+        target=_extract_and_send, args=(slide_path, tmp_path, send), daemon=True
+    )
+    worker.start()
+    assert receive.poll(60)
+    tiles, statuses = receive.recv()
+    worker.join(30)
+    receive.close()
+    send.close()
+    assert tiles > 0
+    assert statuses == ["done"]
+    assert worker.exitcode == 0
+
+
+def test_it_works_in_jupyter(slide_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [
+        nbformat.v4.new_code_cell(
+            "import xmag\n"
+            f"bag = xmag.extract_features({str(slide_path)!r}, model='xmag-mini')\n"
+            "print(bag.features.shape, flush=True)"
+        )
+    ]
+    nbclient.NotebookClient(notebook, timeout=90, kernel_name="python3").execute()
+    streams = {"stdout": "", "stderr": ""}
+    for output in notebook.cells[0].outputs:
+        assert output.output_type == "stream", output
+        streams[output.name] += output.text
+    assert streams["stdout"].endswith(", 768)\n")
+    assert slide_path.name in streams["stderr"]  # the bar
+    assert "IProgress" not in streams["stderr"]
+
+
+def test_an_existing_path_beats_a_hub_name(tmp_path: Path) -> None:
+    (tmp_path / "AI4PATH" / "XMAG").mkdir(parents=True)
+    program = """
+    import xmag
+    try:
+        xmag.load_model("AI4PATH/XMAG")
+    except xmag.ModelError as error:
+        print(type(error).__name__, error)
+    """
+    printed = run_program(NO_NETWORK + textwrap.dedent(program), cwd=tmp_path)
+    assert printed.startswith("WeightsError")
+
+
+def test_xmag_mini_beats_both(tmp_path: Path) -> None:
+    (tmp_path / "xmag-mini").mkdir()
+    program = """
+    import warnings
+    import xmag
+    warnings.filterwarnings("ignore", message=".*untrained")
+    print(xmag.load_model("xmag-mini", device="cpu").provenance["name"])
+    """
+    assert run_program(NO_NETWORK + textwrap.dedent(program), cwd=tmp_path) == "xmag-mini\n"
+
+
+def test_hub_settings_of_the_environment_are_honoured(tmp_path: Path) -> None:
+    program = """
+    import sys
+    import xmag
+    try:
+        xmag.load_model()
+    except xmag.HubError as error:
+        assert "xmag-mini" in str(error)
+        print(error)
+    """
+    printed = run_program(
+        NO_NETWORK + textwrap.dedent(program), HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+    )
+    assert printed
