@@ -1,0 +1,400 @@
+"""Encoder: a ViT, its normalisation and the tiles it wants, in one immutable view.
+
+`load_model` makes one; `embed` takes a batch of tiles, `embed_stream` a stream of them.
+"""
+
+import json
+import logging
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xmag.errors import InputError, ModelError, XmagWarning
+from xmag.files import atomic_path, write_text
+from xmag.geometry import TileSpec
+from xmag.hub.model import read_model
+from xmag.hub.registry import DEFAULT_MODEL, SCHEMA, ModelConfig
+from xmag.vit import ViT, ViTConfig, empty_vit
+
+_logger = logging.getLogger("xmag.encoder")
+
+Tiles = NDArray[np.uint8] | Tensor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BATCHES_IN_FLIGHT = 3
+"""Enough that the device never waits for the host to fetch a result or to prepare a batch."""
+
+
+@runtime_checkable
+class TileEncoder(Protocol):
+    """What serves as an encoder: anything with these four, xmag's Encoder or the user's own."""
+
+    @property
+    def tile_spec(self) -> TileSpec:
+        """The tiles it wants."""
+
+    @property
+    def embed_dim(self) -> int:
+        """The length D of an embedding."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What identifies the model, as plain JSON values."""
+
+    def embed(self, tiles: NDArray[np.uint8], /) -> Tensor:
+        """The embeddings of uint8 tiles (B, S, S, 3), float32 (B, D)."""
+
+
+class _TileForward(nn.Module):
+    """uint8 tiles (B, S, S, 3) -> tokens after the final norm, float32 (B, T, D)."""
+
+    scale: Tensor
+    shift: Tensor
+    positions: Tensor
+
+    def __init__(
+        self, vit: ViT, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        side = config.tile_spec.size_px // config.vit.patch_px
+        positions = vit.positions((side, side)).detach()  # from the weights before any rounding
+        self.vit = vit.to(device, dtype)
+        self.register_buffer("positions", positions.to(device, dtype))
+        # float32 whatever the dtype of the model: a rounded mean would shift every tile.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        std = torch.tensor(config.std, **kind).view(3, 1, 1)
+        mean = torch.tensor(config.mean, **kind).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, tiles: Tensor, keep: int | None = None) -> Tensor:
+        images = tiles.permute(0, 3, 1, 2) * self.scale + self.shift  # (B, 3, S, S)
+        tokens: Tensor = self.vit(images.to(self.positions.dtype), self.positions, keep=keep)
+        return tokens.float()
+
+
+class Encoder:
+    """A loaded model: uint8 tiles in, embeddings out. Immutable, and usable from many threads.
+
+    Takes `vit` over: moves it, puts it into eval mode and freezes it. Made by `load_model`.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        config: ModelConfig,
+        *,
+        provenance: Mapping[str, Any],
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+    ) -> None:
+        self._device = _resolve_device(device)
+        self._dtype = _resolve_dtype(dtype, self._device)
+        self._config = config
+        self._provenance = MappingProxyType(dict(provenance))
+        self._forward = _TileForward(vit, config, self._device, self._dtype).eval()
+        self._forward.requires_grad_(False)
+
+    @property
+    def tile_spec(self) -> TileSpec:
+        """The tiles that the model wants: it travels with the weights."""
+        return self._config.tile_spec
+
+    @property
+    def embed_dim(self) -> int:
+        """The length D of an embedding."""
+        return self._config.vit.width
+
+    @property
+    def config(self) -> ModelConfig:
+        """The ViT's configuration, the tile specification and the normalisation."""
+        return self._config
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What identifies the model, as plain JSON values.
+
+        name, revision (the resolved commit), weights_sha256, key_layout, config, config_source
+        ("given", "read", "registry" or "assumed"), terms, trained.
+        """
+        return self._provenance
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; embeddings are float32 whatever it is."""
+        return self._dtype
+
+    @property
+    def vit(self) -> ViT:
+        """The frozen ViT, to be copied (copy.deepcopy) by whoever trains it."""
+        return self._forward.vit
+
+    def __repr__(self) -> str:
+        return f"Encoder({self._provenance.get('name')!r}, {self._device}, {self._dtype})"
+
+    def embed(self, tiles: Tiles) -> Tensor:
+        """The embeddings of tiles: float32 (B, D) on the encoder's device.
+
+        An embedding is the class token after the final norm. `tiles` is uint8 (B, S, S, 3) RGB,
+        an array or a tensor on any device; B may be 0. Raises InputError for anything else.
+        """
+        checked = self._checked(tiles)
+        return _usable(self._embed(checked, 1, max(len(checked), 1))[0][:, 0])
+
+    def embed_tokens(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, D) and the patch tokens (B, N, D), row by row, float32.
+
+        Both after the final norm, on the encoder's device; registers are left out. Takes and
+        raises what `embed` does.
+        """
+        checked = self._checked(tiles)
+        tokens = self._embed(checked, None, max(len(checked), 1))[0]
+        first = 1 + self._config.vit.registers
+        return _usable(tokens[:, 0]), _usable(tokens[:, first:])
+
+    def embed_stream(
+        self, batches: Iterable[tuple[NDArray[np.int64], Tiles]]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Yields (coords, embeddings float32 (B, D)) for each (coords, tiles), in the same order.
+
+        On CUDA the next batches are prepared, copied and submitted while earlier ones compute;
+        results come a few batches late. A batch that does not fit into GPU memory is halved until
+        it does, and so are those after it; ModelError where a single tile does not fit.
+        """
+        if self._device.type == "cuda":
+            yield from _CudaStream(self).run(batches)
+            return
+        for coords, tiles in batches:
+            yield coords, self.embed(tiles).cpu().numpy()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json, which `load_model(directory)` reads.
+
+        The weights are written in the encoder's dtype: load with dtype="float32" to keep them
+        exact. Raises OutputError where the folder cannot be written.
+        """
+        folder = Path(directory)
+        state = {key: t.detach().cpu().contiguous() for key, t in self.vit.state_dict().items()}
+        about = {key: self._provenance.get(key) for key in ("name", "terms", "trained")}
+        config = {"format": SCHEMA, **about, **self._config.to_dict()}
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def _checked(self, tiles: Tiles) -> Tensor:
+        size = self.tile_spec.size_px
+        wanted = f"expected uint8 RGB tiles of shape (B, {size}, {size}, 3)"
+        if not isinstance(tiles, np.ndarray | Tensor):
+            raise InputError(f"tiles are a {type(tiles).__name__}; {wanted} in an array or tensor")
+        if tiles.ndim != 4 or tuple(tiles.shape[1:]) != (size, size, 3):
+            raise InputError(
+                f"tiles have shape {tuple(tiles.shape)}; {wanted}. A single tile is tile[None]"
+            )
+        if tiles.dtype not in (np.uint8, torch.uint8):
+            raise InputError(
+                f"tiles have dtype {tiles.dtype}; {wanted}, not yet normalised: the encoder does it"
+            )
+        if isinstance(tiles, Tensor):
+            return tiles
+        # torch takes neither negative strides nor, without a warning, read-only memory.
+        return torch.from_numpy(np.require(tiles, requirements=["C", "W"]))
+
+    def _embed(self, tiles: Tensor, keep: int | None, limit: int) -> tuple[Tensor, int]:
+        """The tokens of tiles in parts of at most `limit`, and the limit that memory allowed."""
+        device = self._device.type
+        if not len(tiles):
+            count = keep or len(self._forward.positions[0])
+            shape = (0, count, self.embed_dim)
+            return torch.zeros(shape, dtype=torch.float32, device=self._device), limit
+        plain: AbstractContextManager[Any] = (
+            torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
+        )
+        while True:
+            with torch.inference_mode(), plain:
+                try:
+                    parts = [
+                        self._forward(part.to(self._device, non_blocking=True), keep)
+                        for part in torch.split(tiles, limit)
+                    ]
+                    return (parts[0] if len(parts) == 1 else torch.cat(parts)), limit
+                except torch.cuda.OutOfMemoryError as error:
+                    if limit == 1:
+                        raise ModelError(
+                            f"{self._device} has no memory left for a single tile ({error}). Free"
+                            ' some, or load the model with dtype="bfloat16" or device="cpu"'
+                        ) from error
+            # Outside of the handler, so that the failed tensors are gone.
+            limit = (min(limit, len(tiles)) + 1) // 2
+            torch.cuda.empty_cache()
+            _logger.warning("%s is out of memory: going on with %d tiles", self._device, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    coords: NDArray[np.int64]
+    features: Tensor  # pinned
+    done: torch.cuda.Event
+
+
+class _CudaStream:
+    """Batches on their way through one GPU, on a CUDA stream of their own.
+
+    Nothing here waits for the whole device; a result is waited for only when enough later batches
+    are under way. Pinned memory comes from torch's caching allocator, which hands it out again
+    when the copies from it are done.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._stream = torch.cuda.Stream(encoder.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(encoder.device))
+        self._limit: int | None = None
+
+    def run(
+        self, batches: Iterable[tuple[NDArray[np.int64], Tiles]]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        flying: deque[_InFlight] = deque()
+        for coords, tiles in batches:
+            flying.append(self._submit(coords, tiles))
+            if len(flying) > _BATCHES_IN_FLIGHT or flying[0].done.query():  # type: ignore[no-untyped-call]
+                yield _landed(flying.popleft())
+        while flying:
+            yield _landed(flying.popleft())
+
+    def _submit(self, coords: NDArray[np.int64], tiles: Tiles) -> _InFlight:
+        encoder = self._encoder
+        source = encoder._checked(tiles)
+        if source.device.type == "cpu" and len(source):
+            source = _pinned(source.shape, torch.uint8).copy_(source)
+        with torch.cuda.device(encoder.device), torch.cuda.stream(self._stream):
+            limit = self._limit or max(len(source), 1)
+            tokens, used = encoder._embed(source, 1, limit)
+            if used < limit:
+                self._limit = used
+            features = _pinned((len(tokens), encoder.embed_dim), torch.float32)
+            features.copy_(tokens[:, 0], non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return _InFlight(coords, features, done)
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+
+def _landed(batch: _InFlight) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    batch.done.synchronize()
+    return batch.coords, batch.features.numpy().copy()
+
+
+def _usable(result: Tensor) -> Tensor:
+    """A copy that autograd accepts, which tensors made in inference mode are not."""
+    return result.clone()
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    config: ModelConfig | ViTConfig | str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Encoder:
+    """The Encoder of a model: "xmag-mini", a path (folder or checkpoint file), or a Hub name.
+
+    An existing path beats a Hub name, "xmag-mini" beats both. `config` is the name of a known
+    configuration, a ViTConfig or a ModelConfig, for weights that xmag does not know; without it a
+    bare checkpoint is assumed to be `dinov2_vitb14`. device "auto" takes CUDA, then MPS, then the
+    CPU; dtype "auto" takes bfloat16 on CUDA that has it, float16 on older CUDA, float32 elsewhere.
+    A Hub model in the cache is used without a request; a branch or tag given as `revision` is
+    looked up. Raises HubError, WeightsError or InputError; never runs code that came with weights.
+    """
+    device = _resolve_device(device)
+    dtype = _resolve_dtype(dtype, device)
+    model = read_model(
+        name_or_path,
+        config=config,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    vit = empty_vit(model.config.vit)
+    vit.load_state_dict(model.state, assign=True)
+    encoder = Encoder(vit, model.config, provenance=model.provenance, device=device, dtype=dtype)
+    if not encoder.provenance["trained"]:
+        warnings.warn(
+            f"{encoder.provenance['name']} is UNTRAINED: its embeddings carry no knowledge of"
+            " tissue. It is there to try the software; load another model for results",
+            XmagWarning,
+            stacklevel=2,
+        )
+    return encoder
+
+
+@lru_cache(maxsize=1)
+def _load_default() -> Encoder:
+    return load_model()
+
+
+_default_lock = threading.Lock()
+
+
+def default_encoder() -> Encoder:
+    """The Encoder of AI4PATH/XMAG, loaded once a process, whichever thread asks first."""
+    with _default_lock:
+        return _load_default()
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f'device={device!r} is unknown; expected "auto", "cpu", "cuda", "cuda:1" or "mps"'
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device={device!r} was asked for, but torch {torch.__version__} sees no CUDA device;"
+            ' use device="auto", or install a torch with CUDA and a driver for it'
+        )
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        # From compute capability 8.0 on; torch's own test also counts what is only emulated.
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise InputError(f'dtype={dtype!r} is unknown; expected "auto" or one of {sorted(_DTYPES)}')
+    return resolved

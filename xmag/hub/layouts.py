@@ -1,0 +1,195 @@
+"""Tensors by the names that others gave them -> the state dict of our ViT.
+
+Three layouts of the same model are known, each under any prefix:
+"dinov2" (facebookresearch/dinov2: blocks.0.attn.qkv, ls1.gamma, mlp.w12, register_tokens),
+"timm" (the same but for reg_token and a packed SwiGLU in mlp.fc1 and mlp.fc2), and
+"huggingface" (encoder.layer.0.attention.attention.query of transformers 4, .q_proj of 5).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xmag.errors import WeightsError
+from xmag.vit import ViTConfig, empty_vit
+
+_ANCHORS = {
+    "patch_embed.proj.weight": "dinov2",
+    "embeddings.patch_embeddings.projection.weight": "huggingface",
+}
+"""A parameter that every model of a layout has once; what stands before it is the prefix."""
+
+_NOT_USED = {"mask_token"}
+"""Parameters of pre-training that no embedding depends on."""
+
+_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
+"""DINOv2's training checkpoints group blocks for sharding: blocks.<chunk>.<block>."""
+
+_HUGGINGFACE = tuple(
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^layernorm\.", "norm."),
+        (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+        (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.qkv[0]."),
+        (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.qkv[1]."),
+        (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.qkv[2]."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"\.mlp\.weights_in\.", ".mlp.w12."),
+        (r"\.mlp\.gate_proj\.", ".mlp.w12[0]."),
+        (r"\.mlp\.up_proj\.", ".mlp.w12[1]."),
+        (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
+    )
+)
+_PART = re.compile(r"\[(\d)\]")
+_LISTED = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTState:
+    """Parameters for our ViT, float32, and where they were found.
+
+    `left_out` names the other parts of a training checkpoint (heads, teacher, optimizer).
+    """
+
+    state: dict[str, Tensor]
+    layout: str
+    prefix: str
+    left_out: tuple[str, ...]
+
+
+def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str) -> ViTState:
+    """The state dict of a ViT of this configuration, from a checkpoint in any known layout.
+
+    Raises WeightsError that lists every key that is missing, unexpected, misshapen or not finite;
+    nothing is loaded in part. `where` names the checkpoint in messages.
+    """
+    prefix, anchor = _choose_model(tensors, where)
+    model = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    outside = (key for key in tensors if not key.startswith(prefix))
+    layout = _ANCHORS[anchor]
+    if layout == "huggingface":
+        state = _join_parts({_rename_huggingface(key): t for key, t in model.items()})
+    else:
+        layout = "timm" if _is_timm(model, config) else "dinov2"
+        state = _rename_dinov2(model, config)
+    state = {key: tensor for key, tensor in state.items() if key not in _NOT_USED}
+    state = _with_class_position(state, config)
+    _check(state, config, where=where, prefix=prefix, layout=layout)
+    return ViTState(
+        state={key: t.to(torch.float32, copy=True).contiguous() for key, t in state.items()},
+        layout=layout,
+        prefix=prefix,
+        left_out=tuple(sorted({".".join(key.split(".")[:2]) for key in outside})),
+    )
+
+
+def _choose_model(tensors: Mapping[str, Tensor], where: str) -> tuple[str, str]:
+    """The prefix and anchor of the model to take: the only one, else the EMA student."""
+    found: dict[str, str] = {}
+    for key in tensors:
+        for anchor in _ANCHORS:
+            if key == anchor or key.endswith(f".{anchor}"):
+                found[key.removesuffix(anchor)] = anchor
+    if not found:
+        raise WeightsError(
+            f"{where} holds no ViT in a layout that xmag knows; expected a key ending in"
+            f" {' or '.join(_ANCHORS)}, seen {_listed(sorted(tensors))}"
+        )
+    words = {prefix: set(re.split(r"[._]", prefix.lower())) for prefix in found}
+    averaged = [prefix for prefix in found if "ema" in words[prefix]]
+    students = [prefix for prefix in found if "student" in words[prefix]]
+    teachers = [prefix for prefix in found if "teacher" in words[prefix]]
+    shapes = {prefix: tensors[prefix + anchor].shape for prefix, anchor in found.items()}
+    # A teacher of the student's shape is self-distillation's: the student's own running average.
+    twins = [t for t in teachers if any(shapes[t] == shapes[s] for s in students)]
+    for candidates in (list(found), averaged, twins, students):
+        if len(candidates) == 1:
+            return candidates[0], found[candidates[0]]
+    raise WeightsError(
+        f"{where} holds {len(found)} models, under {_listed(sorted(found))}; expected one, or one"
+        " that is marked as ema. Save the one you mean in a file of its own"
+    )
+
+
+def _rename_huggingface(key: str) -> str:
+    for pattern, ours in _HUGGINGFACE:
+        key = pattern.sub(ours, key)
+    return key
+
+
+def _join_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`name[0]`, `name[1]`, ... put together as `name`, along the first axis."""
+    joined: dict[str, Tensor] = {}
+    for key in sorted(state):
+        whole = _PART.sub("", key)
+        joined[whole] = torch.cat((joined[whole], state[key])) if whole in joined else state[key]
+    return joined
+
+
+def _is_timm(model: Mapping[str, Tensor], config: ViTConfig) -> bool:
+    packed = config.mlp == "swiglu" and any(".mlp.fc1." in key for key in model)
+    return packed or "reg_token" in model
+
+
+def _rename_dinov2(model: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in model.items():
+        name = _CHUNKED_BLOCK.sub(r"blocks.\1.", key)
+        name = "register_tokens" if name == "reg_token" else name
+        if config.mlp == "swiglu":
+            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        renamed[name] = tensor
+    return renamed
+
+
+def _with_class_position(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """A row of zeros where timm has none: it adds the class position to the token itself."""
+    table = state.get("pos_embed")
+    if not config.class_position or table is None or table.shape[1:2] != (config.position_grid**2,):
+        return state
+    return {**state, "pos_embed": torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)}
+
+
+def _check(
+    state: Mapping[str, Tensor], config: ViTConfig, *, where: str, prefix: str, layout: str
+) -> None:
+    expected = {key: tuple(t.shape) for key, t in empty_vit(config).state_dict().items()}
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} for {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+        raise WeightsError(
+            f"{where} (layout {layout}, prefix {prefix!r}) does not fit a ViT of width"
+            f" {config.width}, depth {config.depth}, {config.registers} registers and mlp"
+            f" {config.mlp!r}. {listed}. Give config= for the model that these weights are of"
+        )
+    bad = [key for key, t in state.items() if not (t.is_floating_point() and _is_finite(t))]
+    if bad:
+        raise WeightsError(
+            f"{where} has values that are not finite floating-point numbers in {', '.join(bad)};"
+            " expected none. Fetch it again, or take a checkpoint from before training diverged"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return f"{keys[:_LISTED]}{more}"

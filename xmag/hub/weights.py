@@ -1,0 +1,97 @@
+"""A checkpoint file -> tensors and a hash, or a refusal that says why."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xmag.errors import WeightsError
+from xmag.files import sha256_of
+
+_SAFE_PICKLE = (2, 10)
+"""The first torch whose weights_only loading has neither CVE-2025-32434 nor CVE-2026-24747."""
+
+_SHA256_HEX = 64
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file of weights, in hex.
+
+    Raises WeightsError where the Hub's cache names the file by another hash: it is damaged.
+    """
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error}); check the path and its rights"
+        ) from error
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and len(blob.name) == _SHA256_HEX and blob.name != found:
+        raise WeightsError(
+            f"{path} is damaged: its SHA-256 is {found}, the Hub's is {blob.name}. Delete {blob}"
+            " and load the model again"
+        )
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its dotted path, on the CPU, in the dtype of the file.
+
+    Nested dictionaries are flattened ("state_dict.model.norm.weight"); what is no tensor is left
+    out. Raises WeightsError for a file that is truncated, no checkpoint, or a pickle with code.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    tensors = dict(_flatten(read(path), ""))
+    if not tensors:
+        raise WeightsError(
+            f"{path} holds no tensors by name; expected a state dict, or a training checkpoint that"
+            " contains one"
+        )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is no whole safetensors file ({error}). Fetch or copy it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    if torch.__version__ < _SAFE_PICKLE:  # type: ignore[operator] # TorchVersion compares to tuples
+        raise WeightsError(
+            f"{path} is a pickle, and torch {torch.__version__} does not read those safely"
+            " (CVE-2025-32434, CVE-2026-24747). Upgrade torch to 2.10 or newer, or give the weights"
+            " as safetensors"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is a pickle that holds more than tensors and plain values, or is none at all:"
+            f" {_first_line(error)} Such code is never run. Save the bare state dict, best as"
+            " safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise WeightsError(
+            f"{path} is no whole torch checkpoint ({_first_line(error)}). Fetch or copy it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _flatten(node: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(node, Tensor):
+        yield path, node.detach()
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))

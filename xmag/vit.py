@@ -1,0 +1,263 @@
+"""The vision transformer: one module for every model that xmag loads, and no I/O.
+
+Covers DINOv2 S, B, L and g with and without registers, UNI2-h, and xmag-mini. Parameter names are
+those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens (class, registers,
+patches), D width, H heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
+from torch import Tensor, nn
+
+from xmag.errors import InputError
+
+PositionRule = Literal["offset", "size", "size_antialias"]
+Mlp = Literal["gelu", "swiglu"]
+
+_HISTORICAL_OFFSET = 0.1
+"""Added to the wanted grid before the division: DINOv2's guard against rounding, part of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """What defines the arithmetic of a ViT.
+
+    `hidden` is the inner width of the MLP (of each half for "swiglu"). The table of positions has
+    `position_grid` ** 2 rows, one more in front with `class_position`. `position_rule` says how it
+    is brought to another grid, always bicubic: "offset" by the scale factor (n + 0.1) / grid
+    (DINOv2's hub models without registers), "size" to n (Hugging Face's Dinov2Model),
+    "size_antialias" to n with antialiasing (DINOv2's models with registers, timm).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    mlp: Mlp = "gelu"
+    patch_px: int = 14
+    registers: int = 0
+    position_grid: int = 37
+    class_position: bool = True
+    position_rule: PositionRule = "offset"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid"):
+            if not (isinstance(value := getattr(self, name), int) and value > 0):
+                raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
+        if self.width % self.heads:
+            raise InputError(
+                f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"
+            )
+        for name, known in (("mlp", get_args(Mlp)), ("position_rule", get_args(PositionRule))):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"ViTConfig.{name} is {value!r}; expected one of {known}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ViTConfig":
+        """The ViTConfig with these fields; InputError where one is unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        missing = {"width", "depth", "heads", "hidden"} - set(values)
+        if missing or set(values) - known:
+            raise InputError(
+                f"a ViT config has unknown fields {sorted(set(values) - known)} and lacks"
+                f" {sorted(missing)}; expected some of {sorted(known)}"
+            )
+        return cls(**values)
+
+
+def _configs() -> dict[str, ViTConfig]:
+    dinov2 = {
+        "dinov2_vits14": ViTConfig(width=384, depth=12, heads=6, hidden=1536),
+        "dinov2_vitb14": ViTConfig(width=768, depth=12, heads=12, hidden=3072),
+        "dinov2_vitl14": ViTConfig(width=1024, depth=24, heads=16, hidden=4096),
+        "dinov2_vitg14": ViTConfig(width=1536, depth=40, heads=24, hidden=4096, mlp="swiglu"),
+    }
+    with_registers = {
+        f"{name}_reg": replace(config, registers=4, position_rule="size_antialias")
+        for name, config in dinov2.items()
+    }
+    uni2_h = replace(
+        dinov2["dinov2_vitg14"],
+        depth=24,
+        registers=8,
+        position_grid=16,
+        class_position=False,
+        position_rule="size_antialias",
+    )
+    mini = ViTConfig(width=192, depth=12, heads=3, hidden=768, position_grid=16)
+    return {**dinov2, **with_registers, "uni2_h": uni2_h, "xmag_mini": mini}
+
+
+CONFIGS: Mapping[str, ViTConfig] = MappingProxyType(_configs())
+"""The named configurations."""
+
+
+def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRule) -> Tensor:
+    """The position table (1, n * n, D) brought to `grid` (rows, columns): (1, rows * columns, D).
+
+    Bicubic in float32, by the rule that ViTConfig describes. "offset" is
+    `interpolate_pos_encoding` of facebookresearch/dinov2 with its interpolate_offset of 0.1.
+    """
+    side = round(table.shape[1] ** 0.5)
+    if grid == (side, side):
+        return table
+    square = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
+    if rule == "offset":
+        scale = tuple((n + _HISTORICAL_OFFSET) / side for n in grid)
+        resized = F.interpolate(square, scale_factor=scale, mode="bicubic")
+    else:
+        antialias = rule == "size_antialias"
+        resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
+    return resized.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.patch_px = config.patch_px
+        self.proj = nn.Conv2d(3, config.width, config.patch_px, config.patch_px)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # A matrix product and no convolution: on CUDA cuDNN would take TF32 for float32 unless a
+        # global flag is changed, and the product is faster.
+        p, (batch, channels, height, width) = self.patch_px, images.shape
+        x = images.reshape(batch, channels, height // p, p, width // p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 p p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, keep: int | None) -> Tensor:
+        batch, count, _ = x.shape
+        qkv = self.qkv(x).view(batch, count, 3, self.heads, -1)  # (B, T, 3, H, D / H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D / H)
+        x = F.scaled_dot_product_attention(q[:, :, :keep], k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.width,), 1e-5))
+
+
+class _GeluMlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class _SwiGluMlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(config.width, 2 * config.hidden)
+        self.w3 = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+
+
+class _Block(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = _Attention(config)
+        self.ls1 = _LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = _SwiGluMlp(config) if config.mlp == "swiglu" else _GeluMlp(config)
+        self.ls2 = _LayerScale(config)
+
+    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
+        # x + gamma * branch, in one pass over memory.
+        x = torch.addcmul(x[:, :keep], self.attn(self.norm1(x), keep), self.ls1.gamma)
+        return torch.addcmul(x, self.mlp(self.norm2(x)), self.ls2.gamma)
+
+
+class ViT(nn.Module):
+    """A vision transformer with the parameters that `config` describes."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows = config.position_grid**2 + config.class_position
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, config.width))
+        self.patch_embed = _PatchEmbed(config)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table for a grid of patches, (1, rows * columns [+ 1], D)."""
+        patches = self.pos_embed[:, int(self.config.class_position) :]
+        resized = interpolate_positions(patches, grid, self.config.position_rule)
+        if not self.config.class_position:
+            return resized
+        return torch.cat((self.pos_embed[:, :1], resized), dim=1)
+
+    def forward(
+        self, images: Tensor, positions: Tensor | None = None, *, keep: int | None = None
+    ) -> Tensor:
+        """The tokens after the final norm, (B, T, D): class token, registers, patches row by row.
+
+        `images` is (B, 3, height, width), normalised, its sides multiples of the patch. Whoever
+        calls often gives the `positions` of its grid, worked out once. With `keep` only the first
+        so many tokens come back, and the last block does not compute the others: the same values,
+        a twelfth block almost free where only the class token is wanted.
+        """
+        height, width = images.shape[2:]
+        p = self.config.patch_px
+        if height % p or width % p or images.shape[1] != 3:
+            raise InputError(
+                f"images are {tuple(images.shape)}; expected (B, 3, height, width) with sides that"
+                f" are multiples of {p}. Crop or resize them"
+            )
+        if positions is None:
+            positions = self.positions((height // p, width // p))
+        x = self._tokens(self.patch_embed(images), positions)
+        *front, last = self.blocks
+        for block in front:
+            x = block(x)
+        return self.norm(last(x, keep))  # type: ignore[no-any-return]
+
+    def _tokens(self, patches: Tensor, positions: Tensor) -> Tensor:
+        count = patches.shape[1]
+        parts = [self.cls_token, patches + positions[:, -count:]]
+        if self.config.class_position:
+            parts[0] = self.cls_token + positions[:, :1]
+        if self.config.registers:
+            parts.insert(1, self.register_tokens)  # registers have no position
+        return torch.cat([part.expand(patches.shape[0], -1, -1) for part in parts], dim=1)
+
+
+def empty_vit(config: ViTConfig) -> ViT:
+    """A ViT without storage (on the meta device), to be filled by load_state_dict(assign=True).
+
+    Draws no random numbers, so that loading a model leaves torch's generators as they were.
+    """
+    with torch.device("meta"):
+        return ViT(config)
