@@ -259,7 +259,7 @@ def _extract_and_send(path: Path, out: Path, send: object) -> None:
     encoder = xmag.load_model("xmag-mini", device="cpu")
     bag = xmag.extract_features(path, model=encoder)
     report = xmag.extract_cohort([path], out, model=encoder)
-    send.send((len(bag), [row.status for row in report]))  # type: ignore[attr-defined]
+    send.send((len(bag), [row.status for row in report]))
 
 
 def test_it_works_in_a_daemonic_process(slide_path: Path, tmp_path: Path) -> None:

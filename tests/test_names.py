@@ -78,7 +78,7 @@ def test_type_checkers_see_the_same_names() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'xmag' has no attribute 'load_modle'"):
-        _ = xmag.load_modle  # type: ignore[attr-defined]
+        _ = xmag.load_modle
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
