@@ -1,0 +1,128 @@
+"""The main job from end to end on one slide, with what a newcomer wants to see of it."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xmag import draw
+from xmag.bag import FeatureBag
+from xmag.demo.slide import write_demo_slide
+from xmag.encoder import load_model
+from xmag.errors import OutputError
+from xmag.extract import extract_features
+from xmag.files import atomic_path
+from xmag.plan import TilePlan, plan_tiles
+from xmag.slide import Slide
+from xmag.tissue import find_tissue
+
+_MODEL = "xmag-mini"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """What the demo did: the files it wrote, and a summary to print."""
+
+    slide: Path
+    features: Path
+    overlay: Path
+    feature_map: Path
+    summary: str
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    slide: str | os.PathLike[str] | None = None,
+    mpp: float | None = None,
+    progress: bool | None = None,
+) -> DemoResult:
+    """The features and two pictures of a slide, written into the folder `out`, and a summary.
+
+    The model is the one inside the package. Without `slide`, one that looks like tissue is written
+    to ``out/demo.svs`` first. `mpp` is the µm/px of level 0, where the slide's own is missing or
+    wrong. Raises OutputError where `out` cannot be written to, and what `extract_features` raises.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the folder {out} cannot be made: {error.strerror}; name another one"
+        ) from error
+    path = write_demo_slide(out / "demo.svs") if slide is None else Path(slide)
+    features, overlay, feature_map = (
+        out / f"{path.stem}{end}" for end in (".h5", "-overlay.png", "-features.png")
+    )
+    encoder = load_model(_MODEL)
+    with Slide(path, mpp=mpp) as opened:
+        start = time.perf_counter()
+        tissue = find_tissue(opened)
+        plan = plan_tiles(opened, encoder.tile_spec, tissue=tissue)
+        planned = time.perf_counter()
+        bag = extract_features(opened, model=encoder, plan=plan, progress=progress)
+        seconds = time.perf_counter() - planned
+        bag.save(features)
+        for picture, file in (
+            (draw.overlay(opened, tissue=tissue, plan=plan), overlay),
+            (draw.feature_map(opened, bag), feature_map),
+        ):
+            with atomic_path(file) as temporary:
+                picture.save(temporary, format="PNG", optimize=True)
+        lines = [
+            ("slide", f"{path}: {_slide_line(opened)}"),
+            ("tissue", f"{tissue.fraction:.0%} of the slide, found in {planned - start:.2f} s"),
+            ("tiles", _tiles_line(plan)),
+            ("features", f"{_features_line(bag)}, {seconds:.2f} s, {len(bag) / seconds:.0f}"
+                         f" tiles/s on {encoder.device.type}"),
+            ("model", _model_line(encoder.provenance)),
+            ("written", str(features)), ("", str(overlay)), ("", str(feature_map)),
+        ]  # fmt: skip
+    text = "\n".join(f"{label:<10}{value}" for label, value in lines)
+    summary = f"{text}\n\nNext, in Python:\n\n{_next_lines(path, mpp)}"
+    return DemoResult(
+        slide=path, features=features, overlay=overlay, feature_map=feature_map, summary=summary
+    )
+
+
+def _slide_line(slide: Slide) -> str:
+    width, height = slide.dimensions
+    return f"{slide.format}, {width:,} x {height:,} px, {slide.mpp:.4g} µm/px ({slide.mpp_source})"
+
+
+def _tiles_line(plan: TilePlan) -> str:
+    dropped = ", ".join(f"{len(v):,} {k}" for k, v in plan.dropped.items() if len(v))
+    side_um = plan.tiles.size_px * plan.tiles.mpp
+    scale = plan.scale
+    read = f"level {scale.level} at 1/{scale.reduction}" if scale.reduction > 1 else (
+        f"level {scale.level}"
+    )  # fmt: skip
+    return (
+        f"{len(plan):,} of {plan.tiles.size_px} px at {plan.tiles.mpp:.4g} µm/px ({side_um:.0f} µm)"
+        f" from {read}; dropped: {dropped or 'none'}"
+    )
+
+
+def _features_line(bag: FeatureBag) -> str:
+    return f"{bag.features.dtype} {bag.features.shape}"
+
+
+def _model_line(provenance: Mapping[str, Any]) -> str:
+    name = str(provenance["name"])
+    if provenance["trained"]:
+        return name
+    return (
+        f"{name}, an UNTRAINED stand-in: the numbers show that everything works, and mean"
+        " nothing; load_model() fetches the trained one"
+    )
+
+
+def _next_lines(path: Path, mpp: float | None) -> str:
+    scale = "" if mpp is None else f", mpp={mpp:g}"
+    return (
+        "    import xmag\n"
+        f'    bag = xmag.extract_features({str(path)!r}, model="{_MODEL}"{scale})\n'
+        "    bag.features.shape"
+    )

@@ -1,0 +1,299 @@
+"""Pictures of what was done to a slide: where tissue and tiles lie, what the embeddings see.
+
+Every function returns an image and writes nothing. Colours are those of Okabe and Ito, which
+remain apart for colour-blind readers; kept and dropped tiles also differ in the line's weight.
+"""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from xmag.bag import FeatureBag
+from xmag.errors import BagError, InputError
+from xmag.plan import TilePlan
+from xmag.slide import Slide
+from xmag.tissue import TissueMask
+
+_RGB = tuple[int, int, int]
+_Box = tuple[int, int, int, int]
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_TISSUE: _RGB = (230, 159, 0)
+_KEPT: _RGB = (0, 90, 160)
+_DROPPED: dict[str, tuple[str, _RGB]] = {
+    "tissue": ("too little tissue", (170, 170, 170)),
+    "border": ("over the border", (213, 94, 0)),
+    "roi": ("outside the region of interest", (204, 121, 167)),
+}
+_INK: _RGB = (34, 34, 34)
+_FAINT: _RGB = (105, 105, 105)
+
+_RGB_OF_XYZ = np.array(
+    [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+)
+"""CIE XYZ (D65) to linear sRGB: IEC 61966-2-1."""
+
+_LEAST_WIDTH_PX = 560
+"""Narrower pictures are padded to this, so that what is written below them fits."""
+_SMALLEST_OUTLINED_PX = 5
+"""Tiles that look smaller than this are tinted only: outlines would hide everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Key:
+    """One entry of a legend: a square of this look, and what it means.
+
+    With a `second_fill`, that is the look of its right half.
+    """
+
+    text: str
+    line: _RGB
+    fill: _RGB | None = None
+    second_fill: _RGB | None = None
+    thick: bool = True
+
+
+def overlay(
+    slide: Slide,
+    *,
+    tissue: TissueMask | None = None,
+    plan: TilePlan | None = None,
+    max_px: int = 1600,
+) -> Image.Image:
+    """The slide's thumbnail with the outline of its tissue and its tiles, as an RGB image.
+
+    The thumbnail is at most `max_px` on its longer side and begins at the image's top-left
+    corner; below it stand the slide's name, a scale bar (where the scale is known) and a legend.
+    Tiles of the plan have a blue outline, cells that it dropped a thin one, by reason. The tissue
+    is outlined in orange; the line lies inside of it.
+    """
+    picture = slide.thumbnail(max_px=max_px).convert("RGB")
+    keys: list[_Key] = []
+    if plan is not None:
+        keys += _draw_plan(picture, plan, picture.width / slide.dimensions[0])
+    if tissue is not None:
+        _draw_outline(picture, tissue)
+        keys.insert(0, _Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
+    return _framed(picture, slide, keys)
+
+
+def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
+    """The slide in grey with each tile coloured by its embedding, as an RGB image.
+
+    Tiles of similar colour have similar embeddings: the first principal component of the bag's
+    features runs from blue to yellow, the second from dark to light, the third from green to
+    magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
+    percentile. The colours of two slides cannot be compared. Raises BagError where the bag does
+    not say how large its tiles are, and InputError where it belongs to another canvas.
+    """
+    if bag.tiles is None:
+        raise BagError(
+            "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
+            " drawn; use one that extract_features made"
+        )
+    if tuple(bag.tiles.level0_size) != tuple(slide.dimensions):
+        raise InputError(
+            f"the bag was made on a canvas of {bag.tiles.level0_size} px, but {slide.name!r} has"
+            f" {slide.dimensions} px; give the slide that the bag was made from"
+        )
+    picture = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.2)
+    scores, shares = _principal_components(np.asarray(bag.features, np.float64))
+    painted = picture.copy()
+    draw = ImageDraw.Draw(painted)
+    per_level0 = picture.width / slide.dimensions[0]
+    for corner, colour in zip(bag.coords, _component_colours(scores), strict=True):
+        draw.rectangle(_box(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist()))
+    keys = []
+    for component, share in enumerate(shares if len(bag) else ()):
+        ends = np.zeros((2, 3))
+        ends[:, component] = -1, 1
+        low, high = (tuple(c) for c in _component_colours(ends).tolist())
+        text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
+        keys.append(_Key(text=text, line=_FAINT, fill=low, second_fill=high, thick=False))
+    return _framed(Image.blend(picture, painted, 0.7), slide, keys)
+
+
+def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[_Key]:
+    """Draws the cells of the grid onto the picture; returns their legend."""
+    side = plan.tiles.size_level0
+    kept = [_box(corner, side, per_level0) for corner in plan.coords]
+    tint = picture.copy()
+    for box in kept:
+        ImageDraw.Draw(tint).rectangle(box, fill=_KEPT)
+    picture.paste(Image.blend(picture, tint, 0.09))
+    draw = ImageDraw.Draw(picture)
+    outlined = side * per_level0 >= _SMALLEST_OUTLINED_PX
+    keys = []
+    for reason, corners in plan.dropped.items():
+        if not len(corners):
+            continue
+        text, line = _DROPPED[reason]
+        for corner in corners if outlined else ():
+            draw.rectangle(_box(corner, side, per_level0), outline=line)
+        keys.append(_Key(text=f"{len(corners):,} {text}", line=line, thick=False))
+    weight = 2 if side * per_level0 >= 4 * _SMALLEST_OUTLINED_PX else 1
+    for box in kept if outlined else ():
+        draw.rectangle(box, outline=_KEPT, width=weight)
+    fill = (215, 225, 240)
+    tiles = "tile" if len(plan) == 1 else "tiles"
+    return [_Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
+
+
+def _draw_outline(picture: Image.Image, tissue: TissueMask) -> None:
+    """Draws the border of the mask, 3 px wide and inside of it."""
+    mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
+    mask = mask.resize(picture.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    inner = np.asarray(mask.filter(ImageFilter.MinFilter(7)))
+    picture.paste(_TISSUE, mask=Image.fromarray(np.asarray(mask) - inner))
+
+
+def _box(corner: NDArray[np.int64], side: int, per_level0: float) -> _Box:
+    """The first and last px (left, top, right, bottom) of a tile on the picture."""
+    x, y = (int(v) for v in corner)
+    left, top = round(x * per_level0), round(y * per_level0)
+    right, bottom = round((x + side) * per_level0) - 1, round((y + side) * per_level0) - 1
+    return left, top, max(left, right), max(top, bottom)
+
+
+def _principal_components(
+    features: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N, 3) scores of the first three components in [-1, 1]; (3,) shares of the variance."""
+    if len(features) == 0:
+        return np.zeros((0, 3)), np.zeros(3)
+    centred = features - features.mean(0)
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    variances, axes = variances[::-1][:3].clip(0), axes[:, ::-1][:, :3]
+    # The sign of a component is arbitrary: without a rule, a picture could change with the CPU.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    scores = centred @ axes
+    low, high = np.percentile(scores, (2, 98), axis=0)
+    varies = high - low > 1e-9
+    unit = 2 * (scores - low) / np.where(varies, high - low, 1) - 1
+    scores = np.where(varies, unit.clip(-1, 1), 0)
+    missing = 3 - scores.shape[1]
+    total = max(float((centred**2).sum()), 1e-300)
+    return np.pad(scores, ((0, 0), (0, missing))), np.pad(variances, (0, missing)) / total
+
+
+def _component_colours(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """uint8 (N, 3) sRGB of (N, 3) scores: CIELAB's b, L and a (D65; IEC 61966-2-1)."""
+    blue_yellow, lightness, green_magenta = scores.T
+    y = (65 + 20 * lightness + 16) / 116
+    f = np.stack([y + 45 * green_magenta / 500, y, y - 55 * blue_yellow / 200], axis=1)
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    linear = (xyz * (0.95047, 1.0, 1.08883)) @ _RGB_OF_XYZ.T
+    linear = linear.clip(0, 1)
+    srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    return np.asarray(np.rint(srgb * 255), np.uint8)
+
+
+def _framed(picture: Image.Image, slide: Slide, keys: Sequence[_Key]) -> Image.Image:
+    """The picture above a strip with the slide's name and scale, a scale bar and the legend."""
+    width = max(picture.width, _LEAST_WIDTH_PX)
+    text_px = max(13, round(width / 80))
+    font = ImageFont.load_default(text_px)
+    margin, line_px = text_px, round(1.9 * text_px)
+    scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
+    title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
+    bar_um, bar_px = _scale_bar(slide, picture.width)
+    places, lines = _place_keys(keys, font, width - 2 * margin, first=bar_px + 5 * text_px)
+    height = picture.height + margin + line_px * (1 + lines)
+    page = Image.new("RGB", (width, height), "white")
+    page.paste(picture)
+    draw = ImageDraw.Draw(page)
+    y = picture.height + margin // 2 + line_px // 2
+    room = width - 3 * margin - font.getlength(title)
+    draw.text((margin, y), _shortened(_plain(slide.name), font, room), _INK, font, anchor="lm")
+    draw.text((width - margin, y), title, _FAINT, font, anchor="rm")
+    y += line_px
+    if bar_px:
+        _draw_bar(draw, (margin, y), bar_px, f"{bar_um / 1000:g} mm" if bar_um >= 1000
+                  else f"{bar_um:g} um", font)  # fmt: skip
+    for key, (x, line) in zip(keys, places, strict=True):
+        _draw_key(draw, key, (margin + x, y + line * line_px), font)
+    return page
+
+
+def _scale_bar(slide: Slide, width_px: int) -> tuple[float, int]:
+    """The round length in µm that fills up to a fifth of the picture, and its px; 0 without mpp."""
+    if slide.mpp is None:
+        return 0.0, 0
+    um_per_px = slide.mpp * slide.dimensions[0] / width_px
+    longest = um_per_px * width_px / 5
+    decade = 10.0 ** math.floor(math.log10(longest))
+    length_um = max(step * decade for step in (1, 2, 5) if step * decade <= longest)
+    return length_um, round(length_um / um_per_px)
+
+
+def _draw_bar(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    length_px: int,
+    text: str,
+    font: _Font,
+) -> None:
+    """A bar of `length_px`, centred on the line, with its length written behind it."""
+    x, y = place
+    draw.rectangle((x, y - 2, x + length_px - 1, y + 1), fill=_INK)
+    for end in (x, x + length_px - 2):
+        draw.rectangle((end, y - 6, end + 1, y + 5), fill=_INK)
+    draw.text((x + length_px + 8, y), text, _INK, font, anchor="lm")
+
+
+def _place_keys(
+    keys: Sequence[_Key],
+    font: _Font,
+    room_px: int,
+    *,
+    first: int,
+) -> tuple[list[tuple[int, int]], int]:
+    """Where each entry begins, as px from the left and line, and the number of lines."""
+    places, x, line = [], first, 0
+    for key in keys:
+        length = round(font.getlength(f"mm {key.text}   "))
+        if x + length > room_px and x > 0:
+            x, line = 0, line + 1
+        places.append((x, line))
+        x += length
+    return places, line + 1
+
+
+def _draw_key(
+    draw: ImageDraw.ImageDraw,
+    key: _Key,
+    place: tuple[int, int],
+    font: _Font,
+) -> None:
+    """A square in the entry's look, and its text."""
+    x, y = place
+    half = round(font.getlength("m") * 0.45)
+    square = (x, y - half, x + 2 * half, y + half)
+    draw.rectangle(square, fill=key.fill)
+    if key.second_fill is not None:
+        draw.rectangle((x + half, y - half, x + 2 * half, y + half), fill=key.second_fill)
+    draw.rectangle(square, outline=key.line, width=2 if key.thick else 1)
+    draw.text((x + 2 * half + font.getlength(" ") * 1.5, y), key.text, _INK, font, anchor="lm")
+
+
+def _shortened(name: str, font: _Font, room_px: float) -> str:
+    """The name, its middle left out as far as it has to be to fit."""
+    keep = len(name)
+    short = name
+    while keep > 8 and font.getlength(short) > room_px:
+        keep -= 1
+        short = f"{name[: keep // 2]}...{name[-(keep - keep // 2) :]}"
+    return short
+
+
+def _plain(text: str) -> str:
+    """The text in ASCII: the font that comes with Pillow has neither µ nor letters with accents."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
+    return kept.encode("ascii", "replace").decode("ascii")
