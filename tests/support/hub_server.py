@@ -52,10 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:  # noqa: N802 (http.server's name)
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
         listing = re.fullmatch(
             r"/api/models/([^/]+/[^/]+)(?:/revision/([^/?]+))?(\?.*)?", self.path
@@ -128,5 +128,5 @@ class _Handler(BaseHTTPRequestHandler):
             headers["X-Repo-Commit"] = self.hub.commit
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (http.server's name)
+    def log_message(self, format: str, *args: Any) -> None:
         """Requests are in `hub.requests`; nothing is printed."""
