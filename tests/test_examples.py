@@ -3,9 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.slides import write_svs
 
 import xmag
+from xmag.demo.slide import write_demo_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def slide_path(tmp_path: Path) -> Path:
     (tmp_path / "slides").mkdir()
-    return write_svs(tmp_path / "slides" / "a.svs")
+    return write_demo_slide(tmp_path / "slides" / "a.svs", size=(5400, 4500))
 
 
 def _run(script: str, *arguments: Path) -> str:

@@ -16,9 +16,9 @@ import nbformat
 import numpy as np
 import pytest
 from support.programs import run_program
-from support.slides import write_svs
 
 import xmag
+from xmag.demo.slide import write_demo_slide
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
 
@@ -87,7 +87,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_svs(tmp_path_factory.mktemp("guest") / "slide.svs")
+    return write_demo_slide(tmp_path_factory.mktemp("guest") / "slide.svs", size=(5400, 4500))
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.slides import write_svs
 
 import xmag
+from xmag.demo.slide import write_demo_slide
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ def _blocks(language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "slides").mkdir()
-    write_svs(tmp_path / "slide.svs")
+    write_demo_slide(tmp_path / "slide.svs", size=(5400, 4500))
     shutil.copy(tmp_path / "slide.svs", tmp_path / "slides" / "a.svs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
