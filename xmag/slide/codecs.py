@@ -117,9 +117,8 @@ class _JpegDecoder:
         with a JFIF marker, for YCbCr.
         """
         if self._header is not None:
-            data = self._header + data
-            if not data.endswith(b"\xff\xd9"):
-                data += b"\xff\xd9"
+            # The stretch ends with a restart marker, or with the end of the image.
+            data = self._header + data[:-2] + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
             raise DamagedSlideError("its bytes do not begin like a JPEG")
         start = 2
@@ -193,13 +192,20 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 def _jpeg2000(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     def decode(data: bytes) -> NDArray[Any]:
-        # OpenJPEG may leave what a cut stream lacks grey; a whole one ends with this marker.
-        if b"\xff\xd9" not in data[-16:]:
-            raise DamagedSlideError("its JPEG 2000 stream is truncated")
+        # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
+        if not data.startswith(b"\xff\x4f\xff\x51") or b"\xff\xd9" not in data[-16:]:
+            raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
         array = imagecodecs.jpeg2k_decode(data)
-        return _ycbcr_to_rgb(array) if coding.compression == APERIO_J2K_YCBCR else array
+        # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
+        ycbcr = coding.compression == APERIO_J2K_YCBCR and not _is_subsampled(data)
+        return _ycbcr_to_rgb(array) if ycbcr else array
 
     return decode
+
+
+def _is_subsampled(stream: bytes) -> bool:
+    """Whether the second component has fewer samples than the image (XRsiz, YRsiz in SIZ)."""
+    return stream[46:48] != b"\x01\x01"
 
 
 def _ycbcr_to_rgb(ycbcr: NDArray[Any]) -> Pixels:

@@ -4,8 +4,9 @@ A layout names the pages of one pyramid and where they lie on the canvas. Labels
 thumbnails are never among them.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tifffile import TiffPage
 
@@ -15,20 +16,29 @@ from xmag.slide.reader import ScaleMetadata
 
 _REDUCED = 1
 _MACRO = 8
+_XMP_TAG = 700
+_NDPI_SOURCE_LENS_TAG = 65421
+_ASSOCIATED = ("label", "macro", "overview", "thumbnail")
+"""What the names of images in OME-TIFF begin with that are not the scan."""
+
 _Pages = Sequence[TiffPage]
+
+
+class StitchedSlideError(UnsupportedSlideError):
+    """The tiles of the slide overlap or are scattered: a case for OpenSlide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLevel:
     """A page as a level: `size` of the canvas and `origin` of the page on it, in px of the level.
 
-    `stored_size` is the part of the page that holds the image, where the page is padded.
+    `downsample` is None where the sizes tell it.
     """
 
     page: TiffPage
     size: tuple[int, int]
     origin: tuple[int, int] = (0, 0)
-    stored_size: tuple[int, int] | None = None
+    downsample: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,28 +65,17 @@ def choose(names: Sequence[str], region: int | None) -> int:
     """The index of the scan to read; InputError, listing `names`, where that is not clear."""
     if region is None and len(names) == 1:
         return 0
-    listing = ", ".join(f"region={i}: {name}" for i, name in enumerate(names))
+    listing = ", ".join(f"region={i} ({name})" for i, name in enumerate(names))
     if region is None:
-        raise InputError(f"the file holds {len(names)} scans; choose one with {listing}")
+        raise InputError(f"the file holds {len(names)} scans; choose one of {listing}")
     if not 0 <= region < len(names):
         raise InputError(f"region={region!r} is not in the file; it holds {listing}")
     return region
 
 
-def _page_size(page: TiffPage) -> tuple[int, int]:
+def page_size(page: TiffPage) -> tuple[int, int]:
+    """(width, height) of a page."""
     return page.imagewidth, page.imagelength
-
-
-def _whole(page: TiffPage) -> PageLevel:
-    return PageLevel(page=page, size=_page_size(page))
-
-
-def _is_scaled(base: TiffPage, page: TiffPage) -> bool:
-    """Whether `page` has the size of `base` divided by a whole number above 1."""
-    return (
-        page.imagewidth < base.imagewidth
-        and whole_factor(_page_size(base), _page_size(page)) is not None
-    )
 
 
 def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
@@ -86,14 +85,27 @@ def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
     return k if fits else None
 
 
+def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
+    """Pages that are levels just as they are."""
+    return tuple(PageLevel(page=page, size=page_size(page)) for page in pages)
+
+
+def _name(page: TiffPage) -> str:
+    return f"{page.imagewidth}x{page.imagelength} px"
+
+
 def _refuse_planes(base: TiffPage, others: _Pages) -> None:
     """Raise UnsupportedSlideError where pages as large as `base` make a z-stack of it."""
-    same = sum(_page_size(page) == _page_size(base) for page in others)
+    same = sum(page_size(page) == page_size(base) for page in others)
     if same:
-        raise UnsupportedSlideError(
-            f"the file holds {same + 1} images of {base.imagewidth}x{base.imagelength} px: a"
-            " z-stack or time series, which xmag does not read; export one focal plane"
-        )
+        raise _stack(f"{same + 1} images of {_name(base)}")
+
+
+def _stack(what: str) -> UnsupportedSlideError:
+    return UnsupportedSlideError(
+        f"the file holds {what}: a z-stack, time series or fluorescence channels, which xmag does"
+        " not read. Export one focal plane of a brightfield scan"
+    )
 
 
 def _is_aperio(page: TiffPage) -> bool:
@@ -103,35 +115,166 @@ def _is_aperio(page: TiffPage) -> bool:
 def _aperio(pages: _Pages, region: int | None) -> TiffLayout:
     tiled = [page for page in pages if page.is_tiled]
     if not tiled or tiled[0] is not pages[0]:
-        raise UnsupportedSlideError("the Aperio file begins with a page without tiles")
+        raise UnsupportedSlideError("the first page of the Aperio file has no tiles")
     _refuse_planes(tiled[0], tiled[1:])
-    choose(["the scan"], region)
+    choose([_name(tiled[0])], region)
+    scale = metadata.aperio_scale(pages[0].description)
+    return TiffLayout(format="aperio", levels=_whole(tiled), metadata=scale)
+
+
+def _is_philips(page: TiffPage) -> bool:
+    return page.software.startswith("Philips") and "DPUfsImport" in page.description
+
+
+def _philips(pages: _Pages, region: int | None) -> TiffLayout:
+    """Levels are padded to whole tiles; their true sizes follow from the px spacings."""
+    tiled = [page for page in pages if page.is_tiled]
+    spacings = metadata.philips_spacings(pages[0].description)
+    if not tiled or len(spacings) != len(tiled):
+        raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
+    choose([_name(tiled[0])], region)
+    width, height = page_size(tiled[0])
+    levels = []
+    for page, spacing in zip(tiled, spacings, strict=True):
+        k = round(sum(fine / base for fine, base in zip(spacing, spacings[0], strict=True)) / 2)
+        size = (width // k, height // k)
+        levels.append(PageLevel(page=page, size=size, downsample=float(k)))
+    scale = ScaleMetadata(mpp=spacings[0], mpp_source="Philips DICOM_PIXEL_SPACING")
+    return TiffLayout(format="philips", levels=tuple(levels), metadata=scale)
+
+
+def _is_leica(page: TiffPage) -> bool:
+    return "http://www.leica-microsystems.com/scn/" in page.description
+
+
+def _leica(pages: _Pages, region: int | None) -> TiffLayout:
+    """Scans lie on one canvas, the whole slide, in the coordinates that OpenSlide uses."""
+    collection = metadata.leica_collection(pages[0].description)
+    scans = [scan for scan in collection.scans if scan.illumination == "brightfield"]
+    if not scans:
+        raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
+    names = [f"{scan.levels[0][0]}x{scan.levels[0][1]} px" for scan in scans]
+    scan = scans[choose(names, region)]
+    if scan.planes > 1:
+        raise _stack(f"{scan.planes} planes of each level")
+    levels = []
+    for number, (_, _, page) in enumerate(scan.levels):
+        # OpenSlide puts all scans on the canvas at the scale of the finest.
+        nm = min(s.size_nm[0] / s.levels[number][0] for s in scans if number < len(s.levels))
+        levels.append(
+            PageLevel(
+                page=pages[page],
+                size=(math.ceil(collection.size_nm[0] / nm), math.ceil(collection.size_nm[1] / nm)),
+                origin=(int(scan.offset_nm[0] / nm), int(scan.offset_nm[1] / nm)),
+            )
+        )
+    x, y = (scan.size_nm[i] / scan.levels[0][i] / 1e3 for i in (0, 1))
+    scale = ScaleMetadata(mpp=(x, y), mpp_source="Leica view size", objective_power=scan.power)
+    return TiffLayout(format="leica", levels=tuple(levels), metadata=scale)
+
+
+def _is_ventana(page: TiffPage) -> bool:
+    return "<iScan" in _xmp(page)
+
+
+def _xmp(page: TiffPage) -> str:
+    value = page.tags.valueof(_XMP_TAG, default="")
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
+    levels = [page for page in pages if "level=" in page.description]
+    if not levels:
+        raise UnsupportedSlideError("the Ventana file holds no page that is called a level")
+    encoding = _xmp(levels[0])
+    if "EncodeInfo" in encoding and metadata.ventana_is_stitched(encoding):
+        raise StitchedSlideError("its tiles overlap or are scattered")
+    _refuse_planes(levels[0], levels[1:])
+    choose([_name(levels[0])], region)
+    scale = metadata.ventana_scale(_xmp(pages[0]))
+    return TiffLayout(format="ventana", levels=_whole(levels), metadata=scale)
+
+
+def _is_hamamatsu(page: TiffPage) -> bool:
+    return _NDPI_SOURCE_LENS_TAG in page.tags
+
+
+def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
+    """Pages taken through a lens are levels; the macro and the focus map have a negative one."""
+    levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
+    if not levels:
+        raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
+    _refuse_planes(levels[0], levels[1:])
+    choose([_name(levels[0])], region)
+    power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
     return TiffLayout(
-        format="aperio",
-        levels=tuple(_whole(page) for page in tiled),
-        metadata=metadata.aperio_scale(pages[0].description),
+        format="hamamatsu",
+        levels=_whole(levels),
+        metadata=replace(_resolution(levels[0]), objective_power=power),
     )
 
 
+def _is_ome(page: TiffPage) -> bool:
+    return page.description.rstrip().endswith("OME>")
+
+
+def _ome(pages: _Pages, region: int | None) -> TiffLayout:
+    images = [
+        image
+        for image in metadata.ome_images(pages[0].description)
+        if not image.name.lower().startswith(_ASSOCIATED)
+    ]
+    if not images or len({image.file for image in images}) > 1:
+        raise UnsupportedSlideError(
+            "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
+            " OME-TIFF that is one file"
+        )
+    names = [f"{image.name}, {_name(pages[image.page])}" for image in images]
+    image = images[choose(names, region)]
+    if image.planes > 1:
+        raise _stack(f"{image.planes} planes of {image.name!r}")
+    base = pages[image.page]
+    scale = image.scale if image.scale.mpp else _resolution(base)
+    return TiffLayout(
+        format="ome-tiff",
+        levels=_whole([base, *_sub_pages(base)]),
+        metadata=replace(scale, objective_power=image.scale.objective_power),
+    )
+
+
+def _sub_pages(page: TiffPage) -> list[TiffPage]:
+    """The pages that `page` lists as its own reduced versions."""
+    return [sub for sub in page.pages or () if isinstance(sub, TiffPage)]
+
+
+def _is_trestle(page: TiffPage) -> bool:
+    return page.software.startswith("MedScan")
+
+
+def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
+    raise StitchedSlideError(f"the tiles of its {len(pages)} pages overlap")
+
+
 def _generic(pages: _Pages, region: int | None) -> TiffLayout:
-    """Scans are pages that are not reduced; the pages that follow one, scaled, are its levels."""
+    """Scans are pages that are not reduced; the smaller pages that follow one are its levels."""
     scans: list[list[TiffPage]] = []
     for page in pages:
-        if scans and _is_scaled(scans[-1][0], page) and page.is_tiled:
+        if page.is_tiled and scans and _is_level_of(scans[-1][-1], page):
             scans[-1].append(page)
         elif not page.subfiletype & (_REDUCED | _MACRO) and (page.is_tiled or not scans):
-            scans.append([page])
+            scans.append([page, *_sub_pages(page)])
     if not scans:
         raise UnsupportedSlideError("the TIFF holds only reduced images, and no full one")
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-        scan.extend(page for page in scan[0].pages or () if isinstance(page, TiffPage))
-    names = [f"{scan[0].imagewidth}x{scan[0].imagelength} px" for scan in scans]
-    chosen = scans[choose(names, region)]
-    return TiffLayout(
-        format="tiff",
-        levels=tuple(_whole(page) for page in chosen),
-        metadata=_resolution(chosen[0]),
+    chosen = scans[choose([_name(scan[0]) for scan in scans], region)]
+    return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
+
+
+def _is_level_of(finer: TiffPage, page: TiffPage) -> bool:
+    """Whether `page` is `finer` divided by a whole number above 1."""
+    return page.imagewidth < finer.imagewidth and (
+        whole_factor(page_size(finer), page_size(page)) is not None
     )
 
 
@@ -141,6 +284,14 @@ def _resolution(page: TiffPage) -> ScaleMetadata:
     return metadata.resolution_scale(x, y, int(page.resolutionunit))
 
 
-_LAYOUTS: tuple[
-    tuple[Callable[[TiffPage], bool], Callable[[_Pages, int | None], TiffLayout]], ...
-] = ((_is_aperio, _aperio),)
+_Layout = Callable[[_Pages, int | None], TiffLayout]
+
+_LAYOUTS: tuple[tuple[Callable[[TiffPage], bool], _Layout], ...] = (
+    (_is_aperio, _aperio),
+    (_is_philips, _philips),
+    (_is_leica, _leica),
+    (_is_ventana, _ventana),
+    (_is_hamamatsu, _hamamatsu),
+    (_is_ome, _ome),
+    (_is_trestle, _trestle),
+)

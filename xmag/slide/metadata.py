@@ -1,8 +1,17 @@
-"""What scanners write about scale into their files, read from the text alone: no I/O here."""
+"""What scanners write into their files, read from the text alone: no I/O here.
+
+Functions raise ValueError, KeyError or ElementTree's ParseError where a text is not what its
+vendor writes; the TIFF reader turns them into DamagedSlideError.
+"""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from xml.etree import ElementTree
 
 from xmag.slide.reader import ScaleMetadata
+
+_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 def aperio_scale(description: str) -> ScaleMetadata:
@@ -23,6 +32,177 @@ def resolution_scale(x: float, y: float, unit: int) -> ScaleMetadata:
     if um is None or x <= 0 or y <= 0:
         return ScaleMetadata()
     return ScaleMetadata(mpp=(um / x, um / y), mpp_source="TIFF resolution")
+
+
+def philips_spacings(description: str) -> list[tuple[float, float]]:
+    """(x, y) µm/px of each level of a Philips slide, finest first.
+
+    The XML holds them in mm, as text like `"0.000250" "0.000250"`, the row spacing (y) first.
+    """
+    spacings = []
+    for level in _children(ElementTree.fromstring(description), "DataObject", deep=True):
+        if level.get("ObjectType") != "PixelDataRepresentation":
+            continue
+        for attribute in _children(level, "Attribute"):
+            if attribute.get("Name") == "DICOM_PIXEL_SPACING":
+                y, x = (
+                    float(part) * 1e3 for part in (attribute.text or "").replace('"', " ").split()
+                )
+                spacings.append((x, y))
+    return spacings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeicaScan:
+    """One image of a Leica collection: its place in nm, and (width, height, page) of its levels."""
+
+    offset_nm: tuple[int, int]
+    size_nm: tuple[int, int]
+    levels: tuple[tuple[int, int, int], ...]
+    planes: int
+    illumination: str
+    power: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeicaCollection:
+    """The slide as Leica has it: its size in nm and the scans on it, macro images left out."""
+
+    size_nm: tuple[int, int]
+    scans: tuple[LeicaScan, ...]
+
+
+def leica_collection(description: str) -> LeicaCollection:
+    """What the XML of a Leica SCN file says."""
+    root = ElementTree.fromstring(description)
+    collection = next(_children(root, "collection"))
+    whole = _int_pair(collection, "sizeX", "sizeY")
+    scans = (_leica_scan(image) for image in _children(collection, "image"))
+    return LeicaCollection(
+        size_nm=whole,
+        scans=tuple(s for s in scans if (s.offset_nm, s.size_nm) != ((0, 0), whole)),
+    )
+
+
+def _leica_scan(image: ElementTree.Element) -> LeicaScan:
+    view = next(_children(image, "view"))
+    dimensions = list(_children(image, "dimension", deep=True))
+    levels = [
+        (int(d.attrib["sizeX"]), int(d.attrib["sizeY"]), int(d.attrib["ifd"]))
+        for d in dimensions
+        if d.get("z", "0") == "0" and d.get("c", "0") == "0"
+    ]
+    return LeicaScan(
+        offset_nm=_int_pair(view, "offsetX", "offsetY"),
+        size_nm=_int_pair(view, "sizeX", "sizeY"),
+        levels=tuple(sorted(levels, reverse=True)),
+        planes=len({(d.get("z"), d.get("c")) for d in dimensions}),
+        illumination=_text(image, "illuminationSource"),
+        power=_number(_text(image, "objective")),
+    )
+
+
+def ventana_scale(xml: str) -> ScaleMetadata:
+    """The scale in the `iScan` element of a Ventana slide."""
+    root = ElementTree.fromstring(xml)
+    iscan = root if _local(root) == "iScan" else next(_children(root, "iScan"))
+    mpp = _number(iscan.get("ScanRes"))
+    return ScaleMetadata(
+        mpp=None if mpp is None else (mpp, mpp),
+        mpp_source="" if mpp is None else "Ventana ScanRes",
+        objective_power=_number(iscan.get("Magnification")),
+    )
+
+
+def ventana_is_stitched(xml: str) -> bool:
+    """Whether the tiles of a Ventana slide overlap, or lie elsewhere than on one regular grid."""
+    root = ElementTree.fromstring(xml)
+    joints = _children(root, "TileJointInfo", deep=True)
+    if any(float(joint.get(f"Overlap{axis}", 0)) for joint in joints for axis in "XY"):
+        return True
+    areas = [a for a in _children(root, "ImageInfo", deep=True) if a.get("AOIScanned") != "0"]
+    return len(areas) > 1 or any(float(areas[0].get(f"Pos-{axis}", 0)) for axis in "XY")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmeImage:
+    """One image of an OME-TIFF: its name, where its pixels are, and what the XML says of them."""
+
+    name: str
+    page: int
+    planes: int
+    file: str | None
+    scale: ScaleMetadata
+
+
+def ome_images(description: str) -> list[OmeImage]:
+    """The images that an OME-XML lists."""
+    root = ElementTree.fromstring(description)
+    powers = {
+        objective.get("ID"): _number(objective.get("NominalMagnification"))
+        for objective in _children(root, "Objective", deep=True)
+    }
+    images: list[OmeImage] = []
+    following = 0
+    for image in _children(root, "Image"):
+        pixels = next(_children(image, "Pixels"))
+        data = list(_children(pixels, "TiffData"))
+        samples = max(
+            (int(c.get("SamplesPerPixel", 1)) for c in _children(pixels, "Channel")), default=1
+        )
+        depth = int(pixels.get("SizeZ", 1)) * int(pixels.get("SizeT", 1))
+        planes = depth * -(-int(pixels.get("SizeC", 1)) // samples)
+        page = int(data[0].get("IFD", following)) if data else following
+        following = page + planes
+        settings = next(_children(image, "ObjectiveSettings"), None)
+        images.append(
+            OmeImage(
+                name=image.get("Name") or image.get("ID") or f"image {len(images)}",
+                page=page,
+                planes=planes,
+                file=next(
+                    (uuid.get("FileName") for d in data for uuid in _children(d, "UUID")), None
+                ),
+                scale=_ome_scale(
+                    pixels, None if settings is None else powers.get(settings.get("ID"))
+                ),
+            )
+        )
+    return images
+
+
+def _ome_scale(pixels: ElementTree.Element, power: float | None) -> ScaleMetadata:
+    """The physical size of pixels; in µm where no unit is named, as the OME schema has it."""
+    sizes = []
+    for axis in "XY":
+        size = _number(pixels.get(f"PhysicalSize{axis}"))
+        um = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        if size is None or um is None:
+            return ScaleMetadata(objective_power=power)
+        sizes.append(size * um)
+    return ScaleMetadata(
+        mpp=(sizes[0], sizes[1]), mpp_source="OME PhysicalSize", objective_power=power
+    )
+
+
+def _children(
+    element: ElementTree.Element, name: str, *, deep: bool = False
+) -> Iterator[ElementTree.Element]:
+    """The elements called `name`, in whatever namespace, below `element`."""
+    return (child for child in (element.iter() if deep else element) if _local(child) == name)
+
+
+def _local(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _text(element: ElementTree.Element, name: str) -> str:
+    """The text of the first element called `name` below `element`; "" where there is none."""
+    return next((child.text or "" for child in _children(element, name, deep=True)), "").strip()
+
+
+def _int_pair(element: ElementTree.Element, x: str, y: str) -> tuple[int, int]:
+    return int(element.attrib[x]), int(element.attrib[y])
 
 
 def _number(text: str | None) -> float | None:

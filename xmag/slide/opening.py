@@ -2,26 +2,50 @@
 
 from pathlib import Path
 
-from xmag.errors import DamagedSlideError, SlideError, UnsupportedSlideError
+from xmag.errors import DamagedSlideError, MissingExtraError, SlideError, UnsupportedSlideError
+from xmag.slide import openslide
+from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
+from xmag.slide.layouts import StitchedSlideError
+from xmag.slide.openslide import OpenSlideReader
 from xmag.slide.reader import SlideReader
 from xmag.slide.tiff import TiffReader
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DICOM_MAGIC_AT_128 = b"DICM"
 
 
 def open_reader(path: Path, region: int | None) -> SlideReader:
-    """The reader for the slide at `path`; SlideError where there is none."""
-    magic = _first_bytes(path)
-    if magic.startswith(_TIFF_MAGIC):
-        return TiffReader(path, region=region)
-    raise UnsupportedSlideError(f"{path.name} is not a slide that xmag knows")
+    """The reader for the slide at `path`.
+
+    Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
+    but is not installed, InputError for a wrong `region`.
+    """
+    head = _first_bytes(path)
+    if head.startswith(_TIFF_MAGIC):
+        try:
+            return TiffReader(path, region=region)
+        except StitchedSlideError:
+            return OpenSlideReader(path, region=region)
+    # A .mrxs file is a JPEG.
+    for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]
+    if head.startswith((PNG_MAGIC, JPEG_MAGIC)) and not for_openslide:
+        return ImageReader(path, region=region)
+    try:
+        return OpenSlideReader(path, region=region)
+    except MissingExtraError as error:
+        if for_openslide:
+            raise
+        raise UnsupportedSlideError(
+            f"{path.name} is not a slide that xmag knows: neither TIFF, PNG nor JPEG. If it is one"
+            ' that OpenSlide reads, run pip install "xmag[openslide]"'
+        ) from error
 
 
 def _first_bytes(path: Path) -> bytes:
     """The first bytes of a file; SlideError where it is none, or empty."""
     try:
         with path.open("rb") as file:
-            magic = file.read(16)
+            head = file.read(132)
     except FileNotFoundError as error:
         raise SlideError(f"there is no file {path}; check the path") from error
     except IsADirectoryError as error:
@@ -30,6 +54,6 @@ def _first_bytes(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise SlideError(f"{path} cannot be opened: {error.strerror or error}") from error
-    if not magic:
+    if not head:
         raise DamagedSlideError(f"{path.name} is empty; copy it again")
-    return magic
+    return head

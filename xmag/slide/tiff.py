@@ -3,12 +3,13 @@
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs
-from xmag.slide.layouts import PageLevel, TiffLayout, find_layout, whole_factor
+from xmag.slide.layouts import PageLevel, TiffLayout, find_layout, page_size, whole_factor
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 from xmag.slide.source import ByteSource, LocalSource
 
@@ -18,6 +19,7 @@ _MAX_TILE_PX = 1 << 26
 _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
     AttributeError, ZeroDivisionError,
+    ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """What tifffile may raise on a directory that makes no sense."""
 
@@ -26,12 +28,18 @@ class TiffReader:
     """A TileReader over the pages of one TIFF file."""
 
     def __init__(self, path: Path, *, region: int | None = None) -> None:
+        try:
+            self._open(path, region)
+        except XmagError as error:
+            raise type(error)(f"{path.name}: {error}") from error
+
+    def _open(self, path: Path, region: int | None) -> None:
         layout = _read_layout(path, region)
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
         codings = [_coding(stored.page) for stored in layout.levels]
         self.levels: tuple[Level, ...] = tuple(
-            _level(stored, layout.levels[0], coding)
+            _level(stored, layout.levels[0].size, coding)
             for stored, coding in zip(layout.levels, codings, strict=True)
         )
         self._decoders = [codecs.decoder(coding) for coding in codings]
@@ -64,14 +72,14 @@ def _read_layout(path: Path, region: int | None) -> TiffLayout:
         with TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
-                raise DamagedSlideError(f"{path.name} is a TIFF without any image")
+                raise DamagedSlideError("the TIFF holds no image")
             return find_layout(pages, region)
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
         raise DamagedSlideError(
-            f"{path.name} begins like a TIFF, but its directories make no sense ({error}); the file"
-            " is truncated or damaged: copy it again"
+            f"it begins like a TIFF, but its directories make no sense ({error!r}); it is truncated"
+            " or damaged: copy it again"
         ) from error
 
 
@@ -114,16 +122,16 @@ def _tile_size(page: TiffPage) -> tuple[int, int, int]:
     return page.imagewidth, rows, page.imagelength % rows or rows if rows else 0
 
 
-def _level(stored: PageLevel, base: PageLevel, coding: codecs.TileCoding) -> Level:
+def _level(stored: PageLevel, base: tuple[int, int], coding: codecs.TileCoding) -> Level:
     reductions = tuple(
         n for n in codecs.reductions(coding.size) if all(o % n == 0 for o in stored.origin)
     )
     return Level(
         size=stored.size,
-        downsample=_downsample(base.size, stored.size),
+        downsample=stored.downsample or _downsample(base, stored.size),
         tile_size=coding.size,
         origin=stored.origin,
-        stored_size=stored.stored_size,
+        stored_size=page_size(stored.page),
         reductions=reductions,
     )
 

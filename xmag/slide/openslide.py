@@ -1,0 +1,95 @@
+"""What only OpenSlide reads, through the optional packages of `xmag[openslide]`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from xmag.errors import (
+    ClosedSlideError,
+    DamagedSlideError,
+    InputError,
+    MissingExtraError,
+    UnsupportedSlideError,
+)
+from xmag.slide.codecs import over_white
+from xmag.slide.layouts import whole_factor
+from xmag.slide.reader import Level, Pixels, ScaleMetadata
+
+SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
+"""Names of files that OpenSlide may know, whatever their first bytes."""
+
+
+class OpenSlideReader:
+    """A RegionReader over an OpenSlide handle."""
+
+    def __init__(self, path: Path, *, region: int | None = None) -> None:
+        try:
+            # Optional, and a native library: loaded where a file needs it.
+            import openslide
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{path.name} can only be read through OpenSlide, which is not installed; run"
+                ' pip install "xmag[openslide]"'
+            ) from error
+        if region not in (None, 0):
+            raise InputError(f"region={region!r} is not in {path.name}; OpenSlide shows it as one")
+        self._errors = openslide.OpenSlideError
+        self._name = path.name
+        self._path = path
+        self._closed = False
+        try:
+            self._slide = openslide.OpenSlide(path)
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise UnsupportedSlideError(
+                f"{path.name} is not a slide that xmag or OpenSlide knows; docs/formats.md lists"
+                " the formats"
+            ) from error
+        except openslide.OpenSlideError as error:
+            raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
+        properties = self._slide.properties
+        self.format = str(properties.get("openslide.vendor", "openslide"))
+        self.levels = _levels(self._slide.level_dimensions, self._slide.level_downsamples)
+        x, y = (_float(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        self.metadata = ScaleMetadata(
+            mpp=(x, y) if x and y else None,
+            mpp_source="OpenSlide mpp-x, mpp-y" if x and y else "",
+            objective_power=_float(properties.get("openslide.objective-power")),
+        )
+
+    def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        """The pixels of a window wholly inside the level, what is transparent on white."""
+        if self._closed:
+            raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
+        # OpenSlide wants the corner in level-0 px, and divides by a downsample of its own.
+        downsample = self._slide.level_downsamples[level]
+        corner = (round(xy[0] * downsample), round(xy[1] * downsample))
+        try:
+            region = self._slide.read_region(corner, level, size)
+        except self._errors as error:
+            raise DamagedSlideError(
+                f"OpenSlide cannot read {size} px at {corner} of level {level} of {self._name}:"
+                f" {error}. Copy the file again"
+            ) from error
+        return over_white(np.asarray(region))
+
+    def close(self) -> None:
+        """Release the file. Closing twice is fine."""
+        self._closed = True
+        self._slide.close()
+
+    def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[Path]]:
+        return OpenSlideReader, (self._path,)
+
+
+def _levels(
+    sizes: tuple[tuple[int, int], ...], downsamples: tuple[float, ...]
+) -> tuple[Level, ...]:
+    """OpenSlide's levels, their downsamples whole where their sizes allow it."""
+    return tuple(
+        Level(size=size, downsample=float(whole_factor(sizes[0], size) or downsample))
+        for size, downsample in zip(sizes, downsamples, strict=True)
+    )
+
+
+def _float(text: str | None) -> float | None:
+    return float(text) if text else None
