@@ -152,9 +152,7 @@ def test_a_slide_without_a_scale_names_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])
-def test_progress_is_on_stderr_and_only_where_someone_sees_it(
-    fake_slide, capsys, progress, shown
-):
+def test_progress_is_on_stderr_and_only_where_someone_sees_it(fake_slide, capsys, progress, shown):
     extract_features(fake_slide, model=ColourEncoder(), tissue=None, progress=progress)
     out, err = capsys.readouterr()
     assert out == ""

@@ -28,7 +28,7 @@ def area_average(pixels, box, size):
         return table / table.sum(axis=1, keepdims=True)
 
     rows, columns = weights(y0, y1, size, len(pixels)), weights(x0, x1, size, pixels.shape[1])
-    return np.einsum("ij,jkc,lk->ilc", rows, pixels.astype(float), columns)
+    return np.einsum("lk,ikc->ilc", columns, np.tensordot(rows, pixels.astype(float), 1))
 
 
 def read_all(slide, plan, **options):
@@ -85,7 +85,7 @@ def test_source_tiles_that_no_tile_touches_are_not_read(spec):
 @pytest.mark.parametrize("resample", ["area", "lanczos"])
 def test_tiles_between_scales_are_resampled_to_exactly_the_wanted_one(spec, resample):
     image = noise(1500, 1300)
-    slide = Slide.from_reader(FakeTileReader(image, tile=(64, 64), mpp=0.55), name="fake")
+    slide = Slide.from_reader(FakeTileReader(image, tile=(64, 64), mpp=0.275), name="fake")
     spec = TileSpec(size_px=56, mpp_tolerance=0.01, resample=resample)
     plan = plan_tiles(slide, spec)
     assert plan.tiles.mpp == 2.0
@@ -95,7 +95,7 @@ def test_tiles_between_scales_are_resampled_to_exactly_the_wanted_one(spec, resa
 
     coords, tiles = read_all(slide, plan, batch_size=4)
 
-    assert len(coords) == 7 * 6
+    assert len(coords) == 3 * 3
     for corner, found in zip(coords, tiles, strict=True):
         x, y = np.minimum(corner / reduction, np.array([1500, 1300]) // reduction - side)
         box = (x, y, x + side, y + side)

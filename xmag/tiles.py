@@ -19,7 +19,7 @@ from xmag.errors import DamagedSlideError, InputError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
-from xmag.slide.pixels import empty_tile, read_level, resample
+from xmag.slide.pixels import decode_tile, empty_tile, read_level, resample
 from xmag.slide.reader import Level, Pixels, TileReader
 
 Tiles = NDArray[np.uint8]
@@ -92,6 +92,8 @@ def _stream(
             for number, decoded in enumerate(_in_order(job, pool, ahead=3 * threads)):
                 batch = slice(number * batch_size, number * batch_size + len(decoded))
                 yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
+        except DamagedSlideError as error:
+            raise DamagedSlideError(f"{slide.name}: {error}") from error
         finally:
             # A consumer that stops early must not wait for runs that nobody will look at.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -164,7 +166,7 @@ class _Decoding:
     """Decodes the windows of tiles into batches, a run of source tiles at a time."""
 
     def __init__(self, slide: Slide, scale: ReadScale, windows: _Windows, batch_size: int) -> None:
-        self._reader, self._name, self._scale = slide.reader, slide.name, scale
+        self._reader, self._scale = slide.reader, scale
         self._level = slide.reader.levels[scale.level]
         self._windows, self._batch_size = windows, batch_size
         count = len(windows.start)
@@ -198,12 +200,7 @@ class _Decoding:
             if data is None:
                 pixels = empty_tile(reader, level, source, reduction)
             else:
-                try:
-                    pixels = reader.decode(level, data, reduction)
-                except DamagedSlideError as error:
-                    raise DamagedSlideError(
-                        f"{self._name}: tile {source} of level {level} is damaged: {error}"
-                    ) from error
+                pixels = decode_tile(reader, level, source, data, reduction)
             for tile, y, x, from_y, from_x, height, width in pieces[first:end]:
                 window = batches[tile // size][tile % size]
                 window[y : y + height, x : x + width] = pixels[
