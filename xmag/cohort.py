@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from xmag import draw, files
-from xmag.bag import FORMATS, FeatureBag
+from xmag.bag import FeatureBag
 from xmag.encoder import TileEncoder
 from xmag.errors import BagError, InputError, MismatchError, OutputError, XmagError
 from xmag.extract import Transform, embed_plan, fingerprint_of, progress_bar, resolve_encoder
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["done", "skipped", "empty", "failed"]
 
+FORMATS = ("h5", "safetensors")
 REPORT_NAME = "report.csv"
 _REPORT_EVERY_S = 2.0
 """Seconds between writings of the report while a cohort runs: cheap, and never far behind."""

@@ -13,6 +13,16 @@ from xmag.slide.tiff import TiffReader
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DICOM_MAGIC_AT_128 = b"DICM"
 
+_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
+
+
+def is_slide_path(path: Path) -> bool:
+    """Whether a file in a folder looks like a slide by its name.
+
+    Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
+    """
+    return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
+
 
 def open_reader(path: Path, region: int | None) -> SlideReader:
     """The reader for the slide at `path`.
