@@ -26,7 +26,7 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _TISSUE: _RGB = (230, 159, 0)
 _KEPT: _RGB = (0, 90, 160)
 _DROPPED: dict[str, tuple[str, _RGB]] = {
-    "tissue": ("too little tissue", (170, 170, 170)),
+    "tissue": ("too little tissue", (196, 196, 196)),
     "border": ("over the border", (213, 94, 0)),
     "roi": ("outside the region of interest", (204, 121, 167)),
 }
@@ -42,6 +42,8 @@ _LEAST_WIDTH_PX = 560
 """Narrower pictures are padded to this, so that what is written below them fits."""
 _SMALLEST_OUTLINED_PX = 5
 """Tiles that look smaller than this are tinted only: outlines would hide everything."""
+_SMALLEST_DROPPED_PX = 24
+"""Cells that look smaller than this are drawn only where they are tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +130,17 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
         ImageDraw.Draw(tint).rectangle(box, fill=_KEPT)
     picture.paste(Image.blend(picture, tint, 0.09))
     draw = ImageDraw.Draw(picture)
-    outlined = side * per_level0 >= _SMALLEST_OUTLINED_PX
+    side_px = side * per_level0
     keys = []
     for reason, corners in plan.dropped.items():
         if not len(corners):
             continue
         text, line = _DROPPED[reason]
-        for corner in corners if outlined else ():
+        for corner in corners if side_px >= _SMALLEST_DROPPED_PX else ():
             draw.rectangle(_box(corner, side, per_level0), outline=line)
         keys.append(_Key(text=f"{len(corners):,} {text}", line=line, thick=False))
-    weight = 2 if side * per_level0 >= 4 * _SMALLEST_OUTLINED_PX else 1
-    for box in kept if outlined else ():
+    weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
+    for box in kept if side_px >= _SMALLEST_OUTLINED_PX else ():
         draw.rectangle(box, outline=_KEPT, width=weight)
     fill = (215, 225, 240)
     tiles = "tile" if len(plan) == 1 else "tiles"
@@ -146,10 +148,11 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
 
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask) -> None:
-    """Draws the border of the mask, 3 px wide and inside of it."""
+    """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
     mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
     mask = mask.resize(picture.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
-    inner = np.asarray(mask.filter(ImageFilter.MinFilter(7)))
+    weight = max(1, round(max(picture.size) / 530))
+    inner = np.asarray(mask.filter(ImageFilter.MinFilter(2 * weight + 1)))
     picture.paste(_TISSUE, mask=Image.fromarray(np.asarray(mask) - inner))
 
 

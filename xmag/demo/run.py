@@ -70,7 +70,7 @@ def run_demo(
             (draw.feature_map(opened, bag), feature_map),
         ):
             with atomic_path(file) as temporary:
-                picture.save(temporary, format="PNG", optimize=True)
+                picture.save(temporary, format="PNG")
         lines = [
             ("slide", f"{path}: {_slide_line(opened)}"),
             ("tissue", f"{tissue.fraction:.0%} of the slide, found in {planned - start:.2f} s"),

@@ -1,0 +1,214 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+import xmag
+from xmag.cli import main
+from xmag.demo import write_demo_slide
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """A folder with two small slides and one that is broken."""
+    folder = tmp_path_factory.mktemp("slides")
+    write_demo_slide(folder / "a.svs", size=(4000, 3000))
+    (folder / "below").mkdir()
+    write_demo_slide(folder / "below" / "b é.svs", size=(4000, 3000), seed=1)
+    (folder / "broken.svs").write_bytes(b"II*\0" + bytes(100))
+    return folder
+
+
+def run(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "xmag", *map(str, args)], capture_output=True, text=True,
+        encoding="utf-8", env={**os.environ, **env}, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_help_names_the_commands_and_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom xmag.cli import main\nmain(['--help'])\nmain(['extract', '--help'])\n"
+        "print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("info", "extract", "demo", "examples:"))
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"xmag {xmag.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["no-such-command"],
+        ["info"],
+        ["extract", "a.svs"],
+        ["extract", "a.svs", "-o", "out", "--format", "csv"],
+        ["info", "a.svs", "--mpp", "fine"],
+        ["extract", "a.svs", "--over", "-o", "out"],
+    ],
+)
+def test_wrong_use_is_status_2_with_the_usage(args, capsys):
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: xmag")
+
+
+def test_info_says_what_is_in_a_slide(slides, capsys):
+    assert main(["info", str(slides / "a.svs")]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "a.svs",
+        "aperio",
+        "4,000 x 3,000 px, 1 x 0.75 mm",
+        "0.25 µm/px (Aperio MPP)",
+        "1: 1,000 x 750 px, 1/4, 1 µm/px",
+        "read from level 1 decoded at 1/2, as it is, 2 µm/px",
+    ):
+        assert text in out
+
+
+def test_info_takes_the_scale_that_is_given(slides, capsys):
+    assert main(["info", str(slides / "a.svs"), "--mpp", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "0.2 µm/px (" in out
+    assert "read from level 1, 0.8 µm/px, resampled" in out
+
+
+def test_info_of_a_slide_that_is_too_coarse_says_so(slides, capsys):
+    assert main(["info", str(slides / "a.svs"), "--mpp", "3"]) == 0
+    assert "cannot be read: the slide has 3 µm/px at its finest level" in capsys.readouterr().out
+
+
+def test_info_of_a_slide_without_a_scale_asks_for_one(shared, capsys):
+    assert main(["info", str(shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs")]) == 0
+    assert "unknown: give --mpp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["broken.svs", "missing.svs", "."])
+def test_a_slide_that_cannot_be_read_is_one_line_and_status_1(slides, name, capsys):
+    assert main(["info", str(slides / name)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("xmag: error: ")
+    assert err.count("\n") == 1
+
+
+def test_an_argument_that_makes_no_sense_is_status_2(slides, capsys):
+    assert main(["info", str(slides / "a.svs"), "--mpp", "-1"]) == 2
+    assert capsys.readouterr().err.startswith("xmag: error: ")
+
+
+def test_extract_does_all_slides_of_a_folder_and_reports_the_broken_one(slides, tmp_path):
+    out = tmp_path / "features"
+    done = run("extract", slides, "-o", out, "--model", "xmag-mini", "--overlay")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("done    a.svs: ")
+    assert lines[1].startswith("done    below/b é.svs: ")
+    assert lines[2].startswith("failed  broken.svs: ")
+    assert lines[3].startswith("3 slides: 2 done, 1 failed; see ")
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        report = {row["slide"]: row for row in csv.DictReader(file)}
+    assert report["a.svs"]["status"] == "done"
+    with h5py.File(out / report["a.svs"]["output"]) as bag:
+        assert f"{len(bag['features'])} tiles" in lines[0]
+    assert len(list(out.rglob("*.png"))) == 2
+
+    again = run("extract", slides, "-o", out, "--model", "xmag-mini", "--overlay")
+    assert again.returncode == 1
+    assert again.stdout.splitlines()[0].startswith("skipped a.svs: ")
+
+
+def test_extract_of_good_slides_is_status_0_and_quiet_on_stdout(slides, tmp_path, capsys):
+    args = ["extract", str(slides / "a.svs"), "-o", str(tmp_path), "--model", "xmag-mini"]
+    assert main([*args, "--format", "safetensors"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith("done    a.svs: ")
+    assert all(line.startswith("xmag: warning: ") for line in err.splitlines())
+    assert [p.suffix for p in tmp_path.iterdir() if p.stem == "a"] == [".safetensors"]
+
+
+def test_features_made_differently_are_kept_unless_redo_is_given(slides, tmp_path, capsys):
+    args = ["extract", str(slides / "a.svs"), "-o", str(tmp_path), "--model", "xmag-mini"]
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main([*args, "--mpp", "0.26"]) == 1
+    assert "--redo" in "".join(capsys.readouterr())
+    assert main([*args, "--mpp", "0.26", "--redo"]) == 0
+
+
+def test_a_folder_beside_slides_is_wrong_use(slides, tmp_path, capsys):
+    assert main(["extract", str(slides), str(slides / "a.svs"), "-o", str(tmp_path / "o")]) == 2
+    assert "or one folder, or one CSV file" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_csv_without_its_column_is_wrong_use(tmp_path, capsys):
+    (tmp_path / "s.csv").write_text("path\na.svs\n")
+    args = ["extract", str(tmp_path / "s.csv"), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    assert main(args) == 2
+    assert "expected a column 'slide'" in capsys.readouterr().err
+
+
+def test_verbose_logs_to_stderr_and_leaves_no_handler(slides, tmp_path, capsys):
+    import logging
+
+    before = list(logging.getLogger("xmag").handlers)
+    args = ["extract", str(slides / "a.svs"), "-o", str(tmp_path), "--model", "xmag-mini"]
+    assert main([*args, "-v"]) == 0
+    assert "xmag.cohort: a.svs: done" in capsys.readouterr().err
+    assert logging.getLogger("xmag").handlers == before
+
+
+def test_interrupting_is_status_130_without_a_traceback(slides, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xmag.slide.Slide.__init__", interrupted)
+    assert main(["info", str(slides / "a.svs")]) == 130
+    assert capsys.readouterr().err.startswith("xmag: interrupted")
+
+
+def test_a_terminal_without_unicode_gets_escapes(slides):
+    done = run("info", slides / "below" / "b é.svs", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "b \\xe9.svs" in done.stdout
+    assert "\\xb5m/px" in done.stdout
+
+
+def test_demo_makes_a_slide_features_and_pictures(tmp_path):
+    done = run("demo", "-o", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {"demo.svs", "demo.h5", "demo-overlay.png", "demo-features.png"}
+    assert Path(tmp_path / "demo" / "demo.svs").stat().st_size < 20e6
+    assert "18,000 x 13,500 px, 0.25 µm/px" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert all(line.startswith("xmag: warning: ") for line in done.stderr.splitlines())
+
+
+def test_demo_runs_on_a_slide_of_the_user(slides, tmp_path, capsys):
+    args = ["demo", str(slides / "a.svs"), "--mpp", "0.24", "--out", str(tmp_path / "d")]
+    assert main(args) == 0
+    assert "0.24 µm/px" in capsys.readouterr().out
+    assert not (tmp_path / "d" / "demo.svs").exists()
+
+
+def test_demo_of_a_slide_without_scale_names_the_option(shared, tmp_path, capsys):
+    slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    assert main(["demo", str(slide), "-o", str(tmp_path)]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("xmag: error: ")
+    assert "mpp" in err

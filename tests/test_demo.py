@@ -1,0 +1,199 @@
+import hashlib
+import warnings
+
+import h5py
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+
+from xmag.demo import run_demo, write_demo_slide
+from xmag.demo.layout import MAP_MPP, SLIDE_MPP
+from xmag.demo.picture import make_picture
+from xmag.errors import InputError, OutputError
+from xmag.slide import Slide
+from xmag.tissue import find_tissue
+
+SIZE = (4900, 3610)  # no multiple of a tile, at any level
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory):
+    return write_demo_slide(tmp_path_factory.mktemp("demo") / "demo slide é.svs", size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return make_picture(SIZE, 0)
+
+
+def test_openslide_reads_the_slide_as_aperio(slide_path):
+    with openslide.OpenSlide(slide_path) as slide:
+        assert slide.properties["openslide.vendor"] == "aperio"
+        assert slide.properties["openslide.mpp-x"] == "0.25"
+        assert slide.properties["openslide.objective-power"] == "40"
+        assert slide.level_dimensions == ((4900, 3610), (1225, 902), (306, 225))
+        assert set(slide.associated_images) == {"thumbnail", "label", "macro"}
+        assert all(image.width > 200 for image in slide.associated_images.values())
+
+
+def test_the_file_holds_the_painted_pixels(slide_path, picture):
+    """Decoded by OpenSlide, across tile borders, the picture differs by JPEG's loss alone."""
+    painted = picture.paint((960, 960), (960, 960)).astype(int)
+    assert painted.std() > 20
+    with openslide.OpenSlide(slide_path) as slide:
+        stored = np.asarray(slide.read_region((960, 960), 0, (960, 960)).convert("RGB"), int)
+    assert np.abs(stored - painted).mean() < 3
+    assert np.abs((stored - painted).mean(axis=(0, 1))).max() < 1
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_levels_are_averages_of_the_base(slide_path, level):
+    with openslide.OpenSlide(slide_path) as slide:
+        factor = 4**level
+        width, height = slide.level_dimensions[level]
+        stored = np.asarray(slide.read_region((0, 0), level, (width, height)).convert("L"), int)
+        base = slide.read_region((0, 0), 0, (width * factor, height * factor)).convert("L")
+    average = np.asarray(base.reduce(factor), int)
+    assert np.abs(stored - average).mean() < 3.5
+    assert abs((stored - average).mean()) < 0.5
+    shifted = np.abs(stored[1:] - average[:-1]).mean()
+    assert shifted > 2 * np.abs(stored - average).mean()
+
+
+def test_windows_of_the_picture_fit_together(picture):
+    whole = picture.paint((1440, 960), (960, 480))
+    for left in (1440, 1680, 2160):
+        part = picture.paint((left, 960), (240, 480)).astype(int)
+        same = whole[:, left - 1440 : left - 1200]
+        assert np.abs(part - same).max() <= 2
+
+
+def test_tiles_are_abbreviated_streams_with_shared_tables(slide_path):
+    with tifffile.TiffFile(slide_path) as tiff:
+        levels = [page for page in tiff.pages if page.is_tiled]
+        assert [page.shape[:2] for page in levels] == [(3610, 4900), (902, 1225), (225, 306)]
+        for page in levels:
+            assert (page.photometric, page.tile) == (6, (240, 240))
+            assert page.tags["YCbCrSubSampling"].value == (2, 2)
+            tables = page.tags["JPEGTables"].value
+            assert b"\xff\xdb" in tables
+            assert b"\xff\xc4" in tables
+            tiff.filehandle.seek(page.dataoffsets[0])
+            tile = tiff.filehandle.read(page.databytecounts[0])
+            head = tile[: tile.index(b"\xff\xda")]
+            assert b"\xff\xdb" not in head
+            assert b"\xff\xe0" not in head
+
+
+def test_the_same_seed_gives_the_same_file_and_another_another(tmp_path):
+    digests = []
+    for number, seed in enumerate((3, 3, 4)):
+        path = write_demo_slide(tmp_path / f"{number}.svs", size=(1200, 1030), seed=seed)
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_colours_are_those_of_glass_ink_and_stained_tissue(slide_path, picture):
+    layout = picture.layout
+    with Slide(slide_path) as slide:
+        assert slide.mpp == SLIDE_MPP
+        coarse = slide.read_region((0, 0), SIZE, mpp=SLIDE_MPP)
+    step = round(MAP_MPP / SLIDE_MPP)
+    at_map = coarse[::step, ::step].astype(int)
+    rows, cols = at_map.shape[:2]
+    tissue, pen, fat = (m[:rows, :cols] for m in (layout.tissue_um, layout.pen_um, layout.fat_um))
+    glass = at_map[(tissue < -20) & (pen < -20)]
+    assert np.abs(glass - (243, 242, 244)).mean() < 2
+    red, green, blue = at_map[(pen > 8) & (tissue < -20)].mean(0)
+    assert red < green < blue - 50
+    red, green, blue = at_map[(tissue > 30) & (pen < -20) & (fat < -10)].mean(0)
+    assert green < blue < red  # pink
+    assert green < 190
+
+
+def test_tissue_is_found_and_ink_is_not(slide_path, picture):
+    with Slide(slide_path) as slide:
+        mask = Image.fromarray(np.asarray(find_tissue(slide).mask, np.uint8) * 255)
+    layout = picture.layout
+    found = np.asarray(mask.resize(layout.tissue_um.shape[::-1])) > 127
+    fat = layout.fat_um > -30  # what counts as tissue there is a matter of taste
+    truth = layout.tissue_um > 0
+    assert found[(layout.tissue_um > 40) & ~fat & (layout.pen_um < -50)].mean() > 0.95
+    assert found[(layout.pen_um > 0) & ~truth].mean() < 0.05
+    assert found[(layout.tissue_um < -80) & ~fat].mean() < 0.02
+
+
+def test_a_size_that_no_slide_has_is_refused(tmp_path):
+    with pytest.raises(InputError, match="100x5000 px; expected 1,024"):
+        write_demo_slide(tmp_path / "a.svs", size=(100, 5000))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_missing_is_an_error_before_any_painting(tmp_path):
+    with pytest.raises(OutputError, match="create the folder first"):
+        write_demo_slide(tmp_path / "missing" / "a.svs")
+
+
+@pytest.fixture(scope="module")
+def result(slide_path, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "new" / "folder"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run_demo(out, slide=slide_path, progress=False)
+    return result, [str(w.message) for w in caught]
+
+
+def test_the_demo_leaves_features_and_pictures(result, slide_path):
+    demo, _ = result
+    assert sorted(p.name for p in demo.features.parent.iterdir()) == sorted(
+        p.name for p in (demo.features, demo.overlay, demo.feature_map)
+    )
+    with h5py.File(demo.features) as file:
+        features, coords = file["features"][:], file["coords"][:]
+    assert features.dtype == np.float32
+    assert np.isfinite(features).all()
+    assert features.std(axis=0).max() > 0
+    assert len(features) == len(coords) > 0
+    for path in (demo.overlay, demo.feature_map):
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("PNG", "RGB")
+            assert np.asarray(image).std() > 10
+    assert demo.slide == slide_path
+
+
+def test_the_summary_says_what_was_done_and_with_what(result):
+    demo, warned = result
+    for text in (
+        "aperio, 4,900 x 3,610 px, 0.25 µm/px (Aperio MPP)",
+        "level 1 at 1/2",
+        "float32 (",
+        "tiles/s on ",
+        str(demo.features),
+        str(demo.overlay),
+        str(demo.feature_map),
+        "xmag.extract_features(",
+    ):
+        assert text in demo.summary
+    trained = "UNTRAINED" not in demo.summary
+    assert trained == (not any("UNTRAINED" in message for message in warned))
+
+
+def test_what_the_summary_says_to_type_gives_the_same_features(result, capsys):
+    demo, _ = result
+    lines = [
+        line.strip() for line in demo.summary.split("Next, in Python:")[1].strip().splitlines()
+    ]
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec("\n".join(lines), names)
+    with h5py.File(demo.features) as file:
+        np.testing.assert_allclose(names["bag"].features, file["features"][:], atol=1e-5)
+
+
+def test_an_output_folder_that_is_a_file_is_an_error(tmp_path, slide_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be made"):
+        run_demo(tmp_path / "file", slide=slide_path)
