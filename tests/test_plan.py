@@ -99,7 +99,7 @@ def test_tissue_is_counted_by_area(downsample):
 
     kept = {tuple(c) for c in plan_tiles(slide, spec, tissue=tissue, min_tissue=0.4).coords}
 
-    assert 0 < clear.sum()
+    assert clear.any()
     for corner, fraction in zip(everything.coords[clear], share[clear], strict=True):
         assert (tuple(corner) in kept) == (fraction >= 0.4)
 

@@ -223,7 +223,7 @@ def _corner_of(cells: NDArray[Any], tiles: TileGeometry) -> Coords:
 
 
 def _inside(
-    corners: NDArray[np.float64], tiles: TileGeometry, scale: ReadScale, level: Level
+    corners: NDArray[np.floating[Any]], tiles: TileGeometry, scale: ReadScale, level: Level
 ) -> NDArray[np.bool_]:
     """Which windows, given by unrounded corners, lie wholly on the canvas and on the level.
 

@@ -69,7 +69,7 @@ class FakeTileReader:
     def _bytes(self, level: int, index: int) -> bytes | None:
         if index in self.missing:
             return None
-        assert (size := self.levels[level].tile_size) is not None
+        size = self.levels[level].tile_size
         width, height = size
         row, column = divmod(index, self.levels[level].tiles_across)
         part = self.stored[level][row * height : (row + 1) * height]
@@ -81,7 +81,7 @@ class FakeTileReader:
 
     def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
         self.decoded[int.from_bytes(data[:4], "big")] += 1
-        assert (size := self.levels[level].tile_size) is not None
+        size = self.levels[level].tile_size
         if len(data) != 4 + size[0] * size[1] * 3:
             raise DamagedSlideError("the bytes end early")
         tile = np.frombuffer(data[4:], np.uint8).reshape(size[1], size[0], 3)
