@@ -144,45 +144,51 @@ class _HubModel:
 
     def _fetch(self, cached: LocalModel | None) -> LocalModel:
         from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
             HfHubHTTPError,
             HFValidationError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
+            LocalEntryNotFoundError,
         )
 
         # huggingface_hub speaks requests up to 0.x and httpx from 1.0: the errors of either are
         # the bases of its own, or OSError.
-        network_errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+        failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
         try:
             return self._download()
-        except GatedRepoError as error:
-            raise self._forbidden("is gated, and this account has no access") from error
-        except RevisionNotFoundError as error:
-            raise HubError(
-                f"{self._page} has no revision {self._revision!r}; expected a branch, tag or full"
-                " commit hash listed under its files"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise HubError(
-                f"{self._page} was not found. Check the spelling; a private model needs a token"
-                " that may read it: set HF_TOKEN, run `hf auth login`, or pass token="
-            ) from error
         except HFValidationError as error:
             raise InputError(f"{self._name!r} is no name that the Hub allows: {error}") from error
-        except network_errors as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403):
-                raise self._forbidden(f"refused this account (HTTP {status})") from error
-            if isinstance(error, EntryNotFoundError) and status == 404:
-                raise HubError(
-                    f"{self._page} lists a file that it does not have: {error}"
-                ) from error
+        except failures as error:
+            # "Not in the cache" hides what kept it from being fetched.
+            hidden = isinstance(error, LocalEntryNotFoundError) and error.__cause__
+            reason = hidden or error
+            status = getattr(getattr(reason, "response", None), "status_code", None)
             if cached and (status is None or status >= 500):
                 _logger.warning("%s cannot be reached; using %s", self._page, cached.weights)
                 return cached
-            raise self._unreachable(f"{type(error).__name__}: {error}") from error
+            raise self._explained(reason, status) from error
+
+    def _explained(self, error: BaseException, status: int | None) -> HubError:
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.GatedRepoError):
+            return self._forbidden("is gated, and this account has no access")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return HubError(
+                f"{self._page} has no revision {self._revision!r}; expected a branch, tag or full"
+                " commit hash listed under its files"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return HubError(
+                f"{self._page} was not found. Check the spelling; a private model needs a token"
+                " that may read it: set HF_TOKEN, run `hf auth login`, or pass token="
+            )
+        if status in (401, 403):
+            return self._forbidden(f"refused this account (HTTP {status})")
+        if status == 404:
+            return HubError(
+                f"{self._page} lists a file that it does not have ({error}). Try again, or another"
+                " revision="
+            )
+        return self._unreachable(f"{type(error).__name__}: {error}")
 
     def _download(self) -> LocalModel:
         from huggingface_hub import HfApi, hf_hub_download
