@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import xmag
-from xmag.demo.slide import write_demo_slide
+from xmag.demo import write_demo_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -18,7 +18,7 @@ import pytest
 from support.programs import run_program
 
 import xmag
-from xmag.demo.slide import write_demo_slide
+from xmag.demo import write_demo_slide
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
 

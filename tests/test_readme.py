@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import xmag
-from xmag.demo.slide import write_demo_slide
+from xmag.demo import write_demo_slide
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
