@@ -222,8 +222,8 @@ class Encoder:
         """The tokens of tiles in parts of at most `limit`, and the limit that memory allowed."""
         device = self._device.type
         if not len(tiles):
-            count = keep or len(self._forward.positions[0])
-            shape = (0, count, self.embed_dim)
+            side = self.tile_spec.size_px // self._config.vit.patch_px
+            shape = (0, keep or 1 + self._config.vit.registers + side**2, self.embed_dim)
             return torch.zeros(shape, dtype=torch.float32, device=self._device), limit
         plain: AbstractContextManager[Any] = (
             torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()

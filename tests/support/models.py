@@ -64,7 +64,7 @@ def random_encoder(config: ViTConfig = TINY, seed: int = 0, **options: Any) -> E
     return Encoder(
         random_vit(config, seed),
         ModelConfig(vit=config),
-        provenance={"name": "random", "weights_sha256": f"seed {seed}", "trained": False},
+        provenance={"name": "random", "weights_sha256": f"seed {seed}", "trained": True},
         **options,
     )
 
