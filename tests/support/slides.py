@@ -18,7 +18,7 @@ def texture(width: int, height: int, *, seed: int = 0):
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     rng = np.random.default_rng(seed)
     waves = np.zeros((height, width), np.float32)
-    for period in (7, 11, 19, 37, 83, 211):
+    for period in (13, 19, 31, 53, 97, 211):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         waves += np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + phase)
     nuclei = 1 / (1 + np.exp(-3 * (waves - 1.5)))

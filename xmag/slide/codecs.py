@@ -24,6 +24,9 @@ APERIO_J2K_RGB = 33005
 _PHOTOMETRIC_RGB = 2
 _PHOTOMETRIC_YCBCR = 6
 _REDUCTIONS = (1, 2, 4, 8)
+_CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
+"""Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
+it has too few samples at the end. It is decoded by so much less, and then averaged."""
 
 
 class Decoder(Protocol):
@@ -93,22 +96,31 @@ class _JpegDecoder:
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream = self._complete(data)
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(stream)
-            if width != self._size[0] or height not in self._heights:
-                raise DamagedSlideError(
-                    f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
-                )
-            if colorspace != self._colorspace:
-                raise DamagedSlideError(
-                    f"its JPEG is {colorspace}, where the file promises {self._colorspace}"
-                )
+            height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
+            self._check(width, height, colorspace)
+            scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
             pixels: Pixels = simplejpeg.decode_jpeg(
-                stream, min_factor=reduction, min_width=width // reduction,
-                min_height=height // reduction,
-            )  # fmt: skip
+                stream,
+                fastupsample=scale != reduction,
+                min_factor=scale,
+                min_width=width // scale,
+                min_height=height // scale,
+            )
         except ValueError as error:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
+        pixels = box_average(pixels, reduction // scale)
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+
+    def _check(self, width: int, height: int, colorspace: str) -> None:
+        """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""
+        if width != self._size[0] or height not in self._heights:
+            raise DamagedSlideError(
+                f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
+            )
+        if colorspace != self._colorspace:
+            raise DamagedSlideError(
+                f"its JPEG is {colorspace}, where the file promises {self._colorspace}"
+            )
 
     def _complete(self, data: bytes) -> bytes:
         """`data` with the tables it shares, and with the colour space that the TIFF states.
@@ -159,7 +171,7 @@ class _ArrayDecoder:
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         try:
             array = self._decode(data)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             raise DamagedSlideError(f"its bytes cannot be decoded: {error}") from error
         width = self._size[0]
         if array.ndim != 3 or array.shape[0] not in self._heights or array.shape[1] != width:

@@ -1,0 +1,196 @@
+"""Tile bytes -> pixels: colour spaces, reduced scales, and damage that must not pass for pixels."""
+
+import base64
+
+import numpy as np
+import pytest
+import simplejpeg
+from support.oracle import difference
+from support.slides import abbreviated, encode_jpeg, encode_tile, shrunk, texture
+
+from xmag.errors import DamagedSlideError, UnsupportedSlideError
+from xmag.slide import codecs
+
+RGB, YCBCR = 2, 6
+COLORS = {
+    "ycbcr420": (7, YCBCR), "ycbcr422": (7, YCBCR), "ycbcr444": (7, YCBCR), "rgb444": (7, RGB),
+    "j2k-rgb": (33005, RGB), "j2k-ycbcr": (33003, RGB), "raw": (1, RGB), "lzw": (5, RGB),
+    "deflate": (8, RGB), "zstd": (50000, RGB), "webp": (50001, RGB),
+}  # fmt: skip
+JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
+
+
+def coding(color, size=(240, 240), **changes):
+    compression, photometric = COLORS[color]
+    fields = {
+        "compression": compression, "photometric": photometric, "samples": 3, "size": size,
+        "last_height": size[1], "predictor": 2 if color == "deflate" else 1,
+    }  # fmt: skip
+    return codecs.TileCoding(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def tile():
+    return texture(240, 240)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_every_coding_gives_back_its_pixels(color, tile):
+    pixels = codecs.decoder(coding(color))(encode_tile(tile, color), 1)
+    lossy = color.startswith(("ycbcr", "rgb", "j2k"))
+    assert difference(pixels, tile).mean() < (4 if lossy else 1e-9)
+    assert pixels.shape == tile.shape
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_reduced_tile_is_the_box_average_of_the_full_one(color, n, tile):
+    decode = codecs.decoder(coding(color))
+    data = encode_tile(tile, color)
+    reduced = decode(data, n)
+    error = difference(reduced, shrunk(decode(data, 1), n))
+    assert reduced.shape == (240 // n, 240 // n, 3)
+    # Libjpeg-turbo averages before it rounds and clips, and chroma before it is interpolated.
+    assert error.mean() < (1.5 if color.startswith(("ycbcr", "rgb")) else 1e-9)
+
+
+def test_reductions_are_those_that_divide_a_tile():
+    assert codecs.reductions((240, 240)) == (1, 2, 4, 8)
+    assert codecs.reductions((512, 8)) == (1, 2, 4, 8)
+    assert codecs.reductions((244, 100)) == (1, 2, 4)
+    assert codecs.reductions((1001, 16)) == (1,)
+
+
+@pytest.mark.parametrize("color", ["rgb444", "ycbcr420"])
+@pytest.mark.parametrize("where", ["nowhere", "tile", "tables", "both"])
+def test_jfif_markers_do_not_decide_about_colour(color, where, tile):
+    tables, stream = abbreviated(encode_jpeg(tile, color))
+    if where in ("tile", "both"):
+        stream = stream[:2] + JFIF + stream[2:]
+    if where in ("tables", "both"):
+        tables = tables[:2] + JFIF + tables[2:]
+    pixels = codecs.decoder(coding(color, jpeg_tables=tables))(stream, 1)
+    assert difference(pixels, tile).mean() < 4
+
+
+def test_an_adobe_marker_in_the_tile_does_not_decide_either(tile):
+    tables, stream = abbreviated(encode_jpeg(tile, "rgb444"))
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
+    stream = stream[:2] + adobe + stream[2:]
+    pixels = codecs.decoder(coding("rgb444", jpeg_tables=tables))(stream, 1)
+    assert difference(pixels, tile).mean() < 4
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.999])
+def test_a_truncated_tile_is_damage(color, share, tile):
+    data = encode_tile(tile, color)
+    with pytest.raises(DamagedSlideError):
+        codecs.decoder(coding(color))(data[: int(len(data) * share)], 2)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_random_bytes_are_damage(color):
+    data = np.random.default_rng(0).bytes(5000)
+    with pytest.raises(DamagedSlideError):
+        codecs.decoder(coding(color))(data, 1)
+
+
+def test_garbage_within_a_jpeg_is_damage(tile):
+    data = bytearray(encode_jpeg(tile, "ycbcr420"))
+    middle = len(data) // 2
+    data[middle : middle + 300] = bytes(300)
+    with pytest.raises(DamagedSlideError, match="cannot be decoded"):
+        codecs.decoder(coding("ycbcr420"))(bytes(data), 1)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_a_tile_of_another_size_is_damage(color):
+    data = encode_tile(texture(240, 232), color)
+    with pytest.raises(DamagedSlideError, match=r"240"):
+        codecs.decoder(coding(color))(data, 1)
+
+
+def test_a_jpeg_with_the_wrong_number_of_components_is_damage(tile):
+    grey = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(tile[..., :1]), 90, colorspace="GRAY", colorsubsampling="Gray"
+    )
+    with pytest.raises(DamagedSlideError, match="Gray, where the file promises YCbCr"):
+        codecs.decoder(coding("ycbcr420"))(grey, 1)
+
+
+def test_the_last_strip_of_an_image_may_be_short():
+    strip = texture(240, 40)
+    decode = codecs.decoder(coding("ycbcr444", last_height=40))
+    pixels = decode(encode_jpeg(strip, "ycbcr444"), 2)
+    assert pixels.shape == (120, 120, 3)
+    assert difference(pixels[:20], shrunk(strip, 2)).mean() < 4
+    assert (pixels[20:] == 255).all()
+
+
+def test_transparency_is_shown_on_white():
+    rgba = np.zeros((240, 240, 4), np.uint8)
+    rgba[..., 3] = np.linspace(0, 255, 240).astype(np.uint8)[:, None]
+    pixels = codecs.decoder(coding("raw", samples=4))(rgba.tobytes(), 1)
+    assert (pixels == 255 - rgba[..., 3:]).all()
+
+
+@pytest.mark.parametrize("changes", [{"compression": 34892}, {"predictor": 3}])
+def test_a_coding_that_is_not_read_is_named(changes):
+    with pytest.raises(UnsupportedSlideError, match=r"compression \d+ and predictor \d"):
+        codecs.decoder(coding("raw", **changes))
+
+
+# 64x64 px, irreversible, made by opj_compress from YCbCr planes with chroma at 1/2 in x (and y).
+SUBSAMPLED = {
+    "422": """\
+|4;u>051Rl0000$0000$00000000000000$0000$000000000000RdB0S5vB2Lb{AQUDA9000311q1{D0RLP7BSLo|cJOxac
+EE1{ZvbxKXHaKQXJ}9bPz6v&SJPM1S7QHU03`qcLvm$dbY)~9VtF7>aAj^vP(?=|c4cyNX>V>IGA=bPF#nJM3IG5A00XK30s
+oW3_y+^N*Uo1S=fn5}3f?<^!TN%L1!8Rff5G~Lz<uDb2htP`^OpL<l8+AF05p9M!m)Y3!2E$Aen5~Pco+-
+kFux2`b>9j}fWRL}I0x7V0DU091<SV!+q(=QXTbZ!V14260N{We^6Jwg3Bfdn!qB(o{k}6_1Af4A0X{#eVAYP;`JZYex54=Z
+!27}=1K<=I8$$n2$tqFF)qeqMs+2q^GZhy-
+r10m%^$dacgn$<%ZNxEWNunfz3ZELF3S6L!c&dxT@+N@#g}^qUl|N4wxp0E*P_ciPaC|FT!YacekwZYn-
++DB9f2{^fh@^{2J*F{{C<|zLLL5LDT)p;Bu4f$_g^wt}`v#ysk#Gax2q9b!QoIah_VNZi&My(Y4L!$;EaK1{=smwF{22YGn;
+DO#Bab;x!S{~9eL)~19p^)Gw0lY`2k}2t%vnH<$h~AaKkGS6w%GF@G#-
+J+EKdU*<H7YMz<h*&MN<+5tqYJsJiAc%%n}${Ya5+6W<P}{&<Vp4bF68|18B5kUXJcL^^B2);FH{b!1f)&0v1gb5|s>}4}AH
+adA`&d@D`!fwpp2-
+tSLVnaRCosY3K(Dc=hNFf5YrAfcXUgHT4JT;iK~4x8X?GkjMKm6I`}DIVJ$e+I1IV(WK=nGu2BIoUGlw%04cCp{f^z46c{uw
+0R9lXUE=$0r80dE3JV#BaZ_`?0pqe=7<Xc_<fc8-3$eAzO1_D2<@L5Y%jL<96@neUnrjDjIPLur)xYB{z5ga5wHX-
+u!=Y=J{Aj!U%|QA4yAkZ!Sy0Q9ijkvN-9NyKliy)o02f5A_6dwk#KtA-
+!KQ2CIA2gKp+=G?REcjzKr=fFbJjv!DVRSK>lL@KR1d_Nn61k5-
+4zdUV4+^u9jkE*}`Ktft~htf{G&UBO12^zt%iP9?RU6Yt`clNx=E(Fb4|&B1Qp0;)uT={^C=L%H1iWW+EH0#&Y1-
+V?Po{D`Pljmf{@=`}gUuWSo&@j&Kb^3K1^XwQ1;8lY)!eEW^<Dg@C{;q~h-
+igWt$?WfgzSPs8nFfEA!cRX^ivNZO@z$>8HWf9IdH0?-
+B>S`lZ+`;>q<i*ZRx31+2bE6XM^{0@4vpvSYJPKhb7IOGB_CN8*?nr&Z(3r~IndfaIo#G=LZB$y-
++nCu8mc987*lbl1Q(GC3g!KsBb4)x#ecHPN5dH;X^*#
+""",
+    "420": """\
+|4;u>051Rl0000$0000$00000000000000$0000$000000000000RdB0S5vC2Lb~BQUDA9000311q1{D0RLP7BSLo|cJOxac
+EE1{ZvbxKXHaKQXJ}9bPz6v&SJPM1S7QHU03`qcLvm$dbY)~9VtF7>aAj^vP(?=|c4cyNX>V>IGA=bPF#nJM3IG5A00S5R0s
+oW3_y+^N*Uo1S=fV1c00D@={D6Q3&cXVFz<uDb2htP`^OpL<l8+AF05p9M!m)Y3z<q#FA9xf4>;egU02c*sz#m8`KTs$D_`v
+`MzXH(#f57|1V14260N{We^6Jwg3Bfdn!qB(o{k}6_1Af4A0X{#eVAYP;`JZYex4`?spnc%bA7Cg1RDk7jKMX!*&)0ts!m)X
+;!}SM%`vG7F#taSl@yGPGmk<Nh9)A!u2gC9vfck~NHldY2PZqgwg6&YTf0uB4D_X)T!y=JGK*ryCG<tun21|&fi%C7EF_9<>
+Xn8^$Kp9-U_D`;79UO&^D8Tyz;C+FR1K|`QO9Vb?=$KQIWS9#)6?Xw!<e>V~V^-
+;|D%T{`G2y?#_lQ9I17HCNA`{~kxKR5Nz{RUJ>2-
+s@ADV0%c*fT4%f$gLzazo*CBS@yfJIXh1+5E^LOi=r_{<U*T5B7fH)cPDCeR7P5p%3*$OCA!V_uH#IrWT@h2WFie!%t}!U7g
+e6%v&UpAUTbo_W618t@jO)wWrgovbN89B}~;UuozE33&DB4S&Pz8-eqUfDr&S^^-qP^t?$)`Y3Yx#@-
+R3Z&f<d5uL5AH$^^!K%U8y5dQ&NUS2n1KgZrh1Lqzqt${Ma<2KXX50M1x7{4GoqI}n5s9DP7HHxd>WvqAN#Zu&JSCH#CftwF
+G#kKPH!Sy0Q9ijkvN-9NyKliy)o02f5A_6dwk#KtA-!KQ2CIA2gKp+=G?REcjzKr=fFbJjv!DVRSK>lL@KR1d_Nn61k5-
+4zdUV4+^u9jkE*}`Ktft~htf{G&UBO12^zt%iP9?RU6Yt`clNx=Ekz&;V+1VBasL6|agEd~pk`@@jU)Y%E2lMfOBEL}2r{BR
+BUy(gJQ{<*?x<5j7hl{~vz>xZNh!|XhOd<6hSRX^jNj_%(HeX8_lRwRwt3sIcE=sw0HIKoAEej@U&#<!NmQl}aoG=iL0c*H`
+6ohTEbt^PlWse%`%IwUiNS&^SgZ~xf
+""",
+}  # fmt: skip
+
+
+def subsampled_source():
+    y, x = np.mgrid[0:64, 0:64] / 64
+    waves = 200 - 80 * np.sin(6 * x), 150 + 60 * np.cos(5 * y), 190 + 40 * np.sin(4 * (x + y))
+    return np.stack(waves, -1).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLED)
+def test_jpeg_2000_with_fewer_chroma_samples_becomes_rgb_once(subsampling):
+    data = base64.b85decode(SUBSAMPLED[subsampling].replace("\n", ""))
+    pixels = codecs.decoder(coding("j2k-ycbcr", size=(64, 64)))(data, 1)
+    assert difference(pixels, subsampled_source()).mean() < 4
