@@ -1,0 +1,147 @@
+"""Small operations on images, without any I/O: neighbourhoods, connected pieces, outlines.
+
+Masks are bool (height, width). Px of a piece touch along their edges; those of a hole, which is a
+piece of what lies between, at corners too.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+"""A boolean image, shape (height, width)."""
+
+Corner = tuple[int, int]
+"""A corner of a px, (x, y), counted from the top-left corner of the image."""
+
+_Ints = NDArray[np.intp]
+
+
+def over_square(combine: np.ufunc, values: NDArray[Any], reach_px: int) -> NDArray[Any]:
+    """`combine` over the square around each px; the outermost px go on beyond the edges."""
+    for axis in (0, 1):
+        padding = [(reach_px, reach_px) if a == axis else (0, 0) for a in (0, 1)]
+        padded, size = np.pad(values, padding, mode="edge"), values.shape[axis]
+        steps = range(2 * reach_px + 1)
+        shifted = [padded[i : i + size] if axis == 0 else padded[:, i : i + size] for i in steps]
+        values = functools.reduce(combine, shifted)
+    return values
+
+
+def dilated(mask: Bools, px: int) -> Bools:
+    """The mask grown by `px` to all sides, corners included."""
+    return over_square(np.logical_or, mask, px)
+
+
+def closed(mask: Bools, px: int) -> Bools:
+    """The mask with gaps up to twice `px` wide bridged; beyond its edges there is nothing."""
+    bridged = ~dilated(~dilated(np.pad(mask, px), px), px)
+    return bridged[px : px + mask.shape[0], px : px + mask.shape[1]]
+
+
+def filled(mask: Bools, max_px: float) -> Bools:
+    """The mask with holes of up to `max_px` px filled; what reaches an edge is no hole."""
+    labels, count = labelled(~mask, diagonal=True)
+    inside = np.bincount(labels.ravel(), minlength=count + 1) <= max_px
+    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        inside[edge] = False
+    inside[0] = True
+    return np.asarray(inside[labels])
+
+
+def holding(mask: Bools, seeds: Bools) -> Bools:
+    """The connected pieces of `mask` that hold a px of `seeds`."""
+    labels, count = labelled(mask)
+    kept = np.zeros(count + 1, np.bool_)
+    kept[labels[seeds]] = True
+    kept[0] = False
+    return np.asarray(kept[labels])
+
+
+def without_small(mask: Bools, min_px: float) -> Bools:
+    """The mask without connected pieces of fewer than `min_px` px."""
+    labels, count = labelled(mask)
+    kept = np.bincount(labels.ravel(), minlength=count + 1) >= min_px
+    kept[0] = False
+    return np.asarray(kept[labels])
+
+
+def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
+    """The number of the connected piece each px belongs to (0: none), and how many there are.
+
+    Px touch along edges, with `diagonal` at corners too.
+    """
+    row = mask.shape[1] + 2
+    padded = np.zeros((mask.shape[0], row), np.int8)
+    padded[:, 1:-1] = mask
+    change = np.diff(padded.ravel(), append=np.int8(0))
+    starts, stops = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    # Each horizontal run touches those of the next row from `first` up to before `last`.
+    first = np.searchsorted(stops, starts + row, "left" if diagonal else "right")
+    last = np.searchsorted(starts, stops + row, "right" if diagonal else "left")
+    below = last - first
+    upper = np.repeat(np.arange(len(starts)), below)
+    lower = np.arange(len(upper)) + np.repeat(first - (np.cumsum(below) - below), below)
+    names, pieces = np.unique(_lowest_connected(len(starts), upper, lower), return_inverse=True)
+    labels = np.zeros(mask.shape, np.intp)
+    labels[mask] = np.repeat(pieces + 1, stops - starts)
+    return labels, len(names)
+
+
+def _lowest_connected(count: int, a: _Ints, b: _Ints) -> _Ints:
+    """For each of `count` nodes, the lowest that edges (a[i], b[i]) connect it to."""
+    lowest = np.arange(count)
+    while True:
+        low = np.minimum(lowest[a], lowest[b])
+        joined = lowest.copy()
+        np.minimum.at(joined, lowest[a], low)
+        np.minimum.at(joined, lowest[b], low)
+        joined = joined[joined]
+        if np.array_equal(joined, lowest):
+            return lowest
+        lowest = joined
+
+
+def outlines(mask: Bools) -> Iterator[tuple[int, list[Corner]]]:
+    """Each ring of the mask's outline: the number of its piece, and its corners (x, y), closed.
+
+    Walked with tissue on the right, along px edges. A ring that comes back to one of its corners
+    is cut in two there, which is what makes the polygons valid (OGC simple features).
+    """
+    edges = _outline_edges(mask)
+    stride = mask.shape[1] + 1
+    steps = (1, stride, -1, -stride)
+    while edges[0]:
+        corner, direction = next(iter(edges[0])), 0
+        path = {corner: None}
+        while direction >= 0:
+            piece = edges[direction].pop(corner)
+            corner += steps[direction]
+            # Right first: where two px touch at a corner only, stay with this one.
+            ways = ((direction + turn) % 4 for turn in (1, 0, 3))
+            onward = next((way for way in ways if corner in edges[way]), -1)
+            if onward != direction and corner in path:
+                ring = [corner]
+                while (last := path.popitem()[0]) != corner:
+                    ring.append(last)
+                yield piece, [(c % stride, c // stride) for c in [corner, *reversed(ring)]]
+            if onward != direction:
+                path[corner] = None
+            direction = onward
+
+
+def _outline_edges(mask: Bools) -> list[dict[int, int]]:
+    """For edges going right, down, left and up with tissue on the right: first corner -> piece."""
+    labels, _ = labelled(mask)
+    around = np.pad(mask, 1)
+    beyond = (around[:-2, 1:-1], around[1:-1, 2:], around[2:, 1:-1], around[1:-1, :-2])
+    first_corners = ((0, 0), (1, 0), (1, 1), (0, 1))
+    edges = []
+    for other, (dx, dy) in zip(beyond, first_corners, strict=True):
+        rows, columns = np.nonzero(mask & ~other)
+        corners = (rows + dy) * (mask.shape[1] + 1) + columns + dx
+        edges.append(dict(zip(corners.tolist(), labels[rows, columns].tolist(), strict=True)))
+    return edges

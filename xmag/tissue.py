@@ -1,0 +1,354 @@
+"""Where tissue is, found classically on a coarse overview: `find_tissue` -> `TissueMask`.
+
+Stain gives tissue a colour; glass, shading, dust, scanner borders and padding are neutral. So the
+decision rests on two logarithms of light, r = ln(R/G) and b = ln(B/G), relative to the glass.
+Between channels any shading of the lamp cancels, and stains add up (Beer-Lambert law). Eosin and
+DAB have r > 0; haematoxylin has b > 0 with r about 0. Blue and green ink take more red light than
+green (r < 0), by more than any haematoxylin.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xmag.errors import InputError, SlideScaleError
+from xmag.morphology import (
+    Bools,
+    Corner,
+    closed,
+    dilated,
+    filled,
+    holding,
+    outlines,
+    over_square,
+    without_small,
+)
+from xmag.slide import Slide
+from xmag.slide.reader import Pixels
+
+_Field = NDArray[np.float32]
+
+_MPP = 32.0
+"""µm/px at which everything here was calibrated: nuclei average out, a 0.5 mm biopsy is 16 px."""
+_CLOSE_UM = 64.0
+"""Gaps up to twice this are bridged: the clear inside of most fat cells, 50 to 120 µm wide."""
+_MIN_AREA_MM2 = 0.03
+"""Smaller pieces are debris: 0.2 mm across, half as wide as a needle core."""
+_MAX_HOLE_MM2 = 0.05
+"""Larger holes are glass. Smaller ones are a quarter of a 448 µm tile at most."""
+
+_DARKEST = 16
+"""Grey level below which a camera sees mostly noise; logarithms are taken of no less."""
+_PADDING = 254
+"""Grey level from which white is not glass but what the scanner filled in."""
+_GLASS_TINT = 0.08
+"""|r| and |b| of glass under any lamp, at most: 8% more light in one channel than in another."""
+_GLASS_SHADE = 0.75
+"""Light of shaded glass, at least, as a fraction of that of the brightest px."""
+_GLASS_CONTRAST = 6
+"""Grey levels by which neighbouring px of glass differ, at most; tissue varies more."""
+_GLASS_MIN_FRACTION = 0.05
+"""Of all px; with less glass than this there is nothing to calibrate on."""
+_GLASS_LEVEL = 243.0
+"""Grey level taken for neutral glass where a field shows none; most scanners aim at it."""
+_GLASS_SAMPLES = 2048
+"""Px of glass that the fit looks at, about: six coefficients need no more."""
+_GLASS_BRIGHTEST_PERCENT = 20
+"""Of what looks like glass, the part that says what its colour is before the surface is fitted."""
+_GLASS_STIFFNESS = 1e-3
+"""Ridge of the fit, a fraction of the px: where glass spans little, the surface stays level."""
+_GLASS_RESIDUAL = 0.02
+"""Distance from the fitted glass, in r or b, beyond which a px is no glass but pale tissue."""
+
+_STAIN_WEAK = 0.02
+"""r or b of the palest tissue, 2% of the light, as averaged over 96 µm."""
+_STAIN_STRONG = 0.05
+"""r or b that a piece of tissue reaches somewhere; no tint of the glass does."""
+_BLUE_RED_LIMIT = 0.55
+"""-r/b of the bluest haematoxylin is 0.43; of blue inks 0.75 and more."""
+_EDGE = 0.45
+"""Stain of an edge px, at least, as a fraction of its strongest neighbour's: about half covered."""
+_NEUTRAL = 0.25
+"""Chroma over density, below which a dark px is ink, border or dust; stained tissue has > 0.5."""
+_NEUTRAL_DENSITY = 0.4
+"""Density (natural logarithm) from which that ratio is looked at; paler px are too noisy."""
+
+_INK_BLUE_GREEN = 0.05
+"""How far beyond the limit of haematoxylin, in r, the px of blue and green ink lie."""
+_INK_BLUE = 1.1
+"""b of dark blue and violet ink, at least; haematoxylin averaged over 32 µm reaches 0.93."""
+_INK_RED = 0.68
+"""r - 2|b| of red ink, at least: it takes blue light nearly as much as green (b about 0.2 r), eosin
+far less (b about 0.4 r), DAB more (b about -0.7 r). 0.1% of the px of tissue lie beyond,
+scattered."""
+_INK_BLACK = 0.9
+"""Density of black ink, at least."""
+_INK_MIN_AREA_MM2 = 0.1
+"""Smaller spots are no stroke but pigment, blood or marking dye, and left to the tissue."""
+_INK_EDGE_UM = 64.0
+"""How far the blurred edge of a stroke reaches beyond what is clearly ink; gaps twice as wide
+are bridged."""
+
+
+def _method(**parameters: float) -> dict[str, Any]:
+    # The version goes up whenever the same pixels may give another mask.
+    return {"name": "stain-colour", "version": 1, "parameters": parameters}
+
+
+TISSUE_METHOD: Mapping[str, Any] = _method(
+    mpp=_MPP, min_area_mm2=_MIN_AREA_MM2, max_hole_mm2=_MAX_HOLE_MM2, close_um=_CLOSE_UM
+)
+"""What `find_tissue` without options records as `TissueMask.method`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TissueMask:
+    """Which px of a coarse overview of a slide are tissue.
+
+    `mask` is bool (height, width), copied and read-only; its px are `mpp` µm and `downsample`
+    level-0 px wide, the first begins at level-0 (0, 0), and beyond the last there is no tissue.
+    `method` says what made it, in JSON values: it goes into the provenance of all that rests on it.
+    Raises InputError for a mask that is not boolean or a scale that is not positive.
+    """
+
+    mask: Bools = field(repr=False)
+    mpp: float
+    downsample: float
+    method: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        mask = np.array(self.mask)
+        if mask.ndim != 2 or mask.dtype != np.bool_:
+            raise InputError(
+                f"the mask is an array of {mask.dtype} with shape {mask.shape}; expected bool"
+                " (height, width), such as labels > 0"
+            )
+        _check_positive(mpp=self.mpp, downsample=self.downsample)
+        mask.setflags(write=False)
+        object.__setattr__(self, "mask", mask)
+
+    @classmethod
+    def from_array(cls, mask: ArrayLike, slide: Slide, *, name: str = "given") -> Self:
+        """The TissueMask of a mask of your own that spans the whole canvas of `slide`.
+
+        `mask` is bool (height, width) at any scale, `name` what `method` will call it. Raises
+        InputError where its proportions are not those of the slide, to within a px, and
+        SlideScaleError where the slide does not know its µm/px.
+        """
+        array = np.asarray(mask)
+        if array.ndim != 2 or not array.size:
+            raise InputError(f"the mask has shape {array.shape}; expected (height, width)")
+        (long, mask_long), (short, mask_short) = sorted(
+            zip(slide.dimensions, array.shape[::-1], strict=True), reverse=True
+        )
+        downsample = long / mask_long
+        if abs(short / downsample - mask_short) > 1:
+            raise InputError(
+                f"the mask has {array.shape[1]}x{array.shape[0]} px and the slide"
+                f" {slide.dimensions[0]}x{slide.dimensions[1]}; expected a mask of the whole"
+                " canvas, in the same proportions. For another frame use TissueMask(mask=, mpp=,"
+                " downsample=, method=)"
+            )
+        method = {"name": name, "parameters": {}}
+        mpp = _known_mpp(slide) * downsample
+        return cls(mask=array, mpp=mpp, downsample=downsample, method=method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew, because arrays come out of a pickle writable.
+        return _remade, (self.mask, self.mpp, self.downsample, dict(self.method))
+
+    @property
+    def fraction(self) -> float:
+        """How much of the mask is tissue, 0 to 1."""
+        return float(self.mask.mean()) if self.mask.size else 0.0
+
+    def to_geojson(self) -> dict[str, Any]:
+        """The tissue as a GeoJSON FeatureCollection in level-0 px, which QuPath opens.
+
+        Each connected piece is a Feature: a Polygon with its holes, along the edges of the mask's
+        px (to 0.001 level-0 px), so that filling it gives the mask back.
+        """
+        pieces: dict[int, list[list[list[float]]]] = {}
+        for piece, corners in outlines(self.mask):
+            ring = [[round(c * self.downsample, 3) for c in corner] for corner in corners]
+            rings = pieces.setdefault(piece, [])
+            rings.insert(0 if _is_outer(corners) else len(rings), ring)
+        properties = {
+            "objectType": "annotation",
+            "classification": {"name": "Tissue", "color": [0, 160, 60]},
+        }
+        features = [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": rings},
+                "properties": properties,
+            }
+            for rings in pieces.values()
+        ]
+        return {"type": "FeatureCollection", "features": features}
+
+
+def _remade(mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any]) -> TissueMask:
+    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method)
+
+
+def find_tissue(
+    slide: Slide,
+    *,
+    mpp: float = _MPP,
+    min_area_mm2: float = _MIN_AREA_MM2,
+    max_hole_mm2: float = _MAX_HOLE_MM2,
+    close_um: float = _CLOSE_UM,
+) -> TissueMask:
+    """Where the slide shows stained tissue: a TissueMask with px of `mpp` µm.
+
+    Glass, shading, dust, scanner borders, padding and strokes of a pen are left out. The same
+    pixels give the same mask. A canvas smaller than one px of the mask gives an empty one.
+
+    Args:
+        slide: the slide.
+        mpp: µm/px of the overview and of the mask; the method is calibrated at 32.
+        min_area_mm2: pieces smaller than this are dropped.
+        max_hole_mm2: holes up to this are filled, unless they reach the edge of the slide.
+        close_um: gaps up to twice this are bridged.
+
+    Raises:
+        SlideScaleError: the slide's µm/px are unknown, or coarser than `mpp`.
+        InputError: an option makes no sense.
+    """
+    sizes = {"min_area_mm2": min_area_mm2, "max_hole_mm2": max_hole_mm2, "close_um": close_um}
+    _check_positive(mpp=mpp)
+    _check_positive(or_zero=True, **sizes)
+    downsample = mpp / _known_mpp(slide)
+    width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
+    mask = np.zeros((height, width), np.bool_)
+    if mask.size:
+        mask = _segment(slide.read_region((0, 0), (width, height), mpp=mpp), mpp, **sizes)
+    method = _method(mpp=float(mpp), **{name: float(size) for name, size in sizes.items()})
+    return TissueMask(mask=mask, mpp=float(mpp), downsample=downsample, method=method)
+
+
+def _check_positive(*, or_zero: bool = False, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+            wanted = "at least 0" if or_zero else "above 0"
+            raise InputError(f"{name} is {value!r}; expected a finite number {wanted}")
+
+
+def _known_mpp(slide: Slide) -> float:
+    if slide.mpp is None:
+        raise SlideScaleError(
+            f"{slide.name} does not say how large its pixels are, so tissue cannot be measured;"
+            f" give it, as in Slide({slide.name!r}, mpp=0.25) for a typical 40x scan (0.5 at 20x)"
+        )
+    return slide.mpp
+
+
+def _segment(
+    pixels: Pixels, mpp: float, *, min_area_mm2: float, max_hole_mm2: float, close_um: float
+) -> Bools:
+    """Which px of an overview are tissue."""
+    px_per_mm2 = (1000 / mpp) ** 2
+    red, blue, density = _light(pixels)
+    neutral = (density > _NEUTRAL_DENSITY) & (_chroma(red, blue) < _NEUTRAL * density)
+    ink = _ink(red, blue, neutral & (density > _INK_BLACK), mpp)
+    stain, even = _stain(red, blue), _stain(_smoothed(red), _smoothed(blue))
+    tissue = (even > _STAIN_WEAK) & ~neutral & ~ink
+    tissue &= stain > _EDGE * over_square(np.maximum, even, 1)
+    # Density too, because JPEG keeps brightness at twice the resolution of colour.
+    tissue &= density > _EDGE * over_square(np.maximum, _smoothed(density), 1)
+    tissue = closed(tissue, round(close_um / mpp))
+    tissue = holding(tissue, even > _STAIN_STRONG)
+    tissue = filled(tissue, max_hole_mm2 * px_per_mm2)
+    return without_small(tissue & ~ink, min_area_mm2 * px_per_mm2)
+
+
+def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
+    """r, b and the density (mean of the channels), relative to the glass."""
+    logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
+    green = logs[pixels[..., 1]]
+    red, blue = logs[pixels[..., 0]] - green, logs[pixels[..., 2]] - green
+    light = logs[pixels].mean(2)
+    glass = _glass(pixels, red, blue)
+    if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
+        return red, blue, np.float32(math.log(_GLASS_LEVEL)) - light
+    red, blue, brightness = _flattened((red, blue, light), glass)
+    return red, blue, -brightness
+
+
+def _glass(pixels: Pixels, red: _Field, blue: _Field) -> Bools:
+    """Which px look like glass: bright, nearly neutral, smooth, and not padding."""
+    darkest, green = pixels.min(2), pixels[..., 1]
+    contrast = over_square(np.maximum, green, 1) - over_square(np.minimum, green, 1)
+    return np.asarray(
+        (darkest < _PADDING)
+        & (darkest > _GLASS_SHADE * np.percentile(darkest, 99))
+        & (np.abs(red) < _GLASS_TINT)
+        & (np.abs(blue) < _GLASS_TINT)
+        & (contrast <= _GLASS_CONTRAST)
+    )
+
+
+def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
+    """r, b and light, each less a quadratic surface through glass: lamps and lenses are uneven."""
+    x, y = (np.linspace(-1, 1, size, dtype=np.float32) for size in glass.shape[::-1])
+    rows, columns = (i[:: 1 + len(i) // _GLASS_SAMPLES] for i in np.nonzero(glass))
+    design = np.stack(_quadratic_terms(x[columns], y[rows])).astype(np.float64)
+    seen = np.stack([f[rows, columns] for f in fields]).astype(np.float64)
+    # Where smooth pale tissue outnumbers it, glass is still the brightest.
+    brightest = seen[2] >= np.percentile(seen[2], 100 - _GLASS_BRIGHTEST_PERCENT)
+    levels = np.median(seen[:, brightest], 1)
+    seen -= levels[:, None]
+    near = np.abs(seen[:2]).max(0) < 2 * _GLASS_RESIDUAL
+    for _ in range(3):
+        # Not lstsq and matmul: BLAS threads cost 50 ms on a busy machine, and their sums vary.
+        normal = np.einsum("in,jn->ij", design * near, design)
+        normal += _GLASS_STIFFNESS * len(rows) * np.eye(len(design))
+        fit = np.linalg.solve(normal, np.einsum("in,fn->if", design * near, seen))
+        near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
+    fit[0] += levels
+    terms = _quadratic_terms(x, y[:, None])
+    surfaces = [
+        sum(t * c for t, c in zip(terms, coefficients, strict=True))
+        for coefficients in fit.T.astype(np.float32)
+    ]
+    return [f - surface for f, surface in zip(fields, surfaces, strict=True)]
+
+
+def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:
+    one = np.ones_like(x * y)
+    return [one, x * one, y * one, x * y, x * x * one, y * y * one]
+
+
+def _stain(red: _Field, blue: _Field) -> _Field:
+    """How strongly px are stained: r or b, the larger; 0 in the hues that only ink has."""
+    return np.where(red > -_BLUE_RED_LIMIT * blue, np.maximum(red, blue), np.float32(0))
+
+
+def _chroma(red: _Field, blue: _Field) -> _Field:
+    """The largest difference between two channels, in natural logarithms."""
+    zero = np.float32(0)
+    return np.maximum(np.maximum(red, blue), zero) - np.minimum(np.minimum(red, blue), zero)
+
+
+def _ink(red: _Field, blue: _Field, black: Bools, mpp: float) -> Bools:
+    """Strokes of a pen, with their blurred edges."""
+    ink = black | (red - 2 * np.abs(blue) > _INK_RED) | (blue > _INK_BLUE)
+    ink |= red + _BLUE_RED_LIMIT * blue < -_INK_BLUE_GREEN
+    edge_px = round(_INK_EDGE_UM / mpp)
+    ink = without_small(closed(ink, edge_px), _INK_MIN_AREA_MM2 * (1000 / mpp) ** 2)
+    return dilated(ink, edge_px)
+
+
+def _smoothed(values: _Field) -> _Field:
+    return np.asarray(over_square(np.add, values, 1) / np.float32(9))
+
+
+def _is_outer(ring: Sequence[Corner]) -> bool:
+    """Whether a closed ring runs around tissue: its signed area (shoelace formula) is positive."""
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in itertools.pairwise(ring)) > 0
