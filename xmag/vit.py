@@ -208,8 +208,11 @@ class ViT(nn.Module):
         self.patch_embed = _PatchEmbed(config)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        # On the meta device there is nothing to fill, and normal_() would import torch._dynamo,
+        # which takes a second and sets environment variables.
+        if not self.cls_token.is_meta:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of patches, (1, rows * columns [+ 1], D)."""
