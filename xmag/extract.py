@@ -3,6 +3,7 @@
 import logging
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -170,8 +171,29 @@ def progress_bar(progress: bool | None, **options: Any) -> "tqdm[Any]":
     if progress is None:
         progress = sys.stderr.isatty() or notebook
     if progress and notebook and find_spec("ipywidgets") is not None:
-        return tqdm_widget(**options)
-    return tqdm(disable=not progress, file=sys.stderr, **options)
+        return _Widget(**options)
+    return _Bar(disable=not progress, file=sys.stderr, **options)
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic for checkers alone
+    """A bar that leaves the process as it was: no monitoring thread, and no lock of its own kind.
+
+    tqdm's own lock is shared with child processes, and making one fixes the start method of
+    multiprocessing for the whole program.
+    """
+
+    monitor_interval = 0
+
+
+class _Widget(tqdm_widget):  # type: ignore[type-arg]
+    """The same in a notebook."""
+
+    monitor_interval = 0
+
+
+_BAR_LOCK = threading.RLock()
+_Bar.set_lock(_BAR_LOCK)
+_Widget.set_lock(_BAR_LOCK)
 
 
 def _in_notebook() -> bool:
