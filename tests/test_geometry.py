@@ -60,7 +60,7 @@ def test_what_was_never_scanned_is_not_made_up():
 
 def test_factor_is_decoded_px_per_output_px():
     scale = choose_scale([0.275], [JPEG], TileSpec())
-    assert math.isclose(scale.factor, 2.0 / 1.1)
+    assert math.isclose(scale.factor, 2.0 / 0.55)
 
 
 @pytest.mark.parametrize(
