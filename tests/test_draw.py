@@ -60,6 +60,16 @@ def test_tissue_is_outlined_on_the_inside_of_its_border():
     np.testing.assert_array_equal(drawn & ~corners, expected & ~corners)
 
 
+def test_a_mask_that_ends_before_the_slide_does_is_not_stretched():
+    slide = white_slide(1630, 1590)  # the mask, of whole px, leaves out 30 and 22 level-0 px
+    mask = np.zeros((49, 50), bool)
+    mask[20:30, 35:45] = True
+    image = draw.overlay(slide, tissue=mask_of(slide, mask, mpp=32.0), max_px=1630)
+    rows, cols = np.nonzero(is_colour(image, ORANGE, (1630, 1590)))
+    assert (cols.min(), cols.max()) == (1120, 1439)
+    assert (rows.min(), rows.max()) == (640, 959)
+
+
 def test_tissue_that_reaches_the_edge_of_the_slide_has_no_line_there():
     slide = white_slide(1600, 1600)
     mask = np.zeros((100, 100), bool)
@@ -212,6 +222,18 @@ def test_components_are_those_of_a_singular_value_decomposition():
         correlation = np.corrcoef(scores[inner, component], u[inner, component])[0, 1]
         assert abs(correlation) > 1 - 1e-9
     np.testing.assert_allclose(draw._principal_components(features[::-1])[0], scores[::-1])
+
+
+def test_a_component_grows_with_the_feature_that_it_rests_on_most():
+    rng = np.random.default_rng(2)
+    for _ in range(8):
+        direction = rng.normal(size=6)
+        scores, _ = draw._principal_components(rng.normal(size=(30, 1)) * direction)
+        assert np.abs(scores[:, 1:]).max() == 0  # no variance there, and no noise scaled up
+        features = rng.normal(size=(30, 6)) * 0.01 + rng.normal(size=(30, 1)) * direction
+        scores, _ = draw._principal_components(features)
+        heaviest = features[:, np.abs(direction).argmax()]
+        assert np.corrcoef(scores[:, 0], heaviest)[0, 1] > 0.9
 
 
 def test_component_colours_are_the_lab_colours_that_pillow_has():

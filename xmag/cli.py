@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from xmag.errors import InputError, MismatchError, XmagError, XmagWarning
+from xmag.errors import InputError, XmagError, XmagWarning
 
 if TYPE_CHECKING:
     from xmag.slide import Slide
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # The functions below import what they call: `xmag --help` must not wait for torch.
 
 _ALL_DONE, _FAILED, _WRONG_USE, _INTERRUPTED = 0, 1, 2, 130
+
+_OPTION_OF_ARGUMENT = {"on_mismatch='redo'": "--redo", " mpp=": " --mpp "}
+"""What messages name in Python's words, and what it is called here."""
 
 _DESCRIPTION = "Embeddings of whole-slide images at 5x (2.0 µm/px) with the XMAG foundation model."
 _EPILOG = """\
@@ -54,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             status: int = args.run(args)
         except XmagError as error:
-            hint = "; on the command line: --redo" if isinstance(error, MismatchError) else ""
-            _write(sys.stderr, f"xmag: error: {_one_line(error)}{hint}")
+            _write(sys.stderr, f"xmag: error: {_one_line(error)}")
             return _WRONG_USE if isinstance(error, InputError) else _FAILED
         except KeyboardInterrupt:
             _write(sys.stderr, "xmag: interrupted; what is written is whole")
@@ -233,7 +235,11 @@ def _console(*, verbose: bool) -> Iterator[None]:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    """The message without line ends, its remedies in the words of the command line."""
+    text = str(message)
+    for argument, option in _OPTION_OF_ARGUMENT.items():
+        text = text.replace(argument, option)
+    return " ".join(text.split())
 
 
 def _write(stream: TextIO, text: str) -> None:

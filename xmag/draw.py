@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from xmag.bag import FeatureBag
 from xmag.errors import BagError, InputError
@@ -75,11 +75,10 @@ def overlay(
     is outlined in orange; the line lies inside of it.
     """
     picture = slide.thumbnail(max_px=max_px).convert("RGB")
-    keys: list[_Key] = []
-    if plan is not None:
-        keys += _draw_plan(picture, plan, picture.width / slide.dimensions[0])
+    per_level0 = picture.width / slide.dimensions[0]
+    keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
     if tissue is not None:
-        _draw_outline(picture, tissue)
+        _draw_outline(picture, tissue, per_level0)
         keys.insert(0, _Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
     return _framed(picture, slide, keys)
 
@@ -147,13 +146,17 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
     return [_Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
 
 
-def _draw_outline(picture: Image.Image, tissue: TissueMask) -> None:
+def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
     """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
+    if not tissue.mask.size:
+        return
     mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
-    mask = mask.resize(picture.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    per_mask = tissue.downsample * per_level0
+    size = max(1, round(mask.width * per_mask)), max(1, round(mask.height * per_mask))
+    mask = mask.resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
     weight = max(1, round(max(picture.size) / 530))
-    inner = np.asarray(mask.filter(ImageFilter.MinFilter(2 * weight + 1)))
-    picture.paste(_TISSUE, mask=Image.fromarray(np.asarray(mask) - inner))
+    inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
+    picture.paste(_TISSUE, (0, 0), ImageChops.subtract(mask, inner))
 
 
 def _box(corner: NDArray[np.int64], side: int, per_level0: float) -> _Box:

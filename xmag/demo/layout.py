@@ -31,8 +31,8 @@ class _Fragment(NamedTuple):
 
 
 _FRAGMENTS = (
-    _Fragment(0.300, 0.500, 0.195, 0.365),
-    _Fragment(0.690, 0.270, 0.155, 0.165),
+    _Fragment(0.275, 0.500, 0.185, 0.365),
+    _Fragment(0.745, 0.270, 0.155, 0.165),
     _Fragment(0.720, 0.745, 0.195, 0.150),
 )
 
@@ -124,7 +124,7 @@ def _ellipse_um(x: Field, y: Field, fragment: _Fragment, extent_um: float) -> Fi
 def _pen_um(x_um: Field, y_um: Field, width_um: float, height_um: float) -> Field:
     """How far inside of the pen's stroke each place lies."""
     y, first, last = y_um / height_um, 0.06, 0.44
-    middle_um = width_um * (0.515 + 0.022 * np.sin(9 * y) + 0.006 * np.sin(31 * y))
+    middle_um = width_um * (0.553 + 0.022 * np.sin(9 * y) + 0.006 * np.sin(31 * y))
     slope = width_um / height_um * (0.198 * np.cos(9 * y) + 0.186 * np.cos(31 * y))
     past_end_um = height_um * np.maximum(np.maximum(first - y, y - last), 0)
     distance_um = np.hypot((x_um - middle_um) / np.hypot(1, slope), past_end_um)

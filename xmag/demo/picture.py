@@ -35,7 +35,7 @@ _VARIANTS = 5
 
 _GLASS = np.array([243, 242, 244], np.uint8)
 _DARKEST = 16
-_PEN_INK = np.array([36, 74, 196], np.float32)
+_PEN_INK = np.array([18, 80, 176], np.float32)
 # Optical densities of the stains in R, G, B, as the code to Macenko et al., ISBI 2009, has them.
 _HAEMATOXYLIN = np.array([0.5626, 0.7201, 0.4062], np.float32)
 _EOSIN = np.array([0.2159, 0.8012, 0.5581], np.float32)
