@@ -3,6 +3,7 @@
 import asyncio
 import json
 import multiprocessing
+import re
 import statistics
 import sys
 import textwrap
@@ -181,18 +182,16 @@ def test_a_progress_bar_leaves_the_start_method_to_the_host(slide_path: Path) ->
     assert run_program(program, slide_path) == ""
 
 
-def test_the_logger_is_silent_until_the_program_listens(slide_path: Path) -> None:
+def test_the_logger_is_silent_until_the_program_listens() -> None:
     program = """
-    import logging, sys, warnings
+    import logging
     import xmag
-    warnings.filterwarnings("ignore", message=".*untrained")
     assert [type(h) for h in logging.getLogger("xmag").handlers] == [logging.NullHandler]
     assert logging.getLogger("xmag").level == logging.NOTSET
     assert not logging.getLogger().handlers
-    xmag.extract_features(sys.argv[1], model="xmag-mini", progress=False)
-    assert not logging.getLogger().handlers
+    logging.getLogger("xmag.slide").error("to nobody")
     """
-    assert run_program(program, slide_path) == ""
+    assert run_program(program) == ""
 
 
 def test_progress_goes_to_stderr_and_only_where_a_person_sees_it(
@@ -217,7 +216,7 @@ def test_progress_goes_to_stderr_and_only_where_a_person_sees_it(
 
 
 def test_one_encoder_serves_8_threads(encoder: xmag.Encoder) -> None:
-    tiles = np.random.default_rng(0).integers(0, 256, (8, 3, 224, 224, 3), np.uint8)
+    tiles = np.random.default_rng(0).integers(0, 256, (8, 2, 224, 224, 3), np.uint8)
     alone = [encoder.embed(batch).numpy() for batch in tiles]
     together = _in_8_threads(lambda i: encoder.embed(tiles[i]).numpy())
     for one, other in zip(alone, together, strict=True):
@@ -285,7 +284,7 @@ def test_it_works_in_jupyter(slide_path: Path) -> None:
         nbformat.v4.new_code_cell(
             "import xmag\n"
             f"bag = xmag.extract_features({str(slide_path)!r}, model='xmag-mini')\n"
-            "print(bag.features.shape, flush=True)"
+            "print(len(bag), 'tiles', flush=True)"
         )
     ]
     nbclient.NotebookClient(notebook, timeout=90, kernel_name="python3").execute()
@@ -293,7 +292,7 @@ def test_it_works_in_jupyter(slide_path: Path) -> None:
     for output in notebook.cells[0].outputs:
         assert output.output_type == "stream", output
         streams[output.name] += output.text
-    assert streams["stdout"].endswith(", 768)\n")
+    assert re.fullmatch(r"[1-9]\d* tiles\n", streams["stdout"])
     assert slide_path.name in streams["stderr"]  # the bar
     assert "IProgress" not in streams["stderr"]
 

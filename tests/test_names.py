@@ -42,7 +42,7 @@ OPERANDS = {
     "extract_cohort": ["slides", "out"],
     "extract_features": ["slide"],
     "find_tissue": ["slide"],
-    "load_model": ["name"],
+    "load_model": ["name_or_path"],
     "plan_tiles": ["slide", "spec"],
     "read_tiles": ["slide", "plan"],
     "Slide": ["path"],
