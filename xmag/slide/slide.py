@@ -199,7 +199,8 @@ class Slide:
         return f"<Slide {self._name!r} {self.format} {width}x{height} px, {scale} µm/px>"
 
     def __reduce__(self) -> tuple[Callable[..., "Slide"], tuple[Any, ...]]:
-        source = self.reader if self._path is None else (self._path, self._region)
+        reader = self.reader
+        source = reader if self._path is None else (self._path, self._region)
         return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
 
     def _known_mpp(self) -> float:

@@ -73,6 +73,7 @@ def _read_layout(path: Path, region: int | None) -> TiffLayout:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise DamagedSlideError("the TIFF holds no image")
+            _check_chain(tiff)
             return find_layout(pages, region)
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
@@ -81,6 +82,19 @@ def _read_layout(path: Path, region: int | None) -> TiffLayout:
             f"it begins like a TIFF, but its directories make no sense ({error!r}); it is truncated"
             " or damaged: copy it again"
         ) from error
+
+
+def _check_chain(tiff: TiffFile) -> None:
+    """Raise DamagedSlideError where directories are lost: tifffile goes on with those it found."""
+    at = tiff.pages.next_page_offset
+    if at is None:
+        return
+    tiff.filehandle.seek(at)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+        raise DamagedSlideError(
+            f"the directory after the {len(tiff.pages)} found lies beyond the end of the file; it"
+            " is truncated: copy it again"
+        )
 
 
 def _coding(page: TiffPage) -> codecs.TileCoding:
