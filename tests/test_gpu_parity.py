@@ -208,6 +208,7 @@ def test_no_memory_for_a_single_tile_is_an_error(on_gpu: Encoder) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it says that it is a prototype
 def test_nothing_synchronises_the_device_while_batches_are_submitted(on_gpu: Encoder) -> None:
     list(on_gpu.embed_stream(_batches([8, 8])))  # first-use work is over
     torch.cuda.set_sync_debug_mode("error")
