@@ -19,14 +19,14 @@ from xmag.provenance import (
     mixing_fingerprint,
 )
 
+_text = st.text(st.characters(categories=None))  # file names may hold lone surrogates
 _json_values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    # A lone surrogate is no text: no file could hold it.
-    | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    | _text,
+    lambda inner: st.lists(inner) | st.dictionaries(_text, inner),
     max_leaves=20,
 )
 _json_objects = st.dictionaries(st.text(), _json_values, max_size=5)

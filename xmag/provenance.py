@@ -58,7 +58,7 @@ class Provenance:
     def to_json(self) -> str:
         """The same content as JSON text; equal provenances give equal text."""
         parts = {"fingerprint": _plain(self.fingerprint), "record": _plain(self.record)}
-        return json.dumps(parts, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        return json.dumps(parts, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":

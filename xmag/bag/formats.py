@@ -1,0 +1,157 @@
+"""Feature files as bytes: the .h5 that readers of CLAM and TRIDENT expect, and .safetensors.
+
+Both hold the arrays `features` and `coords`, and a header of short texts. Files are laid out in
+memory and written by `xmag.files`, so that a full disk is met there, and in one way only.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from xmag.errors import BagError
+
+HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a feature file holds, unchecked.
+
+    `header` has those of HEADER_KEYS that are there. `coords_attributes` are only written, and
+    only to .h5: they repeat in TRIDENT's words what the header says exactly.
+    """
+
+    features: NDArray[Any]
+    coords: NDArray[Any]
+    header: Mapping[str, str]
+    coords_attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode_h5(content: Content) -> bytes:
+    """The content as an HDF5 file; equal content gives equal bytes.
+
+    The header stands at the root and not on `coords`: TRIDENT copies the attributes of `coords`
+    into what it makes with other models, and those must not inherit it.
+    """
+
+    def fill(file: h5py.File) -> None:
+        file.create_dataset("features", data=content.features)
+        coords = file.create_dataset("coords", data=content.coords)
+        coords.attrs.update(content.coords_attributes)
+        for key, text in content.header.items():
+            # As bytes it has a fixed length and lies where the checksums are; see _attribute.
+            file.attrs[key] = np.bytes_(text.encode())
+
+    return h5_bytes(fill)
+
+
+def h5_bytes(fill: Callable[[h5py.File], None]) -> bytes:
+    """The HDF5 file that `fill` fills, without time stamps.
+
+    In the layout of HDF5 1.8 (2008): it has checksums, and no limit on the size of an attribute.
+    """
+    options = {"driver": "core", "backing_store": False, "libver": ("v108", "v108")}
+    with h5py.File("in-memory", "w", **options) as file:
+        fill(file)
+        file.flush()
+        image: bytes = file.id.get_file_image()
+        return image
+
+
+def decode_h5(path: Path) -> Content:
+    """The content of an HDF5 file, ours or a foreign one; BagError where it is damaged."""
+    try:
+        with h5py.File(path, "r") as file:
+            header = {key: _attribute(file, key) for key in HEADER_KEYS if key in file.attrs}
+            return Content(
+                features=_dataset(file, "features"), coords=_dataset(file, "coords"), header=header
+            )
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        raise damaged(error) from error
+
+
+def _attribute(file: h5py.File, key: str) -> str:
+    """What xmag wrote; "" for other types, of which HDF5 may hang or crash on damaged ones."""
+    attribute = file.attrs.get_id(key)
+    if attribute.shape != () or attribute.dtype.kind != "S":
+        return ""
+    text: str = file.attrs[key].decode()
+    return text
+
+
+def _dataset(file: h5py.File, name: str) -> NDArray[Any]:
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise _missing(name, list(file))
+    if not _is_whole(dataset):
+        raise ValueError(f"a part of {name!r} was never written")
+    values: NDArray[Any] = dataset[()]
+    return values
+
+
+def _is_whole(dataset: h5py.Dataset) -> bool:
+    """Whether all of it is in the file: where nothing was written, HDF5 would read zeros."""
+    if dataset.is_virtual:
+        return True
+    if dataset.chunks is None:
+        return bool(dataset.id.get_storage_size() == dataset.nbytes)
+    grid = (-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    return bool(dataset.id.get_num_chunks() == math.prod(grid))
+
+
+def encode_safetensors(content: Content) -> bytes:
+    """The content as a safetensors file, header as metadata; equal content gives equal bytes."""
+    arrays: dict[str, NDArray[Any]] = {"features": content.features, "coords": content.coords}
+    return _sorted_header(safetensors.numpy.save(arrays, metadata=dict(content.header)))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its header in order: the library writes it in a random one.
+
+    A file is the header's length (8 bytes, little-endian), the header as JSON padded with spaces to
+    a multiple of 8, and the arrays, which the header locates relative to its own end.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def decode_safetensors(path: Path) -> Content:
+    """The content of a safetensors file, ours or a foreign one; BagError where it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            for name in ("features", "coords"):
+                if name not in names:
+                    raise _missing(name, names)
+            return Content(
+                features=file.get_tensor("features"),
+                coords=file.get_tensor("coords"),
+                header={k: v for k, v in (file.metadata() or {}).items() if k in HEADER_KEYS},
+            )
+    except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
+        raise damaged(error) from error
+
+
+def damaged(reason: object) -> BagError:
+    """The error for a file that does not hold what it should."""
+    return BagError(
+        f"the file is truncated, damaged, or something else than its suffix says ({reason});"
+        " make it again, or copy it again"
+    )
+
+
+def _missing(name: str, found: list[str]) -> BagError:
+    return BagError(
+        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' and 'coords'"
+    )
