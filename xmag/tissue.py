@@ -47,12 +47,14 @@ _DARKEST = 16
 _PADDING = 254
 """Grey level from which white is not glass but what the scanner filled in."""
 _GLASS_TINT = 0.08
-"""|r| and |b| of glass under any lamp, at most: 8% more light in one channel than in another."""
+"""-r and -b of glass, at most: lamps give up to 8% less light in one channel than in green."""
+_GLASS_STAINED = 0.06
+"""r and b of glass, at most: a tint towards stain is more likely to be pale tissue."""
 _GLASS_SHADE = 0.75
 """Light of shaded glass, at least, as a fraction of that of the brightest px."""
 _GLASS_CONTRAST = 6
 """Grey levels by which neighbouring px of glass differ, at most; tissue varies more."""
-_GLASS_MIN_FRACTION = 0.05
+_GLASS_MIN_FRACTION = 0.02
 """Of all px; with less glass than this there is nothing to calibrate on."""
 _GLASS_LEVEL = 243.0
 """Grey level taken for neutral glass where a field shows none; most scanners aim at it."""
@@ -288,8 +290,8 @@ def _glass(pixels: Pixels, red: _Field, blue: _Field) -> Bools:
     return np.asarray(
         (darkest < _PADDING)
         & (darkest > _GLASS_SHADE * np.percentile(darkest, 99))
-        & (np.abs(red) < _GLASS_TINT)
-        & (np.abs(blue) < _GLASS_TINT)
+        & (np.minimum(red, blue) > -_GLASS_TINT)
+        & (np.maximum(red, blue) < _GLASS_STAINED)
         & (contrast <= _GLASS_CONTRAST)
     )
 

@@ -7,16 +7,19 @@ the repository, with other patients in the "tuning" than in the "held-out" cases
 
 import io
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
+from support.fake_reader import FakeTileReader
 
-from xmag.slide.reader import Level, Pixels, ScaleMetadata
+from xmag.slide import Slide
+from xmag.slide.reader import Pixels
 
 SHARED = Path(__file__).parents[3] / "shared"
 MPP = 8.0
@@ -79,33 +82,9 @@ class Case:
         """The pixels at 32 µm/px."""
         return np.asarray(Image.fromarray(self.pixels).reduce(MASK_PX))
 
-
-@dataclass(frozen=True)
-class ArrayReader:
-    """A RegionReader of one level that holds its pixels in memory."""
-
-    pixels: Pixels
-    mpp: float | None = MPP
-    format: str = "array"
-    closed: list[bool] = field(default_factory=list)
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        height, width = self.pixels.shape[:2]
-        return (Level(size=(width, height), downsample=1.0),)
-
-    @property
-    def metadata(self) -> ScaleMetadata:
-        if self.mpp is None:
-            return ScaleMetadata()
-        return ScaleMetadata(mpp=(self.mpp, self.mpp), mpp_source="array")
-
-    def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
-        assert level == 0
-        return self.pixels[xy[1] : xy[1] + size[1], xy[0] : xy[0] + size[0]].copy()
-
-    def close(self) -> None:
-        self.closed.append(True)
+    def slide(self) -> Slide:
+        """The case as a slide of 8 µm/px."""
+        return Slide.from_reader(FakeTileReader(self.pixels, mpp=MPP), name=self.name)
 
 
 def generated_texture(rng: np.random.Generator, shape: tuple[int, int]) -> Field:
@@ -403,6 +382,28 @@ def otsu(pixels: Pixels, *, saturation: bool = False) -> Bools:
         between = below * above * (mean / below - (mean[-1] - mean) / above) ** 2
     threshold = int(np.nanargmax(np.where((below > 0) & (above > 0), between, -1)))
     return values > threshold if sign > 0 else values <= threshold
+
+
+def shared_cases(half: str) -> list[Case]:
+    """All slides of one half with real texture; the held-out half has the CMU slide's as well."""
+    cases = list(truth_cases(half, real_texture(half, "he"), real_texture(half, "fat")))
+    if half == "held-out":
+        scene = Scene(rng=np.random.default_rng(2040), shading=0.1, dust=20)
+        scene.add_tissue(cmu_texture(), blobs(scene.rng, scene.shape, 3, (900, 1800)))
+        cases.append(scene.finish("H&E of another scanner", half))
+    return [*cases, *empty_cases(half)]
+
+
+def drawn_by_hand(name: str, shape: tuple[int, int], downsample: float) -> Bools:
+    """The tissue of a real slide as outlined by eye, as a mask of this shape and scale."""
+    rings = json.loads((Path(__file__).parents[1] / "data" / f"tissue-{name}.json").read_text())
+    height, width = (round(s * downsample) for s in shape)
+    canvas = Image.new("L", (width, height))
+    for kind, value in (("tissue", 255), ("glass", 0)):
+        for ring in rings[kind]:
+            ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in ring], fill=value)
+    covered = canvas.resize(shape[::-1], Image.Resampling.BOX)
+    return np.asarray(covered) >= 128
 
 
 def _strokes_beside(rng: np.random.Generator, coverage: Field) -> list[list[tuple[float, float]]]:
