@@ -225,9 +225,13 @@ def test_one_encoder_serves_8_threads(encoder: xmag.Encoder) -> None:
 
 def test_one_slide_serves_8_threads(slide_path: Path) -> None:
     with xmag.Slide(slide_path) as slide:
-        places = [(37 * i, 53 * i) for i in range(8)]
-        alone = [slide.read_region(place, (100, 90), mpp=2.0) for place in places]
-        together = _in_8_threads(lambda i: slide.read_region(places[i], (100, 90), mpp=2.0))
+
+        def column(number: int) -> np.ndarray:
+            places = [(500 * number, 200 * row) for row in range(20)]
+            return np.stack([slide.read_region(place, (64, 64), mpp=1.0) for place in places])
+
+        alone = [column(number) for number in range(8)]
+        together = _in_8_threads(column)
     np.testing.assert_array_equal(alone, together)
 
 
