@@ -15,6 +15,7 @@ from support.slides import shrunk, write_svs
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
+from xmag.slide.source import LocalSource
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,10 @@ def test_a_relative_path_still_holds_after_a_change_of_folder(svs, monkeypatch, 
         assert copy.dimensions == (1300, 900)
 
 
-def test_one_slide_in_8_threads(svs):
+@pytest.mark.parametrize("read", ["_read", "_seek_and_read"], ids=["as it is", "without pread"])
+def test_one_slide_in_8_threads(svs, read, monkeypatch):
     path, _ = svs
+    monkeypatch.setattr(LocalSource, "_read", getattr(LocalSource, read))
     corners = [(x, y) for x in range(0, 1000, 90) for y in range(0, 600, 90)]
     barrier = threading.Barrier(8)
     with Slide(path) as slide:

@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ASCII, SHORT, LONG, RATIONAL, UNDEFINED, LONG8, DOUBLE, FLOAT, SLONG = 2, 3, 4, 5, 7, 16, 12, 11, 9
+BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED, LONG8, DOUBLE, FLOAT, SLONG = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    16,
+    12,
+    11,
+    9,
+)
 _FORMATS = {SHORT: "H", LONG: "I", LONG8: "Q", DOUBLE: "d", FLOAT: "f", SLONG: "i"}
 _SUB_IFDS = 330
 
@@ -75,7 +86,7 @@ def _packed(kind: int, values) -> tuple[bytes, int]:
     if kind == ASCII:
         data = values.encode() + b"\0"
         return data, len(data)
-    if kind == UNDEFINED:
+    if kind in (BYTE, UNDEFINED):
         return bytes(values), len(values)
     values = list(values) if isinstance(values, list | tuple) else [values]
     if kind == RATIONAL:

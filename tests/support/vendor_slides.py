@@ -16,7 +16,7 @@ from support.slides import (
     strip_page,
     texture,
 )
-from support.tiff import ASCII, FLOAT, LONG, SHORT, SLONG, UNDEFINED, Page, write_pages
+from support.tiff import ASCII, BYTE, FLOAT, LONG, SHORT, SLONG, UNDEFINED, Page, write_pages
 
 
 def write_philips(
@@ -171,7 +171,7 @@ def write_ventana(
         "</AoiOrigin></EncodeInfo>"
     )
     label = strip_page(texture(90, 60, seed=3), description="Label Image")
-    label.tags[700] = (UNDEFINED, f"<Metadata>{iscan}</Metadata>".encode())
+    label.tags[700] = (BYTE, f"<Metadata>{iscan}</Metadata>\0".encode())
     label.tags[305] = (ASCII, "ScanOutputManager 1.1.0.15854")
     pages = [label]
     for level, factor in enumerate(levels):

@@ -65,8 +65,13 @@ def decoder(coding: TileCoding) -> Decoder:
     """The decoder for tiles stored like this; UnsupportedSlideError where there is none."""
     if coding.compression in (JPEG, 33007):
         return _JpegDecoder(coding)
-    if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB, 34712):
+    if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB):
         return _ArrayDecoder(coding, _jpeg2000(coding))
+    if coding.photometric != _PHOTOMETRIC_RGB:
+        raise UnsupportedSlideError(
+            f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
+            " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
+        )
     if coding.compression == 50001:
         return _ArrayDecoder(coding, imagecodecs.webp_decode)
     return _ArrayDecoder(coding, _lossless(coding))
@@ -129,8 +134,8 @@ class _JpegDecoder:
         with a JFIF marker, for YCbCr.
         """
         if self._header is not None:
-            # The stretch ends with a restart marker, or with the end of the image.
-            data = self._header + data[:-2] + b"\xff\xd9"
+            # A stretch up to a restart marker lacks the end of an image, and may be given one twice.
+            data = self._header + data + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
             raise DamagedSlideError("its bytes do not begin like a JPEG")
         start = 2

@@ -18,14 +18,15 @@ _REDUCED = 1
 _MACRO = 8
 _XMP_TAG = 700
 _NDPI_SOURCE_LENS_TAG = 65421
+_MAX_JPEG_SIDE = 65_500
 _ASSOCIATED = ("label", "macro", "overview", "thumbnail")
 """What the names of images in OME-TIFF begin with that are not the scan."""
 
 _Pages = Sequence[TiffPage]
 
 
-class StitchedSlideError(UnsupportedSlideError):
-    """The tiles of the slide overlap or are scattered: a case for OpenSlide."""
+class NeedsOpenSlideError(UnsupportedSlideError):
+    """The slide is laid out in a way that only OpenSlide reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +179,8 @@ def _is_ventana(page: TiffPage) -> bool:
 
 
 def _xmp(page: TiffPage) -> str:
-    value = page.tags.valueof(_XMP_TAG, default="")
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    value = page.tags.valueof(_XMP_TAG, default=b"")
+    return bytes(value).decode("utf-8", "replace").rstrip("\0")
 
 
 def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
@@ -188,7 +189,7 @@ def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
         raise UnsupportedSlideError("the Ventana file holds no page that is called a level")
     encoding = _xmp(levels[0])
     if "EncodeInfo" in encoding and metadata.ventana_is_stitched(encoding):
-        raise StitchedSlideError("its tiles overlap or are scattered")
+        raise NeedsOpenSlideError("its tiles overlap or are scattered")
     _refuse_planes(levels[0], levels[1:])
     choose([_name(levels[0])], region)
     scale = metadata.ventana_scale(_xmp(pages[0]))
@@ -204,6 +205,8 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
     if not levels:
         raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
+    if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
+        raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
     _refuse_planes(levels[0], levels[1:])
     choose([_name(levels[0])], region)
     power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
@@ -252,7 +255,7 @@ def _is_trestle(page: TiffPage) -> bool:
 
 
 def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
-    raise StitchedSlideError(f"the tiles of its {len(pages)} pages overlap")
+    raise NeedsOpenSlideError(f"the tiles of its {len(pages)} pages overlap")
 
 
 def _generic(pages: _Pages, region: int | None) -> TiffLayout:

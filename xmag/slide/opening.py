@@ -5,7 +5,7 @@ from pathlib import Path
 from xmag.errors import DamagedSlideError, MissingExtraError, SlideError, UnsupportedSlideError
 from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
-from xmag.slide.layouts import StitchedSlideError
+from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.openslide import OpenSlideReader
 from xmag.slide.reader import SlideReader
 from xmag.slide.tiff import TiffReader
@@ -34,7 +34,7 @@ def open_reader(path: Path, region: int | None) -> SlideReader:
     if head.startswith(_TIFF_MAGIC):
         try:
             return TiffReader(path, region=region)
-        except StitchedSlideError:
+        except NeedsOpenSlideError:
             return OpenSlideReader(path, region=region)
     # A .mrxs file is a JPEG.
     for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]

@@ -32,7 +32,9 @@ class Slide:
         region: which scan, where a file holds several.
 
     Raises:
-        UnsupportedSlideError, DamagedSlideError: the file cannot be read.
+        SlideError: there is no such file, or it cannot be opened.
+        UnsupportedSlideError: its format, pixel type or layout is not read.
+        DamagedSlideError: its content is broken.
         SlideScaleError: the file's scale differs between x and y, and `mpp` is not given.
         InputError: `mpp` or `region` make no sense, or `region` must be given.
         MissingExtraError: the format needs an optional package.

@@ -46,14 +46,13 @@ class LocalSource:
         """Release the file. Closing twice is fine."""
         self._file.close()
 
-    if hasattr(os, "pread"):
+    def _read_at(self, offset: int, length: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
 
-        def _read(self, offset: int, length: int) -> bytes:
-            return os.pread(self._file.fileno(), length, offset)
+    def _seek_and_read(self, offset: int, length: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
 
-    else:
-
-        def _read(self, offset: int, length: int) -> bytes:
-            with self._lock:
-                self._file.seek(offset)
-                return self._file.read(length)
+    # Windows has no pread.
+    _read = _read_at if hasattr(os, "pread") else _seek_and_read

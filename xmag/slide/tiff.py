@@ -16,6 +16,8 @@ from xmag.slide.source import ByteSource, LocalSource
 _MAX_TILE_PX = 1 << 26
 """Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
 
+_UNASSOCIATED_ALPHA = 2
+
 _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
     AttributeError, ZeroDivisionError,
@@ -105,10 +107,16 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
             f"its pixels are {page.samplesperpixel} sample(s) of {dtype}, photometric"
             f" {page.photometric!r}; xmag reads 8-bit RGB (brightfield) slides"
         )
-    if page.photometric not in (2, 6) or page.planarconfig != 1:
+    transparent = page.samplesperpixel == 4
+    if (
+        page.photometric not in (2, 6)
+        or page.planarconfig != 1
+        or (transparent and page.extrasamples != (_UNASSOCIATED_ALPHA,))
+    ):
         raise UnsupportedSlideError(
-            f"its pixels are stored as photometric {page.photometric!r}, {page.planarconfig!r};"
-            " xmag reads RGB and YCbCr with interleaved samples"
+            f"its pixels are stored as photometric {page.photometric!r}, {page.planarconfig!r},"
+            f" extra samples {page.extrasamples}; xmag reads RGB, RGBA and YCbCr with interleaved"
+            " samples"
         )
     width, height, rows = _tile_size(page)
     if not 0 < width * height <= _MAX_TILE_PX:
