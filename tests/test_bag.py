@@ -224,16 +224,13 @@ def test_what_the_disk_spoils_never_gets_the_name(tmp_path, monkeypatch, suffix)
     _bag().save(tmp_path / f"bag{suffix}")
     before = (tmp_path / f"bag{suffix}").read_bytes()
     spoil = before.index(_bag().features.tobytes())
-    open_file = Path.open
+    fsync = os.fsync
 
-    def open_and_spoil(self, mode="r", *args, **kwargs):
-        if mode == "rb+":
-            data = bytearray(self.read_bytes())
-            data[spoil] ^= 1
-            self.write_bytes(data)
-        return open_file(self, mode, *args, **kwargs)
+    def fsync_and_spoil(descriptor):
+        os.pwrite(descriptor, b"\x01", spoil)
+        fsync(descriptor)
 
-    monkeypatch.setattr(Path, "open", open_and_spoil)
+    monkeypatch.setattr(os, "fsync", fsync_and_spoil)
     with pytest.raises(OutputError, match="does not read back the same"):
         _bag().save(tmp_path / f"bag{suffix}")
     assert (tmp_path / f"bag{suffix}").read_bytes() == before
