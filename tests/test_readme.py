@@ -1,4 +1,4 @@
-"""The README does what it says: its Python and its command lines, run on a slide."""
+"""README and quickstart do what they say: their Python and command lines, run on a slide."""
 
 import re
 import shlex
@@ -13,11 +13,11 @@ import xmag
 from xmag.demo import write_demo_slide
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def _blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
 def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = _blocks("python")
+    blocks = _blocks("README.md", "python")
     assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
@@ -44,8 +44,19 @@ def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} "
 
 
+@pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
+def test_the_python_of_the_quickstart_runs(folder: Path) -> None:
+    names: dict[str, object] = {}
+    for block in _blocks("docs/quickstart.md", "python"):
+        offline = block.replace("xmag.load_model()", 'xmag.load_model("xmag-mini")')
+        exec(compile(offline, "quickstart.md", "exec"), names)
+    assert names["report"].counts() == {"done": 1}
+    assert names["features"].shape == names["bag"].features.shape
+    assert len(names["embeddings"]) == len(names["plan"]) > 0
+
+
 def test_the_command_lines_of_the_readme_run(folder: Path) -> None:
-    lines = [line for block in _blocks("sh") for line in block.splitlines()]
+    lines = [line for block in _blocks("README.md", "sh") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("xmag ")]
     assert {shlex.split(line)[1] for line in commands} == {"info", "extract"}
     for line in commands:
