@@ -109,7 +109,7 @@ def test_a_leica_scan_lies_where_openslide_has_it(tmp_path, region, corner, size
 
 
 def test_leica_with_one_scan_at_a_place_that_is_no_multiple_of_anything(tmp_path):
-    write_scn(tmp_path / "s.scn", regions=[((301, 203), (800, 600))])
+    write_scn(tmp_path / "s.scn", canvas=(2601, 2003), regions=[((301, 203), (800, 600))])
     assert_like_openslide(tmp_path / "s.scn", levels=2)
 
 

@@ -134,7 +134,7 @@ class _JpegDecoder:
         with a JFIF marker, for YCbCr.
         """
         if self._header is not None:
-            # A stretch up to a restart marker lacks the end of an image, and may be given one twice.
+            # A stretch that ends with a restart marker lacks the end; the last has one already.
             data = self._header + data + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
             raise DamagedSlideError("its bytes do not begin like a JPEG")
