@@ -1,29 +1,23 @@
-"""A plan -> a stream of uint8 tile batches. Threads live here and nowhere else.
+"""Source tiles -> the decoded windows of wanted tiles, each source tile once.
 
-Each source tile that a wanted tile touches is read once, decoded once at the plan's reduction, and
-copied into the wanted tiles that overlap it. Work is cut into runs of neighbouring source tiles,
-in row order, and handed to threads (reading and decoding release the GIL); a batch is complete
-when the last run that touches it is. So memory holds a band of the slide, however large that is.
+Work is cut into runs of neighbouring source tiles, in row order. A run reads its bytes together,
+decodes them, and copies the pixels into the windows that overlap them; a batch of windows is
+complete when the last run that touches it is. So memory holds a band of the slide, however large
+that is.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import DamagedSlideError, InputError
 from xmag.geometry import ReadScale
-from xmag.plan import Coords, TilePlan
-from xmag.slide import Slide
-from xmag.slide.pixels import decode_tile, empty_tile, read_level, resample
-from xmag.slide.reader import Level, Pixels, TileReader
-
-Tiles = NDArray[np.uint8]
-"""uint8 (B, size_px, size_px, 3) RGB."""
+from xmag.plan import TilePlan
+from xmag.slide.pixels import decode_tile, empty_tile, read_level
+from xmag.slide.reader import Level, SlideReader, TileReader
 
 Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
@@ -31,76 +25,9 @@ Pixels4D = NDArray[np.uint8]
 _RUN_TILES = 8
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
 
-_MOST_THREADS = 8
-"""More threads than this in one process wait for the GIL more than they decode."""
-
-
-def read_tiles(
-    slide: Slide, plan: TilePlan, *, batch_size: int = 256, threads: int | None = None
-) -> Iterator[tuple[Coords, Tiles]]:
-    """The tiles of `plan` in its order: pairs of coords int64 (B, 2) and uint8 (B, S, S, 3) RGB.
-
-    B is `batch_size` but for the last batch. Each array is the caller's to keep. Closing the
-    iterator early stops the threads.
-
-    Args:
-        slide: The open slide that the plan was made for.
-        plan: What to read.
-        batch_size: Tiles a batch.
-        threads: Decoding threads; by default one a usable core, at most 8.
-
-    Raises:
-        InputError: The plan belongs to another slide, or an argument is out of its range.
-        DamagedSlideError: Some bytes do not decode; no pixel is made up for them.
-    """
-    _check(slide, plan, batch_size, threads)
-    return _stream(slide, plan, batch_size, threads or default_threads())
-
-
-def default_threads() -> int:
-    """Decoding threads where the caller names none: one a core this process may use, at most 8."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    return min(_MOST_THREADS, os.cpu_count() or 1)
-
-
-def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads!r}; expected at least 1, or None for the default")
-    if plan.slide is not None and slide.fingerprint is not None and plan.slide != slide.fingerprint:
-        raise InputError(
-            f"the plan was made for {plan.slide['name']!r}, not for the content of {slide.name!r};"
-            " make a plan for this slide with plan_tiles()"
-        )
-    if plan.tiles.level0_size != slide.dimensions or plan.tiles.level0_mpp != slide.mpp:
-        raise InputError(
-            f"the plan is for {plan.tiles.level0_size} px at {plan.tiles.level0_mpp} µm/px, but"
-            f" {slide.name!r} has {slide.dimensions} px at {slide.mpp} µm/px; make a plan for this"
-            " slide with plan_tiles()"
-        )
-
-
-def _stream(
-    slide: Slide, plan: TilePlan, batch_size: int, threads: int
-) -> Iterator[tuple[Coords, Tiles]]:
-    coords, windows = plan.coords, _windows(plan, slide.reader.levels[plan.scale.level])
-    job = _Decoding(slide, plan.scale, windows, batch_size)
-    with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
-        try:
-            for number, decoded in enumerate(_in_order(job, pool, ahead=3 * threads)):
-                batch = slice(number * batch_size, number * batch_size + len(decoded))
-                yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
-        except DamagedSlideError as error:
-            raise DamagedSlideError(f"{slide.name}: {error}") from error
-        finally:
-            # A consumer that stops early must not wait for runs that nobody will look at.
-            pool.shutdown(wait=True, cancel_futures=True)
-
 
 @dataclass(frozen=True, slots=True)
-class _Windows:
+class Windows:
     """What each tile covers in decoded px: whole pixels [start, end), and the exact box in them.
 
     int64 (N, 2) each; `box` is float64 (N, 4), x0 y0 x1 y1 from `start`, or None where the whole
@@ -112,12 +39,13 @@ class _Windows:
     box: NDArray[np.float64] | None
 
 
-def _windows(plan: TilePlan, level: Level) -> _Windows:
+def windows_of(plan: TilePlan, level: Level) -> Windows:
+    """The windows of a plan's tiles in the decoded px of the level it reads."""
     scale, size_px = plan.scale, plan.spec.size_px
     corner = plan.coords / (level.downsample * scale.reduction)
     if scale.factor == 1.0:
         start = np.rint(corner).astype(np.int64)
-        return _Windows(start, start + size_px, None)
+        return Windows(start, start + size_px, None)
     side = size_px * scale.factor
     decoded_size = np.floor_divide(level.size, scale.reduction)
     # Corners are whole level-0 px: their rounding must not push a window over the edge.
@@ -125,31 +53,11 @@ def _windows(plan: TilePlan, level: Level) -> _Windows:
     start = np.floor(corner + 1e-6).astype(np.int64)
     end = np.minimum(np.ceil(corner + side - 1e-6).astype(np.int64), decoded_size)
     offset = np.maximum(corner - start, 0)
-    return _Windows(start, end, np.concatenate([offset, offset + side], axis=1))
-
-
-def _finished(
-    decoded: Pixels4D, windows: _Windows, batch: slice, plan: TilePlan, pool: ThreadPoolExecutor
-) -> Tiles:
-    """The tiles of a batch, resampled from their decoded windows where the plan asks for it."""
-    if windows.box is None:
-        return decoded
-    size = (plan.spec.size_px, plan.spec.size_px)
-    extents = (windows.end[batch] - windows.start[batch]).tolist()
-    boxes = windows.box[batch].tolist()
-
-    def one(i: int) -> Pixels:
-        width, height = extents[i]
-        return resample(decoded[i, :height, :width], tuple(boxes[i]), size, plan.spec.resample)
-
-    tiles = np.empty((len(decoded), *size, 3), np.uint8)
-    for i, pixels in enumerate(pool.map(one, range(len(decoded)))):
-        tiles[i] = pixels
-    return tiles
+    return Windows(start, end, np.concatenate([offset, offset + side], axis=1))
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Work for one thread: source tiles that are read together, and the batches they end up in.
 
     `pieces` has a row for each overlap of a source tile with a wanted one, grouped by source tile:
@@ -162,12 +70,14 @@ class _Run:
     batches: list[int]
 
 
-class _Decoding:
+class Decoding:
     """Decodes the windows of tiles into batches, a run of source tiles at a time."""
 
-    def __init__(self, slide: Slide, scale: ReadScale, windows: _Windows, batch_size: int) -> None:
-        self._reader, self._scale = slide.reader, scale
-        self._level = slide.reader.levels[scale.level]
+    def __init__(
+        self, reader: SlideReader, scale: ReadScale, windows: Windows, batch_size: int
+    ) -> None:
+        self._reader, self._scale = reader, scale
+        self._level = reader.levels[scale.level]
         self._windows, self._batch_size = windows, batch_size
         count = len(windows.start)
         self.batch_count = -(-count // batch_size)
@@ -184,14 +94,14 @@ class _Decoding:
         # window is about to be written.
         return np.empty(shape, np.uint8) if covered else np.full(shape, 255, np.uint8)
 
-    def decode(self, run: _Run, batches: dict[int, Pixels4D]) -> None:
+    def decode(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         """Read and decode the source tiles of a run, and copy them into `batches`."""
         if isinstance(self._reader, TileReader):
             self._decode_tiles(self._reader, run, batches)
         else:
             self._read_windows(run, batches)
 
-    def _decode_tiles(self, reader: TileReader, run: _Run, batches: dict[int, Pixels4D]) -> None:
+    def _decode_tiles(self, reader: TileReader, run: Run, batches: dict[int, Pixels4D]) -> None:
         level, reduction, size = self._scale.level, self._scale.reduction, self._batch_size
         pieces, first = run.pieces.tolist(), 0
         for source, data, end in zip(
@@ -208,7 +118,7 @@ class _Decoding:
                 ]
             first = end
 
-    def _read_windows(self, run: _Run, batches: dict[int, Pixels4D]) -> None:
+    def _read_windows(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         for tile in run.sources:
             x, y = self._windows.start[tile].tolist()
             width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
@@ -217,7 +127,7 @@ class _Decoding:
                 self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
             )
 
-    def _cut_runs(self) -> list[_Run]:
+    def _cut_runs(self) -> list[Run]:
         if isinstance(self._reader, TileReader):
             source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
         else:
@@ -233,7 +143,7 @@ class _Decoding:
             low, high = int(first[these][0]), int(ends[these][-1])
             mine = pieces[low:high]
             runs.append(
-                _Run(
+                Run(
                     sources=sources[these].tolist(),
                     ends=(ends[these] - low).tolist(),
                     pieces=mine,
@@ -244,9 +154,9 @@ class _Decoding:
 
 
 def _overlaps(
-    windows: _Windows, level: Level, reduction: int
+    windows: Windows, level: Level, reduction: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where windows and source tiles overlap: source tile (P,), and (P, 7) as in `_Run.pieces`.
+    """Where windows and source tiles overlap: source tile (P,), and (P, 7) as in `Run.pieces`.
 
     Sorted by source tile. Window parts outside the stored image appear in no row.
     """
@@ -272,7 +182,7 @@ def _overlaps(
     return source[order], pieces[order]
 
 
-def _in_order(decoding: _Decoding, pool: ThreadPoolExecutor, *, ahead: int) -> Iterator[Pixels4D]:
+def in_order(decoding: Decoding, pool: Executor, *, ahead: int) -> Iterator[Pixels4D]:
     """The decoded batches in order, while up to `ahead` runs of later ones are under way."""
     last_run = [-1] * decoding.batch_count
     for number, run in enumerate(decoding.runs):

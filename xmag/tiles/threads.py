@@ -1,0 +1,105 @@
+"""Plan -> batches, with threads in this process: what works anywhere, at no start-up cost."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import DamagedSlideError, InputError
+from xmag.plan import Coords, TilePlan
+from xmag.slide import Slide
+from xmag.slide.pixels import resample
+from xmag.slide.reader import Pixels
+from xmag.tiles.decoding import Decoding, Pixels4D, Windows, in_order, windows_of
+
+Tiles = NDArray[np.uint8]
+"""uint8 (B, size_px, size_px, 3) RGB."""
+
+_MOST_THREADS = 8
+"""More threads than this in one process wait for the GIL more than they decode."""
+
+
+def read_tiles(
+    slide: Slide, plan: TilePlan, *, batch_size: int = 256, threads: int | None = None
+) -> Iterator[tuple[Coords, Tiles]]:
+    """The tiles of `plan` in its order: pairs of coords int64 (B, 2) and uint8 (B, S, S, 3) RGB.
+
+    B is `batch_size` but for the last batch. Each array is the caller's to keep. Closing the
+    iterator early stops the threads.
+
+    Args:
+        slide: The open slide that the plan was made for.
+        plan: What to read.
+        batch_size: Tiles a batch.
+        threads: Decoding threads; by default one a usable core, at most 8.
+
+    Raises:
+        InputError: The plan belongs to another slide, or an argument is out of its range.
+        DamagedSlideError: Some bytes do not decode; no pixel is made up for them.
+    """
+    _check(slide, plan, batch_size, threads)
+    return _stream(slide, plan, batch_size, threads or default_threads())
+
+
+def default_threads() -> int:
+    """Decoding threads where the caller names none: one a core this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads!r}; expected at least 1, or None for the default")
+    if plan.slide is not None and slide.fingerprint is not None and plan.slide != slide.fingerprint:
+        raise InputError(
+            f"the plan was made for {plan.slide['name']!r}, not for the content of {slide.name!r};"
+            " make a plan for this slide with plan_tiles()"
+        )
+    if plan.tiles.level0_size != slide.dimensions or plan.tiles.level0_mpp != slide.mpp:
+        raise InputError(
+            f"the plan is for {plan.tiles.level0_size} px at {plan.tiles.level0_mpp} µm/px, but"
+            f" {slide.name!r} has {slide.dimensions} px at {slide.mpp} µm/px; make a plan for this"
+            " slide with plan_tiles()"
+        )
+
+
+def _stream(
+    slide: Slide, plan: TilePlan, batch_size: int, threads: int
+) -> Iterator[tuple[Coords, Tiles]]:
+    coords, windows = plan.coords, windows_of(plan, slide.reader.levels[plan.scale.level])
+    decoding = Decoding(slide.reader, plan.scale, windows, batch_size)
+    with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
+        try:
+            for number, decoded in enumerate(in_order(decoding, pool, ahead=3 * threads)):
+                batch = slice(number * batch_size, number * batch_size + len(decoded))
+                yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
+        except DamagedSlideError as error:
+            raise DamagedSlideError(f"{slide.name}: {error}") from error
+        finally:
+            # A consumer that stops early must not wait for runs that nobody will look at.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(
+    decoded: Pixels4D, windows: Windows, batch: slice, plan: TilePlan, pool: ThreadPoolExecutor
+) -> Tiles:
+    """The tiles of a batch, resampled from their decoded windows where the plan asks for it."""
+    if windows.box is None:
+        return decoded
+    size = (plan.spec.size_px, plan.spec.size_px)
+    extents = (windows.end[batch] - windows.start[batch]).tolist()
+    boxes = windows.box[batch].tolist()
+
+    def one(i: int) -> Pixels:
+        width, height = extents[i]
+        return resample(decoded[i, :height, :width], tuple(boxes[i]), size, plan.spec.resample)
+
+    tiles = np.empty((len(decoded), *size, 3), np.uint8)
+    for i, pixels in enumerate(pool.map(one, range(len(decoded)))):
+        tiles[i] = pixels
+    return tiles
