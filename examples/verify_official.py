@@ -60,7 +60,8 @@ def _read_tiles(paths: list[Path], size_px: int) -> np.ndarray:
         images = [Image.fromarray(tile).resize((size_px, size_px)) for tile in coarse]
     else:
         images = [Image.open(path).convert("RGB") for path in paths]
-    for image, name in zip(images, paths or ["a random tile"] * len(images), strict=True):
+    names = [str(path) for path in paths] or ["a random tile"] * len(images)
+    for image, name in zip(images, names, strict=True):
         if image.size != (size_px, size_px):
             raise ValueError(
                 f"{name} is {image.size[0]} x {image.size[1]} px; expected {size_px} x {size_px}."
@@ -79,7 +80,8 @@ def _card_embeddings(name: str, encoder: Encoder, tiles: np.ndarray) -> torch.Te
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.config.mean, encoder.config.std))
     images = (torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.inference_mode():
-        return model(images)["cls_embedding"].float()
+        embeddings: torch.Tensor = model(images)["cls_embedding"]
+    return embeddings.float()
 
 
 def _report(encoder: Encoder, ours: torch.Tensor, theirs: torch.Tensor) -> int:
