@@ -1,6 +1,6 @@
 """All that touches slide files: open one as a `Slide`."""
 
 from xmag.slide.opening import is_slide_path
-from xmag.slide.slide import Slide
+from xmag.slide.slide import Slide, SlideFacts
 
-__all__ = ["Slide", "is_slide_path"]
+__all__ = ["Slide", "SlideFacts", "is_slide_path"]

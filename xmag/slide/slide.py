@@ -1,7 +1,9 @@
 """A slide: its size, its scale, its pixels."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +19,17 @@ from xmag.slide.reader import Pixels, SlideReader
 from xmag.slide.scale import checked_mpp, checked_scale, judge
 
 _ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlideFacts:
+    """What a record of results says about a slide; each is the attribute of Slide by that name."""
+
+    name: str
+    format: str
+    mpp: float | None
+    mpp_source: str
+    fingerprint: Mapping[str, Any] | None
 
 
 class Slide:
@@ -113,12 +126,23 @@ class Slide:
         """Level-0 px per px of each level; whole wherever the sizes of the levels allow it."""
         return tuple(level.downsample for level in self._reader.levels)
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this file from others (name, size, content); None without a file."""
         if self._path is None:
             return None
         return file_fingerprint(self._path)
+
+    @property
+    def facts(self) -> "SlideFacts":
+        """What a record of results says about the slide; unlike the slide, a plain value."""
+        return SlideFacts(
+            name=self.name,
+            format=self.format,
+            mpp=self.mpp,
+            mpp_source=self.mpp_source,
+            fingerprint=self.fingerprint,
+        )
 
     def scale_for(self, spec: TileSpec) -> ReadScale:
         """How pixels of the scale that `spec` asks for are read from this slide.

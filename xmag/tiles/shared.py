@@ -1,0 +1,67 @@
+"""Memory that this process and its decoding processes see alike."""
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from xmag.errors import OutputError
+from xmag.tiles.threads import Tiles
+
+_SHM = Path("/dev/shm")
+_SPARE = 0.8
+"""The share of free shared memory that may be taken; Docker gives 64 MB in all by default."""
+
+
+class Arena:
+    """`slots` pieces of memory of `slot_tiles` tiles each, in a file that has no name any more.
+
+    The file lies in shared memory if there is room, else in the temporary folder. Its name is gone
+    before anyone else could see it, so nothing is left however the processes end; those that are to
+    share it inherit its descriptor.
+    """
+
+    def __init__(self, *, slots: int, slot_tiles: int, size_px: int, fd: int | None = None) -> None:
+        self._shape = (slots, slot_tiles, size_px, size_px, 3)
+        size = int(np.prod(self._shape))
+        self.fd = _unnamed_file(size) if fd is None else fd
+        self._map = mmap.mmap(self.fd, size)
+        self._array = np.frombuffer(self._map, np.uint8).reshape(self._shape)
+
+    def slot(self, number: int) -> Tiles:
+        """The tiles of a slot, uint8 (slot_tiles, S, S, 3); writing to it writes to the memory."""
+        tiles: Tiles = self._array[number]
+        return tiles
+
+    @property
+    def whole(self) -> Tiles:
+        """All slots as one array."""
+        return self._array
+
+    def close(self) -> None:
+        """Let go of the memory, as far as this process is concerned."""
+        os.close(self.fd)
+
+
+def _unnamed_file(size: int) -> int:
+    for folder in (_SHM, Path(tempfile.gettempdir())):
+        if not folder.is_dir():
+            continue
+        room = os.statvfs(folder)
+        if room.f_bavail * room.f_frsize * _SPARE < size:
+            continue
+        fd, name = tempfile.mkstemp(prefix="xmag-", dir=folder)
+        Path(name).unlink()
+        try:
+            # Reserved now: a write to a mapping that the disk has no room for would be fatal.
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.close(fd)
+            continue
+        return fd
+    raise OutputError(
+        f"there is no room for {size / 2**20:.0f} MiB of tiles in {_SHM} or"
+        f" {tempfile.gettempdir()}; free some, set TMPDIR to a folder with room, or use processes=0"
+    )
