@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import tiff
 from support.oracle import difference, level_pixels
-from support.slides import page, strip_page, texture, tiles_of, write_svs, write_tiff
+from support.slides import page, shrunk, strip_page, texture, tiles_of, write_svs, write_tiff
 from support.vendor_slides import write_ndpi, write_ome, write_philips, write_scn, write_ventana
 
 from xmag.errors import (
@@ -111,6 +111,15 @@ def test_a_leica_scan_lies_where_openslide_has_it(tmp_path, region, corner, size
 def test_leica_with_one_scan_at_a_place_that_is_no_multiple_of_anything(tmp_path):
     write_scn(tmp_path / "s.scn", canvas=(2601, 2003), regions=[((301, 203), (800, 600))])
     assert_like_openslide(tmp_path / "s.scn", levels=2)
+
+
+def test_a_scan_off_the_grid_of_a_reduction_is_not_reduced_in_decoding(tmp_path):
+    write_scn(tmp_path / "s.scn", levels=(1,), regions=[((301, 204), (800, 600))])
+    with Slide(tmp_path / "s.scn") as slide:
+        assert slide.reader.levels[0].reductions == (1,)
+        found = slide.read_region((301, 204), (90, 70), mpp=2.0)
+        native = slide.read_region((301, 204), (720, 560))
+    assert difference(found, shrunk(native, 8)).max() <= 1
 
 
 def test_ventana_without_overlap_is_read_natively(tmp_path):
