@@ -250,7 +250,7 @@ def test_auto_means_bfloat16_where_cuda_has_it(
     capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert xmag.encoder._resolve_dtype("auto", torch.device("cuda", 0)) == expected
+    assert xmag.encoder.model.resolve_dtype("auto", torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -359,13 +359,13 @@ def test_the_default_encoder_is_loaded_once_by_however_many_threads(
         together.wait()
         return default_encoder()
 
-    monkeypatch.setattr(xmag.encoder, "load_model", load)
-    xmag.encoder._load_default.cache_clear()
+    monkeypatch.setattr(xmag.encoder.loading, "load_model", load)
+    xmag.encoder.loading._load_default.cache_clear()
     try:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(ask, range(8)))
     finally:
-        xmag.encoder._load_default.cache_clear()
+        xmag.encoder.loading._load_default.cache_clear()
     assert len(loaded) == 1
     assert all(one is found[0] for one in found)
 

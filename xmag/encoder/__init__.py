@@ -1,0 +1,10 @@
+"""Encoder: a ViT, its normalisation and the tiles it wants, in one immutable view.
+
+`load_model` makes one; `embed` takes a batch of tiles, `embed_stream` a stream of them.
+"""
+
+from xmag.encoder.loading import default_encoder, load_model
+from xmag.encoder.model import Encoder, TileEncoder
+from xmag.encoder.stream import TileStream
+
+__all__ = ["Encoder", "TileEncoder", "TileStream", "default_encoder", "load_model"]

@@ -1,0 +1,71 @@
+"""A name or a path -> an Encoder."""
+
+import os
+import threading
+import warnings
+from functools import lru_cache
+
+import torch
+
+from xmag.encoder.model import Encoder, resolve_device, resolve_dtype
+from xmag.errors import XmagWarning
+from xmag.hub.model import read_model
+from xmag.hub.registry import DEFAULT_MODEL, ModelConfig
+from xmag.vit import ViTConfig, empty_vit
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    config: ModelConfig | ViTConfig | str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Encoder:
+    """The Encoder of a model: "xmag-mini", a path (folder or checkpoint file), or a Hub name.
+
+    An existing path beats a Hub name, "xmag-mini" beats both. `config` is the name of a known
+    configuration, a ViTConfig or a ModelConfig, for weights that xmag does not know; without it a
+    bare checkpoint is assumed to be `dinov2_vitb14`. device "auto" takes CUDA, then MPS, then the
+    CPU; dtype "auto" takes bfloat16 on CUDA that has it, float16 on older CUDA, float32 elsewhere.
+    A Hub model in the cache is used without a request; a branch or tag given as `revision` is
+    looked up. Raises HubError, WeightsError or InputError; never runs code that came with weights.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    model = read_model(
+        name_or_path,
+        config=config,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    vit = empty_vit(model.config.vit)
+    vit.load_state_dict(model.state, assign=True)
+    encoder = Encoder(vit, model.config, provenance=model.provenance, device=device, dtype=dtype)
+    if not encoder.provenance["trained"]:
+        warnings.warn(
+            f"{encoder.provenance['name']} is UNTRAINED: its embeddings carry no knowledge of"
+            " tissue. It is there to try the software; load another model for results",
+            XmagWarning,
+            stacklevel=2,
+        )
+    return encoder
+
+
+@lru_cache(maxsize=1)
+def _load_default() -> Encoder:
+    return load_model()
+
+
+_default_lock = threading.Lock()
+
+
+def default_encoder() -> Encoder:
+    """The Encoder of AI4PATH/XMAG, loaded once a process, whichever thread asks first."""
+    with _default_lock:
+        return _load_default()
