@@ -122,6 +122,14 @@ def test_a_scan_off_the_grid_of_a_reduction_is_not_reduced_in_decoding(tmp_path)
     assert difference(found, shrunk(native, 8)).max() <= 1
 
 
+def test_what_openslide_leaves_transparent_is_white(tmp_path):
+    write_scn(tmp_path / "s.scn")
+    reader = OpenSlideReader(tmp_path / "s.scn")
+    assert (reader.read_region(0, (0, 0), (300, 200)) == 255).all()
+    assert (reader.read_region(0, (300, 200), (300, 200)) < 255).any()
+    reader.close()
+
+
 def test_ventana_without_overlap_is_read_natively(tmp_path):
     write_ventana(tmp_path / "v.bif", grid=(4, 3))
     assert_like_openslide(tmp_path / "v.bif", levels=3)

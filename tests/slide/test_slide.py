@@ -86,6 +86,13 @@ def test_the_last_region_that_fits_is_read(svs):
         assert slide.read_region((1299, 899), (1, 1)).shape == (1, 1, 3)
 
 
+def test_a_region_off_the_grid_of_a_reduction_is_not_blurred():
+    base = noise(320, 320)
+    slide = Slide.from_reader(FakeTileReader(base, tile=(64, 64)), name="n")
+    found = slide.read_region((4, 12), (30, 20), mpp=2.0)
+    assert difference(found, shrunk(base[12:172, 4:244], 8)).max() <= 1
+
+
 def test_scales_are_chosen_from_levels_and_reductions(svs):
     with Slide(svs[0]) as slide:
         scale = slide.scale_for(TileSpec())
