@@ -210,6 +210,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some versions of dynamo's own
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_the_graph_is_whole_for_torch_compile() -> None:
     vit = random_vit(TINY)
     report = torch._dynamo.explain(vit)(_images(), vit.positions((8, 8)), keep=1)
