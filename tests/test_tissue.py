@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 
@@ -10,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from support.fake_reader import FakeTileReader
 from support.tissue_cases import (
+    BLACK_INK,
     Scene,
     blobs,
     drawn_by_hand,
@@ -20,6 +22,7 @@ from support.tissue_cases import (
     otsu,
     scaled,
     shared_cases,
+    stroke,
     truth_cases,
 )
 
@@ -105,6 +108,73 @@ def test_a_little_glass_beside_much_pale_tissue_is_left_out():
     scene.add_tissue(scaled(generated_texture, 0.3), coverage)
     case = scene.finish("little glass", "tuning")
     assert iou(find_tissue(case.slide()).mask, case.truth) >= 0.97
+
+
+def even(red, green, blue):
+    """A texture of one density all over."""
+    return lambda rng, shape: np.full((*shape, 3), (red, green, blue), np.float32)
+
+
+def test_a_little_glass_beside_much_smooth_pale_tissue_is_left_out():
+    scene = Scene(rng=np.random.default_rng(4), shape=(400, 500))
+    coverage = np.ones(scene.shape, np.float32)
+    coverage[:, :80] = 0
+    scene.add_tissue(even(0.03, 0.085, 0.05), coverage)
+    case = scene.finish("smooth", "tuning")
+    assert iou(find_tissue(case.slide()).mask, case.truth) >= 0.97
+
+
+@pytest.mark.parametrize(
+    "texture", [scaled(generated_texture, 0.15), scaled(generated_fat, 0.8)], ids=["pale", "fat"]
+)
+def test_a_field_of_pale_tissue_without_any_glass_is_kept(texture):
+    scene = Scene(rng=np.random.default_rng(9), shape=(256, 256))
+    scene.add_tissue(texture, np.ones(scene.shape, np.float32))
+    assert find_tissue(scene.finish("field", "tuning").slide()).fraction >= 0.95
+
+
+def test_colour_that_jpeg_spreads_over_glass_is_not_taken_for_tissue(section):
+    small = Image.fromarray(section.pixels[:400, :504]).reduce(2)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=50, subsampling="4:2:0")
+    with Image.open(buffer) as stored:
+        tissue = find_tissue(slide_of(np.array(stored), mpp=16.0))
+    assert iou(tissue.mask, section.truth) >= 0.93
+
+
+@pytest.mark.parametrize("colour", [(20, 30, 140), (0, 0, 120), (60, 160, 210), (250, 230, 60)])
+def test_other_inks_are_left_out(colour):
+    scene = Scene(rng=np.random.default_rng(9), shape=(400, 500))
+    scene.add_ink(colour, stroke(scene.shape, [(600, 600), (3000, 900), (3300, 2600)], 600))
+    assert not find_tissue(scene.finish("ink", "tuning").slide()).mask.any()
+
+
+def test_a_faint_smear_is_no_tissue():
+    scene = Scene(rng=np.random.default_rng(4), shape=(400, 500))
+    scene.add_tissue(even(0.01, 0.04, 0.02), blobs(scene.rng, scene.shape, 1, (500, 900)))
+    assert not find_tissue(scene.finish("smear", "tuning").slide()).mask.any()
+
+
+def test_white_padding_is_not_taken_for_glass():
+    scene = Scene(rng=np.random.default_rng(4), shape=(400, 500), glass=(241, 231, 236))
+    scene.add_tissue(generated_texture, blobs(scene.rng, scene.shape, 1, (500, 700)))
+    scene.add_border(250, 255, "n")
+    case = scene.finish("padded", "tuning")
+    assert iou(find_tissue(case.slide()).mask, case.truth) >= 0.9
+
+
+def test_a_black_stroke_across_tissue_is_left_out():
+    scene = Scene(rng=np.random.default_rng(5), shape=(400, 500))
+    scene.add_tissue(generated_texture, blobs(scene.rng, scene.shape, 1, (1300, 1400)))
+    rows, columns = np.nonzero(scene.coverage > 0.5)
+    y, x = rows.mean() * 8, columns.mean() * 8
+    scene.add_ink(BLACK_INK, stroke(scene.shape, [(x - 1300, y), (x + 1300, y + 200)], 300))
+    case = scene.finish("black across", "tuning")
+    bridging = find_tissue(case.slide(), close_um=300, max_hole_mm2=5).mask
+    assert bridging[case.ink].mean() <= 0.05
+    mask = find_tissue(case.slide()).mask
+    assert mask[case.ink].mean() <= 0.05
+    assert iou(mask, case.truth) >= 0.9
 
 
 def test_the_mask_covers_the_slide_in_whole_px(section):

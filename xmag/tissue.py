@@ -7,6 +7,7 @@ DAB have r > 0; haematoxylin has b > 0 with r about 0. Blue and green ink take m
 green (r < 0), by more than any haematoxylin.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -88,8 +89,9 @@ _INK_RED = 0.68
 """r - 2|b| of red ink, at least: it takes blue light nearly as much as green (b about 0.2 r), eosin
 far less (b about 0.4 r), DAB more (b about -0.7 r). 0.1% of the px of tissue lie beyond,
 scattered."""
-_INK_BLACK = 0.9
-"""Density of black ink, at least."""
+_INK_BLACK, _INK_BLACK_CHROMA = 1.2, 0.4
+"""Density of black ink, over tissue too, at least, and its chroma over density at most. Tissue so
+dark has a ratio above 0.6, and DAB one of 0.9."""
 _INK_MIN_AREA_MM2 = 0.1
 """Smaller spots are no stroke but pigment, blood or marking dye, and left to the tissue."""
 _INK_EDGE_UM = 64.0
@@ -257,8 +259,10 @@ def _segment(
     """Which px of an overview are tissue."""
     px_per_mm2 = (1000 / mpp) ** 2
     red, blue, density = _light(pixels)
-    neutral = (density > _NEUTRAL_DENSITY) & (_chroma(red, blue) < _NEUTRAL * density)
-    ink = _ink(red, blue, neutral & (density > _INK_BLACK), mpp)
+    chroma = _chroma(red, blue)
+    neutral = (density > _NEUTRAL_DENSITY) & (chroma < _NEUTRAL * density)
+    black = (density > _INK_BLACK) & (chroma < _INK_BLACK_CHROMA * density)
+    ink = _ink(red, blue, black, mpp)
     stain, even = _stain(red, blue), _stain(_smoothed(red), _smoothed(blue))
     tissue = (even > _STAIN_WEAK) & ~neutral & ~ink
     tissue &= stain > _EDGE * over_square(np.maximum, even, 1)
@@ -272,20 +276,20 @@ def _segment(
 
 def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     """r, b and the density (mean of the channels), relative to the glass."""
+    channels = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
     logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
-    green = logs[pixels[..., 1]]
-    red, blue = logs[pixels[..., 0]] - green, logs[pixels[..., 2]] - green
-    light = logs[pixels].mean(2)
-    glass = _glass(pixels, red, blue)
+    reds, greens, blues = (logs[channel] for channel in channels)
+    red, blue, light = reds - greens, blues - greens, (reds + greens + blues) / np.float32(3)
+    glass = _glass(channels, red, blue)
     if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
         return red, blue, np.float32(math.log(_GLASS_LEVEL)) - light
     red, blue, brightness = _flattened((red, blue, light), glass)
     return red, blue, -brightness
 
 
-def _glass(pixels: Pixels, red: _Field, blue: _Field) -> Bools:
+def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> Bools:
     """Which px look like glass: bright, nearly neutral, smooth, and not padding."""
-    darkest, green = pixels.min(2), pixels[..., 1]
+    darkest, green = functools.reduce(np.minimum, channels), channels[1]
     contrast = over_square(np.maximum, green, 1) - over_square(np.minimum, green, 1)
     return np.asarray(
         (darkest < _PADDING)

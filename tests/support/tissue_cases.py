@@ -230,7 +230,7 @@ class Scene:
     def add_ink(self, colour: tuple[int, int, int], coverage: Field) -> None:
         """Draw over what is there; the ink is a little streaky."""
         streaks = np.clip(0.93 + 0.07 * _smooth_noise(self.rng, self.shape, 4), 0, 1)
-        light = 1 - (coverage * streaks)[..., None] * (1 - np.array(colour) / 255)
+        light = 1 - (coverage * streaks)[..., None] * (1 - np.maximum(colour, 1) / 255)
         self.density -= np.log(light).astype(np.float32)
         self.ink = np.maximum(self.ink, coverage)
 
