@@ -39,7 +39,7 @@ _MPP = 32.0
 _CLOSE_UM = 64.0
 """Gaps up to twice this are bridged: the clear inside of most fat cells, 50 to 120 µm wide."""
 _MIN_AREA_MM2 = 0.03
-"""Smaller pieces are debris: 0.2 mm across, half as wide as a needle core."""
+"""Smaller pieces, under 0.2 mm across, are debris; the smallest biopsy fragments are 0.5 mm."""
 _MAX_HOLE_MM2 = 0.05
 """Larger holes are glass. Smaller ones are a quarter of a 448 µm tile at most."""
 
@@ -58,7 +58,7 @@ _GLASS_CONTRAST = 6
 _GLASS_MIN_FRACTION = 0.02
 """Of all px; with less glass than this there is nothing to calibrate on."""
 _GLASS_LEVEL = 243.0
-"""Grey level taken for neutral glass where a field shows none; most scanners aim at it."""
+"""Grey level taken for glass, and neutral, where a field shows none."""
 _GLASS_SAMPLES = 2048
 """Px of glass that the fit looks at, about: six coefficients need no more."""
 _GLASS_BRIGHTEST_PERCENT = 20
@@ -71,9 +71,9 @@ _GLASS_RESIDUAL = 0.02
 _STAIN_WEAK = 0.02
 """r or b of the palest tissue, 2% of the light, as averaged over 96 µm."""
 _STAIN_STRONG = 0.05
-"""r or b that a piece of tissue reaches somewhere; no tint of the glass does."""
+"""r or b that a piece of tissue reaches somewhere; smears on the glass do not."""
 _BLUE_RED_LIMIT = 0.55
-"""-r/b of the bluest haematoxylin is 0.43; of blue inks 0.75 and more."""
+"""-r/b that haematoxylin stays below, however blue; blue ink has about 0.75 and more."""
 _EDGE = 0.45
 """Stain of an edge px, at least, as a fraction of its strongest neighbour's: about half covered."""
 _NEUTRAL = 0.25
