@@ -5,7 +5,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import InputError, ModelError, XmagWarning
 from xmag.plan import Coords, TilePlan, plan_tiles
 from xmag.provenance import Provenance, mixing_fingerprint
-from xmag.slide import Slide
+from xmag.slide import Slide, SlideFacts
 from xmag.tiles import Tiles, read_tiles
 from xmag.tissue import TissueMask, find_tissue
 
@@ -112,15 +112,33 @@ def embed_plan(
     batches = read_tiles(slide, plan, batch_size=batch_size or default_batch_size(encoder))
     with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
         done = 0
-        for vectors in _embed(encoder, _transformed(batches, transform)):
+        changed = ((coords, transformed(tiles, transform)) for coords, tiles in batches)
+        for vectors in _embed(encoder, changed):
             features[done : done + len(vectors)] = vectors
             done += len(vectors)
             bar.update(len(vectors))
-    if not np.isfinite(features).all():
-        row = int(np.argwhere(~np.isfinite(features).all(axis=1))[0, 0])
+    return bag_of(features, plan, slide.facts, encoder, transform=transform)
+
+
+def bag_of(
+    features: NDArray[np.float32],
+    plan: TilePlan,
+    slide: SlideFacts,
+    encoder: TileEncoder,
+    *,
+    transform: Transform | None,
+) -> FeatureBag:
+    """The bag of embeddings, float32 (N, D), of a plan's tiles, with its provenance.
+
+    Raises ModelError where a value is not finite.
+    """
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
         raise ModelError(
             f"the model gave values that are not finite for {slide.name!r} (first at tile {row},"
-            f" level-0 {tuple(plan.coords[row].tolist())}); try dtype='fp32', and check the weights"
+            f" level-0 {tuple(plan.coords[row].tolist())}); try dtype='float32', and check the"
+            " weights"
         )
     provenance = Provenance(
         fingerprint=fingerprint_of(encoder, plan.options, transform),
@@ -203,39 +221,42 @@ def _in_notebook() -> bool:
     return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def _transformed(
-    batches: Iterator[tuple[Coords, Tiles]], transform: Transform | None
-) -> Iterator[tuple[Coords, Tiles]]:
-    for coords, tiles in batches:
-        if transform is None:
-            yield coords, tiles
-            continue
-        changed = np.asarray(transform(tiles))
-        if changed.shape != tiles.shape or changed.dtype != np.uint8:
-            raise InputError(
-                f"transform {_name_of(transform)} returned {changed.dtype} {changed.shape};"
-                f" expected uint8 {tiles.shape}"
-            )
-        yield coords, changed
+def transformed(tiles: Tiles, transform: Transform | None) -> Tiles:
+    """Tiles after the user's transform; InputError where that returns something else."""
+    if transform is None:
+        return tiles
+    changed = np.asarray(transform(tiles))
+    if changed.shape != tiles.shape or changed.dtype != np.uint8:
+        raise InputError(
+            f"transform {_name_of(transform)} returned {changed.dtype} {changed.shape};"
+            f" expected uint8 {tiles.shape}"
+        )
+    return changed
+
+
+def embedded(encoder: TileEncoder, tiles: Tiles) -> NDArray[np.float32]:
+    """The embeddings of a batch, float32 (B, D); ModelError where the encoder returns others."""
+    result: Any = encoder.embed(tiles)
+    # numpy takes a tensor only from the CPU, and an array has no device to come from.
+    vectors = np.asarray(result.cpu() if hasattr(result, "cpu") else result, np.float32)
+    if vectors.shape != (len(tiles), encoder.embed_dim):
+        raise ModelError(
+            f"the encoder returned {vectors.shape} for {len(tiles)} tiles; expected"
+            f" ({len(tiles)}, {encoder.embed_dim}), as its embed_dim says"
+        )
+    return vectors
 
 
 def _embed(
-    encoder: TileEncoder, batches: Iterator[tuple[Coords, Tiles]]
+    encoder: TileEncoder, batches: Iterable[tuple[Coords, Tiles]]
 ) -> Iterator[NDArray[np.float32]]:
     if isinstance(encoder, Encoder):
         yield from (features for _, features in encoder.embed_stream(batches))
-        return
-    for _, tiles in batches:
-        vectors = np.asarray(encoder.embed(tiles), np.float32)
-        if vectors.shape != (len(tiles), encoder.embed_dim):
-            raise ModelError(
-                f"the encoder returned {vectors.shape} for {len(tiles)} tiles; expected"
-                f" ({len(tiles)}, {encoder.embed_dim}), as its embed_dim says"
-            )
-        yield vectors
+    else:
+        yield from (embedded(encoder, tiles) for _, tiles in batches)
 
 
-def _record(slide: Slide, plan: TilePlan, encoder: TileEncoder) -> dict[str, Any]:
+def _record(slide: SlideFacts, plan: TilePlan, encoder: TileEncoder) -> dict[str, Any]:
     """What else made the bag. Nothing that tells who, where, or whose slide it is."""
     scale = plan.scale
     return {

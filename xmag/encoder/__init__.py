@@ -5,6 +5,6 @@
 
 from xmag.encoder.loading import default_encoder, load_model
 from xmag.encoder.model import Encoder, TileEncoder
-from xmag.encoder.stream import TileStream
+from xmag.encoder.stream import TileStream, pinned
 
-__all__ = ["Encoder", "TileEncoder", "TileStream", "default_encoder", "load_model"]
+__all__ = ["Encoder", "TileEncoder", "TileStream", "default_encoder", "load_model", "pinned"]

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -145,6 +146,23 @@ class TileStream(Generic[Tag]):
             chunk.features[first : first + count] = rows[at : at + count]
             chunk.missing -= count
             at += count
+
+
+@contextmanager
+def pinned(memory: NDArray[np.uint8]) -> Iterator[bool]:
+    """Whether the memory could be pinned, for as long as the context lasts.
+
+    Pinned memory, which the GPU copies from by itself, is scarce in some containers.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = memory.ctypes.data
+    done = int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0
+    try:
+        yield done
+    finally:
+        if done:
+            torch.cuda.synchronize()
+            runtime.cudaHostUnregister(address)
 
 
 def _is_done(batch: _Batch[Tag]) -> bool:

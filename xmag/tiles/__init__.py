@@ -1,5 +1,23 @@
 """A plan -> a stream of uint8 tile batches. Threads and decoding processes live here alone."""
 
-from xmag.tiles.threads import Tiles, default_threads, read_tiles
+from xmag.tiles.processes import SUPPORTED as PROCESSES_SUPPORTED
+from xmag.tiles.processes import DecodingPool, Event, Idle
+from xmag.tiles.threads import Tiles, default_threads, read_tiles, usable_cores
+from xmag.tiles.worker import DecodeJob, Failed, Filled, Finished, Planned, reason_of
 
-__all__ = ["Tiles", "default_threads", "read_tiles"]
+__all__ = [
+    "PROCESSES_SUPPORTED",
+    "DecodeJob",
+    "DecodingPool",
+    "Event",
+    "Failed",
+    "Filled",
+    "Finished",
+    "Idle",
+    "Planned",
+    "Tiles",
+    "default_threads",
+    "read_tiles",
+    "reason_of",
+    "usable_cores",
+]

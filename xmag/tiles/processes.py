@@ -22,7 +22,13 @@ from xmag.tiles.shared import Arena
 from xmag.tiles.threads import Tiles
 from xmag.tiles.worker import DecodeJob, Failed, Filled, Finished, Free, Planned
 
-Event = Planned | Filled | Finished | Failed
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing happened for a moment: time to look whether slots can be released."""
+
+
+Event = Planned | Filled | Finished | Failed | Idle
 
 SUPPORTED = os.name == "posix"
 """Whether this system can hand sockets and memory to a child process the way this is done here."""
@@ -32,6 +38,8 @@ _SLOTS_EACH = 3
 
 _JOBS_EACH = 2
 """Slides a child has at hand, so that it never waits for the next."""
+
+_IDLE_S = 0.002
 
 _GRACE_S = 2.0
 """Seconds a child gets to end by itself once this side has hung up."""
@@ -82,7 +90,13 @@ class DecodingPool:
         for child in self._children * _JOBS_EACH:
             self._feed(child, waiting)
         while any(child.jobs for child in self._children):
-            for ready in wait([child.connection for child in self._children if child.jobs]):
+            # A child may be waiting for slots that are still lent, and this side for its tiles.
+            timeout = _IDLE_S if self._lent else None
+            busy = [child.connection for child in self._children if child.jobs]
+            all_ready = wait(busy, timeout)
+            if not all_ready:
+                yield Idle()
+            for ready in all_ready:
                 child = next(c for c in self._children if c.connection is ready)
                 try:
                     event: Event = child.connection.recv()

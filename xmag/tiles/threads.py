@@ -45,9 +45,14 @@ def read_tiles(
 
 def default_threads() -> int:
     """Decoding threads where the caller names none: one a core this process may use, at most 8."""
+    return min(_MOST_THREADS, usable_cores())
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    return min(_MOST_THREADS, os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -> None:

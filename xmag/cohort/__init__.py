@@ -1,0 +1,104 @@
+"""Many slides in, a folder of bags and a report out; what is done already is not done again."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from xmag.cohort.jobs import Job, jobs_of
+from xmag.cohort.pipelined import in_processes
+from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
+from xmag.cohort.resume import find_earlier
+from xmag.cohort.settings import Settings
+from xmag.cohort.single import one_by_one
+from xmag.encoder import TileEncoder
+from xmag.extract import Transform, progress_bar, resolve_encoder
+
+__all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]
+
+logger = logging.getLogger(__name__)
+
+
+def extract_cohort(
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    out: str | PathLike[str],
+    *,
+    model: TileEncoder | str | None = None,
+    format: Literal["h5", "safetensors"] = "h5",
+    tissue: Literal["auto"] | None = "auto",
+    mpp: float | None = None,
+    overlap: int = 0,
+    min_tissue: float = 0.25,
+    overlay: bool = False,
+    batch_size: int | None = None,
+    processes: int | None = None,
+    on_mismatch: Literal["error", "redo"] = "error",
+    progress: bool | None = None,
+    transform: Transform | None = None,
+) -> CohortReport:
+    """The report of extracting the features of many slides into a folder.
+
+    Each slide's bag goes to ``out/<path below the slides' common folder>.<format>``;
+    ``report.csv`` beside them is kept up to date. A slide that cannot be done becomes a row with
+    its error, and the others go on. Running it again does only what is missing: a bag counts as
+    done if it is valid and was made from the same slide with the same model, tiles and
+    preprocessing.
+
+    Args:
+        slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
+            has a column ``slide`` (relative paths start at the CSV's folder) and optionally
+            ``mpp`` (µm/px of level 0, where the file's own is missing or wrong) and ``id`` (names
+            the output instead of the path).
+        out: The folder to write to; made if it is not there.
+        model: An encoder, a name or path for `load_model`, or None for the default model.
+        format: "h5" or "safetensors".
+        tissue: "auto" finds the tissue of each slide, None takes every tile.
+        mpp: µm/px of level 0 for every slide that has none in the CSV, whatever its file says.
+        overlap: Output px that neighbouring tiles share.
+        min_tissue: Smallest fraction of a tile's area that is tissue.
+        overlay: Also write ``<output>.png``, a thumbnail with the tissue outline and the tiles.
+        batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
+        processes: Child processes that decode slides; 0 decodes in this one. By default one a core
+            if the encoder is on CUDA, where decoding is what takes the time, and 0 elsewhere.
+        on_mismatch: What to do with a valid bag that was made with something else: "error" raises
+            before any work, "redo" makes it again.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        transform: Applied to each batch of tiles, for instance to normalise stains.
+
+    Raises:
+        InputError: No slides, a CSV without the column, names that collide.
+        MismatchError: Bags in `out` were made with something else (see `on_mismatch`).
+        OutputError: `out` cannot be written to.
+    """
+    settings = Settings(
+        encoder=resolve_encoder(model),
+        out=Path(out),
+        tissue=tissue,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        overlay=overlay,
+        batch_size=batch_size,
+        processes=processes,
+        on_mismatch=on_mismatch,
+        transform=transform,
+    )
+    jobs = jobs_of(slides, format=format, mpp=mpp)
+    rows: dict[str, CohortRow] = {}
+    with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
+        found = {job.name: find_earlier(job, settings) for job in jobs}
+        count = settings.processes_for(len(jobs))
+        done = (
+            in_processes(jobs, found, settings, count)
+            if count
+            else one_by_one(jobs, found, settings)
+        )
+        with progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar:
+            for job, row in done:
+                rows[job.name] = row
+                logger.info("%s: %s %s", row.slide, row.status, row.error)
+                report.update()
+                bar.update()
+                bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
+    return CohortReport(tuple(rows[job.name] for job in jobs))

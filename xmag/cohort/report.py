@@ -1,0 +1,103 @@
+"""What became of the slides of a cohort, and the CSV file that says so."""
+
+import csv
+import io
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from xmag import files
+from xmag.cohort.jobs import Job
+from xmag.errors import OutputError
+
+Status = Literal["done", "skipped", "empty", "failed"]
+
+REPORT_NAME = "report.csv"
+_REPORT_EVERY_S = 2.0
+"""Seconds between writings of the report while a cohort runs: cheap, and never far behind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CohortRow:
+    """What became of one slide.
+
+    `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
+    written) or "failed" (`error` says why). `output` is relative to the output folder, `seconds` is
+    0 for what was skipped.
+    """
+
+    slide: str
+    status: Status
+    tiles: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortReport(Sequence[CohortRow]):
+    """The rows of a cohort, in the order of its slides."""
+
+    rows: tuple[CohortRow, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def failed(self) -> tuple[CohortRow, ...]:
+        """The rows of slides that could not be done."""
+        return tuple(row for row in self.rows if row.status == "failed")
+
+    def counts(self) -> dict[str, int]:
+        """How many slides have each status."""
+        return dict(Counter(row.status for row in self.rows))
+
+    def to_csv(self) -> str:
+        """The report as CSV text with a header."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names = [field.name for field in fields(CohortRow)]
+        writer.writerow(names)
+        for row in self.rows:
+            values = {name: getattr(row, name) for name in names}
+            writer.writerow({**values, "seconds": f"{row.seconds:.2f}"}.values())
+        return out.getvalue()
+
+
+class ReportFile:
+    """Keeps ``report.csv`` up to date while the rows come in, and complete at the end."""
+
+    def __init__(self, path: Path, jobs: Sequence[Job], rows: Mapping[str, CohortRow]) -> None:
+        self._path, self._jobs, self._rows = path, jobs, rows
+        self._written_at = -math.inf
+
+    def __enter__(self) -> "ReportFile":
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"the output folder {self._path.parent} cannot be made: {error}; name another one"
+            ) from error
+        # Written before any work, so that a folder that takes no files is found out at once.
+        self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+
+    def update(self) -> None:
+        """Write the report, unless that was done a moment ago."""
+        if time.monotonic() - self._written_at > _REPORT_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        rows = [self._rows[job.name] for job in self._jobs if job.name in self._rows]
+        files.write_text(self._path, CohortReport(tuple(rows)).to_csv())
+        self._written_at = time.monotonic()

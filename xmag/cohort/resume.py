@@ -1,0 +1,75 @@
+"""What is there already: which bags of an earlier run still count."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xmag.bag import FeatureBag
+from xmag.cohort.jobs import Job
+from xmag.cohort.settings import Settings
+from xmag.errors import BagError, MismatchError
+from xmag.provenance import Provenance
+from xmag.slide import SlideFacts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A valid bag of an earlier run: its number of tiles, and what its provenance records."""
+
+    tiles: int
+    record: Mapping[str, Any]
+
+    def is_of(self, slide: SlideFacts, job: Job, settings: Settings) -> bool:
+        """Whether it was made from this slide's content, at this scale.
+
+        Raises MismatchError if not, unless such bags are to be made again.
+        """
+        then = (self.record["slide"], self.record["scale"]["level0_mpp"])
+        if then == (slide.fingerprint, slide.mpp):
+            return True
+        if settings.on_mismatch == "redo":
+            return False
+        raise MismatchError(
+            f"{job.output} is there already, but was made from other content or at another scale:"
+            f" from {_described(*then)}, while the slide has"
+            f" {_described(slide.fingerprint, slide.mpp)}; give on_mismatch='redo' to make it again"
+        )
+
+
+def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
+    if slide is None:
+        return f"an unknown file at {mpp} µm/px"
+    return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
+
+
+def find_earlier(job: Job, settings: Settings) -> Found | None:
+    """The valid bag that is there already; None if there is none, or only a broken one.
+
+    Raises MismatchError if it was made with something else and that is not to be redone.
+    """
+    path = settings.out / job.output
+    if not path.exists():
+        return None
+    try:
+        bag = FeatureBag.load(path)
+    except BagError as error:
+        logger.warning("%s is not a valid bag and is made again: %s", job.output, error)
+        return None
+    if bag.provenance is None:
+        differences = ["it has no provenance: another program wrote it"]
+    else:
+        differences = bag.provenance.differences(
+            Provenance(fingerprint=settings.fingerprint, record={})
+        )
+        if not differences:
+            return Found(len(bag), bag.provenance.record)
+    if settings.on_mismatch == "redo":
+        return None
+    raise MismatchError(
+        f"{job.output} is there already, but was made differently:\n  "
+        + "\n  ".join(differences)
+        + "\nGive on_mismatch='redo' to make such files again, or another output folder"
+    )
