@@ -165,9 +165,7 @@ def plan_tiles(
         tissue_method=None if tissue is None else tissue.method,
         roi=polygons,
     )
-    cells = _draw_grid(
-        tiles, scale, level, tissue=tissue, min_tissue=min_tissue, polygons=polygons
-    )
+    cells = _draw_grid(tiles, scale, level, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
     return TilePlan(
         spec=spec, scale=scale, tiles=tiles, cells=cells, options=options, slide=slide.fingerprint
     )
