@@ -1,0 +1,264 @@
+"""A cohort of slides -> feature files: xmag against what the field writes, at 5x and at 20x.
+
+    python benchmarks/slides.py FOLDER [--slides 200] [--compile] [--field 3] [--json OUT]
+
+FOLDER holds a few slides, which are read again and again under other names until there are
+`--slides` of them, all in the page cache. Weights are random. The contenders:
+
+- xmag: `extract_cohort`, from opening the slide and finding the tissue to the file on the disk.
+- field: OpenSlide's read_region for each tile, resized and normalised in a DataLoader with a worker
+  a core, made anew for each slide; fp16, eager. It gets the coordinates for free.
+- kept: the same with one DataLoader, whose workers are kept across slides.
+- field 20x, kept 20x: both with 224 px tiles at 0.5 µm/px and a ViT of UNI2-h's size.
+
+The contenders other than xmag run on `--field` slides (at 20x on a part of one), as they are slow;
+slides a minute follow from their tiles a second.
+"""
+
+import argparse
+import csv
+import itertools
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import torch
+from common import report, usable_cores
+from encoder import MEAN, STD, xmag_encoder
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from xmag.cohort import extract_cohort
+from xmag.encoder import Encoder
+from xmag.extract import extract_features
+from xmag.geometry import TileSpec
+from xmag.plan import TilePlan, plan_tiles
+from xmag.slide import Slide
+from xmag.tissue import find_tissue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--slides", type=int, default=200)
+    parser.add_argument("--field", type=int, default=3, help="slides for the others; 0: none")
+    parser.add_argument("--tiles-20x", type=int, default=6000, help="tiles of the 20x pipelines")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    paths = sorted(p for p in args.folder.iterdir() if p.suffix in (".svs", ".tif", ".tiff"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = xmag_encoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    encoder = encoder.compiled() if args.compile else encoder
+    rows, more = [], {"one slide": single(paths, encoder)}
+    ours, cohort = measure_cohort(paths, args.slides, encoder, args.processes)
+    rows.append(ours)
+    more |= cohort
+    if args.field:
+        rows += others(paths[: args.field], args.tiles_20x, device, ours["slides/min"])
+    for key, value in more.items():
+        print(f"{key}: {value}")
+    report("slides", rows, args.json, **more)
+
+
+def measure_cohort(
+    paths: list[Path], count: int, encoder: Encoder, processes: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """xmag's row, and what it takes to judge it."""
+    work = Path(tempfile.mkdtemp(prefix="xmag-slides-"))
+    cohort = work / "cohort.csv"
+    with cohort.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide", "id"])
+        again = itertools.islice(itertools.cycle(paths), count)
+        writer.writerows((path.absolute(), f"slide-{n:04}") for n, path in enumerate(again))
+    finished = FinishTimes()
+    logging.getLogger("xmag.cohort").addHandler(finished)
+    logging.getLogger("xmag.cohort").setLevel(logging.INFO)
+    busy, start = CpuTime(), time.perf_counter()
+    done = extract_cohort(cohort, work / "out", model=encoder, processes=processes, progress=False)
+    end = time.perf_counter()
+    shutil.rmtree(work)
+    assert not done.failed, done.failed[0]
+    # Steady state: from the time a tenth of the slides are done until nine tenths are.
+    first, last = count // 10, count - count // 10 - 1
+    tiles = [row.tiles for row in done]
+    rate = (last - first) / (finished.at[last] - finished.at[first])
+    alone = encoder_rate(encoder)
+    mean_tiles = float(np.mean(tiles))
+    row = {
+        "pipeline": "xmag",
+        "slides": count,
+        "tiles a slide": mean_tiles,
+        "tiles/s": rate * mean_tiles,
+        "slides/min": 60 * rate,
+        "xmag is x": 1.0,
+    }
+    return row, {
+        "start-up until the first slide, s": finished.at[0] - start,
+        "whole run, slides/min": 60 * count / (end - start),
+        "encoder alone, tiles/s": alone,
+        "of the encoder alone": rate * mean_tiles / alone,
+        "cores busy": busy.cores(),
+    }
+
+
+class FinishTimes(logging.Handler):
+    """When each slide was done, by xmag's own log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        del record
+        self.at.append(time.perf_counter())
+
+
+class CpuTime:
+    """How many cores have been busy since this was made, by Linux's count."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), self._seconds())
+
+    @staticmethod
+    def _seconds() -> float:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return float("nan")
+        fields = [int(x) for x in stat.read_text().splitlines()[0].split()[1:]]
+        return (sum(fields) - fields[3] - fields[4]) / 100  # all but idle and waiting for disks
+
+    def cores(self) -> float:
+        return (self._seconds() - self._start[1]) / (time.perf_counter() - self._start[0])
+
+
+def encoder_rate(encoder: Encoder) -> float:
+    """Tiles a second of the encoder alone, from uint8 on the device."""
+    shape = (256, 224, 224, 3) if encoder.device.type == "cuda" else (8, 224, 224, 3)
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device=encoder.device)
+    repeats = 40 if encoder.device.type == "cuda" else 2
+    for count in (3, repeats):
+        start = time.perf_counter()
+        for _ in range(count):
+            result = encoder.embed(tiles)
+        result.cpu()
+    return repeats * len(tiles) / (time.perf_counter() - start)
+
+
+def single(paths: list[Path], encoder: Encoder) -> str:
+    """Seconds of `extract_features` on one slide, warm."""
+    seconds = []
+    for path in [paths[0], *paths[:5]]:
+        start = time.perf_counter()
+        bag = extract_features(path, model=encoder, progress=False)
+        seconds.append(time.perf_counter() - start)
+    return f"{np.median(seconds[1:]):.3f} s for about {len(bag)} tiles (first {seconds[0]:.3f} s)"
+
+
+def others(
+    paths: list[Path], tiles_20x: int, device: torch.device, ours: float
+) -> list[dict[str, Any]]:
+    """The rows of what the field writes."""
+    rows = []
+    for name, spec, vit in (
+        ("", TileSpec(), "dinov2_vitb14"),
+        (" 20x", TileSpec(mpp=0.5), "uni2_h"),
+    ):
+        plans = [plan_of(path, spec) for path in (paths if not name else paths[:1])]
+        coords = [plan.coords if not name else plan.coords[:tiles_20x] for plan in plans]
+        # The tiles of a part of a slide take as long each as those of all of it.
+        whole = float(np.mean([len(plan) for plan in plans]))
+        model = xmag_encoder(device, torch.float16, vit)
+        for kind, kept in (("field", False), ("kept", True)):
+            start = time.perf_counter()
+            done = run_field(paths, coords, plans, model, kept=kept)
+            rate = done / (time.perf_counter() - start) / whole * 60
+            rows.append(
+                {
+                    "pipeline": kind + name,
+                    "slides": len(plans),
+                    "tiles a slide": whole,
+                    "tiles/s": rate * whole / 60,
+                    "slides/min": rate,
+                    "xmag is x": ours / rate,
+                }
+            )
+    return rows
+
+
+def plan_of(path: Path, spec: TileSpec) -> TilePlan:
+    with Slide(path) as slide:
+        return plan_tiles(slide, spec, tissue=find_tissue(slide))
+
+
+class FieldTiles(Dataset[torch.Tensor]):
+    """Tiles of slides as most scripts read them: one region each, resized and normalised."""
+
+    def __init__(self, items: list[tuple[Path, tuple[int, int], float]]) -> None:
+        self._items = items
+        self._open: dict[Path, openslide.OpenSlide] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path, corner, downsample = self._items[index]
+        if path not in self._open:
+            self._open = {path: openslide.OpenSlide(path)}
+        slide = self._open[path]
+        level = slide.get_best_level_for_downsample(downsample)
+        side = round(224 * downsample / slide.level_downsamples[level])
+        image = slide.read_region(corner, level, (side, side)).convert("RGB")
+        image = image.resize((224, 224), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def run_field(
+    paths: list[Path],
+    coords: list[np.ndarray],
+    plans: list[TilePlan],
+    encoder: Encoder,
+    *,
+    kept: bool,
+) -> int:
+    """Embed and save the tiles of all slides; how many they were."""
+    items = [
+        [(path, (int(x), int(y)), plan.tiles.mpp / plan.tiles.level0_mpp) for x, y in corners]
+        for path, corners, plan in zip(paths, coords, plans, strict=False)
+    ]
+    groups = [list(itertools.chain(*items))] if kept else items
+    done = 0
+    for group in groups:
+        features = list(embed_field(group, encoder))
+        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            torch.save(torch.cat(features), file.name)
+        done += len(group)
+    return done
+
+
+def embed_field(
+    items: list[tuple[Path, tuple[int, int], float]], encoder: Encoder
+) -> Iterator[torch.Tensor]:
+    loader = DataLoader(
+        FieldTiles(items), batch_size=128, num_workers=usable_cores(), pin_memory=True
+    )
+    vit = encoder.vit
+    with torch.inference_mode():
+        for images in loader:
+            batch = images.to(encoder.device, encoder.dtype, non_blocking=True)
+            yield vit(batch)[:, 0].float().cpu()
+
+
+if __name__ == "__main__":
+    main()
