@@ -4,6 +4,7 @@ Both hold the arrays `features` and `coords`, and a header of short texts. Files
 memory and written by `xmag.files`, so that a full disk is met there, and in one way only.
 """
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -59,12 +60,10 @@ def h5_bytes(fill: Callable[[h5py.File], None]) -> bytes:
 
     In the layout of HDF5 1.8 (2008): it has checksums, and no limit on the size of an attribute.
     """
-    options = {"driver": "core", "backing_store": False, "libver": ("v108", "v108")}
-    with h5py.File("in-memory", "w", **options) as file:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=("v108", "v108")) as file:
         fill(file)
-        file.flush()
-        image: bytes = file.id.get_file_image()
-        return image
+    return buffer.getvalue()
 
 
 def decode_h5(path: Path) -> Content:
