@@ -84,10 +84,12 @@ def abbreviated(stream: bytes) -> tuple[bytes, bytes]:
 
 def encode_tile(pixels, color: str, quality: int = 90) -> bytes:
     """The bytes of a tile in any of the codings that `page` knows."""
-    if color == "j2k-rgb":
-        return imagecodecs.jpeg2k_encode(pixels, level=45, codecformat="j2k", mct=True)
-    if color == "j2k-ycbcr":
-        return imagecodecs.jpeg2k_encode(to_ycbcr(pixels), level=45, codecformat="j2k", mct=False)
+    if color in ("j2k-rgb", "j2k-ycbcr"):
+        rgb = color == "j2k-rgb"
+        samples = pixels if rgb else to_ycbcr(pixels)
+        stream = imagecodecs.jpeg2k_encode(samples, level=45, codecformat="j2k", mct=rgb)
+        # Some versions of imagecodecs leave rubbish behind the end.
+        return stream[: stream.index(b"\xff\xd9") + 2]
     if color == "lzw":
         return imagecodecs.lzw_encode(pixels.tobytes())
     if color == "deflate":

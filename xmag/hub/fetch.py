@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,7 +193,12 @@ class _HubModel:
 
     def _download(self) -> LocalModel:
         from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.utils.tqdm import tqdm
 
+        # Later versions do this themselves: tqdm's own lock is shared with child processes, and
+        # making one fixes the start method of multiprocessing for the whole program.
+        if "_lock" not in vars(tqdm):
+            tqdm.set_lock(threading.RLock())
         api = HfApi(endpoint=self._endpoint, token=self._token)
         listing = api.model_info(self._name, revision=self._revision).siblings or []
         names = [entry.rfilename for entry in listing]
