@@ -31,15 +31,17 @@ import openslide
 import torch
 from common import report, usable_cores
 from encoder import MEAN, STD, xmag_encoder
+from picture import stacked_bars
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from xmag.cohort import extract_cohort
 from xmag.encoder import Encoder
-from xmag.extract import extract_features
+from xmag.extract import bag_of, extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
+from xmag.tiles import read_tiles
 from xmag.tissue import find_tissue
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="PNG of where the time of a slide goes")
     args = parser.parse_args()
     paths = sorted(p for p in args.folder.iterdir() if p.suffix in (".svs", ".tif", ".tiff"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,6 +68,8 @@ def main() -> None:
     more |= cohort
     if args.field:
         rows += others(paths[: args.field], args.tiles_20x, device, ours["slides/min"])
+    if args.picture:
+        draw_stages(stages(paths, encoder), ours["slides/min"], args.picture)
     for key, value in more.items():
         print(f"{key}: {value}")
     report("slides", rows, args.json, **more)
@@ -163,6 +168,52 @@ def single(paths: list[Path], encoder: Encoder) -> str:
         bag = extract_features(path, model=encoder, progress=False)
         seconds.append(time.perf_counter() - start)
     return f"{np.median(seconds[1:]):.3f} s for about {len(bag)} tiles (first {seconds[0]:.3f} s)"
+
+
+def stages(paths: list[Path], encoder: Encoder) -> dict[str, float]:
+    """Milliseconds of each stage of a slide, one after the other: on one core, and on the GPU."""
+    taken: dict[str, list[float]] = {}
+
+    def lap(name: str, start: float) -> float:
+        now = time.perf_counter()
+        taken.setdefault(name, []).append(1000 * (now - start))
+        return now
+
+    for path in paths[:4]:
+        at = time.perf_counter()
+        with Slide(path) as slide:
+            facts = slide.facts
+            at = lap("open", at)
+            mask = find_tissue(slide)
+            at = lap("tissue", at)
+            plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
+            at = lap("plan", at)
+            batches = [tiles for _, tiles in read_tiles(slide, plan, threads=1)]
+            lap("read and decode", at)
+        on_device = [torch.from_numpy(tiles).to(encoder.device) for tiles in batches]
+        encoder.embed(on_device[0]).cpu()
+        at = time.perf_counter()
+        features = torch.cat([encoder.embed(tiles) for tiles in on_device]).cpu().numpy()
+        at = lap("embed", at)
+        bag = bag_of(features, plan, facts, encoder, transform=None)
+        with tempfile.TemporaryDirectory() as folder:
+            bag.save(Path(folder) / "slide.h5")
+        lap("save", at)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def draw_stages(stage_ms: dict[str, float], slides_per_minute: float, path: Path) -> None:
+    """The picture: a slide's stages on one core, on all cores, on the GPU, and as measured."""
+    embed = {"embed": stage_ms["embed"]}
+    on_cpu = {name: ms for name, ms in stage_ms.items() if name != "embed"}
+    cores = usable_cores()
+    bars = {
+        "one core": on_cpu,
+        f"{cores} cores, evenly": {name: ms / cores for name, ms in on_cpu.items()},
+        "GPU" if torch.cuda.is_available() else "encoder": embed,
+        "cohort, as measured": {"a slide": 60_000 / slides_per_minute},
+    }
+    stacked_bars("A slide's time, in milliseconds", bars, path)
 
 
 def others(

@@ -171,7 +171,8 @@ def _is_done(batch: _Batch[Tag]) -> bool:
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    # Waiting for it sleeps: a core that spins is a core that does not decode.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 

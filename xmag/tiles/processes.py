@@ -40,6 +40,7 @@ _JOBS_EACH = 2
 """Slides a child has at hand, so that it never waits for the next."""
 
 _IDLE_S = 0.002
+"""Seconds without an event after which the caller gets to look for slots it can release."""
 
 _GRACE_S = 2.0
 """Seconds a child gets to end by itself once this side has hung up."""
