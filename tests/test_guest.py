@@ -49,7 +49,7 @@ def settle():
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_tf32 = True
