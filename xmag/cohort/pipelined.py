@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 _SLOT_TILES = 64
 """Tiles that travel together from a decoding process: 10 MB, a hundred messages a second."""
 
-_SAVING_THREADS = 4
-"""Saving a bag is mostly waiting for the disk to have it."""
+_SAVING_THREADS = 8
+"""Saving a bag is mostly waiting for the disk to have it, and a disk takes several at once."""
 
 
 def in_processes(
