@@ -78,9 +78,11 @@ def _stream(
 ) -> Iterator[tuple[Coords, Tiles]]:
     coords, windows = plan.coords, windows_of(plan, slide.reader.levels[plan.scale.level])
     decoding = Decoding(slide.reader, plan.scale, windows, batch_size)
+    # A batch ahead, so that threads have work while the caller is busy with the one it got.
+    ahead = 3 * threads + len(decoding.runs) // max(decoding.batch_count, 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
         try:
-            for number, decoded in enumerate(in_order(decoding, pool, ahead=3 * threads)):
+            for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
                 batch = slice(number * batch_size, number * batch_size + len(decoded))
                 yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
         except DamagedSlideError as error:
