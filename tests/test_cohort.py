@@ -148,12 +148,34 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
         ("slide,mpp\na.svs,quarter\n", "line 2.*'quarter'"),
         ("slide,id\na.svs,../x\n", "not a file name"),
         ("slide,mpp\n,0.25\n", "line 2.*no slide"),
+        ("slide,mpp\na.svs,896\n", "line 2.*'896'"),
+        ("slide;mpp\na.svs;0,25\n", "'slide;mpp'.*commas"),
+        (b"slide\n\xe7.svs\n", "save it as CSV UTF-8"),
     ],
 )
 def test_a_csv_that_makes_no_sense_is_refused(folder, out, text, message):
-    (folder / "bad.csv").write_text(text)
+    (folder / "bad.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         run(folder / "bad.csv", out)
+
+
+def test_a_csv_as_excel_saves_it_is_read(folder, out):
+    (folder / "excel.csv").write_bytes("\ufeffslide,mpp\r\nsite 1/ç.svs,0.5\r\n".encode())
+    assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 30)]
+
+
+def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):
+    (folder / "twice.csv").write_text("slide,mpp,id\na.svs,0.25,fine\na.svs,0.5,coarse\n")
+    report = run(folder / "twice.csv", out)
+    assert [(row.output, row.tiles) for row in report] == [("fine.h5", 6), ("coarse.h5", 30)]
+    assert [row["output"] for row in read_report(out)] == ["fine.h5", "coarse.h5"]
+    (out / "fine.h5").unlink()
+    assert [row.status for row in run(folder / "twice.csv", out)] == ["done", "skipped"]
+
+
+def test_slides_are_looked_for_before_a_model_is_loaded(folder, out):
+    with pytest.raises(InputError, match="check the path"):
+        extract_cohort(folder / "typo.csv", out, model="nobody/nothing")
 
 
 def test_names_that_collide_are_an_error_before_any_work(folder, out, slide_bytes):
@@ -226,7 +248,18 @@ def test_interruption_leaves_what_is_finished_and_its_report(folder, out):
 
 
 @pytest.mark.parametrize(
-    "options", [{"format": "npy"}, {"on_mismatch": "ignore"}, {"tissue": "find"}]
+    "options",
+    [
+        {"format": "npy"},
+        {"on_mismatch": "ignore"},
+        {"tissue": "find"},
+        {"mpp": -1},
+        {"mpp": 896},
+        {"overlap": 56},
+        {"min_tissue": 2},
+        {"batch_size": 0},
+        {"processes": -1},
+    ],
 )
 def test_impossible_options_are_refused(folder, out, options):
     with pytest.raises(InputError, match=r"expected|takes"):

@@ -68,7 +68,13 @@ def extract_features(
         ModelError: The model cannot be loaded, or gives values that are not finite.
         InputError: Arguments that contradict each other.
     """
-    encoder = resolve_encoder(model)
+    if not (
+        isinstance(tissue, TissueMask | None) or (isinstance(tissue, str) and tissue == "auto")
+    ):
+        raise InputError(
+            f"tissue is {tissue!r:.60}; expected 'auto', None (every tile) or a TissueMask:"
+            " TissueMask.from_array(mask, slide) makes one of a mask of your own"
+        )
     with ExitStack() as stack:
         if isinstance(slide, Slide):
             if mpp is not None:
@@ -77,6 +83,8 @@ def extract_features(
                 )
         else:
             slide = stack.enter_context(Slide(slide, mpp=mpp))
+        # After the slide: the model may have to be fetched.
+        encoder = resolve_encoder(model)
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
@@ -109,7 +117,9 @@ def embed_plan(
 ) -> FeatureBag:
     """The bag of the tiles of a plan; `extract_features` without its choices."""
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
-    batches = read_tiles(slide, plan, batch_size=batch_size or default_batch_size(encoder))
+    if batch_size is None:
+        batch_size = default_batch_size(encoder)
+    batches = read_tiles(slide, plan, batch_size=batch_size)
     with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
         done = 0
         changed = ((coords, transformed(tiles, transform)) for coords, tiles in batches)

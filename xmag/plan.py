@@ -142,10 +142,7 @@ def plan_tiles(
         SlideScaleError: The slide has no µm/px, or is coarser than `spec` tolerates.
         InputError: An argument is out of its range, or `roi` holds no polygon.
     """
-    if not (isinstance(overlap, int) and 0 <= overlap < spec.size_px):
-        raise InputError(f"overlap is {overlap!r}; expected an int from 0 to {spec.size_px - 1} px")
-    if not 0 <= min_tissue <= 1:
-        raise InputError(f"min_tissue is {min_tissue!r}; expected a fraction from 0 to 1")
+    check_grid(spec, overlap=overlap, min_tissue=min_tissue)
     scale = slide.scale_for(spec)
     assert slide.mpp is not None  # scale_for raises otherwise
     level = slide.reader.levels[scale.level]
@@ -169,6 +166,14 @@ def plan_tiles(
     return TilePlan(
         spec=spec, scale=scale, tiles=tiles, cells=cells, options=options, slide=slide.fingerprint
     )
+
+
+def check_grid(spec: TileSpec, *, overlap: int, min_tissue: float) -> None:
+    """Raise InputError where `overlap` or `min_tissue` is out of its range."""
+    if not (isinstance(overlap, int) and 0 <= overlap < spec.size_px):
+        raise InputError(f"overlap is {overlap!r}; expected an int from 0 to {spec.size_px - 1} px")
+    if not 0 <= min_tissue <= 1:
+        raise InputError(f"min_tissue is {min_tissue!r}; expected a fraction from 0 to 1")
 
 
 def plan_options(

@@ -68,10 +68,12 @@ def extract_cohort(
         transform: Applied to each batch of tiles, for instance to normalise stains.
 
     Raises:
-        InputError: No slides, a CSV without the column, names that collide.
+        InputError: No slides, a CSV without the column, names that collide, an impossible option.
         MismatchError: Bags in `out` were made with something else (see `on_mismatch`).
         OutputError: `out` cannot be written to.
     """
+    # Before the model, which may have to be fetched.
+    jobs = jobs_of(slides, format=format, mpp=mpp)
     settings = Settings(
         encoder=resolve_encoder(model),
         out=Path(out),
@@ -84,10 +86,9 @@ def extract_cohort(
         on_mismatch=on_mismatch,
         transform=transform,
     )
-    jobs = jobs_of(slides, format=format, mpp=mpp)
-    rows: dict[str, CohortRow] = {}
+    rows: dict[Job, CohortRow] = {}
     with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
-        found = {job.name: find_earlier(job, settings) for job in jobs}
+        found = {job: find_earlier(job, settings) for job in jobs}
         count = settings.processes_for(len(jobs))
         done = (
             in_processes(jobs, found, settings, count)
@@ -96,9 +97,9 @@ def extract_cohort(
         )
         with progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar:
             for job, row in done:
-                rows[job.name] = row
+                rows[job] = row
                 logger.info("%s: %s %s", row.slide, row.status, row.error)
                 report.update()
                 bar.update()
                 bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
-    return CohortReport(tuple(rows[job.name] for job in jobs))
+    return CohortReport(tuple(rows[job] for job in jobs))

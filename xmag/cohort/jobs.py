@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from xmag.errors import InputError
 from xmag.slide import is_slide_path
+from xmag.slide.scale import checked_mpp
 
 FORMATS = ("h5", "safetensors")
 
@@ -28,14 +29,15 @@ def jobs_of(
 ) -> list[Job]:
     """The slides that `extract_cohort` was given, with the outputs they get.
 
-    Raises InputError where there are none, where a path is not there, or where names collide.
+    Raises InputError where there are none, where a CSV makes no sense, or where names collide.
     """
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; expected one of {list(FORMATS)}")
+    mpp = checked_mpp(mpp)
     if isinstance(slides, str | PathLike):
         path = Path(slides)
         if path.suffix.lower() == ".csv":
-            entries, root = _entries_of_csv(path, mpp)
+            entries, root = _entries_of_csv(path, mpp), None
         elif path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and is_slide_path(p))
             entries, root = [_Entry(p, None, mpp) for p in found], path
@@ -62,35 +64,43 @@ class _Entry:
     mpp: float | None
 
 
-def _entries_of_csv(path: Path, mpp: float | None) -> tuple[list[_Entry], Path | None]:
+def _entries_of_csv(path: Path, mpp: float | None) -> list[_Entry]:
     """The rows of a cohort CSV; the paths in it are relative to its folder."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
             columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"the CSV file {path.name!r} cannot be read: {error}") from error
+    except OSError as error:
+        raise InputError(
+            f"the CSV file {os.fspath(path)!r} cannot be read: {error.strerror}; check the path"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"the CSV file {path.name!r} is no text in UTF-8 with commas ({error}); save it as"
+            " CSV UTF-8"
+        ) from error
     if "slide" not in columns:
         raise InputError(
             f"the CSV file {path.name!r} has the columns {columns}; expected a column 'slide' (and"
-            " optionally 'mpp' and 'id')"
+            " optionally 'mpp' and 'id'), with commas between them"
         )
     entries = []
     for line, row in enumerate(rows, start=2):
         if not row["slide"]:
-            raise InputError(f"line {line} of {path.name!r} has no slide")
-        own_mpp = mpp
-        if row.get("mpp"):
-            try:
-                own_mpp = float(row["mpp"])
-            except ValueError as error:
-                raise InputError(
-                    f"line {line} of {path.name!r} has mpp {row['mpp']!r}; expected µm/px, or"
-                    " nothing"
-                ) from error
+            raise InputError(
+                f"line {line} of {path.name!r} names no slide; expected its path: fill it in, or"
+                " remove the line"
+            )
+        try:
+            own_mpp = checked_mpp(float(row["mpp"])) if row.get("mpp") else mpp
+        except ValueError as error:
+            raise InputError(
+                f"line {line} of {path.name!r} has mpp {row['mpp']!r}; expected µm per level-0 px"
+                " with a decimal point, such as 0.25, or nothing"
+            ) from error
         entries.append(_Entry(path.parent / row["slide"], row.get("id") or None, own_mpp))
-    return entries, None
+    return entries
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:

@@ -50,7 +50,7 @@ _SAVING_THREADS = 8
 
 def in_processes(
     jobs: Iterable[Job],
-    found: Mapping[str, Found | None],
+    found: Mapping[Job, Found | None],
     settings: Settings,
     processes: int,
 ) -> Iterator[tuple[Job, CohortRow]]:
@@ -133,14 +133,14 @@ class _Pipeline:
             self._is_pinned = stack.enter_context(pinned(pool.arena.whole))
 
     def to_decode(
-        self, jobs: Iterable[Job], found: Mapping[str, Found | None]
+        self, jobs: Iterable[Job], found: Mapping[Job, Found | None]
     ) -> Iterator[DecodeJob]:
         """What the decoding processes are to do; slides that need nothing become rows."""
         settings = self._settings
         for number, job in enumerate(jobs):
             start = time.monotonic()
             try:
-                row = skipped_row(job, found[job.name], settings)
+                row = skipped_row(job, found[job], settings)
             # Whatever is wrong with one slide is the error of its row, not the end of the others.
             except Exception as error:
                 logger.debug("%s failed", job.name, exc_info=True)

@@ -74,7 +74,7 @@ class CohortReport(Sequence[CohortRow]):
 class ReportFile:
     """Keeps ``report.csv`` up to date while the rows come in, and complete at the end."""
 
-    def __init__(self, path: Path, jobs: Sequence[Job], rows: Mapping[str, CohortRow]) -> None:
+    def __init__(self, path: Path, jobs: Sequence[Job], rows: Mapping[Job, CohortRow]) -> None:
         self._path, self._jobs, self._rows = path, jobs, rows
         self._written_at = -math.inf
 
@@ -83,7 +83,8 @@ class ReportFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"the output folder {self._path.parent} cannot be made: {error}; name another one"
+                f"the output folder {self._path.parent} cannot be made: {error.strerror}; name"
+                " another one"
             ) from error
         # Written before any work, so that a folder that takes no files is found out at once.
         self._write()
@@ -98,6 +99,6 @@ class ReportFile:
             self._write()
 
     def _write(self) -> None:
-        rows = [self._rows[job.name] for job in self._jobs if job.name in self._rows]
+        rows = [self._rows[job] for job in self._jobs if job in self._rows]
         files.write_text(self._path, CohortReport(tuple(rows)).to_csv())
         self._written_at = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
-from xmag.plan import plan_options
+from xmag.plan import check_grid, plan_options
 from xmag.tiles import PROCESSES_SUPPORTED, usable_cores
 from xmag.tissue import TISSUE_METHOD
 
@@ -33,6 +33,9 @@ class Settings:
                 f"tissue is {self.tissue!r}; a cohort takes 'auto' or None (every tile); for a mask"
                 " of your own use extract_features() on each slide"
             )
+        check_grid(self.encoder.tile_spec, overlap=self.overlap, min_tissue=self.min_tissue)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
             raise InputError(f"on_mismatch is {self.on_mismatch!r}; expected 'error' or 'redo'")
         if self.processes is not None and self.processes < 0:

@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def one_by_one(
-    jobs: Iterable[Job], found: Mapping[str, Found | None], settings: Settings
+    jobs: Iterable[Job], found: Mapping[Job, Found | None], settings: Settings
 ) -> Iterator[tuple[Job, CohortRow]]:
     """The rows of jobs, in order, each as soon as it is done."""
     for job in jobs:
         start = time.monotonic()
         try:
-            row = skipped_row(job, found[job.name], settings) or _extract(job, settings, start)
+            row = skipped_row(job, found[job], settings) or _extract(job, settings, start)
         # Whatever is wrong with one slide is the error of its row, not the end of the others.
         except Exception as error:
             logger.debug("%s failed", job.name, exc_info=True)
