@@ -6,6 +6,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+from PIL import Image
 
 import xmag
 from xmag.cli import main
@@ -107,6 +108,23 @@ def test_a_slide_that_cannot_be_read_is_one_line_and_status_1(slides, name, caps
 def test_an_argument_that_makes_no_sense_is_status_2(slides, capsys):
     assert main(["info", str(slides / "a.svs"), "--mpp", "-1"]) == 2
     assert capsys.readouterr().err.startswith("xmag: error: ")
+
+
+def test_a_scale_that_makes_no_sense_is_status_2_before_any_work(slides, tmp_path, capsys):
+    args = ["extract", str(slides / "a.svs"), "-o", str(tmp_path / "o"), "--mpp", "896"]
+    assert main(args) == 2
+    assert capsys.readouterr().err.startswith("xmag: error: mpp is 896")
+    assert not (tmp_path / "o").exists()
+
+
+def test_messages_name_the_option_and_not_the_argument(tmp_path, capsys):
+    Image.new("RGB", (600, 600), "white").save(tmp_path / "a.png")
+    args = ["extract", str(tmp_path / "a.png"), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    assert "--mpp 0.25 for a typical 40x scan, --mpp 0.5 at 20x" in out
+    assert "mpp=" not in out
+    assert "1 slide: 1 failed" in out
 
 
 def test_extract_does_all_slides_of_a_folder_and_reports_the_broken_one(slides, tmp_path):

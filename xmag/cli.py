@@ -6,6 +6,7 @@ What was made goes to stdout; progress, warnings and errors go to stderr. Exit s
 
 import argparse
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 # The functions below import what they call: `xmag --help` must not wait for torch.
 
 _ALL_DONE, _FAILED, _WRONG_USE, _INTERRUPTED = 0, 1, 2, 130
-
-_OPTION_OF_ARGUMENT = {"on_mismatch='redo'": "--redo", " mpp=": " --mpp "}
-"""What messages name in Python's words, and what it is called here."""
 
 _DESCRIPTION = "Embeddings of whole-slide images at 5x (2.0 µm/px) with the XMAG foundation model."
 _EPILOG = """\
@@ -194,12 +192,11 @@ def _extract(args: argparse.Namespace) -> int:
         on_mismatch="redo" if args.redo else "error",
     )
     for row in report:
-        what = (
-            f"{row.tiles:,} tiles, {row.seconds:.1f} s" if not row.error else _one_line(row.error)
-        )
-        _write(sys.stdout, f"{row.status:<8}{row.slide}: {what}")
+        done = f"{_counted(row.tiles, 'tile')}, {row.seconds:.1f} s"
+        _write(sys.stdout, f"{row.status:<8}{row.slide}: {_one_line(row.error) or done}")
+    report_path = Path(args.out) / "report.csv"
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
-    _write(sys.stdout, f"{len(report):,} slides: {counts}; see {Path(args.out) / 'report.csv'}")
+    _write(sys.stdout, f"{_counted(len(report), 'slide')}: {counts}; see {report_path}")
     return _FAILED if report.failed else _ALL_DONE
 
 
@@ -236,10 +233,13 @@ def _console(*, verbose: bool) -> Iterator[None]:
 
 def _one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
-    text = str(message)
-    for argument, option in _OPTION_OF_ARGUMENT.items():
-        text = text.replace(argument, option)
+    text = str(message).replace("on_mismatch='redo'", "--redo")
+    text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
     return " ".join(text.split())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _write(stream: TextIO, text: str) -> None:

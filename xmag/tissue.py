@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xmag.errors import InputError, SlideScaleError
+from xmag.errors import InputError
 from xmag.morphology import (
     Bools,
     Corner,
@@ -31,6 +31,7 @@ from xmag.morphology import (
 )
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
+from xmag.slide.scale import known_mpp
 
 _Field = NDArray[np.float32]
 
@@ -159,7 +160,7 @@ class TissueMask:
                 " downsample=, method=)"
             )
         method = {"name": name, "parameters": {}}
-        mpp = _known_mpp(slide) * downsample
+        mpp = known_mpp(slide.mpp, slide.name) * downsample
         return cls(mask=array, mpp=mpp, downsample=downsample, method=method)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -228,7 +229,7 @@ def find_tissue(
     sizes = {"min_area_mm2": min_area_mm2, "max_hole_mm2": max_hole_mm2, "close_um": close_um}
     _check_positive(mpp=mpp)
     _check_positive(or_zero=True, **sizes)
-    downsample = mpp / _known_mpp(slide)
+    downsample = mpp / known_mpp(slide.mpp, slide.name)
     width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
     mask = np.zeros((height, width), np.bool_)
     if mask.size:
@@ -242,15 +243,6 @@ def _check_positive(*, or_zero: bool = False, **values: float) -> None:
         if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
             wanted = "at least 0" if or_zero else "above 0"
             raise InputError(f"{name} is {value!r}; expected a finite number {wanted}")
-
-
-def _known_mpp(slide: Slide) -> float:
-    if slide.mpp is None:
-        raise SlideScaleError(
-            f"{slide.name} does not say how large its pixels are, so tissue cannot be measured;"
-            f" give it, as in Slide({slide.name!r}, mpp=0.25) for a typical 40x scan (0.5 at 20x)"
-        )
-    return slide.mpp
 
 
 def _segment(

@@ -68,7 +68,10 @@ def choose(names: Sequence[str], region: int | None) -> int:
         return 0
     listing = ", ".join(f"region={i} ({name})" for i, name in enumerate(names))
     if region is None:
-        raise InputError(f"the file holds {len(names)} scans; choose one of {listing}")
+        raise InputError(
+            f"the file holds {len(names)} scans; choose one with Slide(path, region=...), of"
+            f" {listing}"
+        )
     if not 0 <= region < len(names):
         raise InputError(f"region={region!r} is not in the file; it holds {listing}")
     return region

@@ -33,6 +33,16 @@ def checked_mpp(mpp: float | None) -> float | None:
     return float(mpp)
 
 
+def known_mpp(mpp: float | None, name: str) -> float:
+    """`mpp` as it is; SlideScaleError, naming the remedy, where it is None."""
+    if mpp is None:
+        raise SlideScaleError(
+            f"{name} does not say how large its pixels are; expected µm/px, so give them: mpp=0.25"
+            " for a typical 40x scan, mpp=0.5 at 20x"
+        )
+    return mpp
+
+
 def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float | None, str]:
     """(mpp, where it comes from) in the light of all that is known."""
     if given is not None:

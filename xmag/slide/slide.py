@@ -10,13 +10,13 @@ from typing import Any, Self
 
 from PIL import Image
 
-from xmag.errors import ClosedSlideError, InputError, SlideScaleError
+from xmag.errors import ClosedSlideError, InputError
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import file_fingerprint
 from xmag.slide.opening import open_reader
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
-from xmag.slide.scale import checked_mpp, checked_scale, judge
+from xmag.slide.scale import checked_mpp, checked_scale, judge, known_mpp
 
 _ROUNDING = 1e-6
 
@@ -134,7 +134,7 @@ class Slide:
         return file_fingerprint(self._path)
 
     @property
-    def facts(self) -> "SlideFacts":
+    def facts(self) -> SlideFacts:
         """What a record of results says about the slide; unlike the slide, a plain value."""
         return SlideFacts(
             name=self.name,
@@ -149,7 +149,7 @@ class Slide:
 
         Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
         """
-        mpp = self._known_mpp()
+        mpp = known_mpp(self._mpp, self._name)
         levels = self._reader.levels
         return choose_scale(
             [mpp * level.downsample for level in levels],
@@ -171,7 +171,7 @@ class Slide:
         (x, y), (width, height) = xy, size
         if width < 1 or height < 1:
             raise InputError(f"size is {size}; expected a width and height of at least 1 px")
-        ratio = 1.0 if mpp is None else checked_scale(mpp) / self._known_mpp()
+        ratio = 1.0 if mpp is None else checked_scale(mpp) / known_mpp(self._mpp, self._name)
         box = (x, y, x + width * ratio, y + height * ratio)
         edges = (*self.dimensions,)
         if x < 0 or y < 0 or any(box[2 + i] > edges[i] * (1 + _ROUNDING) for i in (0, 1)):
@@ -228,14 +228,6 @@ class Slide:
         reader = self.reader
         source = reader if self._path is None else (self._path, self._region)
         return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
-
-    def _known_mpp(self) -> float:
-        if self._mpp is None:
-            raise SlideScaleError(
-                f"{self._name} does not say how large its pixels are; give it, as in"
-                f" Slide({self._name!r}, mpp=0.25) for a typical 40x scan (0.5 at 20x)"
-            )
-        return self._mpp
 
 
 def _reopen(
