@@ -184,6 +184,16 @@ def test_a_cohort_in_processes_resumes_and_reports_what_failed(folder, tmp_path)
     ]
 
 
+def test_the_order_of_a_cohort_changes_no_file(folder, tmp_path):
+    slides = sorted(folder.glob("*.svs"))
+    for name, order in (("one", slides), ("other", slides[::-1])):
+        extract_cohort(order, tmp_path / name, model=ColourEncoder(), tissue=None, processes=2)
+    for path in (tmp_path / "one").glob("*.h5"):
+        bag, other = (FeatureBag.load(tmp_path / n / path.name) for n in ("one", "other"))
+        assert np.array_equal(bag.coords, other.coords)
+        assert np.allclose(bag.features, other.features, atol=1e-4)
+
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {support!r})
