@@ -105,6 +105,15 @@ def test_a_slide_that_cannot_be_read_is_one_line_and_status_1(slides, name, caps
     assert err.count("\n") == 1
 
 
+def test_a_slide_that_was_cut_is_one_line_too(slides, tmp_path):
+    whole = (slides / "a.svs").read_bytes()
+    (tmp_path / "cut.svs").write_bytes(whole[: len(whole) // 2])
+    done = run("info", tmp_path / "cut.svs")
+    assert done.returncode == 1
+    assert done.stderr.startswith("xmag: error: cut.svs: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_argument_that_makes_no_sense_is_status_2(slides, capsys):
     assert main(["info", str(slides / "a.svs"), "--mpp", "-1"]) == 2
     assert capsys.readouterr().err.startswith("xmag: error: ")

@@ -216,18 +216,23 @@ def _console(*, verbose: bool) -> Iterator[None]:
             _write(sys.stderr, f"xmag: warning: {_one_line(message)}")
 
     logger = logging.getLogger("xmag")
-    level, handler = logger.level, logging.StreamHandler(sys.stderr)
+    # What tifffile says of a damaged file would come twice: it is in the error as well.
+    loggers = (logger, logging.getLogger("tifffile"))
+    level = logger.level
+    handler = logging.StreamHandler(sys.stderr) if verbose else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     with warnings.catch_warnings():
         warnings.simplefilter("default", XmagWarning)
         warnings.showwarning = show
+        for each in loggers:
+            each.addHandler(handler)
         if verbose:
-            logger.addHandler(handler)
             logger.setLevel(logging.DEBUG)
         try:
             yield
         finally:
-            logger.removeHandler(handler)
+            for each in loggers:
+                each.removeHandler(handler)
             logger.setLevel(level)
 
 

@@ -74,7 +74,10 @@ def _read_layout(path: Path, region: int | None) -> TiffLayout:
         with TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
-                raise DamagedSlideError("the TIFF holds no image")
+                raise DamagedSlideError(
+                    "it begins like a TIFF, but holds no image, or only beyond its end; it is"
+                    " truncated or damaged: copy it again"
+                )
             _check_chain(tiff)
             return find_layout(pages, region)
     except _PARSE_ERRORS as error:
