@@ -151,6 +151,19 @@ def test_reading_slides_never_imports_torch(slide_path: Path) -> None:
     assert run_program(program, slide_path) == ""
 
 
+def test_no_module_below_the_encoder_imports_torch() -> None:
+    program = """
+    import importlib, pkgutil, sys
+    import xmag.bag, xmag.plan, xmag.slide, xmag.tiles, xmag.tissue
+    for package in (xmag.bag, xmag.slide, xmag.tiles):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    assert "xmag.tiles.worker" in sys.modules
+    assert "torch" not in sys.modules
+    """
+    assert run_program(program) == ""
+
+
 @pytest.mark.parametrize("settle", ["", "settle()"], ids=["by default", "set up by the host"])
 def test_a_full_extraction_leaves_the_process_as_it_was(
     slide_path: Path, tmp_path: Path, settle: str
@@ -166,8 +179,12 @@ def test_a_full_extraction_leaves_the_process_as_it_was(
     bag.save("bag.safetensors")
     bag.export("bag.pt", layout="clam")
     assert (xmag.FeatureBag.load("bag.h5").features == bag.features).all() and len(bag)
-    report = xmag.extract_cohort([sys.argv[1]], "out", model=encoder, overlay=True, progress=False)
-    assert [row.status for row in report] == ["done"]
+    for processes in (0, 1):
+        report = xmag.extract_cohort(
+            [sys.argv[1]], f"out {{processes}}", model=encoder, overlay=True, progress=False,
+            processes=processes,
+        )
+        assert [row.status for row in report] == ["done"]
     after = state()
     print(json.dumps([key for key in before if before[key] != after[key]]))
     multiprocessing.set_start_method("spawn")
@@ -273,6 +290,16 @@ def test_one_encoder_and_one_slide_make_the_same_bag_in_8_threads(
         np.testing.assert_allclose(features, alone.features, atol=1e-5)
 
 
+def test_a_cohort_runs_in_a_thread_that_is_not_the_main_one(
+    slide_path: Path, tmp_path: Path, encoder: xmag.Encoder
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(
+            xmag.extract_cohort, [slide_path], tmp_path, model=encoder, processes=1
+        ).result(timeout=100)
+    assert [row.status for row in report] == ["done"]
+
+
 def test_it_works_in_a_running_asyncio_loop(slide_path: Path, encoder: xmag.Encoder) -> None:
     async def serve() -> tuple[int, int]:
         here = xmag.extract_features(slide_path, model=encoder)
@@ -289,8 +316,14 @@ def _extract_and_send(path: Path, out: Path, send: object) -> None:
     warnings.simplefilter("ignore", xmag.XmagWarning)
     encoder = xmag.load_model("xmag-mini", device="cpu")
     bag = xmag.extract_features(path, model=encoder)
-    report = xmag.extract_cohort([path], out, model=encoder)
-    send.send((len(bag), [row.status for row in report]))
+    statuses = [
+        row.status
+        for processes in (0, 1)
+        for row in xmag.extract_cohort(
+            [path], out / f"{processes}", model=encoder, processes=processes
+        )
+    ]
+    send.send((len(bag), statuses))
 
 
 def test_it_works_in_a_daemonic_process(slide_path: Path, tmp_path: Path) -> None:
@@ -306,7 +339,7 @@ def test_it_works_in_a_daemonic_process(slide_path: Path, tmp_path: Path) -> Non
     receive.close()
     send.close()
     assert tiles > 0
-    assert statuses == ["done"]
+    assert statuses == ["done", "done"]
     assert worker.exitcode == 0
 
 
