@@ -184,6 +184,32 @@ def test_a_cohort_in_processes_resumes_and_reports_what_failed(folder, tmp_path)
     ]
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_transform_or_encoder_that_fails_on_one_slide_costs_that_slide(
+    folder, tmp_path, processes
+):
+    write_svs(tmp_path / "odd.svs", pixels=np.full((1200, 1500, 3), 77, np.uint8))
+    slides = [folder / "0.svs", tmp_path / "odd.svs", folder / "1.svs", folder / "2.svs"]
+
+    def normalised(tiles):
+        if tiles.std() < 3:
+            raise ValueError("nothing to normalise")
+        return tiles
+
+    class Picky(ColourEncoder):
+        def embed(self, tiles):
+            normalised(tiles)
+            return super().embed(tiles)
+
+    for model, transform in ((ColourEncoder(), normalised), (Picky(), None)):
+        report = extract_cohort(
+            slides, tmp_path / type(model).__name__, model=model, tissue=None, processes=processes,
+            transform=transform,
+        )  # fmt: skip
+        assert [row.status for row in report] == ["done", "failed", "done", "done"]
+        assert report[1].error == "ValueError: nothing to normalise"
+
+
 def test_the_order_of_a_cohort_changes_no_file(folder, tmp_path):
     slides = sorted(folder.glob("*.svs"))
     for name, order in (("one", slides), ("other", slides[::-1])):

@@ -7,23 +7,22 @@ neither the cores nor the GPU wait for each other.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from xmag.cohort.jobs import Job
 from xmag.cohort.report import CohortRow
 from xmag.cohort.resume import Found
 from xmag.cohort.settings import Settings
 from xmag.cohort.single import draw_overlay, failed_row, save, skipped_row
-from xmag.encoder import Encoder, TileEncoder, TileStream, pinned
+from xmag.encoder import Encoder, TileStream, pinned
 from xmag.extract import bag_of, default_batch_size, embedded, transformed
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
@@ -69,37 +68,6 @@ def in_processes(
         yield from pipeline.rows(wait=True)
 
 
-class _Stream(Protocol):
-    """Tiles in, embeddings out, in order, at once or later. `TileStream` is one."""
-
-    def put(
-        self, tag: int, tiles: Tensor, *, on_copied: Callable[[], None] | None = None
-    ) -> None: ...
-
-    def landed(self) -> Iterator[tuple[int, NDArray[np.float32]]]: ...
-
-    def finish(self) -> Iterator[tuple[int, NDArray[np.float32]]]: ...
-
-
-class _AtOnce:
-    """The stream of an encoder that has none of its own: tiles are embedded as they come."""
-
-    def __init__(self, encoder: TileEncoder) -> None:
-        self._encoder = encoder
-        self._done: deque[tuple[int, NDArray[np.float32]]] = deque()
-
-    def put(self, tag: int, tiles: Tensor, *, on_copied: Callable[[], None] | None = None) -> None:
-        self._done.append((tag, embedded(self._encoder, tiles.numpy())))
-        if on_copied is not None:
-            on_copied()
-
-    def landed(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        while self._done:
-            yield self._done.popleft()
-
-    finish = landed
-
-
 @dataclass(slots=True)
 class _UnderWay:
     """A slide whose tiles are on their way."""
@@ -124,7 +92,7 @@ class _Pipeline:
         self._under_way: dict[int, _UnderWay] = {}
         self._saves: deque[tuple[Job, float, Future[CohortRow]]] = deque()
         self._rows: deque[tuple[Job, CohortRow]] = deque()
-        self._stream: _Stream = _AtOnce(settings.encoder)
+        self._stream: TileStream[int] | None = None  # others than ours are given tiles as they come
         self._is_pinned = False
         encoder = settings.encoder
         if isinstance(encoder, Encoder) and encoder.device.type == "cuda":
@@ -168,19 +136,18 @@ class _Pipeline:
             )
         elif isinstance(event, Filled):
             self._embed(event)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished) and event.number in self._under_way:
             self._under_way[event.number].all_sent = True
             self._save_if_complete(event.number)
         elif isinstance(event, Failed):
-            under_way = self._under_way.pop(event.number, None)
-            start = under_way.start if under_way else time.monotonic()
-            job = self._jobs[event.number]
-            self._rows.append((job, failed_row(job, event.reason, start)))
-        self._collect(self._stream.landed())
+            self._fail(event.number, event.reason)
+        if self._stream is not None:
+            self._collect(self._stream.landed())
 
     def finish(self) -> None:
         """Wait for the embeddings that are still on their way."""
-        self._collect(self._stream.finish())
+        if self._stream is not None:
+            self._collect(self._stream.finish())
 
     def rows(self, *, wait: bool) -> Iterator[tuple[Job, CohortRow]]:
         """The rows that are ready, or with `wait` all that are left."""
@@ -195,22 +162,41 @@ class _Pipeline:
                 logger.debug("%s failed", job.name, exc_info=True)
                 yield job, failed_row(job, reason_of(error), start)
 
-    def _embed(self, event: Filled) -> None:
-        tiles: Tiles = self._pool.tiles(event)
-        if self._settings.transform is not None:
-            # What comes back may be a view of some kind, which torch does not take.
-            tiles = np.require(
-                transformed(tiles.copy(), self._settings.transform), requirements=["C", "W"]
-            )
-        elif self._is_pinned:
-            slot = event.slot
-            release = self._pool.release
-            self._stream.put(event.number, torch.from_numpy(tiles), on_copied=lambda: release(slot))
-            return
-        self._stream.put(event.number, torch.from_numpy(tiles))
-        self._pool.release(event.slot)
+    def _fail(self, number: int, reason: str) -> None:
+        under_way = self._under_way.pop(number, None)
+        start = under_way.start if under_way else time.monotonic()
+        job = self._jobs.pop(number, None)
+        if job is None:
+            return  # its tiles failed here, and now the rest of them there
+        self._rows.append((job, failed_row(job, reason, start)))
 
-    def _collect(self, landed: Iterator[tuple[int, NDArray[np.float32]]]) -> None:
+    def _embed(self, event: Filled) -> None:
+        """Embed the tiles in a slot, at once or in a batch with others, and let go of the slot."""
+        transform, release = self._settings.transform, partial(self._pool.release, event.slot)
+        if event.number not in self._under_way:  # it failed with earlier tiles
+            release()
+            return
+        tiles: Tiles = self._pool.tiles(event)
+        try:
+            if transform is not None:
+                # What comes back may be a view of some kind, which torch does not take.
+                tiles = np.require(transformed(tiles.copy(), transform), requirements=["C", "W"])
+            if self._stream is None:
+                self._collect([(event.number, embedded(self._settings.encoder, tiles))])
+        # As above: what the user's code makes of one slide's tiles costs one row.
+        except Exception as error:
+            logger.debug("%s failed", self._jobs[event.number].name, exc_info=True)
+            self._fail(event.number, reason_of(error))
+            release()
+            return
+        if self._stream is not None and self._is_pinned and transform is None:
+            self._stream.put(event.number, torch.from_numpy(tiles), on_copied=release)
+            return
+        if self._stream is not None:
+            self._stream.put(event.number, torch.from_numpy(tiles))
+        release()
+
+    def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         for number, features in landed:
             under_way = self._under_way.get(number)
             if under_way is None:
