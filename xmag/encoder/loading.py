@@ -27,12 +27,24 @@ def load_model(
 ) -> Encoder:
     """The Encoder of a model: "xmag-mini", a path (folder or checkpoint file), or a Hub name.
 
-    An existing path beats a Hub name, "xmag-mini" beats both. `config` is the name of a known
-    configuration, a ViTConfig or a ModelConfig, for weights that xmag does not know; without it a
-    bare checkpoint is assumed to be `dinov2_vitb14`. device "auto" takes CUDA, then MPS, then the
-    CPU; dtype "auto" takes bfloat16 on CUDA that has it, float16 on older CUDA, float32 elsewhere.
-    A Hub model in the cache is used without a request; a branch or tag given as `revision` is
-    looked up. Raises HubError, WeightsError or InputError; never runs code that came with weights.
+    Never runs code that came with weights.
+
+    Args:
+        name_or_path: An existing path beats a Hub name, "xmag-mini" beats both.
+        revision: Of a Hub model: a branch or tag, which is looked up, or a commit. Without it, a
+            model in the cache is used without a request.
+        config: The name of a known configuration, a ViTConfig or a ModelConfig, for weights that
+            xmag does not know; without it a bare checkpoint is assumed to be `dinov2_vitb14`.
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        dtype: "auto" takes bfloat16 on CUDA that has it, float16 on older CUDA, float32 elsewhere.
+        token: For gated and private models; by default HF_TOKEN, or what `hf auth login` stored.
+        cache_dir: Instead of the cache of huggingface_hub (HF_HOME).
+        local_files_only: Make no request.
+
+    Raises:
+        HubError: The model cannot be fetched.
+        WeightsError: The weights do not fit, are damaged, or are not finite.
+        InputError: An argument makes no sense, or this machine lacks the device.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
