@@ -1,15 +1,18 @@
 """Tile bytes -> pixels: colour spaces, reduced scales, and damage that must not pass for pixels."""
 
 import base64
+import io
 
+import imagecodecs
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 from support.oracle import difference
-from support.slides import abbreviated, encode_jpeg, encode_tile, shrunk, texture
+from support.slides import abbreviated, encode_jpeg, encode_tile, shrunk, texture, to_ycbcr
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
-from xmag.slide import codecs
+from xmag.slide import Slide, codecs, jpeg2000
 
 RGB, YCBCR = 2, 6
 COLORS = {
@@ -51,7 +54,8 @@ def test_a_reduced_tile_is_the_box_average_of_the_full_one(color, n, tile):
     error = difference(reduced, shrunk(decode(data, 1), n))
     assert reduced.shape == (240 // n, 240 // n, 3)
     # Libjpeg-turbo averages before it rounds and clips, and chroma before it is interpolated.
-    assert error.mean() < (1.5 if color.startswith(("ycbcr", "rgb")) else 1e-9)
+    approximate = color.startswith(("ycbcr", "rgb")) or (color.startswith("j2k") and n >= 4)
+    assert error.mean() < (1.5 if approximate else 1e-9)
 
 
 def test_reductions_are_those_that_divide_a_tile():
@@ -85,8 +89,9 @@ def test_an_adobe_marker_in_the_tile_does_not_decide_either(tile):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.999])
 def test_a_truncated_tile_is_damage(color, share, tile):
     data = encode_tile(tile, color)
-    with pytest.raises(DamagedSlideError):
-        codecs.decoder(coding(color))(data[: int(len(data) * share)], 2)
+    for n in (2, 8):
+        with pytest.raises(DamagedSlideError):
+            codecs.decoder(coding(color))(data[: int(len(data) * share)], n)
 
 
 @pytest.mark.parametrize("color", COLORS)
@@ -139,6 +144,76 @@ def test_transparency_is_shown_on_white():
 def test_a_coding_that_is_not_read_is_named(changes):
     with pytest.raises(UnsupportedSlideError, match=r"compression \d+ and predictor \d"):
         codecs.decoder(coding("raw", **changes))
+
+
+def encode_jpeg2000(pixels, **options):
+    """A stream as Aperio writes them, unless `options` of Pillow say otherwise."""
+    file = io.BytesIO()
+    aperio = {"irreversible": True, "num_resolutions": 6, "quality_layers": [14]}
+    Image.fromarray(pixels).save(file, "JPEG2000", no_jp2=True, **(aperio | options))
+    return file.getvalue()
+
+
+ORDINARY = [
+    {}, {"mct": 0}, {"progression": "RLCP", "quality_layers": [40, 20, 10]},
+    {"progression": "RPCL"}, {"precinct_size": (64, 64)}, {"num_resolutions": 2},
+]  # fmt: skip
+OUT_OF_THE_ORDINARY = [
+    {"irreversible": False}, {"quality_layers": [40, 20, 10]}, {"progression": "CPRL"},
+    {"progression": "PCRL", "precinct_size": (64, 64)}, {"tile_size": (128, 128)},
+    {"num_resolutions": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ORDINARY, ids=str)
+def test_jpeg_2000_without_its_finest_level_is_what_openjpeg_reduces(options):
+    stream = encode_jpeg2000(texture(256, 240), **options)
+    half = jpeg2000.without_finest_level(stream, (256, 240))
+    with Image.open(io.BytesIO(stream)) as image:
+        image.reduce = 1
+        expected = np.asarray(image)
+    assert expected.shape == (120, 128, 3)
+    assert np.array_equal(imagecodecs.jpeg2k_decode(half), expected)
+
+
+@pytest.mark.parametrize("options", OUT_OF_THE_ORDINARY, ids=str)
+def test_jpeg_2000_out_of_the_ordinary_is_decoded_in_full_and_averaged(options):
+    stream = encode_jpeg2000(texture(256, 256), **options)
+    assert jpeg2000.without_finest_level(stream, (256, 256)) is None
+    decode = codecs.decoder(coding("j2k-rgb", size=(256, 256)))
+    assert np.array_equal(decode(stream, 4), codecs.box_average(decode(stream, 1), 4))
+
+
+def test_a_quarter_is_neither_shifted_nor_sharper_than_an_average():
+    y, x = np.mgrid[0:256, 0:256]
+    waves = 128 + 80 * np.sin(2 * np.pi * x / 23) * np.cos(2 * np.pi * y / 31)
+    pixels = np.repeat(waves.round().astype(np.uint8)[..., None], 3, axis=2)
+    half = jpeg2000.without_finest_level(encode_jpeg2000(pixels, quality_layers=[2]), (256, 256))
+    low = imagecodecs.jpeg2k_decode(half)
+    assert difference(jpeg2000.quarter(low), shrunk(pixels, 4)).max() <= 2
+    assert difference(shrunk(low, 2), shrunk(pixels, 4)).max() > 5  # half a px further up and left
+
+
+@pytest.mark.parametrize("irreversible", [True, False], ids=["9/7", "5/3"])
+def test_ycbcr_in_jpeg_2000_becomes_rgb(irreversible):
+    pixels = texture(256, 256)
+    options = {"mct": 0, "irreversible": irreversible, "quality_layers": [2 if irreversible else 1]}
+    stream = encode_jpeg2000(to_ycbcr(pixels), **options)
+    found = codecs.decoder(coding("j2k-ycbcr", size=(256, 256)))(stream, 1)
+    assert difference(found, pixels).mean() < 1
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("level", [0, 1])
+def test_quarters_of_a_real_jpeg_2000_slide_are_averages(shared, level):
+    path = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    with Slide(path, mpp=0.5) as slide:
+        indices = range(20, 36)
+        for data in slide.reader.read_tile_bytes(level, indices):
+            full = slide.reader.decode(level, data, 1)
+            for n in (4, 8):
+                found = slide.reader.decode(level, data, n)
+                assert difference(found, shrunk(full, n)).mean() <= 2
 
 
 # 64x64 px, irreversible, made by opj_compress from YCbCr planes with chroma at 1/2 in x (and y).

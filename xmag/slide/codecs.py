@@ -2,11 +2,13 @@
 
 A decoder is made once for a level and called for its tiles, from any thread; it holds no state
 that changes. JPEG is decoded at 1/2, 1/4 and 1/8 by libjpeg-turbo's scaled inverse transforms,
-which are box averages; what cannot be decoded at a reduced scale is decoded in full and averaged.
+which are box averages; JPEG 2000 at 1/4 and 1/8 from half its resolution; all else is decoded in
+full and averaged.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import imagecodecs
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
+from xmag.slide import jpeg2000
 from xmag.slide.reader import Pixels
 
 JPEG = 7
@@ -66,7 +69,7 @@ def decoder(coding: TileCoding) -> Decoder:
     if coding.compression in (JPEG, 33007):
         return _JpegDecoder(coding)
     if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB):
-        return _ArrayDecoder(coding, _jpeg2000(coding))
+        return _Jpeg2000Decoder(coding)
     if coding.photometric != _PHOTOMETRIC_RGB:
         raise UnsupportedSlideError(
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
@@ -192,6 +195,24 @@ class _ArrayDecoder:
         return box_average(_padded(pixels, self._size), reduction)
 
 
+class _Jpeg2000Decoder:
+    """Tiles in JPEG 2000: in full, or at 1/4 and less without their finest wavelet level."""
+
+    def __init__(self, coding: TileCoding) -> None:
+        full = partial(jpeg2000.decode, ycbcr=coding.compression == APERIO_J2K_YCBCR)
+        self._size = coding.size
+        self._full = _ArrayDecoder(coding, full)
+        width, height = coding.size[0] // 4, coding.size[1] // 4
+        quarter = replace(coding, size=(width, height), last_height=height)
+        self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(full(half)))
+
+    def __call__(self, data: bytes, reduction: int) -> Pixels:
+        half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
+        if half is None:
+            return self._full(data, reduction)
+        return self._quarter(half, reduction // 4)
+
+
 def over_white(rgba: NDArray[np.uint8]) -> Pixels:
     """RGBA pixels (not premultiplied) as they look on a white ground."""
     colour = rgba[..., :3].astype(np.uint16)
@@ -205,34 +226,6 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     if missing <= 0:
         return pixels
     return np.pad(pixels, ((0, missing), (0, 0), (0, 0)), constant_values=255)
-
-
-def _jpeg2000(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
-    def decode(data: bytes) -> NDArray[Any]:
-        # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
-        if not data.startswith(b"\xff\x4f\xff\x51") or b"\xff\xd9" not in data[-16:]:
-            raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
-        array = imagecodecs.jpeg2k_decode(data)
-        # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
-        ycbcr = coding.compression == APERIO_J2K_YCBCR and not _is_subsampled(data)
-        return _ycbcr_to_rgb(array) if ycbcr else array
-
-    return decode
-
-
-def _is_subsampled(stream: bytes) -> bool:
-    """Whether the second component has fewer samples than the image (XRsiz, YRsiz in SIZ)."""
-    return stream[46:48] != b"\x01\x01"
-
-
-def _ycbcr_to_rgb(ycbcr: NDArray[Any]) -> Pixels:
-    """Full-range ITU-R BT.601 YCbCr as RGB (JFIF 1.02)."""
-    y, cb, cr = (ycbcr[..., i].astype(np.float32) for i in range(3))
-    cb -= 128
-    cr -= 128
-    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=-1)
-    pixels: Pixels = np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
-    return pixels
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
