@@ -1,0 +1,145 @@
+"""The slides that the benchmarks read: 40x and 20x, JPEG and JPEG 2000, in the manner of Aperio.
+
+    python benchmarks/make_slides.py FOLDER
+
+Writes 40x and 20x slides as JPEG YCbCr 4:2:0, JPEG RGB and JPEG 2000 in YCbCr (33003) and RGB
+(33005); what lies there already is kept. Needs the folder of real data, ../shared, beside the
+repository: its generator writes the JPEG slides, which the JPEG 2000 slides are made from.
+"""
+
+import argparse
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.slides import J2K_RGB, J2K_YCBCR, RGB, shrunk, to_ycbcr
+from support.tiff import ASCII, LONG, SHORT, Page, write_pages
+
+from xmag.slide import Slide
+from xmag.slide.reader import Pixels
+from xmag.tissue import find_tissue
+
+GENERATOR = Path(__file__).parents[2] / "shared" / "tools" / "make_slide.py"
+JPEG_SIZE = (48_000, 40_000)
+J2K_TILES = (176, 144)
+"""Tiles across and down at full resolution, as many as four halvings can share: 45056x36864 px."""
+TILE_PX = 256
+PATTERN = 16
+"""Tiles after which the tissue of a JPEG 2000 slide repeats: few are left to be encoded."""
+JPEG_2000 = {
+    "irreversible": True, "num_resolutions": 6, "progression": "LRCP", "no_jp2": True,
+    "quality_mode": "rates", "quality_layers": [14],
+}  # fmt: skip
+"""Aperio's "Q=70": the 9/7 wavelet in 6 resolutions, one layer, at most 14 kB a tile."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    if not GENERATOR.exists():
+        sys.exit(f"there is no {GENERATOR.name} in {GENERATOR.parent}; it writes the JPEG slides")
+    folder.mkdir(parents=True, exist_ok=True)
+    for power in (40, 20):
+        for color in ("ycc420", "rgb444"):
+            path = folder / f"s{power}_{color}.svs"
+            if not path.exists():
+                size = map(str, JPEG_SIZE)
+                options = ["--mag", str(power), "--color", color, "--size", *size]
+                subprocess.run([sys.executable, GENERATOR, path, *options], check=True)
+        for compression in (J2K_YCBCR, J2K_RGB):
+            path = folder / f"s{power}_j2k_{compression}.svs"
+            if not path.exists():
+                write_jpeg2000(path, folder / f"s{power}_rgb444.svs", compression, power)
+                print(f"{path} {path.stat().st_size / 1e6:.1f} MB")
+
+
+def write_jpeg2000(path: Path, source: Path, compression: int, power: int) -> None:
+    """A slide with the texture of `source`, and tissue where that has it, tile by tile."""
+    with Slide(source) as slide:
+        tissue = find_tissue(slide)
+        pattern = densest(slide, tissue.mask, tissue.downsample)
+    across, down = J2K_TILES
+    rows = np.arange(down) * tissue.mask.shape[0] // down
+    columns = np.arange(across) * tissue.mask.shape[1] // across
+    is_tissue = tissue.mask[np.ix_(rows, columns)]
+    glass = np.full_like(pattern, 243)
+    pages = []
+    for downsample in (1, 4, 16):
+        scaled = [shrunk(pixels, downsample) for pixels in (glass, pattern)]
+        pages.append(page(scaled, is_tissue, downsample, compression, power))
+    write_pages(path, pages, big=True)
+
+
+def densest(slide: Slide, mask: np.ndarray, downsample: float) -> Pixels:
+    """A square of PATTERN tiles from where the slide has the most tissue."""
+    side = round(PATTERN * TILE_PX / downsample)
+    sums = np.pad(mask.astype(np.int64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    held = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    y, x = np.unravel_index(held.argmax(), held.shape)
+    corner = (int(x * downsample), int(y * downsample))
+    return slide.read_region(corner, (PATTERN * TILE_PX, PATTERN * TILE_PX))
+
+
+def page(
+    scaled: list[Pixels], is_tissue: np.ndarray, downsample: int, compression: int, power: int
+) -> Page:
+    """A level: `scaled` are glass and tissue, of which each cell of TILE_PX shows one."""
+    cell = TILE_PX // downsample
+    down, across = (-(-n // downsample) for n in is_tissue.shape)
+    height, width = (n * TILE_PX // downsample for n in is_tissue.shape)
+
+    def shows(row: int, column: int) -> tuple[int, int, bytes]:
+        """What tells the pixels of a tile from those of others: place in the pattern, cells."""
+        cells = is_tissue[
+            row * downsample : (row + 1) * downsample,
+            column * downsample : (column + 1) * downsample,
+        ]
+        period = max(PATTERN // downsample, 1)
+        cells = np.pad(cells, [(0, downsample - n) for n in cells.shape])
+        return row % period, column % period, cells.tobytes()
+
+    def encoded(key: tuple[int, int, bytes]) -> bytes:
+        row, column, cells = key
+        side = len(scaled[0])
+        at = np.ix_(*((n * TILE_PX + np.arange(TILE_PX)) % side for n in (row, column)))
+        glass, tissue = (pixels[at] for pixels in scaled)
+        mask = np.frombuffer(cells, bool).reshape(downsample, downsample)
+        mask = mask.repeat(cell, 0).repeat(cell, 1)
+        return encode(np.where(mask[..., None], tissue, glass), compression)
+
+    keys = [shows(row, column) for row in range(down) for column in range(across)]
+    streams = {key: encoded(key) for key in set(keys)}
+    base = f"{is_tissue.shape[1] * TILE_PX}x{is_tissue.shape[0] * TILE_PX}"
+    arrow = f" -> {width}x{height}" if downsample > 1 else ""
+    description = (
+        f"Aperio Image Library v11.2.1 \r\n{base} [0,0 {base}] ({TILE_PX}x{TILE_PX}){arrow}"
+        f" J2K/KDU Q=70|AppMag = {power}|MPP = {10 / power}"
+    )
+    tags = {
+        254: (LONG, 0), 256: (LONG, width), 257: (LONG, height), 258: (SHORT, [8, 8, 8]),
+        259: (SHORT, compression), 262: (SHORT, RGB), 270: (ASCII, description),
+        277: (SHORT, 3), 284: (SHORT, 1), 322: (LONG, TILE_PX), 323: (LONG, TILE_PX),
+    }  # fmt: skip
+    return Page(tags, [streams[key] for key in keys])
+
+
+def encode(pixels: Pixels, compression: int) -> bytes:
+    """A tile as Aperio's encoder makes it."""
+    rgb = compression == J2K_RGB
+    file = io.BytesIO()
+    image = Image.fromarray(pixels if rgb else to_ycbcr(pixels))
+    image.save(file, "JPEG2000", mct=int(rgb), **JPEG_2000)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()
