@@ -10,7 +10,7 @@ from support.encoders import ColourEncoder
 from support.fake_reader import FakeTileReader, noise
 from support.slides import write_svs
 
-from xmag.errors import InputError, ModelError, SlideScaleError, XmagWarning
+from xmag.errors import InputError, ModelError, SlideError, SlideScaleError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
@@ -141,6 +141,16 @@ def test_arguments_that_contradict_each_other_are_refused(fake_slide):
         extract_features(fake_slide, model=ColourEncoder(), mpp=0.5)
     with pytest.raises(InputError, match="model is a int"):
         extract_features(fake_slide, model=3)
+    for tissue in ("find", np.ones((9, 9), bool)):
+        with pytest.raises(InputError, match=r"is (a ndarray|'find'); expected 'auto'"):
+            extract_features(fake_slide, model=ColourEncoder(), tissue=tissue)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        extract_features(fake_slide, model=ColourEncoder(), tissue=None, batch_size=0)
+
+
+def test_a_slide_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(SlideError, match="there is no file"):
+        extract_features(tmp_path / "typo.svs", model="nobody/nothing")
 
 
 def test_a_slide_without_a_scale_names_the_remedy(tmp_path):

@@ -161,7 +161,14 @@ def test_text_that_is_no_plan_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "options", [{"overlap": 224}, {"overlap": -1}, {"overlap": 1.5}, {"min_tissue": 25}]
+    "options",
+    [
+        {"overlap": 224},
+        {"overlap": -1},
+        {"overlap": 1.5},
+        {"min_tissue": 25},
+        {"tissue": np.ones((9, 9), bool)},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match=f"{next(iter(options))} is .*expected"):

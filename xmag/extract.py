@@ -71,8 +71,9 @@ def extract_features(
     if not (
         isinstance(tissue, TissueMask | None) or (isinstance(tissue, str) and tissue == "auto")
     ):
+        seen = repr(tissue) if isinstance(tissue, str) else f"a {type(tissue).__name__}"
         raise InputError(
-            f"tissue is {tissue!r:.60}; expected 'auto', None (every tile) or a TissueMask:"
+            f"tissue is {seen}; expected 'auto', None (every tile) or a TissueMask:"
             " TissueMask.from_array(mask, slide) makes one of a mask of your own"
         )
     with ExitStack() as stack:

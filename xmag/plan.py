@@ -143,6 +143,11 @@ def plan_tiles(
         InputError: An argument is out of its range, or `roi` holds no polygon.
     """
     check_grid(spec, overlap=overlap, min_tissue=min_tissue)
+    if not isinstance(tissue, TissueMask | None):
+        raise InputError(
+            f"tissue is a {type(tissue).__name__}; expected a TissueMask or None:"
+            " TissueMask.from_array(mask, slide) makes one of a mask of your own"
+        )
     scale = slide.scale_for(spec)
     assert slide.mpp is not None  # scale_for raises otherwise
     level = slide.reader.levels[scale.level]

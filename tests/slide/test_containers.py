@@ -83,8 +83,9 @@ def test_leica_with_two_scans_wants_to_know_which(tmp_path):
         InputError, match=r"s\.scn: .*2 scans.*region=0 \(900x700 px\), region=1 \(700x520 px\)"
     ):
         Slide(tmp_path / "s.scn")
-    with pytest.raises(InputError, match=r"region=2 is not in the file; it holds region=0"):
-        Slide(tmp_path / "s.scn", region=2)
+    for region in (2, -1, "0"):
+        with pytest.raises(InputError, match=rf"region={region!r} is not in .*it holds region=0"):
+            Slide(tmp_path / "s.scn", region=region)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,25 @@ def test_an_empty_region_is_refused(svs, size):
         slide.read_region((0, 0), size)
 
 
+@pytest.mark.parametrize(
+    ("xy", "size"), [((0.5, 0), (5, 5)), ((0, 0), (5, 5.5)), ((0, 0, 0), (5, 5)), (None, (5, 5))]
+)
+def test_px_are_whole_and_in_pairs(svs, xy, size):
+    with Slide(svs[0]) as slide, pytest.raises(InputError, match="two whole numbers of px"):
+        slide.read_region(xy, size, mpp=1.0)
+
+
+def test_numbers_of_numpy_serve_as_px(svs):
+    with Slide(svs[0]) as slide:
+        pixels = slide.read_region(np.array([3, 5]), np.array([7, 9]))
+        assert np.array_equal(pixels, slide.read_region((3, 5), (7, 9)))
+
+
+def test_a_thumbnail_without_px_is_refused(svs):
+    with Slide(svs[0]) as slide, pytest.raises(InputError, match="max_px is 0"):
+        slide.thumbnail(max_px=0)
+
+
 @pytest.mark.parametrize("mpp", [0, -2.0, float("nan")])
 def test_an_impossible_scale_is_refused(svs, mpp):
     with Slide(svs[0]) as slide, pytest.raises(InputError, match="µm/px"):

@@ -72,7 +72,7 @@ def choose(names: Sequence[str], region: int | None) -> int:
             f"the file holds {len(names)} scans; choose one with Slide(path, region=...), of"
             f" {listing}"
         )
-    if not 0 <= region < len(names):
+    if not (isinstance(region, int) and 0 <= region < len(names)):
         raise InputError(f"region={region!r} is not in the file; it holds {listing}")
     return region
 

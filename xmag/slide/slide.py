@@ -1,5 +1,6 @@
 """A slide: its size, its scale, its pixels."""
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class Slide:
         be had, DamagedSlideError where the file is broken.
         """
         reader = self.reader
-        (x, y), (width, height) = xy, size
+        (x, y), (width, height) = _whole("xy", xy), _whole("size", size)
         if width < 1 or height < 1:
             raise InputError(f"size is {size}; expected a width and height of at least 1 px")
         ratio = 1.0 if mpp is None else checked_scale(mpp) / known_mpp(self._mpp, self._name)
@@ -180,7 +181,7 @@ class Slide:
                 f" on the slide, which has {edges[0]}x{edges[1]} px; move or shrink it"
             )
         if mpp is None:
-            return read_level(reader, 0, 1, (int(x), int(y)), (int(width), int(height)))
+            return read_level(reader, 0, 1, (x, y), (width, height))
         scale = self.scale_for(TileSpec(mpp=mpp, mpp_tolerance=0))
         level = reader.levels[scale.level]
         reduction = scale.reduction
@@ -190,7 +191,12 @@ class Slide:
         return read_box(reader, scale.level, reduction, box, (width, height))
 
     def thumbnail(self, *, max_px: int = 1024) -> Image.Image:
-        """The whole slide as a PIL image whose longer side has at most `max_px` px."""
+        """The whole slide as a PIL image whose longer side has at most `max_px` px.
+
+        Raises InputError where that is less than 1, DamagedSlideError where the file is broken.
+        """
+        if max_px < 1:
+            raise InputError(f"max_px is {max_px!r}; expected at least 1")
         reader = self.reader
         width, height = self.dimensions
         downsample = max(1.0, max(width, height) / max_px)
@@ -228,6 +234,17 @@ class Slide:
         reader = self.reader
         source = reader if self._path is None else (self._path, self._region)
         return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
+
+
+def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
+    """Two whole numbers of any int type; InputError for others: half a px is not guessed at."""
+    try:
+        first, second = (operator.index(value) for value in pair)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} is {pair!r}; expected two whole numbers of px: round them first"
+        ) from error
+    return first, second
 
 
 def _reopen(
