@@ -78,7 +78,7 @@ def test_chunks_of_any_size_come_back_whole_and_in_order(encoder: Encoder) -> No
         assert np.abs(features - expected).max(initial=0) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, from its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32")  # by its compiler
 def test_a_compiled_encoder_gives_the_same_for_any_batch(encoder: Encoder) -> None:
     compiled = encoder.compiled(batch_size=8)
     tiles = noise(224, 224 * 19).reshape(19, 224, 224, 3)
