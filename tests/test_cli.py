@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import pytest
 from PIL import Image
+from support.encoders import ColourEncoder
 
 import xmag
 from xmag.cli import main
@@ -91,6 +92,7 @@ def test_info_of_a_slide_that_is_too_coarse_says_so(slides, capsys):
     assert "cannot be read: the slide has 3 µm/px at its finest level" in capsys.readouterr().out
 
 
+@pytest.mark.shared
 def test_info_of_a_slide_without_a_scale_asks_for_one(shared, capsys):
     assert main(["info", str(shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs")]) == 0
     assert "unknown: give --mpp" in capsys.readouterr().out
@@ -189,6 +191,31 @@ def test_a_csv_without_its_column_is_wrong_use(tmp_path, capsys):
     assert "expected a column 'slide'" in capsys.readouterr().err
 
 
+@pytest.mark.shared
+def test_the_real_jpeg_slide_from_end_to_end(shared, tmp_path, capsys):
+    slide = shared / "slides" / "cmu-1-small-region.svs"
+    args = ["extract", str(slide), "-o", str(tmp_path), "--model", "xmag-mini", "--overlay"]
+    assert main(args) == 0
+    assert capsys.readouterr().out.startswith("done    cmu-1-small-region.svs: 3 tiles, ")
+    bag = xmag.FeatureBag.load(tmp_path / "cmu-1-small-region.h5")
+    assert bag.tiles.level0_mpp == 0.499
+    assert bag.tiles.mpp == pytest.approx(4 * 0.499)
+    assert bag.coords.tolist() == [[896, 0], [896, 896], [896, 1792]]
+    assert (tmp_path / "cmu-1-small-region.h5.png").stat().st_size > 0
+
+
+@pytest.mark.shared
+def test_the_real_jpeg_2000_slide_wants_an_mpp_and_runs_with_it(shared, tmp_path, capsys):
+    slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    args = ["extract", str(slide), "-o", str(tmp_path), "--model", "xmag-mini"]
+    assert main(args) == 1
+    assert "--mpp 0.25 for a typical 40x scan" in capsys.readouterr().out
+    assert main([*args, "--mpp", "0.5"]) == 0
+    assert "done    tcga-cr-7395-01a-01-ts1.svs: 10 tiles, " in capsys.readouterr().out
+    with pytest.raises(xmag.SlideScaleError, match="mpp="):
+        xmag.extract_features(slide, model=ColourEncoder())
+
+
 def test_verbose_logs_to_stderr_and_leaves_no_handler(slides, tmp_path, capsys):
     import logging
 
@@ -233,6 +260,7 @@ def test_demo_runs_on_a_slide_of_the_user(slides, tmp_path, capsys):
     assert not (tmp_path / "d" / "demo.svs").exists()
 
 
+@pytest.mark.shared
 def test_demo_of_a_slide_without_scale_names_the_option(shared, tmp_path, capsys):
     slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
     assert main(["demo", str(slide), "-o", str(tmp_path)]) == 1

@@ -115,9 +115,9 @@ def test_many_points_in_a_polygon_of_many_corners_take_less_than_a_second():
     circle = np.stack([50_000 + 40_000 * np.cos(angles), 40_000 + 30_000 * np.sin(angles)], axis=1)
     points = _grid(0, 400) * 250
 
-    start = time.perf_counter()
+    start = time.process_time()  # others may be using this core
     inside = Polygon((circle,)).contains(points)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert inside.sum() * 250**2 == pytest.approx(np.pi * 40_000 * 30_000, rel=0.01)
 
 
