@@ -81,12 +81,12 @@ REFUSED = {
     "no scale.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=None, power=None),
         SlideScaleError,
-        "mpp=",
+        "does not say how large its pixels are.*mpp=",
     ),
     "absurd scale.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=896, power=None),
         SlideScaleError,
-        "mpp=",
+        "does not say how large its pixels are.*mpp=",
     ),
     "coarse.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=2.2, power=None),
