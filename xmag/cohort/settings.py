@@ -38,7 +38,9 @@ class Settings:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
             raise InputError(f"on_mismatch is {self.on_mismatch!r}; expected 'error' or 'redo'")
-        if self.processes is not None and self.processes < 0:
+        if self.processes is not None and not (
+            isinstance(self.processes, int) and self.processes >= 0
+        ):
             raise InputError(f"processes is {self.processes!r}; expected 0 or more, or None")
         if self.processes and not PROCESSES_SUPPORTED:
             raise InputError(

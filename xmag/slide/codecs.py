@@ -25,7 +25,6 @@ JPEG = 7
 APERIO_J2K_YCBCR = 33003
 APERIO_J2K_RGB = 33005
 _PHOTOMETRIC_RGB = 2
-_PHOTOMETRIC_YCBCR = 6
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -201,12 +200,16 @@ class _Jpeg2000Decoder:
     def __init__(self, coding: TileCoding) -> None:
         full = partial(jpeg2000.decode, ycbcr=coding.compression == APERIO_J2K_YCBCR)
         self._size = coding.size
+        # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
+        self._native = _ArrayDecoder(coding, partial(full, rounded=True))
         self._full = _ArrayDecoder(coding, full)
         width, height = coding.size[0] // 4, coding.size[1] // 4
         quarter = replace(coding, size=(width, height), last_height=height)
         self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(full(half)))
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
+        if reduction == 1:
+            return self._native(data, reduction)
         half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
         if half is None:
             return self._full(data, reduction)

@@ -34,11 +34,13 @@ That is a 9/7 synthesis step (ISO/IEC 15444-1, annex F) with the finer bands zer
 """
 
 
-def decode(stream: bytes, *, ycbcr: bool) -> NDArray[Any]:
+def decode(stream: bytes, *, ycbcr: bool, rounded: bool = False) -> NDArray[Any]:
     """The pixels of a stream, as OpenJPEG has them: (height, width, components).
 
-    With `ycbcr`, components are YCbCr without the stream saying so, and become RGB. Raises
-    DamagedSlideError where the stream is cut, and what imagecodecs raises.
+    With `ycbcr`, components are YCbCr without the stream saying so, and become RGB: from YCbCr
+    `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
+    grey levels off that. Raises DamagedSlideError where the stream is cut, and what imagecodecs
+    raises.
     """
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
@@ -46,7 +48,7 @@ def decode(stream: bytes, *, ycbcr: bool) -> NDArray[Any]:
     # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
     if not ycbcr or _is_subsampled(stream):
         return imagecodecs.jpeg2k_decode(stream)
-    transformed = _with_colour_transform(stream)
+    transformed = None if rounded else _with_colour_transform(stream)
     if transformed is None:
         return _ycbcr_to_rgb(imagecodecs.jpeg2k_decode(stream))
     return imagecodecs.jpeg2k_decode(transformed)

@@ -4,6 +4,7 @@ Started as ``python -c "from xmag.tiles.worker import main; main(...)"``: nothin
 that uses xmag is imported again, and so nothing is asked of its ``__main__``.
 """
 
+import logging
 import signal
 from collections import deque
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def main(connection_fd: int, arena_fd: int, arena: dict[str, int], slots: list[i
     """Work on jobs until the other side hangs up."""
     # The parent decides when to stop, and does so by hanging up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What tifffile has to say of a file, the error of its row says; stderr is the caller's.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     worker = _Worker(Connection(connection_fd), Arena(fd=arena_fd, **arena), slots)
     try:
         while True:
