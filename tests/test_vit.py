@@ -1,5 +1,6 @@
 """The ViT against other implementations of the same arithmetic."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,6 +190,21 @@ def test_keeping_only_the_class_token_gives_the_same_class_token(config: ViTConf
     whole, kept = vit(_images()), vit(_images(), keep=1)
     assert kept.shape == (2, 1, 32)
     assert (kept[:, 0] - whole[:, 0]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_half_precision_sums_the_class_token_in_float32() -> None:
+    """Many small steps: rounded to bfloat16 after each, their sum would be off six times as far."""
+    half = random_vit(replace(TINY, depth=24)).bfloat16()
+    for block in half.blocks:
+        block.ls1.gamma.mul_(0.1)
+        block.ls2.gamma.mul_(0.1)
+    exact = copy.deepcopy(half).float()  # the same weights, rounded as they are
+    images = _images(count=8).bfloat16()
+    found = half(images, keep=1)
+    assert found.dtype == torch.float32
+    expected = exact(images.float(), keep=1)
+    assert (found - expected).norm(dim=-1).median() < 0.004 * expected.norm(dim=-1).median()
 
 
 @torch.inference_mode()

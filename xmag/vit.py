@@ -188,10 +188,22 @@ class _Block(nn.Module):
         self.mlp = _SwiGluMlp(config) if config.mlp == "swiglu" else _GeluMlp(config)
         self.ls2 = _LayerScale(config)
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        # x + gamma * branch, in one pass over memory.
-        x = torch.addcmul(x[:, :keep], self.attn(self.norm1(x), keep), self.ls1.gamma)
-        return torch.addcmul(x, self.mlp(self.norm2(x)), self.ls2.gamma)
+    def forward(self, x: Tensor, first: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
+        x, first = _add(x[:, :keep], first, self.attn(self.norm1(x), keep), self.ls1.gamma)
+        return _add(x, first, self.mlp(self.norm2(x)), self.ls2.gamma)
+
+
+def _add(x: Tensor, first: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum x + gamma * branch, (B, T, D), and that of the class token alone, (B, 1, D).
+
+    The class token is summed in float32 whatever the dtype of the model: in bfloat16 the rounding
+    of its sum is most of the error of an embedding, more than that of all weights. The other
+    tokens reach it averaged, their rounding with them, and need no more than half the memory.
+    """
+    first = torch.addcmul(first, branch[:, :1], gamma)
+    x = torch.addcmul(x, branch, gamma)  # in one pass over memory
+    x[:, :1] = first
+    return x, first
 
 
 class ViT(nn.Module):
@@ -227,6 +239,7 @@ class ViT(nn.Module):
     ) -> Tensor:
         """The tokens after the final norm, (B, T, D): class token, registers, patches row by row.
 
+        They are float32 (float64 of a float64 model), also where the model is half precision.
         `images` is (B, 3, height, width), normalised, its sides multiples of the patch. Whoever
         calls often gives the `positions` of its grid, worked out once. With `keep` only the first
         so many tokens come back, and the last block does not compute the others: the same values,
@@ -242,10 +255,16 @@ class ViT(nn.Module):
         if positions is None:
             positions = self.positions((height // p, width // p))
         x = self._tokens(self.patch_embed(images), positions)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = x[:, :1].to(wide)
         *front, last = self.blocks
         for block in front:
-            x = block(x)
-        return self.norm(last(x, keep))  # type: ignore[no-any-return]
+            x, first = block(x, first)
+        x, first = last(x, first, keep)
+        x = x.to(wide)
+        x[:, :1] = first
+        scale, shift = self.norm.weight.to(wide), self.norm.bias.to(wide)
+        return F.layer_norm(x, self.norm.normalized_shape, scale, shift, self.norm.eps)
 
     def _tokens(self, patches: Tensor, positions: Tensor) -> Tensor:
         count = patches.shape[1]

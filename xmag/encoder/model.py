@@ -74,8 +74,8 @@ class _TileForward(nn.Module):
 
     def forward(self, tiles: Tensor, keep: int | None = None) -> Tensor:
         images = tiles.permute(0, 3, 1, 2) * self.scale + self.shift  # (B, 3, S, S)
-        tokens: Tensor = self.vit(images.to(self.positions.dtype), self.positions, keep=keep)
-        return tokens.float()
+        images = images.to(self.positions.dtype)
+        return self.vit(images, self.positions, keep=keep)  # type: ignore[no-any-return]
 
 
 class Encoder:
