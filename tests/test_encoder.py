@@ -1,5 +1,6 @@
 """The Encoder: what goes in, what comes out, and what it leaves alone."""
 
+import hashlib
 import json
 import os
 import threading
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 from support.models import (
     TINY,
     TINY_REGISTERS,
-    mini_encoder,
     random_encoder,
     random_state,
     random_tiles,
@@ -27,9 +27,8 @@ import xmag.encoder
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import InputError, ModelError, OutputError, WeightsError, XmagWarning
 from xmag.geometry import TileSpec
+from xmag.hub.mini import MINI_WEIGHTS
 from xmag.hub.registry import ModelConfig
-
-MINI_SHA256 = "fb2f20f94f49a9d621a2336ca5e2f22162980c535d8b4c79c69b3306f11116f0"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_the_callers_torch_is_left_as_it_was(encoder: Encoder) -> None:
         ]
 
     before = state()
-    mini_encoder()
+    load_model("xmag-mini")
     encoder.embed(random_tiles(2))
     stream = encoder.embed_stream([(np.zeros((1, 2), np.int64), random_tiles(1))] * 2)
     next(stream)
@@ -159,7 +158,7 @@ def test_the_callers_defaults_do_not_reach_the_model(encoder: Encoder) -> None:
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(encoder.embed(tiles), expected)
-            assert mini_encoder().embed(tiles).dtype == torch.float32
+            assert load_model("xmag-mini").embed(tiles).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -239,7 +238,7 @@ def test_half_precision_comes_close(encoder: Encoder) -> None:
 def test_auto_means_float32_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    found = mini_encoder(device="auto", dtype="auto")
+    found = load_model("xmag-mini", device="auto", dtype="auto")
     assert (found.device, found.dtype) == (torch.device("cpu"), torch.float32)
 
 
@@ -274,22 +273,25 @@ def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("xmag-mini", device="cuda")
 
 
-def test_the_mini_model_says_that_it_is_untrained() -> None:
-    with pytest.warns(XmagWarning, match="xmag-mini is UNTRAINED") as caught:
-        mini = load_model("xmag-mini", device="cpu")
-    assert caught[0].filename == __file__
-    assert mini.provenance["trained"] is False
+def test_the_mini_model_is_trained_and_comes_without_a_warning() -> None:
+    mini = load_model("xmag-mini", device="cpu")
+    assert mini.provenance["trained"] is True
     assert (mini.embed_dim, mini.tile_spec) == (192, TileSpec(mpp=2.0, size_px=224))
+    assert all(p.dtype == torch.float32 for p in mini.vit.parameters())
 
 
-def test_the_mini_model_is_the_same_everywhere() -> None:
-    assert mini_encoder().provenance["weights_sha256"] == MINI_SHA256
-
-
-def test_the_mini_model_tells_tiles_apart() -> None:
-    features = mini_encoder(device="cpu").embed(random_tiles(8))
-    cosine = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
-    assert cosine.fill_diagonal_(0).max() < 0.999
+def test_the_mini_model_is_the_file_whose_hash_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = MINI_WEIGHTS.read_bytes()
+    assert len(data) <= 12_000_000
+    found = load_model("xmag-mini", device="cpu").provenance["weights_sha256"]
+    assert found == hashlib.sha256(data).hexdigest()
+    damaged = tmp_path / "mini.safetensors"
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setattr(xmag.hub.model, "MINI_WEIGHTS", damaged)
+    with pytest.raises(WeightsError, match=r"is damaged.*Install xmag again"):
+        load_model("xmag-mini", device="cpu")
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_REGISTERS], ids=["plain", "registers"])
@@ -306,10 +308,12 @@ def test_a_saved_encoder_loads_as_the_same(config: object, tmp_path: Path) -> No
     assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(random_state(config))  # type: ignore[arg-type]
 
 
-def test_a_saved_untrained_model_stays_untrained(tmp_path: Path) -> None:
-    mini_encoder().save(tmp_path)
-    with pytest.warns(XmagWarning, match="UNTRAINED"):
+def test_a_model_saved_as_untrained_says_so_when_it_is_loaded(tmp_path: Path) -> None:
+    about = {"name": "mine", "trained": False}
+    Encoder(random_vit(TINY), ModelConfig(vit=TINY), provenance=about).save(tmp_path)
+    with pytest.warns(XmagWarning, match="UNTRAINED") as caught:
         assert load_model(tmp_path, device="cpu").provenance["trained"] is False
+    assert caught[0].filename == __file__
 
 
 def test_saving_where_nothing_can_be_written_is_an_error(tmp_path: Path) -> None:

@@ -27,8 +27,6 @@ import xmag
 from xmag.demo import write_demo_slide
 from xmag.hub.registry import SCHEMA, ModelConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
-
 # Refuses every way out of the process that Python code has.
 NO_NETWORK = """
 import sys
@@ -55,7 +53,7 @@ def settle():
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     Image.MAX_IMAGE_PIXELS = 123_456_789
-    warnings.filterwarnings("ignore", message="untrained")
+    warnings.filterwarnings("ignore", message="known to the host")
     warnings.filterwarnings("always", message="of the host")
     signal.signal(signal.SIGUSR1, lambda *_: None)
     os.environ["OF_THE_HOST"] = "1"
@@ -99,8 +97,7 @@ def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> xmag.Encoder:
-    with pytest.warns(xmag.XmagWarning, match="(?i)untrained"):
-        return xmag.load_model("xmag-mini", device="cpu")
+    return xmag.load_model("xmag-mini", device="cpu")
 
 
 def _in_8_threads(job: Callable[[int], np.ndarray]) -> list[np.ndarray]:
@@ -170,7 +167,6 @@ def test_a_full_extraction_leaves_the_process_as_it_was(
 ) -> None:
     program = f"""
     {settle}
-    warnings.filterwarnings("ignore", message=".*untrained")
     before = state()
     import xmag
     encoder = xmag.load_model("xmag-mini", device="cpu")
@@ -216,9 +212,8 @@ def test_fetching_a_model_leaves_the_process_as_it_was(tmp_path: Path) -> None:
 
 def test_a_progress_bar_leaves_the_start_method_to_the_host(slide_path: Path) -> None:
     program = """
-    import contextlib, io, multiprocessing, sys, warnings
+    import contextlib, io, multiprocessing, sys
     import xmag
-    warnings.filterwarnings("ignore", message=".*untrained")
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         xmag.extract_features(sys.argv[1], model="xmag-mini", progress=True)
     assert "100%" in shown.getvalue()
@@ -311,9 +306,6 @@ def test_it_works_in_a_running_asyncio_loop(slide_path: Path, encoder: xmag.Enco
 
 
 def _extract_and_send(path: Path, out: Path, send: object) -> None:
-    import warnings
-
-    warnings.simplefilter("ignore", xmag.XmagWarning)
     encoder = xmag.load_model("xmag-mini", device="cpu")
     bag = xmag.extract_features(path, model=encoder)
     statuses = [

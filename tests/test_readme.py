@@ -29,7 +29,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
 def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = _blocks("README.md", "python")
     assert len(blocks) == 3
@@ -44,7 +43,6 @@ def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} "
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained:xmag.XmagWarning")
 def test_the_python_of_the_quickstart_runs(folder: Path) -> None:
     names: dict[str, object] = {}
     for block in _blocks("docs/quickstart.md", "python"):

@@ -1,6 +1,5 @@
 """Small models for tests: random ViTs of any configuration, and checkpoints in every layout."""
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -8,21 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmag.encoder import Encoder, load_model
-from xmag.errors import XmagWarning
+from xmag.encoder import Encoder
 from xmag.hub.registry import ModelConfig
 from xmag.vit import ViT, ViTConfig
 
 TINY = ViTConfig(width=32, depth=2, heads=2, hidden=128, position_grid=5)
 TINY_SWIGLU = replace(TINY, mlp="swiglu", hidden=88)
 TINY_REGISTERS = replace(TINY, registers=4, position_rule="size_antialias")
-
-
-def mini_encoder(**options: Any) -> Encoder:
-    """xmag-mini without its warning, for tests of other things."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", XmagWarning)
-        return load_model("xmag-mini", **options)
 
 
 def random_state(config: ViTConfig, seed: int = 0) -> dict[str, Tensor]:

@@ -2,10 +2,8 @@
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xmag import draw
 from xmag.bag import FeatureBag
@@ -77,7 +75,7 @@ def run_demo(
             ("tiles", _tiles_line(plan)),
             ("features", f"{_features_line(bag)}, {seconds:.2f} s, {len(bag) / seconds:.0f}"
                          f" tiles/s on {encoder.device.type}"),
-            ("model", _model_line(encoder.provenance)),
+            ("model", f"{_MODEL}, for trying things out; load_model() fetches XMAG itself"),
             ("written", str(features)), ("", str(overlay)), ("", str(feature_map)),
         ]  # fmt: skip
     text = "\n".join(f"{label:<10}{value}" for label, value in lines)
@@ -107,16 +105,6 @@ def _tiles_line(plan: TilePlan) -> str:
 
 def _features_line(bag: FeatureBag) -> str:
     return f"{bag.features.dtype} {bag.features.shape}"
-
-
-def _model_line(provenance: Mapping[str, Any]) -> str:
-    name = str(provenance["name"])
-    if provenance["trained"]:
-        return name
-    return (
-        f"{name}, an UNTRAINED stand-in: the numbers show that everything works, and mean"
-        " nothing; load_model() fetches the trained one"
-    )
 
 
 def _next_lines(path: Path, mpp: float | None) -> str:

@@ -5,5 +5,5 @@ weights    a local file -> tensors, or a refusal with its reason
 layouts    tensors in anyone's layout -> the state dict of our ViT
 registry   what is known about a model: configuration, tile specification, terms
 model      all of it together
-mini       xmag-mini, which ships inside the package
+mini       the weights of xmag-mini, which ship inside the package
 """

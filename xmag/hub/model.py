@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from xmag.errors import InputError
+from xmag.errors import InputError, WeightsError
 from xmag.hub.fetch import locate_model
 from xmag.hub.layouts import to_vit_state
-from xmag.hub.mini import mini_state, state_sha256
+from xmag.hub.mini import MINI_SHA256, MINI_WEIGHTS
 from xmag.hub.registry import (
-    KNOWN,
     MINI,
     ModelConfig,
     ResolvedConfig,
@@ -80,18 +79,22 @@ def _read_mini(config: object, revision: str | None) -> LoadedModel:
             f'"{MINI}" ships with xmag and takes no config= ({config!r}) and no revision='
             f" ({revision!r}). Leave them out"
         )
-    known = KNOWN[MINI]
-    state = mini_state(known.config.vit)
-    resolved = ResolvedConfig(
-        config=known.config, source="registry", terms=known.terms, trained=False
-    )
+    resolved = resolve_config(MINI, None, None)
+    sha256 = file_sha256(MINI_WEIGHTS)
+    if sha256 != MINI_SHA256:
+        raise WeightsError(
+            f"{MINI_WEIGHTS} is damaged: its SHA-256 is {sha256}, expected {MINI_SHA256}. Install"
+            " xmag again"
+        )
+    tensors = read_tensors(MINI_WEIGHTS)
+    found = to_vit_state(tensors, resolved.config.vit, where=str(MINI_WEIGHTS))
     return _loaded(
-        state,
+        found.state,
         resolved,
         name=MINI,
         revision=None,
-        weights_sha256=state_sha256(state),
-        key_layout="dinov2",
+        weights_sha256=sha256,
+        key_layout=found.layout,
     )
 
 

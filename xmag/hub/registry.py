@@ -85,7 +85,10 @@ def _known() -> dict[str, KnownModel]:
             config=ModelConfig(vit=CONFIGS["uni2_h"], tile_spec=TileSpec(mpp=0.5)),
             terms="CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
         ),
-        MINI: KnownModel(config=ModelConfig(vit=CONFIGS["xmag_mini"]), terms="Apache-2.0"),
+        MINI: KnownModel(
+            config=ModelConfig(vit=CONFIGS["xmag_mini"]),
+            terms="Apache-2.0; made from images under CC BY 3.0, see the model card",
+        ),
     }
     for size, letter in (("small", "s"), ("base", "b"), ("large", "l"), ("giant", "g")):
         plain = replace(CONFIGS[f"dinov2_vit{letter}14"], position_rule="size")
