@@ -1,0 +1,124 @@
+"""What every training loop of xmag needs: a schedule, an average of weights, several processes.
+
+The loops themselves live with what they train: `mil`, `finetune`, `distill`.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from xmag.errors import InputError
+
+_RENDEZVOUS_LIMIT = timedelta(minutes=30)
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> float:
+    """The factor of the learning rate at `step` (from 0): linear up to 1, then half a cosine.
+
+    The last of `warmup` steps has factor 1, and the last of `total` steps has `floor`. Raises
+    InputError where the warm-up leaves no step to decay in: a rate that only ever rises is a
+    mistake that is easy to make and hard to see.
+    """
+    if not 0 <= warmup < total:
+        raise InputError(
+            f"the warm-up takes {warmup} of {total} steps; expected fewer, so that the rate decays"
+        )
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup + 1) / (total - warmup), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Ema:
+    """An exponential moving average of a module's parameters and buffers, kept in float32.
+
+    `module` is a frozen copy that holds the average; call `update` after the optimizer's step.
+    Integer buffers (counters) are copied as they are.
+    """
+
+    def __init__(self, module: nn.Module, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"the decay of an average is {decay}; expected 0 <= decay < 1")
+        self.decay = decay
+        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards `module`: average = decay * average + (1 - decay) * module."""
+        now = module.state_dict()
+        for name, mean in self.module.state_dict().items():
+            value = now[name].detach().to(mean.device)
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), 1 - self.decay)
+            else:
+                mean.copy_(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Where a process stands among those that train together; one alone is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """The device that this process trains on: its own GPU where there is one."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, each with the same weight; not for gradients."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes that torchrun started, joined for as long as the context lasts.
+
+    Without torchrun's variables, or where the program has joined a group by itself already, that
+    group is used and left as it is.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]), world=world, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
+    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_RENDEZVOUS_LIMIT)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
