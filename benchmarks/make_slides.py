@@ -1,6 +1,6 @@
 """The slides that the benchmarks read: 40x and 20x, JPEG and JPEG 2000, in the manner of Aperio.
 
-    python benchmarks/make_slides.py FOLDER
+    python benchmarks/make_slides.py FOLDER [--size 48000 40000]
 
 Writes 40x and 20x slides as JPEG YCbCr 4:2:0, JPEG RGB and JPEG 2000 in YCbCr (33003) and RGB
 (33005); what lies there already is kept. Needs the folder of real data, ../shared, beside the
@@ -18,6 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from common import usable_cores
 from support.slides import J2K_RGB, J2K_YCBCR, RGB, shrunk, to_ycbcr
 from support.tiff import ASCII, LONG, SHORT, Page, write_pages
 
@@ -26,9 +27,6 @@ from xmag.slide.reader import Pixels
 from xmag.tissue import find_tissue
 
 GENERATOR = Path(__file__).parents[2] / "shared" / "tools" / "make_slide.py"
-JPEG_SIZE = (48_000, 40_000)
-J2K_TILES = (176, 144)
-"""Tiles across and down at full resolution, as many as four halvings can share: 45056x36864 px."""
 TILE_PX = 256
 PATTERN = 16
 """Tiles after which the tissue of a JPEG 2000 slide repeats: few are left to be encoded."""
@@ -44,7 +42,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--size", type=int, nargs=2, default=[48_000, 40_000], metavar=("W", "H"))
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    args = parser.parse_args()
+    folder, size = args.folder, tuple(args.size)
     if not GENERATOR.exists():
         sys.exit(f"there is no {GENERATOR.name} in {GENERATOR.parent}; it writes the JPEG slides")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,22 +53,25 @@ def main() -> None:
         for color in ("ycc420", "rgb444"):
             path = folder / f"s{power}_{color}.svs"
             if not path.exists():
-                size = map(str, JPEG_SIZE)
-                options = ["--mag", str(power), "--color", color, "--size", *size]
+                options = ["--mag", str(power), "--color", color]
+                options += ["--size", *map(str, size), "--threads", str(args.threads)]
                 subprocess.run([sys.executable, GENERATOR, path, *options], check=True)
         for compression in (J2K_YCBCR, J2K_RGB):
             path = folder / f"s{power}_j2k_{compression}.svs"
             if not path.exists():
-                write_jpeg2000(path, folder / f"s{power}_rgb444.svs", compression, power)
+                write_jpeg2000(path, folder / f"s{power}_rgb444.svs", compression, power, size)
                 print(f"{path} {path.stat().st_size / 1e6:.1f} MB")
 
 
-def write_jpeg2000(path: Path, source: Path, compression: int, power: int) -> None:
+def write_jpeg2000(
+    path: Path, source: Path, compression: int, power: int, size: tuple[int, int]
+) -> None:
     """A slide with the texture of `source`, and tissue where that has it, tile by tile."""
     with Slide(source) as slide:
         tissue = find_tissue(slide)
         pattern = densest(slide, tissue.mask, tissue.downsample)
-    across, down = J2K_TILES
+    # As many tiles as four halvings can share.
+    across, down = (side // TILE_PX // 16 * 16 for side in size)
     rows = np.arange(down) * tissue.mask.shape[0] // down
     columns = np.arange(across) * tissue.mask.shape[1] // across
     is_tissue = tissue.mask[np.ix_(rows, columns)]
