@@ -6,6 +6,7 @@ complete when the last run that touches it is. So memory holds a band of the sli
 that is.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
@@ -18,6 +19,7 @@ from xmag.geometry import ReadScale
 from xmag.plan import TilePlan
 from xmag.slide.pixels import decode_tile, empty_tile, read_level
 from xmag.slide.reader import Level, SlideReader, TileReader
+from xmag.tiles.memory import Recycler
 
 Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
@@ -83,6 +85,7 @@ class Decoding:
         self.batch_count = -(-count // batch_size)
         extent = (windows.end - windows.start).max(axis=0) if count else (0, 0)
         self._window_shape = (int(extent[1]), int(extent[0]), 3)
+        self._memory = Recycler(math.prod((min(count, batch_size), *self._window_shape)))
         self.runs = self._cut_runs()
 
     def new_batch(self, number: int) -> Pixels4D:
@@ -90,9 +93,12 @@ class Decoding:
         count = min(self._batch_size, len(self._windows.start) - number * self._batch_size)
         shape = (count, *self._window_shape)
         covered = self._level.origin == (0, 0) and self._level.stored == self._level.size
-        # Canvas that the file declares empty is white; where tiles cover all of it, each byte of a
-        # window is about to be written.
-        return np.empty(shape, np.uint8) if covered else np.full(shape, 255, np.uint8)
+        batch = self._memory.empty(shape)
+        if not covered:
+            # Canvas that the file declares empty is white; where tiles cover all of it, each byte of
+            # a window is about to be written.
+            batch.fill(255)
+        return batch
 
     def decode(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         """Read and decode the source tiles of a run, and copy them into `batches`."""

@@ -1,0 +1,72 @@
+"""Memory of batches is used again, and never while somebody can see it."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from xmag.tiles.memory import Recycler
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_comes_back_once_the_array_is_gone() -> None:
+    recycler = Recycler(12)
+    first = recycler.empty((2, 2, 3))
+    at = address(first)
+    del first
+    again = recycler.empty((3, 3))  # smaller ones fit as well
+    assert address(again) == at
+    assert again.shape == (3, 3)
+    again[:] = 7
+    assert again.sum() == 63
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda array: array[1],
+        lambda array: array[0][:, 1:],
+        lambda array: array.reshape(-1),
+        lambda array: array.view(np.int8),
+        lambda array: memoryview(array),
+        lambda array: torch.from_numpy(array),
+        lambda array: torch.from_numpy(array)[0, 1],
+        lambda array: iter(array),
+    ],
+)
+def test_whoever_holds_a_view_keeps_the_memory(hold) -> None:
+    recycler = Recycler(12)
+    array = recycler.empty((2, 2, 3))
+    at = address(array)
+    view = hold(array)
+    del array
+    gc.collect()
+    assert address(recycler.empty((2, 2, 3))) != at
+    del view
+    gc.collect()
+    mine = [recycler.empty((2, 2, 3)) for _ in range(3)]
+    assert at in [address(array) for array in mine]
+
+
+def test_threads_never_share_memory() -> None:
+    recycler = Recycler(64)
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            array = recycler.empty((64,))
+            array[:] = number
+            if not (array == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
