@@ -33,10 +33,10 @@ def test_memory_comes_back_once_the_array_is_gone() -> None:
         lambda array: array[0][:, 1:],
         lambda array: array.reshape(-1),
         lambda array: array.view(np.int8),
-        lambda array: memoryview(array),
-        lambda array: torch.from_numpy(array),
+        memoryview,
+        torch.from_numpy,
         lambda array: torch.from_numpy(array)[0, 1],
-        lambda array: iter(array),
+        iter,
     ],
 )
 def test_whoever_holds_a_view_keeps_the_memory(hold) -> None:

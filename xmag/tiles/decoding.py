@@ -95,8 +95,8 @@ class Decoding:
         covered = self._level.origin == (0, 0) and self._level.stored == self._level.size
         batch = self._memory.empty(shape)
         if not covered:
-            # Canvas that the file declares empty is white; where tiles cover all of it, each byte of
-            # a window is about to be written.
+            # Canvas that the file declares empty is white. Where tiles cover all of it, each byte
+            # of a window is about to be written.
             batch.fill(255)
         return batch
 
