@@ -249,7 +249,7 @@ def test_auto_means_bfloat16_where_cuda_has_it(
     capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert xmag.encoder.model.resolve_dtype("auto", torch.device("cuda", 0)) == expected
+    assert xmag.devices.resolve_dtype("auto", torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from xmag.cohort.resume import find_earlier
 from xmag.cohort.settings import Settings
 from xmag.cohort.single import one_by_one
 from xmag.encoder import TileEncoder
-from xmag.extract import Transform, progress_bar, resolve_encoder
+from xmag.extract import Transform, resolve_encoder
+from xmag.progress import progress_bar
 
 __all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]
 

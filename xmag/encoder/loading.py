@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from xmag.encoder.model import Encoder, resolve_device, resolve_dtype
+from xmag.devices import resolve_device, resolve_dtype
+from xmag.encoder.model import Encoder
 from xmag.errors import XmagWarning
 from xmag.hub.model import read_model
 from xmag.hub.registry import DEFAULT_MODEL, ModelConfig

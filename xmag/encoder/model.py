@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xmag.devices import full_precision, resolve_device, resolve_dtype
 from xmag.encoder.stream import TileStream
 from xmag.errors import InputError, ModelError
 from xmag.files import atomic_path, write_text
@@ -26,8 +26,6 @@ from xmag.vit import ViT
 _logger = logging.getLogger(__name__)
 
 Tiles = NDArray[np.uint8] | Tensor
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @runtime_checkable
@@ -250,16 +248,12 @@ class Encoder:
 
     def _embed(self, tiles: Tensor, keep: int | None, limit: int) -> tuple[Tensor, int]:
         """The tokens of tiles in parts of at most `limit`, and the limit that memory allowed."""
-        device = self._device.type
         if not len(tiles):
             side = self.tile_spec.size_px // self._config.vit.patch_px
             shape = (0, keep or 1 + self._config.vit.registers + side**2, self.embed_dim)
             return torch.zeros(shape, dtype=torch.float32, device=self._device), limit
-        plain: AbstractContextManager[Any] = (
-            torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
-        )
         while True:
-            with torch.inference_mode(), plain:
+            with torch.inference_mode(), full_precision(self._device):
                 try:
                     parts = [
                         self._tokens(part.to(self._device, non_blocking=True), keep)
@@ -281,37 +275,3 @@ class Encoder:
 def _usable(result: Tensor) -> Tensor:
     """A copy that autograd accepts, which tensors made in inference mode are not."""
     return result.clone()
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device=` means; InputError where this machine has none of that kind."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(
-            f'device={device!r} is unknown; expected "auto", "cpu", "cuda", "cuda:1" or "mps"'
-        ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device={device!r} was asked for, but torch {torch.__version__} sees no CUDA device;"
-            ' use device="auto", or install a torch with CUDA and a driver for it'
-        )
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `dtype=` means on a device; InputError for any that is not computed in."""
-    if dtype == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        # From compute capability 8.0 on; torch's own test also counts what is only emulated.
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
-    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved not in _DTYPES.values():
-        raise InputError(f'dtype={dtype!r} is unknown; expected "auto" or one of {sorted(_DTYPES)}')
-    return resolved

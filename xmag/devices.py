@@ -1,0 +1,75 @@
+"""Where torch computes, and in what; and its random state, borrowed and given back."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from xmag.errors import InputError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that `device=` means; InputError where this machine has none of that kind."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f'device={device!r} is unknown; expected "auto", "cpu", "cuda", "cuda:1" or "mps"'
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device={device!r} was asked for, but torch {torch.__version__} sees no CUDA device;"
+            ' use device="auto", or install a torch with CUDA and a driver for it'
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that `dtype=` means on a device; InputError for any that is not computed in."""
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        # From compute capability 8.0 on; torch's own test also counts what is only emulated.
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise InputError(f'dtype={dtype!r} is unknown; expected "auto" or one of {sorted(_DTYPES)}')
+    return resolved
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast, which a caller may have switched on, changes no dtype."""
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's default generators of the CPU and of `device`, seeded; afterwards as they were.
+
+    What torch draws inside, for initial weights and dropout, depends on `seed` alone as long as no
+    other thread draws too. torch.manual_seed would seed every other device as well.
+    """
+    on_gpu = device.type == "cuda"
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=[device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            elif mps_state is not None:
+                torch.mps.manual_seed(seed)
+            yield
+    finally:
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)

@@ -1,0 +1,122 @@
+"""Aggregators that take a batch of padded bags: gated attention, mean and maximum."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmag.mil.output import MILOutput, masked_softmax
+
+
+class GatedAttention(nn.Module):
+    """Scores of tiles, (B, N, E) -> (B, N): w^T (tanh(V h) * sigmoid(U h)).
+
+    Ilse et al. 2018, equation 9; the dropout on both branches is that of Lu et al. 2021.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.content = nn.Linear(dim, hidden)
+        self.gate = nn.Linear(dim, hidden)
+        self.score = nn.Linear(hidden, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """The score of each tile, before the softmax."""
+        content = self.dropout(torch.tanh(self.content(tiles)))
+        gate = self.dropout(torch.sigmoid(self.gate(tiles)))
+        scores: Tensor = self.score(content * gate)
+        return scores.squeeze(-1)
+
+
+def tile_embedding(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
+    """Embeds features, (..., D) -> (..., E): a linear layer, ReLU and dropout."""
+    return nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU(), nn.Dropout(dropout))
+
+
+def weighted_mean(tiles: Tensor, attention: Tensor) -> Tensor:
+    """The mean (B, E) of tiles (B, N, E) by weights (B, N); zero for a bag without tiles."""
+    return (attention.to(tiles.dtype).unsqueeze(1) @ tiles).squeeze(1)
+
+
+class ABMIL(nn.Module):
+    """Gated attention: the mean of embedded tiles by weights that are learned, then a linear layer.
+
+    h = dropout(ReLU(W x)), a = softmax over the bag of w^T (tanh(V h) * sigmoid(U h)), logits =
+    head(sum of a h). A bag without tiles gives the bias of the head. Ilse, Tomczak and Welling,
+    Attention-based Deep Multiple Instance Learning, ICML 2018, equations 7 and 9.
+    """
+
+    batched = True
+    attention_kind = "softmax"
+
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        classes: int,
+        embed_dim: int = 512,
+        attention_dim: int = 384,
+        dropout: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.in_dim, self.classes = in_dim, classes
+        self.options: dict[str, Any] = {
+            "embed_dim": embed_dim,
+            "attention_dim": attention_dim,
+            "dropout": dropout,
+        }
+        self.embed = tile_embedding(in_dim, embed_dim, dropout)
+        self.attention = GatedAttention(embed_dim, attention_dim, dropout)
+        self.head = nn.Linear(embed_dim, classes)
+
+    def forward(self, features: Tensor, mask: Tensor, labels: Tensor | None = None) -> MILOutput:  # noqa: ARG002
+        """Logits (B, C) and attention (B, N) of features (B, N, D); `mask` is True on tiles."""
+        tiles = self.embed(features)
+        attention = masked_softmax(self.attention(tiles), mask)
+        return MILOutput(logits=self.head(weighted_mean(tiles, attention)), attention=attention)
+
+
+class _Pool(nn.Module):
+    """Embedded tiles, brought together without any weights, then a linear layer."""
+
+    batched = True
+    attention_kind = None
+
+    def __init__(
+        self, *, in_dim: int, classes: int, embed_dim: int = 512, dropout: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.in_dim, self.classes = in_dim, classes
+        self.options: dict[str, Any] = {"embed_dim": embed_dim, "dropout": dropout}
+        self.embed = tile_embedding(in_dim, embed_dim, dropout)
+        self.head = nn.Linear(embed_dim, classes)
+
+
+class MeanPool(_Pool):
+    """The mean of embedded tiles, then a linear layer: every tile counts the same.
+
+    logits = head(mean of dropout(ReLU(W x))). A bag without tiles gives the bias of the head.
+    """
+
+    def forward(self, features: Tensor, mask: Tensor, labels: Tensor | None = None) -> MILOutput:  # noqa: ARG002
+        """Logits (B, C) of features (B, N, D); `mask` is True on tiles."""
+        weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return MILOutput(
+            logits=self.head(weighted_mean(self.embed(features), weights)), attention=None
+        )
+
+
+class MaxPool(_Pool):
+    """The largest value of each channel over the embedded tiles, then a linear layer.
+
+    logits = head(max of dropout(ReLU(W x))). A bag without tiles gives the bias of the head.
+    """
+
+    def forward(self, features: Tensor, mask: Tensor, labels: Tensor | None = None) -> MILOutput:  # noqa: ARG002
+        """Logits (B, C) of features (B, N, D); `mask` is True on tiles."""
+        tiles = self.embed(features)
+        # What ReLU gives is never below the zeros that stand for padding, and for a bag without
+        # tiles; a row of zeros more lets amax have something where N is 0.
+        tiles = nn.functional.pad(tiles * mask.unsqueeze(-1), (0, 0, 0, 1))
+        return MILOutput(logits=self.head(tiles.amax(dim=1)), attention=None)
