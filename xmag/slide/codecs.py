@@ -24,6 +24,7 @@ from xmag.slide.reader import Pixels
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
 APERIO_J2K_RGB = 33005
+JPEG_2000 = (APERIO_J2K_YCBCR, APERIO_J2K_RGB)
 _PHOTOMETRIC_RGB = 2
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
@@ -67,7 +68,7 @@ def decoder(coding: TileCoding) -> Decoder:
     """The decoder for tiles stored like this; UnsupportedSlideError where there is none."""
     if coding.compression in (JPEG, 33007):
         return _JpegDecoder(coding)
-    if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB):
+    if coding.compression in JPEG_2000:
         return _Jpeg2000Decoder(coding)
     if coding.photometric != _PHOTOMETRIC_RGB:
         raise UnsupportedSlideError(
@@ -75,7 +76,7 @@ def decoder(coding: TileCoding) -> Decoder:
             " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
         )
     if coding.compression == 50001:
-        return _ArrayDecoder(coding, imagecodecs.webp_decode)
+        return _ArrayDecoder(coding, partial(_webp, size=coding.size))
     return _ArrayDecoder(coding, _lossless(coding))
 
 
@@ -198,14 +199,18 @@ class _Jpeg2000Decoder:
     """Tiles in JPEG 2000: in full, or at 1/4 and less without their finest wavelet level."""
 
     def __init__(self, coding: TileCoding) -> None:
-        full = partial(jpeg2000.decode, ycbcr=coding.compression == APERIO_J2K_YCBCR)
+        ycbcr = coding.compression == APERIO_J2K_YCBCR
+        full = partial(jpeg2000.decode, size=coding.size, ycbcr=ycbcr)
         self._size = coding.size
         # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
         self._native = _ArrayDecoder(coding, partial(full, rounded=True))
         self._full = _ArrayDecoder(coding, full)
         width, height = coding.size[0] // 4, coding.size[1] // 4
         quarter = replace(coding, size=(width, height), last_height=height)
-        self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(full(half)))
+        halved = partial(
+            jpeg2000.decode, size=(coding.size[0] // 2, coding.size[1] // 2), ycbcr=ycbcr
+        )
+        self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(halved(half)))
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         if reduction == 1:
@@ -231,10 +236,28 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return np.pad(pixels, ((0, missing), (0, 0), (0, 0)), constant_values=255)
 
 
+def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
+    """The pixels of a WebP stream; DamagedSlideError where it says that it is larger than `size`.
+
+    Its header is in RFC 9649, sections 2.5 to 2.7.
+    """
+    kind, width, height = data[12:16], 0, 0
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    if not (0 < width <= size[0] and 0 < height <= size[1]):
+        raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
+    return imagecodecs.webp_decode(data)
+
+
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     """The decoder of a general-purpose compression, followed by undoing the predictor."""
-    unpackers: dict[int, Callable[[bytes], bytes | bytearray]] = {
-        1: bytes,
+    unpackers: dict[int, Callable[..., bytes | bytearray]] = {
+        1: lambda data, out: data[:out],
         5: imagecodecs.lzw_decode,
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
@@ -251,7 +274,8 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     whole = row * coding.size[1]
 
     def decode(data: bytes) -> NDArray[Any]:
-        raw = np.frombuffer(unpack(data), np.uint8)[:whole]
+        # With the size of what comes out, so that a few bytes cannot unpack to gigabytes.
+        raw = np.frombuffer(unpack(data, out=whole), np.uint8)
         if raw.size % row:
             raise DamagedSlideError(
                 f"it holds {raw.size} bytes of pixels, expected {whole}; the file is truncated"

@@ -24,6 +24,9 @@ _COM, _SOT, _SOD, _EOC = b"\xff\x64", b"\xff\x90", b"\xff\x93", b"\xff\xd9"
 _PROGRESSION, _LAYERS, _TRANSFORM, _LEVELS, _WAVELET = 5, slice(6, 8), 8, 9, 13
 """Where in COD: order of packets, quality layers, colour transform, wavelet levels and kind."""
 _LRCP, _RLCP, _RPCL = 0, 1, 2
+_SIZ_END = 42
+_MAX_COMPONENTS = 4
+_MAX_TILES = 4096
 _9_7 = 0
 _OWN_PRECINCTS = 1
 
@@ -34,8 +37,12 @@ That is a 9/7 synthesis step (ISO/IEC 15444-1, annex F) with the finer bands zer
 """
 
 
-def decode(stream: bytes, *, ycbcr: bool, rounded: bool = False) -> NDArray[Any]:
+def decode(
+    stream: bytes, *, size: tuple[int, int], ycbcr: bool, rounded: bool = False
+) -> NDArray[Any]:
     """The pixels of a stream, as OpenJPEG has them: (height, width, components).
+
+    It may not be larger than `size` (width, height): OpenJPEG takes memory for what it says it is.
 
     With `ycbcr`, components are YCbCr without the stream saying so, and become RGB: from YCbCr
     `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
@@ -45,6 +52,7 @@ def decode(stream: bytes, *, ycbcr: bool, rounded: bool = False) -> NDArray[Any]
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
         raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
+    _check_extent(stream, size)
     # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
     if not ycbcr or _is_subsampled(stream):
         return imagecodecs.jpeg2k_decode(stream)
@@ -52,6 +60,27 @@ def decode(stream: bytes, *, ycbcr: bool, rounded: bool = False) -> NDArray[Any]
     if transformed is None:
         return _ycbcr_to_rgb(imagecodecs.jpeg2k_decode(stream))
     return imagecodecs.jpeg2k_decode(transformed)
+
+
+def _check_extent(stream: bytes, size: tuple[int, int]) -> None:
+    """Raise DamagedSlideError where SIZ says more than what a tile of `size` can be."""
+    if len(stream) < _SIZ_END:
+        raise DamagedSlideError("its JPEG 2000 stream is truncated")
+    x, y, left, top, tile_x, tile_y, tile_left, tile_top, count = struct.unpack_from(
+        ">8IH", stream, 8
+    )
+    width, height = x - left, y - top
+    fits = 0 < width <= size[0] and 0 < height <= size[1] and 0 < count <= _MAX_COMPONENTS
+    if not (fits and tile_x and tile_y):
+        raise DamagedSlideError(
+            f"its JPEG 2000 is {width}x{height} px of {count} components in tiles of {tile_x}x{tile_y}"
+            f" px, the tile {size[0]}x{size[1]} px"
+        )
+    across, down = -(-(x - tile_left) // tile_x), -(-(y - tile_top) // tile_y)
+    if not 0 < across * down <= _MAX_TILES:
+        raise DamagedSlideError(
+            f"its JPEG 2000 is cut into {across}x{down} tiles; expected at most {_MAX_TILES}"
+        )
 
 
 def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:

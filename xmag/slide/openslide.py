@@ -39,6 +39,7 @@ class OpenSlideReader:
         self._closed = False
         try:
             self._slide = openslide.OpenSlide(path)
+            self._read_facts()
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise UnsupportedSlideError(
                 f"{path.name} is not a slide that xmag or OpenSlide knows; docs/formats.md lists"
@@ -46,9 +47,13 @@ class OpenSlideReader:
             ) from error
         except openslide.OpenSlideError as error:
             raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
+
+    def _read_facts(self) -> None:
+        """All that is asked of the slide but pixels: after a failure it answers nothing any more."""
         properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
-        self.levels = _levels(self._slide.level_dimensions, self._slide.level_downsamples)
+        self._downsamples = self._slide.level_downsamples
+        self.levels = _levels(self._slide.level_dimensions, self._downsamples)
         x, y = (_float(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.metadata = ScaleMetadata(
             mpp=(x, y) if x and y else None,
@@ -61,7 +66,7 @@ class OpenSlideReader:
         if self._closed:
             raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
         # OpenSlide wants the corner in level-0 px, and divides by a downsample of its own.
-        downsample = self._slide.level_downsamples[level]
+        downsample = self._downsamples[level]
         corner = (round(xy[0] * downsample), round(xy[1] * downsample))
         try:
             region = self._slide.read_region(corner, level, size)

@@ -1,13 +1,14 @@
 """Pixels of windows: tiles decoded, put together and resampled."""
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xmag.errors import DamagedSlideError
+from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
 from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
@@ -19,6 +20,7 @@ _WHITE = 255
 _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
+_MOST_TILES_AT_ONCE = 256
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
@@ -37,8 +39,8 @@ def read_level(
     tiles = cast(TileReader, reader)
     window = np.full((size[1], size[0], 3), _WHITE, np.uint8)
     shape = reader.levels[level]
-    for row in _tile_rows(shape, reduction, xy, size):
-        for index, data in zip(row, tiles.read_tile_bytes(level, row), strict=True):
+    for run in _runs(shape, _tile_rows(shape, reduction, xy, size)):
+        for index, data in zip(run, tiles.read_tile_bytes(level, run), strict=True):
             if data is None:
                 tile = empty_tile(tiles, level, index, reduction)
             else:
@@ -100,18 +102,32 @@ def read_box(
     x0, y0, x1, y1 = (edge / (shape.downsample * reduction) for edge in box)
     canvas = shape.decoded_size(reduction)
     margin = _LANCZOS_SUPPORT if kernel == "lanczos" else 0
-    left, right = _span(x0, x1, margin * (x1 - x0) / size[0], canvas[0])
-    row_height = (y1 - y0) / size[1]
-    rows = max(1, int(_MAX_DECODED_PX / ((right - left) * max(row_height, 1))))
+    px_width, px_height = (x1 - x0) / size[0], (y1 - y0) / size[1]
+    if px_width * px_height > _MAX_DECODED_PX:
+        raise UnsupportedSlideError(
+            f"each of the {size[0]}x{size[1]} px asked for covers {px_width:.3g}x{px_height:.3g} px of"
+            f" level {level}; expected at most {_MAX_DECODED_PX} px. Ask for more px, or convert the"
+            " slide to a pyramid with smaller levels"
+        )
+    columns = min(size[0], max(1, int(_MAX_DECODED_PX / max(px_width * max(px_height, 1), 1))))
+    rows = max(1, int(_MAX_DECODED_PX / (columns * px_width * max(px_height, 1))))
     result = np.empty((size[1], size[0], 3), np.uint8)
-    for first in range(0, size[1], rows):
-        last = min(first + rows, size[1])
-        above, below = y0 + first * row_height, y0 + last * row_height
-        top, bottom = _span(above, below, margin * row_height, canvas[1])
-        window = read_level(reader, level, reduction, (left, top), (right - left, bottom - top))
-        inner = (x0 - left, above - top, x1 - left, below - top)
-        result[first:last] = resample(window, inner, (size[0], last - first), kernel)
+    for first, last in _bands(size[1], rows):
+        above, below = y0 + first * px_height, y0 + last * px_height
+        top, bottom = _span(above, below, margin * px_height, canvas[1])
+        for start, stop in _bands(size[0], columns):
+            west, east = x0 + start * px_width, x0 + stop * px_width
+            left, right = _span(west, east, margin * px_width, canvas[0])
+            window = read_level(reader, level, reduction, (left, top), (right - left, bottom - top))
+            inner = (west - left, above - top, east - left, below - top)
+            into = (stop - start, last - first)
+            result[first:last, start:stop] = resample(window, inner, into, kernel)
     return result
+
+
+def _bands(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """[0, count) in parts of `step`."""
+    return ((first, min(first + step, count)) for first in range(0, count, step))
 
 
 def resample(pixels: Pixels, box: Box, size: tuple[int, int], kernel: Resample) -> Pixels:
@@ -215,13 +231,29 @@ def _tile_rows(
     ]
 
 
+def tiles_at_once(shape: Level, most: int) -> int:
+    """How many tiles of a level are read together: up to `most`, fewer where they are large."""
+    assert shape.tile_size is not None
+    return min(most, max(1, _MAX_DECODED_PX // (shape.tile_size[0] * shape.tile_size[1])))
+
+
+def _runs(shape: Level, rows: list[range]) -> Iterator[range]:
+    """Rows of tiles, cut where their bytes would take too much memory together."""
+    step = tiles_at_once(shape, _MOST_TILES_AT_ONCE)
+    return (row[at : at + step] for row in rows for at in range(0, len(row), step))
+
+
 def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
     """Whether any tile of a level under `box`, in level-0 px, is stored."""
     shape = reader.levels[level]
     x0, x1 = _span(box[0] / shape.downsample, box[2] / shape.downsample, 0, shape.size[0])
     y0, y1 = _span(box[1] / shape.downsample, box[3] / shape.downsample, 0, shape.size[1])
     rows = _tile_rows(shape, 1, (x0, y0), (x1 - x0, y1 - y0))
-    return any(data is not None for row in rows for data in reader.read_tile_bytes(level, row))
+    return any(
+        data is not None
+        for run in _runs(shape, rows)
+        for data in reader.read_tile_bytes(level, run)
+    )
 
 
 def _without_padding(tile: Pixels, shape: Level, index: int, reduction: int) -> Pixels:

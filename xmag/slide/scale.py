@@ -11,6 +11,8 @@ _UM_PER_PX_AT_1X = 10.0
 """A power of 40 goes with about 0.25 µm/px in every scanner's language."""
 _CONTRADICTION = 0.3
 _ANISOTROPY = 0.01
+_MAX_AREA_MM2 = 17_000.0
+"""The largest glass for microscopes, 6 by 4 inches, has 15,500 mm²."""
 
 
 def checked_scale(mpp: float) -> float:
@@ -41,6 +43,20 @@ def known_mpp(mpp: float | None, name: str) -> float:
             " for a typical 40x scan, mpp=0.5 at 20x"
         )
     return mpp
+
+
+def check_area(size: tuple[int, int], mpp: float, name: str) -> None:
+    """Raise SlideScaleError where a slide of `size` level-0 px would be larger than any glass.
+
+    What is done at a scale in µm takes memory by the area that the file claims.
+    """
+    width, height = (side * mpp / 1000 for side in size)
+    if width * height > _MAX_AREA_MM2:
+        raise SlideScaleError(
+            f"{name} would be {width:.4g}x{height:.4g} mm large at {mpp:.4g} µm/px; expected at most"
+            f" {_MAX_AREA_MM2:.0f} mm², more than any glass slide has. Give the right scale as mpp=,"
+            " or copy the file again"
+        )
 
 
 def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float | None, str]:

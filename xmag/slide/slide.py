@@ -17,7 +17,7 @@ from xmag.provenance import file_fingerprint
 from xmag.slide.opening import open_reader
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
-from xmag.slide.scale import checked_mpp, checked_scale, judge, known_mpp
+from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 
 _ROUNDING = 1e-6
 
@@ -151,6 +151,7 @@ class Slide:
         Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
         """
         mpp = known_mpp(self._mpp, self._name)
+        check_area(self.dimensions, mpp, self._name)
         levels = self._reader.levels
         return choose_scale(
             [mpp * level.downsample for level in levels],

@@ -1,20 +1,34 @@
 """Tiles of TIFF slides: tifffile parses the directories, everything after that is ours."""
 
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import BinaryIO
 from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError, XmagError
-from xmag.slide import codecs
+from xmag.slide import codecs, directories
 from xmag.slide.layouts import PageLevel, TiffLayout, find_layout, page_size, whole_factor
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 from xmag.slide.source import ByteSource, LocalSource
 
 _MAX_TILE_PX = 1 << 26
 """Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
+_MAX_JPEG_2000_TILE_PX = 1 << 24
+"""OpenJPEG takes 24 bytes a px."""
+_SPARE_TILE_BYTES = 1 << 16
+"""What the bytes of a small tile may take beyond twice its pixels."""
+_MAX_SIDE = 1 << 32
+_MAX_LEVEL_PX = 1 << 40
+"""A square of a million px; the largest scans are a tenth of that."""
+
+_ESSENTIAL_TAGS = frozenset(
+    {254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338, 339, 347}
+)  # fmt: skip
+"""Tags without which tifffile would take the pixels for others than they are."""
 
 _UNASSOCIATED_ALPHA = 2
 
@@ -36,7 +50,8 @@ class TiffReader:
             raise type(error)(f"{path.name}: {error}") from error
 
     def _open(self, path: Path, region: int | None) -> None:
-        layout = _read_layout(path, region)
+        with path.open("rb") as file:
+            layout = _read_layout(file, region, is_ndpi=path.suffix == ".ndpi")
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
         codings = [_coding(stored.page) for stored in layout.levels]
@@ -44,16 +59,26 @@ class TiffReader:
             _level(stored, layout.levels[0].size, coding)
             for stored, coding in zip(layout.levels, codings, strict=True)
         )
+        self._tile_bytes = [coding.size[0] * coding.size[1] * coding.samples for coding in codings]
         self._decoders = [codecs.decoder(coding) for coding in codings]
         self._offsets = [stored.page.dataoffsets for stored in layout.levels]
         self._lengths = [stored.page.databytecounts for stored in layout.levels]
         for number, level in enumerate(self.levels):
+            _check_sizes(number, level)
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
         self._source: ByteSource = LocalSource(path)
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those without any."""
         offsets, lengths = self._offsets[level], self._lengths[level]
+        most = 2 * self._tile_bytes[level] + _SPARE_TILE_BYTES
+        for index in indices:
+            if lengths[index] > most:
+                raise DamagedSlideError(
+                    f"tile {index} of level {level} should have {lengths[index]} bytes, which is more"
+                    f" than {most}, the most that its pixels can take; the file is damaged: copy it"
+                    " again"
+                )
         chunks = iter(
             self._source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
         )
@@ -68,37 +93,39 @@ class TiffReader:
         self._source.close()
 
 
-def _read_layout(path: Path, region: int | None) -> TiffLayout:
-    """The pages of the slide in the file, which is closed again."""
+def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:
+    """The pages of the slide in the file."""
+    codes = directories.walk(file, is_ndpi=is_ndpi)
+    file.seek(0)
     try:
-        with TiffFile(path) as tiff:
+        with directories.silent_tifffile(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise DamagedSlideError(
-                    "it begins like a TIFF, but holds no image, or only beyond its end; it is"
-                    " truncated or damaged: copy it again"
+                    "it begins like a TIFF, but holds no image; it is truncated or damaged: copy it"
+                    " again"
                 )
-            _check_chain(tiff)
-            return find_layout(pages, region)
+            layout = find_layout(pages, region)
+            for number, level in enumerate(layout.levels):
+                _check_tags(number, level.page, codes)
+            return layout
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
+        # Not the error's own text, which may hold some of what the scanner wrote of the patient.
         raise DamagedSlideError(
-            f"it begins like a TIFF, but its directories make no sense ({error!r}); it is truncated"
-            " or damaged: copy it again"
+            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__}); it is"
+            " truncated or damaged: copy it again"
         ) from error
 
 
-def _check_chain(tiff: TiffFile) -> None:
-    """Raise DamagedSlideError where directories are lost: tifffile goes on with those it found."""
-    at = tiff.pages.next_page_offset
-    if at is None:
-        return
-    tiff.filehandle.seek(at)
-    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> None:
+    """Raise DamagedSlideError where a tag that is there could not be read: tifffile leaves it out."""
+    lost = (codes.get(page.offset, frozenset()) & _ESSENTIAL_TAGS) - {tag.code for tag in page.tags}
+    if lost:
         raise DamagedSlideError(
-            f"the directory after the {len(tiff.pages)} found lies beyond the end of the file; it"
-            " is truncated: copy it again"
+            f"the directory of level {number} has tags {sorted(lost)} of a type or a place that makes"
+            " no sense; it is damaged: copy it again"
         )
 
 
@@ -122,10 +149,11 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
             " samples"
         )
     width, height, rows = _tile_size(page)
-    if not 0 < width * height <= _MAX_TILE_PX:
+    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
+    if not (width > 0 and height > 0 and width * height <= most):
         raise UnsupportedSlideError(
-            f"its tiles are {width}x{height} px; expected at most {_MAX_TILE_PX} px each."
-            " Convert it to a tiled pyramid"
+            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
+            " tiled pyramid"
         )
     return codecs.TileCoding(
         compression=int(page.compression),
@@ -163,8 +191,25 @@ def _level(stored: PageLevel, base: tuple[int, int], coding: codecs.TileCoding) 
 
 def _downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
     """Level-0 px per px: whole where the sizes allow it, as they are rounded."""
+    if min(*base, *size) < 1:
+        return math.nan
     factor = whole_factor(base, size)
     return float(factor or (base[0] / size[0] + base[1] / size[1]) / 2)
+
+
+def _check_sizes(number: int, level: Level) -> None:
+    """Raise DamagedSlideError where the sizes of a level make no sense."""
+    sides = (*level.size, *level.stored, *(abs(o) + 1 for o in level.origin))
+    if not (
+        all(0 < side < _MAX_SIDE for side in sides)
+        and math.isfinite(level.downsample)
+        and level.downsample >= 1
+    ):
+        raise DamagedSlideError(
+            f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
+            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times smaller"
+            " than the first; it is damaged: copy it again"
+        )
 
 
 def _check_tiles(number: int, level: Level, offsets: int, lengths: int) -> None:
@@ -174,4 +219,9 @@ def _check_tiles(number: int, level: Level, offsets: int, lengths: int) -> None:
         raise DamagedSlideError(
             f"level {number} of {level.size[0]}x{level.size[1]} px needs {expected} tiles, but the"
             f" file lists {offsets} offsets and {lengths} lengths; it is damaged: copy it again"
+        )
+    if level.size[0] * level.size[1] > _MAX_LEVEL_PX:
+        raise UnsupportedSlideError(
+            f"level {number} is {level.size[0]}x{level.size[1]} px; expected at most {_MAX_LEVEL_PX} px"
+            " in all. Export the part with the tissue"
         )

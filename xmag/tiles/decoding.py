@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from xmag.geometry import ReadScale
 from xmag.plan import TilePlan
-from xmag.slide.pixels import decode_tile, empty_tile, read_level
+from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
 from xmag.slide.reader import Level, SlideReader, TileReader
 from xmag.tiles.memory import Recycler
 
@@ -143,9 +143,11 @@ class Decoding:
             pieces[:, 0] = source
         sources, first = np.unique(source, return_index=True)
         ends = np.append(first[1:], len(source))
-        runs = []
-        for at in range(0, len(sources), _RUN_TILES):
-            these = slice(at, at + _RUN_TILES)
+        runs, step = [], _RUN_TILES
+        if isinstance(self._reader, TileReader):
+            step = tiles_at_once(self._level, _RUN_TILES)
+        for at in range(0, len(sources), step):
+            these = slice(at, at + step)
             low, high = int(first[these][0]), int(ends[these][-1])
             mine = pieces[low:high]
             runs.append(
@@ -172,7 +174,8 @@ def _overlaps(
     low = np.maximum(windows.start - origin, 0)
     high = np.minimum(windows.end - origin, np.floor_divide(level.stored, reduction))
     first = low // side
-    span = np.maximum(-(-high // side) - first, 0)
+    # Windows beside the stored image may still lie on the padding of its last tiles.
+    span = np.where(high > low, -(-high // side) - first, 0)
     count = span.prod(axis=1)
     tile = np.repeat(np.arange(len(count)), count)
     nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)

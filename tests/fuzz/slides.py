@@ -1,0 +1,95 @@
+"""Cases of damaged slides, and what is done with each of them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+
+from fuzz.streams import damaged_stream
+from fuzz.tiffs import damaged_tiff
+
+from xmag.errors import InputError, XmagError
+from xmag.geometry import TileSpec
+from xmag.plan import plan_tiles
+from xmag.slide import Slide
+from xmag.tiles import read_tiles
+from xmag.tissue import find_tissue
+
+SPEC = TileSpec(mpp=1.0, size_px=32)
+_BATCHES = 4
+"""Batches of tiles looked at: a slide that says it is large would else take as long as one."""
+
+
+def make(seeds: Mapping[str, bytes], rng: Random) -> tuple[str, bytes]:
+    """(name, content) of a damaged slide."""
+    name = rng.choice(sorted(seeds))
+    data = seeds[name]
+    change = damaged_tiff if data[:2] in (b"II", b"MM") else damaged_stream
+    return name, change(data, rng)
+
+
+def use(path: Path) -> list[XmagError]:
+    """What xmag said about a slide, in a row: nothing, where it is read without complaint.
+
+    Whatever is not an XmagError comes out of here.
+    """
+    said: list[XmagError] = []
+    slide = _opened(path, said)
+    if slide is None:
+        return said
+    with slide:
+        width, height = slide.dimensions
+        steps: list[Callable[[], object]] = [
+            lambda: slide.thumbnail(max_px=100),
+            lambda: slide.read_region((0, 0), (min(70, width), min(70, height))),
+            lambda: slide.read_region((width - 1, height - 1), (1, 1)),
+            lambda: slide.read_region((width // 3, height // 3), (20, 20), mpp=0.8),
+            lambda: find_tissue(slide),
+            lambda: _read_tiles(slide),
+        ]
+        for step in steps:
+            _say(step, said)
+    return said
+
+
+def _opened(path: Path, said: list[XmagError]) -> Slide | None:
+    slide = None
+    for options in ({}, {"region": 0}):
+        try:
+            slide = Slide(path, **options)
+            break
+        except InputError as error:  # it holds several scans
+            said.append(error)
+        except XmagError as error:
+            said.append(error)
+            return None
+    if slide is not None and slide.mpp is None:
+        slide.close()
+        slide = Slide(path, mpp=0.25, **options)
+    return slide
+
+
+def _read_tiles(slide: Slide) -> None:
+    plan = plan_tiles(slide, SPEC)
+    for number, _ in enumerate(read_tiles(slide, plan, batch_size=16, threads=2)):
+        if number == _BATCHES:
+            break
+
+
+def _say(step: Callable[[], object], said: list[XmagError]) -> None:
+    try:
+        step()
+    except XmagError as error:
+        said.append(error)
+
+
+FINE = ("read",)
+"""Outcomes of an undamaged slide."""
+
+
+def outcome(path: Path) -> str:
+    """What became of a slide, in a word; raises what is no XmagError."""
+    said = use(path)
+    for error in said:
+        if type(error) is not InputError:
+            raise error
+    return "read"
