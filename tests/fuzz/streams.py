@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 from random import Random
 
 import imagecodecs
@@ -11,9 +12,6 @@ from fuzz.structure import jpeg2000_segments, jpeg_segments, png_chunks
 SIDES = (0, 1, 2, 7, 8, 16, 127, 128, 129, 240, 255, 256, 4096, 30_000, 65_500, 65_535)
 _JPEG_MARKERS = (*range(0xC0, 0xD0), *range(0xD8, 0xE1), 0xED, 0xEE, 0xFE, 0x01, 0x00)
 _J2K_MARKERS = (0x4F, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x90, 0x91, 0x92, 0x93, 0xD9)  # fmt: skip
-_HUGE = 1 << 28
-"""Bytes that a bomb unpacks to."""
-
 Damage = Callable[[bytes, Random], bytes]
 
 
@@ -72,21 +70,22 @@ def nothing(stream: bytes, rng: Random) -> bytes:
 
 
 def bomb(_: bytes, rng: Random) -> bytes:
-    """A few kB that unpack to hundreds of MB, in any of the packings."""
-    zeros = bytes(1 << 16)
-    kind = rng.choice(("zlib", "zstd", "zstd-claim", "lzw", "packbits"))
-    if kind == "zlib":
-        pack = zlib.compressobj(9)
-        return b"".join(pack.compress(zeros) for _ in range(_HUGE >> 16)) + pack.flush()
-    if kind == "zstd":
-        return imagecodecs.zstd_encode(bytes(1 << 26))
-    if kind == "zstd-claim":
-        return (
-            b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", rng.choice((1 << 33, 1 << 62))) + bytes(9)
-        )
-    if kind == "lzw":
-        return imagecodecs.lzw_encode(bytes(1 << 24)) * 4
-    return b"\x81\0" * (1 << 16)
+    """Up to a MB that unpacks to hundreds of MB, in any of the packings."""
+    return rng.choice(_bombs())
+
+
+@cache
+def _bombs() -> tuple[bytes, ...]:
+    pack = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = pack.compress(bytes(1 << 20)) + pack.flush(zlib.Z_FULL_FLUSH)
+    frame = imagecodecs.zstd_encode(bytes(1 << 20))
+    return (
+        b"\x78\xda" + block * 1024,
+        frame * 512,
+        *(b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claim) + bytes(9) for claim in (1 << 33, 1 << 62)),
+        imagecodecs.lzw_encode(bytes(1 << 24)),
+        b"\x81\0" * (1 << 16),
+    )
 
 
 def _jpeg_frame(stream: bytes, rng: Random) -> bytes:
@@ -244,7 +243,7 @@ def _png_chunk(stream: bytes, rng: Random) -> bytes:
 
 def _png_inserted(stream: bytes, rng: Random) -> bytes:
     """A chunk that unpacks to a lot, or that makes no sense."""
-    packed = zlib.compress(bytes(1 << 25))
+    packed = _bombs()[0]
     kind, content = rng.choice(
         (
             (b"zTXt", b"a\0\0" + packed),

@@ -26,6 +26,9 @@ APERIO_J2K_YCBCR = 33003
 APERIO_J2K_RGB = 33005
 JPEG_2000 = (APERIO_J2K_YCBCR, APERIO_J2K_RGB)
 _PHOTOMETRIC_RGB = 2
+_BAND_PX = 1 << 20
+_MAX_SCANS = 200
+"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -103,6 +106,7 @@ class _JpegDecoder:
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream = self._complete(data)
+        check_scans(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
             self._check(width, height, colorspace)
@@ -142,14 +146,21 @@ class _JpegDecoder:
         if data[:2] != b"\xff\xd8":
             raise DamagedSlideError("its bytes do not begin like a JPEG")
         start = 2
-        while data[start : start + 1] == b"\xff" and _is_application(data[start + 1]):
+        while data[start : start + 1] == b"\xff" and _is_application(data[start + 1 : start + 2]):
             start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         return self._prefix + data[start:]
 
 
-def _is_application(marker: int) -> bool:
+def check_scans(stream: bytes) -> None:
+    """Raise DamagedSlideError where a JPEG has so many scans that it was made to take for ever."""
+    scans = stream.count(b"\xff\xda")
+    if scans > _MAX_SCANS:
+        raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
+
+
+def _is_application(marker: bytes) -> bool:
     """Whether a JPEG marker begins an application segment or a comment."""
-    return 0xE0 <= marker <= 0xEF or marker == 0xFE
+    return b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
 
 
 def _adobe_segment(transform: int) -> bytes:
@@ -162,7 +173,7 @@ def _tables(stream: bytes) -> bytes:
     kept, at = b"", 2
     while at + 4 <= len(stream) and stream[at] == 0xFF and stream[at + 1] != 0xD9:
         end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-        if not _is_application(stream[at + 1]):
+        if not _is_application(stream[at + 1 : at + 2]):
             kept += stream[at:end]
         at = end
     return kept
@@ -223,9 +234,14 @@ class _Jpeg2000Decoder:
 
 def over_white(rgba: NDArray[np.uint8]) -> Pixels:
     """RGBA pixels (not premultiplied) as they look on a white ground."""
-    colour = rgba[..., :3].astype(np.uint16)
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    pixels = np.empty((*rgba.shape[:2], 3), np.uint8)
+    # In bands, as what lies between takes eight times the memory.
+    step = max(1, _BAND_PX // max(1, rgba.shape[1]))
+    for top in range(0, len(rgba), step):
+        band = rgba[top : top + step].astype(np.uint16)
+        colour, alpha = band[..., :3], band[..., 3:]
+        pixels[top : top + step] = (colour * alpha + 255 * (255 - alpha) + 127) // 255
+    return pixels
 
 
 def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:

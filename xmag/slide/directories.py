@@ -29,6 +29,10 @@ _SIZES = {
 _SUB_IFDS = 330
 _OFFSET_FORMATS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
 _TILE_LISTS = {273, 279, 324, 325, 65426}
+_WHOLE = {1, 3, 4, 13, 16, 18}
+_ONE_NUMBER = {254, 256, 257, 259, 262, 277, 284, 317, 322, 323}
+_NUMBERS = {258, 273, 278, 279, 324, 325, 338, 339}
+"""Tags that say how pixels are stored, in one whole number or in several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ def _directory(
         for number, (code, kind, values, _) in enumerate(struct.iter_unpack(entry, entries))
     ]
     for tag in tags:
+        _check_kind(tag, len(found))
         if tag.code in _TILE_LISTS and tag.count > _MAX_TILES:
             raise UnsupportedSlideError(
                 f"it lists {tag.count} tiles for one level; expected at most {_MAX_TILES}. Convert it"
@@ -147,6 +152,19 @@ def _directory(
     file.seek(first + count * length)
     pointer = file.read(struct.calcsize(layout.order + layout.offset))
     return tags, int.from_bytes(pointer, "little" if layout.order == "<" else "big")
+
+
+def _check_kind(tag: _Tag, directory: int) -> None:
+    """Raise DamagedSlideError where a tag that counts is not of whole numbers, or of too many."""
+    one = tag.code in _ONE_NUMBER
+    if not (one or tag.code in _NUMBERS):
+        return
+    if tag.kind not in _WHOLE or tag.count < 1 or (one and tag.count != 1):
+        raise DamagedSlideError(
+            f"tag {tag.code} of its directory {directory} holds {tag.count} values of type"
+            f" {tag.kind}; expected {'one whole number' if one else 'whole numbers'}. It is damaged:"
+            " copy it again"
+        )
 
 
 def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[int]:

@@ -1,5 +1,7 @@
 """Plain PNG and JPEG images as slides of one level; they never say their µm/px."""
 
+import io
+import struct
 import threading
 from pathlib import Path
 
@@ -8,12 +10,16 @@ import simplejpeg
 from PIL import Image
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, UnsupportedSlideError
-from xmag.slide.codecs import over_white
+from xmag.slide.codecs import check_scans, over_white
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8\xff"
 
+_MAX_BYTES = 1 << 30
+"""A plain image is held in memory as a whole."""
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+"""What the pixels need. All else is left out: texts, profiles, animations."""
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 
 
@@ -26,10 +32,18 @@ class ImageReader:
         if region not in (None, 0):
             raise InputError(f"region={region!r} is not in {path.name}; it holds one image")
         self._path = path
+        length = path.stat().st_size
+        if length > _MAX_BYTES:
+            raise UnsupportedSlideError(
+                f"{path.name} has {length} bytes; xmag reads plain images of up to {_MAX_BYTES} bytes."
+                " Convert it to a tiled pyramid"
+            )
         self._is_png = _is_png(path)
         self.format = "png" if self._is_png else "jpeg"
         size = _png_size(path) if self._is_png else _jpeg_size(path)
         limit = Image.MAX_IMAGE_PIXELS
+        if not (size[0] > 0 and size[1] > 0):
+            raise DamagedSlideError(f"{path.name} has {size[0]}x{size[1]} px; copy it again")
         if limit is not None and size[0] * size[1] > limit:
             raise UnsupportedSlideError(
                 f"{path.name} has {size[0]}x{size[1]} px, and Pillow's limit is {limit} px"
@@ -63,15 +77,27 @@ class ImageReader:
             if not self._is_png:
                 pixels: Pixels = simplejpeg.decode_jpeg(self._path.read_bytes())
                 return pixels
-            with Image.open(self._path) as image:
+            with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 return _on_white(image)
-        except (OSError, ValueError, SyntaxError) as error:
+        # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
+        except (OSError, ValueError, SyntaxError, struct.error) as error:
             raise DamagedSlideError(
                 f"{self._path.name} is damaged: {error}. Copy the file again"
             ) from error
 
     def __reduce__(self) -> tuple[type["ImageReader"], tuple[Path]]:
         return ImageReader, (self._path,)
+
+
+def _pixels_of_png(data: bytes) -> io.BytesIO:
+    """The PNG without all that its pixels do not need, as a file."""
+    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in _PNG_CHUNKS:
+            kept.append(data[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
 
 
 def _on_white(image: Image.Image) -> Pixels:
@@ -105,8 +131,10 @@ def _png_size(path: Path) -> tuple[int, int]:
 def _jpeg_size(path: Path) -> tuple[int, int]:
     """(width, height) from the JPEG's header; UnsupportedSlideError where it is not colour."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(path.read_bytes())
-    except ValueError as error:
+        data = path.read_bytes()
+        check_scans(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, DamagedSlideError) as error:
         raise DamagedSlideError(
             f"{path.name} begins like a JPEG, but its header makes no sense ({error});"
             " copy it again"

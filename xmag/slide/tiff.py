@@ -11,7 +11,14 @@ from tifffile import TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
-from xmag.slide.layouts import PageLevel, TiffLayout, find_layout, page_size, whole_factor
+from xmag.slide.layouts import (
+    NeedsOpenSlideError,
+    PageLevel,
+    TiffLayout,
+    find_layout,
+    page_size,
+    whole_factor,
+)
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 from xmag.slide.source import ByteSource, LocalSource
 
@@ -51,6 +58,7 @@ class TiffReader:
 
     def _open(self, path: Path, region: int | None) -> None:
         with path.open("rb") as file:
+            self._size = file.seek(0, 2)
             layout = _read_layout(file, region, is_ndpi=path.suffix == ".ndpi")
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
@@ -73,11 +81,11 @@ class TiffReader:
         offsets, lengths = self._offsets[level], self._lengths[level]
         most = 2 * self._tile_bytes[level] + _SPARE_TILE_BYTES
         for index in indices:
-            if lengths[index] > most:
+            if not 0 <= lengths[index] <= most or offsets[index] + lengths[index] > self._size:
                 raise DamagedSlideError(
-                    f"tile {index} of level {level} should have {lengths[index]} bytes, which is more"
-                    f" than {most}, the most that its pixels can take; the file is damaged: copy it"
-                    " again"
+                    f"tile {index} of level {level} should have {lengths[index]} bytes at offset"
+                    f" {offsets[index]}, but the file ends at {self._size}, and the pixels of a tile"
+                    f" take {most} at most; it is truncated or damaged: copy it again"
                 )
         chunks = iter(
             self._source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
@@ -105,7 +113,12 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
                     "it begins like a TIFF, but holds no image; it is truncated or damaged: copy it"
                     " again"
                 )
-            layout = find_layout(pages, region)
+            try:
+                layout = find_layout(pages, region)
+            except NeedsOpenSlideError:
+                for number, page in enumerate(pages):
+                    _check_memory(number, page)
+                raise
             for number, level in enumerate(layout.levels):
                 _check_tags(number, level.page, codes)
             return layout
@@ -149,12 +162,6 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
             " samples"
         )
     width, height, rows = _tile_size(page)
-    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
-    if not (width > 0 and height > 0 and width * height <= most):
-        raise UnsupportedSlideError(
-            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
-            " tiled pyramid"
-        )
     return codecs.TileCoding(
         compression=int(page.compression),
         photometric=int(page.photometric),
@@ -168,11 +175,34 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
 
 
 def _tile_size(page: TiffPage) -> tuple[int, int, int]:
-    """(width, height, height of the last) tile; strips are tiles as wide as the image."""
+    """(width, height, height of the last) tile; strips are tiles as wide as the image.
+
+    Raises UnsupportedSlideError where decoding one would take too much memory.
+    """
     if page.is_tiled or page.jpegheader is not None:
-        return page.tilewidth, page.tilelength, page.tilelength
-    rows = min(page.rowsperstrip, page.imagelength)
-    return page.imagewidth, rows, page.imagelength % rows or rows if rows else 0
+        width, height = page.tilewidth, page.tilelength
+        last = height
+    else:
+        width, height = page.imagewidth, max(1, min(page.rowsperstrip, page.imagelength))
+        last = page.imagelength % height or height
+    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
+    if not (width > 0 and height > 0 and width * height <= most):
+        raise UnsupportedSlideError(
+            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
+            " tiled pyramid"
+        )
+    return width, height, last
+
+
+def _check_memory(number: int, page: TiffPage) -> None:
+    """Raise where tiles are too large for OpenSlide: it ends the process where memory is short."""
+    width, height, _ = _tile_size(page)
+    most = 2 * width * height * page.samplesperpixel + _SPARE_TILE_BYTES
+    if max(page.databytecounts, default=0) > most:
+        raise DamagedSlideError(
+            f"a tile of page {number} should have {max(page.databytecounts)} bytes, but its pixels"
+            f" take {most} at most; it is damaged: copy it again"
+        )
 
 
 def _level(stored: PageLevel, base: tuple[int, int], coding: codecs.TileCoding) -> Level:
