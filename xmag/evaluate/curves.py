@@ -12,7 +12,7 @@ from xmag.metrics.bootstrap import drawn_weights
 Floats = NDArray[np.float64]
 
 _MOST_DRAWS = 500
-"""Draws for a band: its ends are drawn a px or two wide."""
+"""Draws for a band, which is a picture and no figure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,12 +41,11 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
         return None
     grid = np.linspace(0, 1, 201)
     ones = np.ones((1, len(result.rows)))
-    if len(strata) == 1:
-        fpr, tpr, _ = strata[0].curves(ones)
-        fpr, tpr = np.append(0.0, fpr[0]), np.append(0.0, tpr[0])
-    else:
-        fpr = np.append(0.0, grid)
-        tpr = np.append(0.0, _mean(strata, ones, grid)[0])
+    # A mean of steps is exact where they are, from the left and from the right.
+    steps = np.unique(np.concatenate([stratum.curves(ones)[0][0] for stratum in strata]))
+    fpr = np.union1d((steps - 1e-9).clip(0), steps)
+    tpr = _mean(strata, ones, fpr)[0]
+    fpr, tpr = np.append(0.0, fpr), np.append(0.0, tpr)
     low, high = _band(result, strata, grid, sampling=sampling)
     return Curve(fpr=fpr, tpr=tpr, band_fpr=grid, low=low, high=high)
 

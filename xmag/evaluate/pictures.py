@@ -5,6 +5,7 @@ Neither pyplot, nor a global backend, nor rcParams are touched.
 
 import io
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
     from xmag.evaluate.report import Report
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Okabe and Ito's, which all kinds of colour vision tell apart; on white, the strongest first."""
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which all kinds of colour vision tell apart, less the yellow: faint on white."""
 _DASHES = ("-", "--", "-.", (0, (1, 1)))
 _INK, _FAINT = "#222222", "#8A8A8A"
 _DPI = 150
 _MOST_COLUMNS = 3
+_MOST_BANDS = 4
+"""Curves of a panel that have bands; those of more would hide each other."""
 
 
 def roc_figure(report: "Report") -> "Figure":
@@ -69,18 +72,19 @@ def _panels(report: "Report", *, side_in: float) -> tuple["Figure", list["Axes"]
         columns = number // trained  # a row for each cohort that was trained on
     rows = math.ceil(number / columns)
     figure = optional("matplotlib.figure", "a picture").Figure(
-        figsize=(columns * side_in + 0.2, rows * side_in + 0.4),
+        figsize=(columns * side_in + 0.2, rows * (side_in + 0.35) + 0.4),
         dpi=_DPI,
         facecolor="white",
         layout="constrained",
     )
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     panels = [figure.add_subplot(rows, columns, place + 1) for place in range(number)]
     for axes in panels:
         axes.set_facecolor("white")
         axes.tick_params(colors=_INK, labelsize=8)
         for spine in axes.spines.values():
             spine.set_color(_FAINT)
-    _write(figure.suptitle, report.title, fontsize=11, color=_INK)
+    _write(figure.suptitle, _title(report, figure.get_figwidth()), fontsize=10.5, color=_INK)
     return figure, panels
 
 
@@ -96,7 +100,8 @@ def _draw_roc(axes: "Axes", result: Result, report: "Report") -> None:
             continue
         colour = _COLOURS[drawn % len(_COLOURS)]
         dash = _DASHES[(drawn // len(_COLOURS)) % len(_DASHES)]
-        if curve.low is not None and curve.high is not None:
+        banded = len(places) <= _MOST_BANDS
+        if banded and curve.low is not None and curve.high is not None:
             axes.fill_between(
                 curve.band_fpr, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0
             )
@@ -135,9 +140,11 @@ def _draw_confusion(axes: "Axes", result: Result) -> None:
     size = len(result.classes)
     font = max(4.0, 9.5 - 0.35 * size)
     for row, column in np.ndindex(size, size):
-        colour = "white" if shares[row, column] > 0.6 else _INK
+        colour = "white" if shares[row, column] > 0.75 else _INK
         count = f"{matrix[row, column]:,.1f}".removesuffix(".0")
-        text = f"{shares[row, column]:.0%}\n{count}" if totals[row, 0] else "–"
+        text = f"{shares[row, column]:.0%}\n{count}"
+        if not matrix[row, column]:
+            text, colour = "0" if totals[row, 0] else "–", _FAINT
         axes.text(column, row, text, ha="center", va="center", fontsize=font, color=colour)
     names = [_shortened(str(label), 16) for label in result.classes]
     counts = result.counts()
@@ -164,6 +171,14 @@ def _entitle(axes: "Axes", report: "Report", result: Result) -> None:
             where = f"{trained}{_shortened(result.tested_on, 20)}"
         size = f"{where}\n{size}"
     _write(axes.set_title, size, fontsize=8.5, color=_INK)
+
+
+def _title(report: "Report", width_in: float) -> str:
+    """The title in lines that fit, broken where its parts meet."""
+    most = int(12 * width_in)
+    if len(report.title) <= most:
+        return report.title
+    return "\n".join(textwrap.fill(part, most) for part in report.title.split(": ", 1))
 
 
 def _write(setter: Any, text: str, **look: Any) -> None:

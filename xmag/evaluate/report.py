@@ -45,7 +45,7 @@ class Report:
     settings: Mapping[str, Any]
 
     def __str__(self) -> str:
-        notes = "".join(f"\n{note}" for note in (self._how(), *self._reasons()))
+        notes = "".join(f"\n{note}" for note in (*self._how(), *self._reasons()))
         return f"{self.title}\n\n{self.table()}\n{notes}"
 
     def estimate(
@@ -179,18 +179,16 @@ class Report:
         rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
         return _markdown(rows)
 
-    def _how(self) -> str:
-        result = self.results[0]
-        sizes = ""
+    def _how(self) -> list[str]:
+        notes = []
         if len(self.results) == 1:
+            result = self.results[0]
             counts = zip(self.classes, result.counts(), strict=True)
             listed = ", ".join(f"{label} {count:,}" for label, count in counts)
             patients = len(np.unique(result.patients))
-            sizes = f"{result.cases:,} cases of {patients:,} patients: {listed}. "
-        return (
-            f"{sizes}{self._percent()} intervals: percentiles of"
-            f" {self.sampling.resamples:,} bootstrap draws of patients."
-        )
+            notes.append(f"{result.cases:,} cases of {patients:,} patients: {listed}.")
+        draws = f"{self.sampling.resamples:,} bootstrap draws of patients"
+        return [*notes, f"{self._percent()} intervals: percentiles of {draws}."]
 
     def _percent(self) -> str:
         return f"{100 * self.sampling.level:.4g}%"

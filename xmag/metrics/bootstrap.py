@@ -17,8 +17,9 @@ Values = Callable[[Floats], Floats]
 
 RandomState = int | np.random.Generator | None
 
-_MOST_WEIGHTS = 2_000_000
-"""Weights that are held at once: 16 MB, however many cases there are."""
+_WEIGHTS_AT_ONCE = 250_000
+_LEAST_DRAWS_AT_ONCE = 32
+"""Blocks of draws are 2 MB, which caches hold, but not so few draws that sorting dominates."""
 _MOST_TRIES = 1000
 """Draws for each resample that is wanted, before the attempt is given up."""
 
@@ -221,7 +222,7 @@ def drawn_weights(
     _, classes = np.unique(codes, return_inverse=True)
     has_class = np.zeros((number, classes.max() + 1))
     has_class[groups, classes] = 1
-    block = max(1, min(resamples, _MOST_WEIGHTS // max(len(codes), number)))
+    block = max(_LEAST_DRAWS_AT_ONCE, min(resamples, _WEIGHTS_AT_ONCE // len(codes)))
     starts = np.arange(block)[:, None] * number
     failures = 0
     while True:

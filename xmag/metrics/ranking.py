@@ -149,15 +149,20 @@ def _areas(
     new_stratum = np.diff(within[order]) != 0
     new_tie = new_stratum | (np.diff(score[order]) != 0)
     ties = np.concatenate([[0], np.flatnonzero(new_tie) + 1])
-    hits = np.add.reduceat(sorted_weights * positive[order], ties, axis=1)
-    misses = np.add.reduceat(sorted_weights * negative[order], ties, axis=1)
+    hits = sorted_weights * positive[order]
+    misses = sorted_weights - hits
+    if len(ties) < len(order):
+        hits = np.add.reduceat(hits, ties, axis=1)
+        misses = np.add.reduceat(misses, ties, axis=1)
 
+    below = np.cumsum(misses, axis=1)
+    below -= misses / 2
     # Each stratum begins at a tie; what lies below a case counts from there.
     strata = np.searchsorted(ties, np.concatenate([[0], np.flatnonzero(new_stratum) + 1]))
-    below = np.cumsum(misses, axis=1) - misses
-    sizes = np.diff(np.append(strata, len(ties)))
-    below -= np.repeat(below[:, strata], sizes, axis=1)
-    in_order = (hits * (below + misses / 2)).sum(1)
+    if len(strata) > 1:
+        base = below[:, strata] - misses[:, strata] / 2
+        below -= np.repeat(base, np.diff(np.append(strata, len(ties))), axis=1)
+    in_order = np.einsum("rk,rk->r", hits, below)
     pairs = (np.add.reduceat(hits, strata, axis=1) * np.add.reduceat(misses, strata, axis=1)).sum(1)
     return np.where(pairs > 0, in_order / np.where(pairs > 0, pairs, 1), np.nan)
 
