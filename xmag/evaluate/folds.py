@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from xmag import files
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
-from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
+from xmag.metrics.labels import Labels, as_labels, encode, require_same_length
 
 SCHEMA_VERSION = 1
 
@@ -85,22 +85,23 @@ class Folds:
         that some folds lack it.
         """
         labels = as_labels(y, "y")
-        codes = encode(labels, class_order(labels, list(dict.fromkeys(labels))))
+        codes = _sorted_codes(labels)
         patients = np.arange(len(codes))
         if groups is not None:
             listed = as_labels(groups, "groups")
             require_same_length(len(codes), len(listed), "groups")
-            patients = encode(listed, tuple(dict.fromkeys(listed)))
+            patients = _sorted_codes(listed)
         _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
         model_selection = optional("sklearn.model_selection", "making folds")
         kind = model_selection.StratifiedGroupKFold
+        sides: tuple[NDArray[np.int64], ...] = (codes, patients)
         if groups is None:
-            kind = model_selection.StratifiedKFold
+            kind, sides = model_selection.StratifiedKFold, (codes,)
         seeds = np.random.SeedSequence(random_state).generate_state(repeats)
         splits = []
         for repeat, seed in enumerate(seeds):
             splitter = kind(folds, shuffle=True, random_state=int(seed))
-            for train, test in _splits_of(splitter, codes, patients):
+            for train, test in _splits_of(splitter, sides):
                 splits.append(_split(train, test, repeat))
         return cls(samples=len(codes), splits=tuple(splits))
 
@@ -201,6 +202,15 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         ) from error
 
 
+def _sorted_codes(labels: Sequence[Any]) -> NDArray[np.int64]:
+    """Numbers for labels in sorted order, as scikit-learn has them, where they can be sorted."""
+    found = dict.fromkeys(labels)
+    try:
+        return encode(labels, sorted(found))
+    except TypeError:
+        return encode(labels, tuple(found))
+
+
 def _split(train: NDArray[Any], test: NDArray[Any], repeat: int) -> Split:
     return Split(train=tuple(train.tolist()), test=tuple(test.tolist()), repeat=repeat)
 
@@ -228,10 +238,10 @@ def _check_counts(
 ) -> None:
     if folds < 2 or repeats < 1:
         raise InputError(f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1")
-    names = list(dict.fromkeys(labels))
+    names = {int(code): label for code, label in zip(codes, labels, strict=True)}
     if len(names) < 2:
         raise InputError(
-            f"y has one class only, {names[:1]}; expected cases of at least two classes"
+            f"y has one class only, {labels[:1]}; expected cases of at least two classes"
         )
     number = len(np.unique(patients))
     if number < folds:
@@ -256,9 +266,9 @@ def _check_counts(
 
 
 def _splits_of(
-    splitter: Any, codes: NDArray[np.int64], patients: NDArray[np.int64]
+    splitter: Any, sides: tuple[NDArray[np.int64], ...]
 ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     with warnings.catch_warnings():
         # Its warning of a rare class counts cases, and ours, already given, patients.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        return list(splitter.split(np.zeros(len(codes)), codes, patients))
+        return list(splitter.split(np.zeros(len(sides[0])), *sides))

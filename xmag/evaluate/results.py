@@ -66,7 +66,7 @@ class Result:
         truth: int64 (m,), its class, as a place in `classes`.
         predicted: int64 (m,), the class it was given.
         scores: float64 (m, C), the probabilities in the order of `classes`.
-        patients: int64 (m,), its patient, numbered from 0 by first appearance.
+        patients: int64 (m,), its patient, numbered from 0 by first appearance in X.
         splits: int64 (m,), the number of the split whose model predicted it.
         repeats: int64 (m,), the repeat that the split belongs to.
         estimates: By name of the metric.
