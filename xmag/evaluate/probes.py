@@ -17,6 +17,7 @@ Distance = Literal["cosine", "euclidean"]
 class _Probe(ABC):
     """What the probes share: scikit-learn's conventions, labels of any kind, checks."""
 
+    _estimator_type = "classifier"  # for scikit-learn before 1.6
     _parameters: tuple[str, ...] = ()
     classes_: NDArray[Any]
     n_features_in_: int
@@ -50,6 +51,14 @@ class _Probe(ABC):
                 )
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        utils = optional("sklearn.utils", "a probe among scikit-learn's estimators")
+        return utils.Tags(
+            estimator_type="classifier",
+            target_tags=utils.TargetTags(required=True),
+            classifier_tags=utils.ClassifierTags(),
+        )
 
     def _training(self, x: ArrayLike, y: Labels) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The embeddings, and the labels as places among the classes, which are remembered."""
