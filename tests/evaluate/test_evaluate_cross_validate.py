@@ -177,7 +177,7 @@ def test_labels_may_be_of_any_hashable_kind(names: tuple[Any, Any], model: Any) 
 
 
 def test_pipelines_and_searches_serve() -> None:
-    x, y, groups = cohort(8, patients=30)
+    x, y, groups = cohort(8, patients=30, separation=2.0)
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression()),
         {"logisticregression__C": [0.1, 1.0]},

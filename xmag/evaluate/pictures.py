@@ -71,8 +71,9 @@ def _panels(report: "Report", *, side_in: float) -> tuple["Figure", list["Axes"]
     if trained > 1 and number % trained == 0:
         columns = number // trained  # a row for each cohort that was trained on
     rows = math.ceil(number / columns)
+    titles_in = 0.35 if number > 1 else 0.15
     figure = optional("matplotlib.figure", "a picture").Figure(
-        figsize=(columns * side_in + 0.2, rows * (side_in + 0.35) + 0.4),
+        figsize=(columns * side_in + 0.2, rows * (side_in + titles_in) + 0.4),
         dpi=_DPI,
         facecolor="white",
         layout="constrained",
