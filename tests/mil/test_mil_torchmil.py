@@ -56,6 +56,13 @@ def same_gradients(ours: Tensor, theirs: Tensor, shared: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
+class ColumnCrossEntropy(nn.Module):
+    """Cross-entropy for targets (2k, 1)."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, targets[:, 0].long())
+
+
 def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 40, D, requires_grad=True), torch.arange(40) < torch.tensor(
         [[40], [20], [33]]
@@ -89,9 +96,7 @@ def test_clam_sb(label: int) -> None:
     theirs = torchmil.CLAM_SB(
         in_shape=(D,), att_dim=4, k_sample=8, gated=True, feat_ext=embed
     ).eval()
-    theirs.inst_loss_fn = lambda logits, targets: functional.cross_entropy(
-        logits, targets[:, 0].long()
-    )
+    theirs.inst_loss_fn = ColumnCrossEntropy()
     copy_attention(theirs, ours)
     with torch.no_grad():
         for mine, other in zip(ours.instance_heads, theirs.inst_classifiers, strict=True):
