@@ -368,6 +368,14 @@ def test_a_split_leaves_the_last_patient_of_a_class_to_train_on() -> None:
         assert not held[:9].all()
 
 
+def test_a_rare_class_is_validated_where_it_has_two_patients() -> None:
+    unit, labels = np.arange(20), np.array([0] * 18 + [1] * 2)
+    for seed in range(20):
+        held = held_out(unit, labels, 0.1, np.random.default_rng(seed))
+        assert held[18:].sum() == 1
+        assert held[:18].sum() == 2
+
+
 def test_slides_with_identical_features_stay_on_one_side() -> None:
     digests = [b"a", b"b", b"c", b"a", b"d", b"e"]
     assert units(None, digests).tolist() == [0, 1, 2, 0, 3, 4]

@@ -1,7 +1,6 @@
 """The folder of a classifier: it comes back whole, or says what is wrong with it."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ def test_a_classifier_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         again.predict_proba(COHORT.bags), classifier.predict_proba(COHORT.bags)
     )
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
+    assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
         "classifier.json", "classifier.safetensors",
     ]  # fmt: skip
     assert again.history_ == classifier.history_
@@ -138,7 +137,7 @@ def test_a_module_of_ones_own_is_given_again_to_load(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"0.weight is missing"):
         MILClassifier.load(tmp_path, aggregator=nn.Sequential(nn.Linear(4, 2)))
     fitted().save(tmp_path)
-    with pytest.raises(InputError, match="this one has 'abmil'. Leave it out"):
+    with pytest.raises(InputError, match=r"this one has 'abmil'. Leave it out"):
         MILClassifier.load(tmp_path, aggregator=Own())
 
 
@@ -200,9 +199,9 @@ def test_a_save_that_did_not_end_is_never_read(folder: Path, tmp_path: Path) -> 
     with pytest.raises(WeightsError, match=r"does not belong to classifier.json.*interrupted"):
         MILClassifier.load(folder)
     (folder / "classifier.json").unlink()
-    with pytest.raises(ModelError, match="has no classifier.json"):
+    with pytest.raises(ModelError, match=r"has no classifier.json"):
         MILClassifier.load(folder)
-    with pytest.raises(ModelError, match="has no classifier.json"):
+    with pytest.raises(ModelError, match=r"has no classifier.json"):
         MILClassifier.load(tmp_path / "nowhere")
 
 
@@ -250,7 +249,7 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
         ({"aggregator": {"name": "mean", "options": {"embed_dim": 4}}}, "is not expected"),
         ({"aggregator": ["abmil"]}, "is damaged"),
         ({"params": {"epochs": 3, "shell": "x"}}, r"parameters \['shell'\].*upgrade"),
-        ({"params": []}, "aggregator|damaged"),
+        ({"params": []}, "is damaged"),
         ({"fingerprint": [1]}, "is damaged"),
         ({"history": 3}, "is damaged"),
         ({"weights_sha256": None}, "does not belong"),
@@ -267,20 +266,20 @@ def test_a_description_that_was_changed_is_refused(
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"format": NaN}', "[" * 100_000])
 def test_what_is_no_description_is_refused(folder: Path, text: str) -> None:
     (folder / "classifier.json").write_text(text)
-    with pytest.raises(ModelError, match="classifier.json"):
+    with pytest.raises(ModelError, match=r"classifier.json"):
         MILClassifier.load(folder)
 
 
 def test_weights_that_are_not_finite_or_not_these_are_refused(folder: Path) -> None:
     tensors = load_file(folder / "classifier.safetensors")
     rewrite(folder, {**tensors, "head.bias": torch.tensor([0.0, torch.nan])})
-    with pytest.raises(WeightsError, match="values in 'head.bias' that are not finite"):
+    with pytest.raises(WeightsError, match=r"values in 'head.bias' that are not finite"):
         MILClassifier.load(folder)
     rewrite(folder, {**tensors, "more": torch.zeros(1)})
     with pytest.raises(WeightsError, match="more is not expected"):
         MILClassifier.load(folder)
     rewrite(folder, {k: v for k, v in tensors.items() if k != "head.bias"})
-    with pytest.raises(WeightsError, match="head.bias is missing"):
+    with pytest.raises(WeightsError, match=r"head.bias is missing"):
         MILClassifier.load(folder)
     rewrite(folder, {**tensors, "head.bias": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(WeightsError, match=r"head.bias is torch.int64, not torch.float32"):

@@ -55,7 +55,7 @@ def test_the_constructor_stores_what_it_is_given() -> None:
     assert classifier.get_params()["epochs"] == "many"
     assert classifier.set_params(epochs=3, lr=0.5) is classifier
     assert (classifier.epochs, classifier.lr) == (3, 0.5)
-    with pytest.raises(InputError, match="no parameter 'epoch'; expected one of .*'epochs'"):
+    with pytest.raises(InputError, match=r"no parameter 'epoch'; expected one of .*'epochs'"):
         classifier.set_params(epoch=3)
     with pytest.raises(TypeError):
         MILClassifier("abmil")  # type: ignore[misc]

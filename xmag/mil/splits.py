@@ -82,7 +82,8 @@ def _greedy(
 
 
 def _distance(held: NDArray[np.float64], fraction: float) -> float:
-    return float(((held - fraction) ** 2).sum())
+    # A class without any bag to validate with is worse than one that has too many.
+    return float(((held - fraction) ** 2).sum() + (held == 0).sum())
 
 
 def require_disjoint(
