@@ -1,0 +1,142 @@
+"""Labels and patients of the slides: classes, the split, and which process works on what."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from xmag.errors import InputError
+from xmag.finetune.gradients import seed_of
+from xmag.finetune.tilestore import PlannedSlide, TileStore
+from xmag.mil.labels import class_weights, distinct, hashables, indices
+from xmag.mil.splits import held_out, require_disjoint, units, warn_without_groups
+
+Source = TileStore | PlannedSlide
+"""A slide that is known to be there, and to have tiles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """What is known of the slides before they are opened.
+
+    Slides `count` and up only validate; they are the second part of `validation=(slides, labels)`.
+    """
+
+    classes: tuple[Hashable, ...]
+    targets: tuple[int, ...]
+    groups: tuple[Hashable, ...] | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cohort:
+    """The slides of a run, the index of the class of each, and who trains and who validates.
+
+    `weights` has what each class counts in the loss.
+    """
+
+    sources: tuple[Source, ...]
+    targets: tuple[int, ...]
+    classes: tuple[Hashable, ...]
+    weights: tuple[float, ...]
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+
+
+def read_labels(
+    labels: Any, groups: Any, other_labels: Any, *, slides: int, other_slides: int
+) -> Labels:
+    """The labels and groups of `slides`, and the labels of `other_slides` that only validate.
+
+    Raises InputError for one class only, for counts that do not match, and for a label that no
+    training slide has.
+    """
+    found = hashables(labels, count=slides, what="labels")
+    classes = distinct(found)
+    targets = indices(found, classes, "labels").tolist()
+    if other_slides:
+        others = hashables(other_labels, count=other_slides, what="the labels of validation")
+        targets += indices(others, classes, "the labels of validation").tolist()
+    return Labels(
+        classes=tuple(classes),
+        targets=tuple(targets),
+        groups=None if groups is None else tuple(hashables(groups, count=slides, what="groups")),
+        count=slides,
+    )
+
+
+def make_cohort(
+    sources: Sequence[Source],
+    labels: Labels,
+    *,
+    share: float | None,
+    class_weight: Any,
+    seed: int,
+) -> Cohort:
+    """The cohort of opened slides, of which about `share` of each class are held out to validate.
+
+    Slides of one patient, and slides with the same content, stay on one side. Raises InputError
+    where nothing can be held out, and where a slide that was given to validate also trains.
+    """
+    everyone = range(labels.count)
+    train, validation = tuple(everyone), tuple(range(labels.count, len(sources)))
+    digests = [source.identity.encode() for source in sources]
+    if validation:
+        require_disjoint(
+            [digests[i] for i in train],
+            [digests[i] for i in validation],
+            names=[f"validation slide {sources[i].name!r}" for i in validation],
+            what="content",
+        )
+    elif share is not None:
+        if labels.groups is None:
+            warn_without_groups(stacklevel=3)
+        chosen = held_out(
+            units(labels.groups, digests),
+            np.array(labels.targets),
+            share,
+            np.random.default_rng(seed_of("split", seed)),
+        )
+        train = tuple(i for i in everyone if not chosen[i])
+        validation = tuple(i for i in everyone if chosen[i])
+    counts = np.bincount([labels.targets[i] for i in train], minlength=len(labels.classes))
+    weights = class_weights(class_weight, labels.classes, counts.astype(np.float64))
+    return Cohort(
+        sources=tuple(sources),
+        targets=labels.targets,
+        classes=labels.classes,
+        weights=tuple(weights.tolist()),
+        train=train,
+        validation=validation,
+    )
+
+
+def checked_share(validation: Any) -> float | None:
+    """The share of slides that validate, None for none; InputError for anything else."""
+    number = isinstance(validation, int | float) and not isinstance(validation, bool)
+    if validation is None or (number and 0 < validation < 1):
+        return None if validation is None else float(validation)
+    raise InputError(
+        f"validation is {validation!r}; expected a share between 0 and 1, None, or (slides, labels)"
+    )
+
+
+def shards(slides: Sequence[int], targets: Sequence[int], *, world: int) -> list[list[int]]:
+    """The slides of each of `world` processes, dealt class by class."""
+    dealt = sorted(slides, key=lambda i: (targets[i], i))
+    return [dealt[rank::world] for rank in range(world)]
+
+
+def steps_of_epoch(
+    parts: Sequence[Sequence[int]], *, slides_per_step: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """For each step, for each process, the slides it works on: each slide once an epoch."""
+    each = slides_per_step // len(parts)
+    orders = []
+    for rank, part in enumerate(parts):
+        rng = torch.Generator().manual_seed(seed_of("order", seed, epoch, rank))
+        orders.append([part[i] for i in torch.randperm(len(part), generator=rng).tolist()])
+    count = max(-(-len(part) // each) for part in parts)
+    return [[order[s * each : (s + 1) * each] for order in orders] for s in range(count)]

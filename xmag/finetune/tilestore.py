@@ -1,0 +1,239 @@
+"""The tiles of slides, decoded once and kept as they are: in memory, or in a mapped file."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xmag.errors import InputError
+from xmag.extract import Transform, transformed
+from xmag.files import atomic_path
+from xmag.geometry import TileSpec
+from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.progress import progress_bar
+from xmag.slide import Slide
+from xmag.tiles import Tiles, read_tiles
+from xmag.tissue import find_tissue
+
+SlideLike = Slide | str | PathLike[str]
+
+_GIB = 2**30
+_SAMPLED_TILES = 16
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class TileStore:
+    """The decoded tiles of one slide, all of them, in the order of its plan.
+
+    Attributes:
+        tiles: uint8 (N, S, S, 3) RGB, N at least 1; an array, or a file mapped into memory.
+        name: What errors call the slide.
+        coords: int64 (N, 2), top-left corners in level-0 px; None where there is no slide.
+        identity: Tells the slide from others by its content; by default a hash of some tiles.
+
+    Raises InputError for tiles of another type or shape, and where there are none.
+    """
+
+    tiles: Tiles
+    name: str = "tiles"
+    coords: Coords | None = None
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        shape, dtype = np.shape(self.tiles), getattr(self.tiles, "dtype", None)
+        square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
+        if dtype != np.uint8 or not square:
+            raise InputError(
+                f"the tiles of {self.name!r} are {dtype} {shape}; expected uint8 (N, S, S, 3)"
+            )
+        if not len(self.tiles):
+            raise _without_tiles([self.name])
+        object.__setattr__(self, "identity", self.identity or _digest(self.tiles))
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __repr__(self) -> str:
+        return f"<TileStore {self.name!r} of {len(self)} tiles>"
+
+    def read(self, rows: Any) -> Tensor:
+        """A copy of some tiles, uint8 (B, S, S, 3) on the CPU; `rows` is a slice or indices."""
+        return torch.from_numpy(np.array(self.tiles[rows]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileOptions:
+    """Which tiles of a slide are learnt from, and where they are kept.
+
+    Attributes:
+        tissue: "auto" finds the tissue, None takes every tile.
+        min_tissue: Smallest fraction of a tile's area that is tissue.
+        mpp: µm/px of level 0 for all slides given as paths, whatever their files say.
+        transform: Applied to each batch of tiles, for instance to normalise stains.
+        memory_gib: Tiles beyond this go to files mapped into memory; a thousand take 0.14 GiB.
+        folder: Where those files go; by default the folder for temporary files. They are gone
+            when training ends, and on Linux and macOS also when the program is killed.
+    """
+
+    tissue: Literal["auto"] | None = "auto"
+    min_tissue: float = 0.25
+    mpp: float | None = None
+    transform: Transform | None = None
+    memory_gib: float = 8.0
+    folder: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tissue not in ("auto", None):
+            raise InputError(f"tissue is {self.tissue!r}; expected 'auto' or None (every tile)")
+        if self.memory_gib < 0:
+            raise InputError(f"memory_gib is {self.memory_gib!r}; expected at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSlide:
+    """A slide that could be opened, the plan of its tiles, and what tells it from others."""
+
+    slide: SlideLike
+    name: str
+    plan: TilePlan
+    identity: str
+
+
+@contextmanager
+def stored_tiles(
+    slides: Sequence[SlideLike],
+    *,
+    spec: TileSpec,
+    options: TileOptions | None = None,
+    progress: bool | None = None,
+) -> Iterator[list[TileStore]]:
+    """A TileStore for each slide, for as long as the context lasts: for several runs on the same.
+
+    Every slide is opened and planned before the first is decoded, so that one that is missing or
+    has no tiles is known early.
+
+    Args:
+        slides: Paths, or open slides.
+        spec: The tiles that the model wants, ``encoder.tile_spec``.
+        options: Which tiles, and where they are kept.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+
+    Raises:
+        InputError: Slides without tiles; all of them are named.
+        SlideError: A slide cannot be read, or is damaged: which one, and where.
+        OutputError: There is no room for the tiles.
+    """
+    options = options or TileOptions()
+    planned = plan_slides(slides, spec=spec, options=options)
+    with decoded(planned, options=options, progress=progress) as stores:
+        yield stores
+
+
+def plan_slides(
+    slides: Sequence[SlideLike], *, spec: TileSpec, options: TileOptions
+) -> list[PlannedSlide]:
+    """The plan of each slide. Raises what `stored_tiles` does, before anything is decoded."""
+    planned = [_planned(slide, spec, options) for slide in slides]
+    if empty := [entry.name for entry in planned if not len(entry.plan)]:
+        raise _without_tiles(empty)
+    return planned
+
+
+@contextmanager
+def decoded(
+    slides: Sequence[PlannedSlide], *, options: TileOptions, progress: bool | None
+) -> Iterator[list[TileStore]]:
+    """The tiles of planned slides, for as long as the context lasts."""
+    left = options.memory_gib * _GIB
+    total = sum(len(entry.plan) for entry in slides)
+    # Windows does not delete a file that somebody still has mapped.
+    with tempfile.TemporaryDirectory(
+        prefix="xmag-tiles-", dir=options.folder, ignore_cleanup_errors=True
+    ) as scratch:
+        stores = []
+        with progress_bar(progress, total=total, desc="decoding", unit="tile") as bar:
+            for number, entry in enumerate(slides):
+                bytes_needed = len(entry.plan) * entry.plan.spec.size_px**2 * 3
+                path = None if bytes_needed <= left else Path(scratch) / f"{number}.tiles"
+                left -= bytes_needed if path is None else 0
+                tiles = _decoded(entry, options, path, bar.update)
+                stores.append(TileStore(tiles, entry.name, entry.plan.coords, entry.identity))
+        yield stores
+
+
+def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:
+    with _opened(slide, options.mpp) as opened:
+        mask = find_tissue(opened) if options.tissue == "auto" else None
+        plan = plan_tiles(opened, spec, tissue=mask, min_tissue=options.min_tissue)
+        # A slide without a file is known by its name alone.
+        content = (opened.fingerprint or {"name": opened.name}).copy()
+        if "content_sample_sha256" in content:
+            del content["name"]  # a copy by another name is the same slide
+        return PlannedSlide(
+            slide=slide, name=opened.name, plan=plan, identity=json.dumps(content, sort_keys=True)
+        )
+
+
+def _decoded(
+    entry: PlannedSlide, options: TileOptions, path: Path | None, on_tiles: Callable[[int], object]
+) -> Tiles:
+    """All tiles of a plan: an array, or with `path` a read-only mapping of a nameless file."""
+    plan = entry.plan
+    shape = (len(plan), plan.spec.size_px, plan.spec.size_px, 3)
+    with _opened(entry.slide, options.mpp) as opened:
+        batches = (
+            transformed(tiles, options.transform)
+            for _, tiles in read_tiles(opened, plan, batch_size=_BATCH)
+        )
+        if path is None:
+            tiles, done = np.empty(shape, np.uint8), 0
+            for batch in batches:
+                tiles[done : done + len(batch)] = batch
+                done += len(batch)
+                on_tiles(len(batch))
+            return tiles
+        # Written, and only then mapped: a disk that is full is an error, and no fatal signal.
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            for batch in batches:
+                file.write(np.ascontiguousarray(batch).data)
+                on_tiles(len(batch))
+    mapped: Tiles = np.memmap(path, np.uint8, mode="r", shape=shape)
+    with suppress(PermissionError):  # Windows keeps the name as long as the mapping
+        path.unlink()
+    return mapped
+
+
+@contextmanager
+def _opened(slide: SlideLike, mpp: float | None) -> Iterator[Slide]:
+    """The slide, which is closed again if it was given as a path."""
+    if isinstance(slide, Slide):
+        yield slide
+        return
+    with Slide(slide, mpp=mpp) as opened:
+        yield opened
+
+
+def _digest(tiles: NDArray[np.uint8]) -> str:
+    digest = hashlib.sha256(repr(tiles.shape).encode())
+    for row in np.unique(np.linspace(0, len(tiles) - 1, _SAMPLED_TILES).round().astype(int)):
+        digest.update(np.ascontiguousarray(tiles[row]).data)
+    return digest.hexdigest()
+
+
+def _without_tiles(names: Sequence[str]) -> InputError:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return InputError(
+        f"{len(names)} of the slides have no tiles to learn from: {shown}; leave them out, or"
+        " lower min_tissue=, or give tissue=None to take every tile"
+    )
