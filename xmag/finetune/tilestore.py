@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from xmag.tiles import Tiles, read_tiles
 from xmag.tissue import find_tissue
 
 SlideLike = Slide | str | PathLike[str]
+
+OnTiles = Callable[[int], object]
 
 _GIB = 2**30
 _SAMPLED_TILES = 16
@@ -155,21 +158,25 @@ def decoded(
     slides: Sequence[PlannedSlide], *, options: TileOptions, progress: bool | None
 ) -> Iterator[list[TileStore]]:
     """The tiles of planned slides, for as long as the context lasts."""
-    left = options.memory_gib * _GIB
+    kept = _fit_in_memory([_bytes_of(entry) for entry in slides], options.memory_gib * _GIB)
     total = sum(len(entry.plan) for entry in slides)
     # Windows does not delete a file that somebody still has mapped.
     with tempfile.TemporaryDirectory(
         prefix="xmag-tiles-", dir=options.folder, ignore_cleanup_errors=True
     ) as scratch:
-        stores = []
         with progress_bar(progress, total=total, desc="decoding", unit="tile") as bar:
-            for number, entry in enumerate(slides):
-                bytes_needed = len(entry.plan) * entry.plan.spec.size_px**2 * 3
-                path = None if bytes_needed <= left else Path(scratch) / f"{number}.tiles"
-                left -= bytes_needed if path is None else 0
-                tiles = _decoded(entry, options, path, bar.update)
-                stores.append(TileStore(tiles, entry.name, entry.plan.coords, entry.identity))
-        yield stores
+            in_memory = {
+                i: _in_memory(entry, options, bar.update)
+                for i, entry in enumerate(slides)
+                if kept[i]
+            }
+            others = {i: entry for i, entry in enumerate(slides) if not kept[i]}
+            mapped = _in_file(list(others.values()), Path(scratch), options, bar.update)
+        tiles = in_memory | dict(zip(others, mapped, strict=True))
+        yield [
+            TileStore(tiles[i], entry.name, entry.plan.coords, entry.identity)
+            for i, entry in enumerate(slides)
+        ]
 
 
 def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:
@@ -185,33 +192,59 @@ def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedS
         )
 
 
-def _decoded(
-    entry: PlannedSlide, options: TileOptions, path: Path | None, on_tiles: Callable[[int], object]
-) -> Tiles:
-    """All tiles of a plan: an array, or with `path` a read-only mapping of a nameless file."""
-    plan = entry.plan
-    shape = (len(plan), plan.spec.size_px, plan.spec.size_px, 3)
+def _fit_in_memory(sizes: Sequence[int], room: float) -> list[bool]:
+    """Which slides are kept in memory: each that still fits, in order."""
+    kept = []
+    for size in sizes:
+        kept.append(size <= room)
+        room -= size if kept[-1] else 0
+    return kept
+
+
+def _shape_of(entry: PlannedSlide) -> tuple[int, int, int, int]:
+    side = entry.plan.spec.size_px
+    return len(entry.plan), side, side, 3
+
+
+def _bytes_of(entry: PlannedSlide) -> int:
+    return math.prod(_shape_of(entry))
+
+
+def _batches(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Iterator[Tiles]:
     with _opened(entry.slide, options.mpp) as opened:
-        batches = (
-            transformed(tiles, options.transform)
-            for _, tiles in read_tiles(opened, plan, batch_size=_BATCH)
-        )
-        if path is None:
-            tiles, done = np.empty(shape, np.uint8), 0
-            for batch in batches:
-                tiles[done : done + len(batch)] = batch
-                done += len(batch)
-                on_tiles(len(batch))
-            return tiles
-        # Written, and only then mapped: a disk that is full is an error, and no fatal signal.
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            for batch in batches:
+        for _, tiles in read_tiles(opened, entry.plan, batch_size=_BATCH):
+            yield transformed(tiles, options.transform)
+            on_tiles(len(tiles))
+
+
+def _in_memory(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Tiles:
+    tiles, done = np.empty(_shape_of(entry), np.uint8), 0
+    for batch in _batches(entry, options, on_tiles):
+        tiles[done : done + len(batch)] = batch
+        done += len(batch)
+    return tiles
+
+
+def _in_file(
+    slides: Sequence[PlannedSlide], folder: Path, options: TileOptions, on_tiles: OnTiles
+) -> list[Tiles]:
+    """The tiles of slides, read-only, in one file that has no name any more."""
+    if not slides:
+        return []
+    path = folder / "tiles"
+    # Written, and only then mapped: a disk that is full is an error, and no fatal signal.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for entry in slides:
+            for batch in _batches(entry, options, on_tiles):
                 file.write(np.ascontiguousarray(batch).data)
-                on_tiles(len(batch))
-    mapped: Tiles = np.memmap(path, np.uint8, mode="r", shape=shape)
+    whole = np.memmap(path, np.uint8, mode="r")
     with suppress(PermissionError):  # Windows keeps the name as long as the mapping
         path.unlink()
-    return mapped
+    ends = np.cumsum([_bytes_of(entry) for entry in slides]).tolist()
+    return [
+        whole[end - _bytes_of(entry) : end].reshape(_shape_of(entry))
+        for entry, end in zip(slides, ends, strict=True)
+    ]
 
 
 @contextmanager

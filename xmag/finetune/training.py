@@ -175,7 +175,8 @@ class Trainer:
             now.loss_sum += loss * slides_in_step
             now.tiles += tiles
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            # An aggregator may leave a layer out, and a process may have no slide in the last step.
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
         self._sum_over_processes()
         if settings.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, settings.clip)
@@ -253,12 +254,7 @@ class Trainer:
         """Add up the gradients of all processes; parts of one loss, they are no means."""
         if self._ranks.world == 1:
             return
-        flat = torch.cat(
-            [
-                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                for p in self.parameters
-            ]
-        )
+        flat = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
         total = self._ranks.mean(flat) * self._ranks.world
         parts = torch.split(total, [p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
