@@ -250,5 +250,6 @@ def _record(slide: SlideFacts, plan: TilePlan, encoder: TileEncoder) -> dict[str
 
 
 def name_of(transform: Transform) -> str:
+    """What a transform is called in a provenance: where it is defined, and its name there."""
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
     return f"{kind.__module__}.{kind.__qualname__}"

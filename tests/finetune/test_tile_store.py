@@ -99,7 +99,9 @@ def test_all_slides_without_tiles_are_named_before_any_is_decoded(tmp_path: Path
     reader = FakeTileReader(noise(2000, 1500))
     slides = [Slide.from_reader(reader, name="large"), *small]
     with (
-        pytest.raises(InputError, match=r"2 of the slides have no tiles.*'a', 'b'"),
+        pytest.raises(
+            InputError, match=r"2 of the slides have no tiles.*'a' \(dropped 1: border\), 'b'"
+        ),
         stored_tiles(slides, spec=SPEC, options=ALL),
     ):
         pass

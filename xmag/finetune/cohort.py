@@ -21,12 +21,13 @@ Source = TileStore | PlannedSlide
 class Labels:
     """What is known of the slides before they are opened.
 
-    Slides `count` and up only validate; they are the second part of `validation=(slides, labels)`.
+    Slides `count` and up only validate: they were given as `validation=(slides, labels, groups)`.
     """
 
     classes: tuple[Hashable, ...]
     targets: tuple[int, ...]
     groups: tuple[Hashable, ...] | None
+    other_groups: tuple[Hashable, ...] | None
     count: int
 
 
@@ -46,9 +47,9 @@ class Cohort:
 
 
 def read_labels(
-    labels: Any, groups: Any, other_labels: Any, *, slides: int, other_slides: int
+    labels: Any, groups: Any, other_labels: Any, other_groups: Any, *, slides: int, others: int
 ) -> Labels:
-    """The labels and groups of `slides`, and the labels of `other_slides` that only validate.
+    """The labels and groups of so many slides, and of so many others that only validate.
 
     Raises InputError for one class only, for counts that do not match, and for a label that no
     training slide has.
@@ -56,15 +57,20 @@ def read_labels(
     found = hashables(labels, count=slides, what="labels")
     classes = distinct(found)
     targets = indices(found, classes, "labels").tolist()
-    if other_slides:
-        others = hashables(other_labels, count=other_slides, what="the labels of validation")
-        targets += indices(others, classes, "the labels of validation").tolist()
+    if others:
+        what = "the labels of validation"
+        targets += indices(hashables(other_labels, count=others, what=what), classes, what).tolist()
     return Labels(
         classes=tuple(classes),
         targets=tuple(targets),
-        groups=None if groups is None else tuple(hashables(groups, count=slides, what="groups")),
+        groups=_groups(groups, slides, "groups"),
+        other_groups=_groups(other_groups, others, "the groups of validation"),
         count=slides,
     )
+
+
+def _groups(groups: Any, count: int, what: str) -> tuple[Hashable, ...] | None:
+    return None if groups is None else tuple(hashables(groups, count=count, what=what))
 
 
 def make_cohort(
@@ -84,15 +90,14 @@ def make_cohort(
     train, validation = tuple(everyone), tuple(range(labels.count, len(sources)))
     digests = [source.identity.encode() for source in sources]
     if validation:
-        require_disjoint(
-            [digests[i] for i in train],
-            [digests[i] for i in validation],
-            names=[f"validation slide {sources[i].name!r}" for i in validation],
-            what="content",
-        )
+        names = [f"the validation slide {sources[i].name!r}" for i in validation]
+        theirs = [digests[i] for i in validation]
+        require_disjoint([digests[i] for i in train], theirs, names=names, what="content")
+        if labels.groups is not None and labels.other_groups is not None:
+            require_disjoint(labels.groups, labels.other_groups, names=names, what="the patient")
     elif share is not None:
         if labels.groups is None:
-            warn_without_groups(stacklevel=3)
+            warn_without_groups()
         chosen = held_out(
             units(labels.groups, digests),
             np.array(labels.targets),
@@ -113,13 +118,22 @@ def make_cohort(
     )
 
 
-def checked_share(validation: Any) -> float | None:
-    """The share of slides that validate, None for none; InputError for anything else."""
+def split_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any]]:
+    """The share of slides to hold out, and the slides, labels and groups that were given instead.
+
+    Raises InputError for anything else.
+    """
+    nothing: tuple[Any, Any, Any] = ((), (), None)
+    if validation is None:
+        return None, nothing
     number = isinstance(validation, int | float) and not isinstance(validation, bool)
-    if validation is None or (number and 0 < validation < 1):
-        return None if validation is None else float(validation)
+    if number and 0 < validation < 1:
+        return float(validation), nothing
+    if isinstance(validation, tuple) and len(validation) in (2, 3) and len(validation[0]):
+        return None, (*validation, None)[:3]
     raise InputError(
-        f"validation is {validation!r}; expected a share between 0 and 1, None, or (slides, labels)"
+        f"validation is {validation!r}; expected a share between 0 and 1, None, (slides, labels) or"
+        " (slides, labels, groups)"
     )
 
 

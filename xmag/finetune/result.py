@@ -1,22 +1,22 @@
 """What fine-tuning gives: an Encoder, a classifier on its embeddings, and how they came about."""
 
+import copy
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
 
 from xmag.encoder import Encoder
-from xmag.errors import OutputError
-from xmag.files import write_text
-from xmag.finetune.training import Epoch
+from xmag.extract import Transform, fingerprint_of
+from xmag.finetune.cohort import Cohort
+from xmag.finetune.training import Epoch, Network, Progress
 from xmag.mil import MILClassifier
+from xmag.provenance import Provenance
 from xmag.vit import ViT
 
 
@@ -25,54 +25,85 @@ class FinetuneResult:
     """A fine-tuned encoder and the classifier that was trained with it.
 
     Attributes:
-        encoder: In float32; its provenance has under "lineage" what it was made from, and how.
-        classifier: Takes bags that `encoder` made.
+        encoder: In bfloat16 if it was trained so, else in float32. Its provenance says under
+            "lineage" what it was made from, and how.
+        classifier: Takes the bags that `encoder` makes, and no others.
         history: A row for each epoch.
         best_epoch: The one that the weights are of; None without validation: then the last.
+        exact_encoder: The encoder in float32 on the CPU, which `save` writes.
     """
 
     encoder: Encoder
     classifier: MILClassifier
     history: tuple[Epoch, ...]
     best_epoch: int | None
+    exact_encoder: Encoder
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a folder that both ``load_model`` and ``MILClassifier.load`` read.
 
-        It has model.safetensors and config.json, classifier.safetensors and classifier.json, and
-        finetune.json with the history. Raises OutputError where it cannot be written.
+        It has model.safetensors and config.json, classifier.safetensors and classifier.json. Bags
+        for the classifier are to be made in the precision that `encoder` has, which is what
+        `load_model` takes by default on the kind of device that it was trained on. Raises
+        OutputError where it cannot be written.
         """
-        folder = Path(directory)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"the folder {folder} cannot be made: {error.strerror}; name another one"
-            ) from error
-        self.classifier.save(folder)
-        self.encoder.save(folder)
-        about = {
-            "best_epoch": self.best_epoch,
-            "history": [asdict(row) for row in self.history],
-            "lineage": self.encoder.provenance["lineage"],
-        }
-        write_text(folder / "finetune.json", json.dumps(about, indent=1) + "\n")
+        self.classifier.save(directory)
+        self.exact_encoder.save(directory)
 
 
-def finetuned_encoder(
-    vit: ViT, parent: Encoder, *, lineage: Mapping[str, Any], device: torch.device
-) -> Encoder:
-    """The Encoder of trained weights, in float32.
+def make_result(
+    network: Network,
+    parent: Encoder,
+    cohort: Cohort,
+    *,
+    progress: Progress,
+    lineage: Mapping[str, Any],
+    transform: Transform | None,
+    device: torch.device,
+) -> FinetuneResult:
+    """The result of a run: `network` has the weights to return, `lineage` says how it was made."""
+    exact = _exact_encoder(network.encoder.vit, parent, lineage)
+    dtype = "bfloat16" if network.encoder.half_precision else "float32"
+    encoder = Encoder(
+        copy.deepcopy(exact.vit),
+        exact.config,
+        provenance=exact.provenance,
+        device=device,
+        dtype=dtype,
+    )
+    counts = np.bincount(cohort.targets, minlength=len(cohort.classes))
+    classifier = MILClassifier.from_module(
+        network.aggregator,
+        classes=cohort.classes,
+        in_dim=encoder.embed_dim,
+        class_prior=(counts / counts.sum()).tolist(),
+        provenance=_provenance_of_bags(encoder, cohort, transform),
+        device=device,
+    )
+    classifier.history_ = [asdict(row) for row in progress.history]
+    classifier.best_epoch_ = progress.best_epoch
+    return FinetuneResult(
+        encoder=encoder,
+        classifier=classifier,
+        history=tuple(progress.history),
+        best_epoch=progress.best_epoch,
+        exact_encoder=exact,
+    )
 
-    It has the parent's terms; `lineage` says how it was made, and gets what it was made from. Its
-    weights_sha256 is that of the file that `Encoder.save` will write.
+
+def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:
+    """The Encoder of trained weights in float32 on the CPU, under the terms of its parent.
+
+    Its weights_sha256 is that of the file that `Encoder.save` writes.
     """
     before = parent.provenance
     origin = {key: before.get(key) for key in ("name", "revision", "weights_sha256")}
+    state = {key: t.detach().to("cpu", torch.float32) for key, t in vit.state_dict().items()}
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
     provenance = {
         "name": f"{origin['name']}, fine-tuned",
         "revision": None,
-        "weights_sha256": _sha256_as_saved(vit),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "key_layout": "dinov2",
         "config": parent.config.to_dict(),
         "config_source": "given",
@@ -80,14 +111,14 @@ def finetuned_encoder(
         "trained": True,
         "lineage": {**lineage, "from": origin},
     }
-    return Encoder(vit, parent.config, provenance=provenance, device=device, dtype="float32")
+    return Encoder(copy.deepcopy(vit), parent.config, provenance=provenance)
 
 
-def finetuned_classifier(aggregator: nn.Module, classes: Sequence[Any]) -> MILClassifier:
-    """The fitted classifier around a trained aggregator."""
-    return MILClassifier.from_module(aggregator.eval(), classes=classes)
-
-
-def _sha256_as_saved(vit: ViT) -> str:
-    state = {key: t.detach().to("cpu", torch.float32) for key, t in vit.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(state, metadata={"format": "pt"})).hexdigest()
+def _provenance_of_bags(
+    encoder: Encoder, cohort: Cohort, transform: Transform | None
+) -> Provenance | None:
+    """That of the bags that the classifier is for; None where tiles came without a plan."""
+    options = [source.options for source in cohort.sources]
+    if options[0] is None or any(other != options[0] for other in options):
+        return None
+    return Provenance(fingerprint_of(encoder, options[0], transform), {})

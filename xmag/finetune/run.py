@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from xmag.finetune.checkpoint import train
 from xmag.finetune.cohort import (
     Cohort,
     Source,
-    checked_share,
     make_cohort,
     read_labels,
     shards,
+    split_validation,
 )
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.lineage import describe, identify
 from xmag.finetune.network import TileNetwork, freeze, uses_half
-from xmag.finetune.result import FinetuneResult, finetuned_classifier, finetuned_encoder
+from xmag.finetune.result import FinetuneResult, make_result
 from xmag.finetune.settings import Mode, Settings, checked_mode
 from xmag.finetune.tilestore import (
     PlannedSlide,
@@ -52,7 +52,7 @@ def finetune_slides(
     model: Encoder | str | os.PathLike[str] | None = None,
     aggregator: str | nn.Module = "abmil",
     groups: Sequence[Any] | None = None,
-    validation: float | tuple[Slides, Labels] | None = 0.2,
+    validation: float | tuple[Any, ...] | None = 0.2,
     mode: Mode = "exact",
     settings: Settings | None = None,
     tiles: TileOptions | None = None,
@@ -71,8 +71,9 @@ def finetune_slides(
         aggregator: A name of `xmag.mil.AGGREGATORS`, or a module of their signature, trained
             already or not; it stays as it is.
         groups: The patient of each slide, so that none is on both sides of the validation split.
-        validation: The share of patients that validate, or (slides, labels) of others. The epoch
-            with the lowest validation loss is returned. None trains all epochs on all slides.
+        validation: The share of slides to hold out, by patient and class; or (slides, labels) or
+            (slides, labels, groups) of others. The weights of the epoch with the lowest validation
+            loss are returned. None trains all epochs on all slides, and returns the last.
         mode: "exact" learns from every tile of a slide at each step, "sampled" from a random
             subset of `settings.sampled_tiles`.
         settings: How training goes.
@@ -98,9 +99,8 @@ def finetune_slides(
     """
     settings, options = settings or Settings(), tiles or TileOptions()
     mode = checked_mode(mode)
-    others, other_labels = validation if isinstance(validation, tuple) else ((), ())
-    share = None if isinstance(validation, tuple) else checked_share(validation)
-    found = read_labels(labels, groups, other_labels, slides=len(slides), other_slides=len(others))
+    share, (others, *about_others) = split_validation(validation)
+    found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
     with joined_ranks() as ranks:
         _check_processes(settings, ranks)
         encoder = _parent(model)
@@ -124,7 +124,12 @@ def finetune_slides(
             )  # fmt: skip
             path = None if checkpoint is None else Path(checkpoint)
             train(trainer, path, identify(about, cohort, encoder, network, ranks), ranks, shown)
-        return _result(trainer, encoder, cohort, about)
+        now = trainer.progress
+        return make_result(
+            trainer.result(), encoder, cohort, progress=now, transform=options.transform,
+            lineage={**about, "best_epoch": now.best_epoch, "epochs_trained": now.epoch},
+            device=where,
+        )  # fmt: skip
 
 
 def _check_processes(settings: Settings, ranks: Ranks) -> None:
@@ -208,18 +213,3 @@ def _network(
     if head is aggregator:
         head = copy.deepcopy(head).float().requires_grad_(True)
     return Network(tiles, head)
-
-
-def _result(
-    trainer: Trainer, parent: Encoder, cohort: Cohort, about: Mapping[str, Any]
-) -> FinetuneResult:
-    network, now = trainer.result, trainer.progress
-    lineage = {**about, "best_epoch": now.best_epoch, "epochs_trained": now.epoch}
-    return FinetuneResult(
-        encoder=finetuned_encoder(
-            network.encoder.vit, parent, lineage=lineage, device=trainer.device
-        ),
-        classifier=finetuned_classifier(network.aggregator, cohort.classes),
-        history=tuple(now.history),
-        best_epoch=now.best_epoch,
-    )

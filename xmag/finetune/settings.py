@@ -1,11 +1,13 @@
 """How encoder and aggregator are trained together."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from xmag.errors import InputError
 from xmag.finetune.augment import Augmentation
 from xmag.finetune.network import Precision
+from xmag.mil.labels import ClassWeight
 
 Mode = Literal["exact", "sampled"]
 
@@ -32,7 +34,8 @@ class Settings:
         ema: The decay of the average of weights that is validated and returned, None to return the
             weights themselves. It is lower in the first steps: (1 + step) / (10 + step).
         augmentation: None leaves tiles as they are.
-        class_weight: "balanced" gives each class the same weight in the loss, None each slide.
+        class_weight: What a slide counts in the loss: "balanced" gives each class the same weight,
+            None each slide; or {class: weight}.
         precision: "auto" is bfloat16 (autocast, float32 weights) on CUDA that has it, else float32.
         checkpoint_steps: Steps between checkpoints within an epoch; there always is one after each
             epoch.
@@ -52,7 +55,7 @@ class Settings:
     clip: float | None = 1.0
     ema: float | None = 0.99
     augmentation: Augmentation | None = field(default_factory=Augmentation)
-    class_weight: Literal["balanced"] | None = "balanced"
+    class_weight: ClassWeight = "balanced"
     precision: Precision = "auto"
     checkpoint_steps: int | None = None
 
@@ -69,7 +72,6 @@ class Settings:
         self._require("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a part of all steps")
         self._require("clip", self.clip is None or self.clip > 0, "None or more than 0")
         self._require("ema", self.ema is None or 0 <= self.ema < 1, "None, or 0 <= ema < 1")
-        self._require("class_weight", self.class_weight in ("balanced", None), "'balanced' or None")
         self._require("precision", self.precision in get_args(Precision), str(get_args(Precision)))
 
     def _require(self, name: str, fits: bool, expected: str) -> None:
@@ -78,7 +80,11 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        if isinstance(self.class_weight, Mapping):  # JSON has no keys but text
+            pairs = [[repr(label), float(w)] for label, w in self.class_weight.items()]
+            values["class_weight"] = sorted(pairs)
+        return values
 
 
 def checked_mode(mode: str) -> Mode:

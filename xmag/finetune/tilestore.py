@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -44,6 +44,7 @@ class TileStore:
         name: What errors call the slide.
         coords: int64 (N, 2), top-left corners in level-0 px; None where there is no slide.
         identity: Tells the slide from others by its content; by default a hash of some tiles.
+        options: Those of the plan; None where there is none.
 
     Raises InputError for tiles of another type or shape, and where there are none.
     """
@@ -52,6 +53,7 @@ class TileStore:
     name: str = "tiles"
     coords: Coords | None = None
     identity: str = ""
+    options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         shape, dtype = np.shape(self.tiles), getattr(self.tiles, "dtype", None)
@@ -61,7 +63,7 @@ class TileStore:
                 f"the tiles of {self.name!r} are {dtype} {shape}; expected uint8 (N, S, S, 3)"
             )
         if not len(self.tiles):
-            raise _without_tiles([self.name])
+            raise _without_tiles([repr(self.name)])
         object.__setattr__(self, "identity", self.identity or _digest(self.tiles))
 
     def __len__(self) -> int:
@@ -112,6 +114,11 @@ class PlannedSlide:
     plan: TilePlan
     identity: str
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Those of the plan."""
+        return self.plan.options
+
 
 @contextmanager
 def stored_tiles(
@@ -148,8 +155,8 @@ def plan_slides(
 ) -> list[PlannedSlide]:
     """The plan of each slide. Raises what `stored_tiles` does, before anything is decoded."""
     planned = [_planned(slide, spec, options) for slide in slides]
-    if empty := [entry.name for entry in planned if not len(entry.plan)]:
-        raise _without_tiles(empty)
+    if empty := [entry for entry in planned if not len(entry.plan)]:
+        raise _without_tiles([f"{entry.name!r} ({_why(entry.plan)})" for entry in empty])
     return planned
 
 
@@ -174,7 +181,7 @@ def decoded(
             mapped = _in_file(list(others.values()), Path(scratch), options, bar.update)
         tiles = in_memory | dict(zip(others, mapped, strict=True))
         yield [
-            TileStore(tiles[i], entry.name, entry.plan.coords, entry.identity)
+            TileStore(tiles[i], entry.name, entry.plan.coords, entry.identity, entry.options)
             for i, entry in enumerate(slides)
         ]
 
@@ -264,9 +271,12 @@ def _digest(tiles: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def _without_tiles(names: Sequence[str]) -> InputError:
-    shown = ", ".join(repr(name) for name in names[:10])
+def _why(plan: TilePlan) -> str:
+    return ", ".join(f"dropped {len(v)}: {k}" for k, v in plan.dropped.items() if len(v))
+
+
+def _without_tiles(slides: Sequence[str]) -> InputError:
     return InputError(
-        f"{len(names)} of the slides have no tiles to learn from: {shown}; leave them out, or"
-        " lower min_tissue=, or give tissue=None to take every tile"
+        f"{len(slides)} of the slides have no tiles to learn from: {', '.join(slides[:10])}; leave"
+        " them out, or lower min_tissue or set tissue=None in TileOptions, to take more tiles"
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from xmag.finetune.network import TileNetwork, parameter_groups
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import MILOutput, training_loss
+from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp
 from xmag.training import Ema, Ranks, warmup_cosine
 
 _logger = logging.getLogger(__name__)
@@ -27,12 +29,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """What an epoch came to: mean losses over slides, weighted by class, and tiles seen."""
+    """What an epoch came to.
+
+    Losses are means over slides, weighted by class. What concerns validation is None where there
+    is none, and the AUROC also where only one class validates. `tiles` were learnt from.
+    """
 
     epoch: int
     train_loss: float
-    validation_loss: float | None
-    validation_accuracy: float | None
+    validation_loss: float | None = None
+    validation_auroc: float | None = None
+    validation_balanced_accuracy: float | None = None
     tiles: int
     seconds: float
 
@@ -106,7 +113,6 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._shards = shards(cohort.train, cohort.targets, world=ranks.world)
 
-    @property
     def result(self) -> Network:
         """The network with the best weights: the average of weights where there is one."""
         final = self.network if self.ema is None else self.ema.module
@@ -264,13 +270,12 @@ class Trainer:
         now = self.progress
         sums = torch.tensor([now.loss_sum, now.tiles], dtype=torch.float64, device=self.device)
         loss_sum, tiles = (self._ranks.mean(sums) * self._ranks.world).tolist()
-        validation = self._validate() if self._cohort.validation else (None, None)
+        validation = self._validate() if self._cohort.validation else {}
         now.history.append(
             Epoch(
                 epoch=now.epoch,
                 train_loss=loss_sum / len(self._cohort.train),
-                validation_loss=validation[0],
-                validation_accuracy=validation[1],
+                **validation,
                 tiles=round(tiles),
                 seconds=time.perf_counter() - started,
             )
@@ -288,27 +293,28 @@ class Trainer:
         self.best = {k: t.detach().to("cpu", copy=True) for k, t in source.state_dict().items()}
         self.progress.best_epoch = self.progress.epoch
 
-    def _validate(self) -> tuple[float, float]:
-        """Mean log loss and accuracy of the validation slides, both weighted by class."""
+    def _validate(self) -> dict[str, float | None]:
+        """What the validation slides say of the network that would be returned now."""
         network = self.network if self.ema is None else self.ema.module
         assert isinstance(network, Network)
         network.eval()
-        slides = self._cohort.validation
-        found = torch.zeros(len(slides), 2, dtype=torch.float64, device=self.device)
-        for place in range(self._ranks.rank, len(slides), self._ranks.world):
-            slide = slides[place]
-            logits = self._with_less_memory(
-                lambda slide=slide: self._logits(network, slide)  # type: ignore[misc]
-            )
-            target = self._cohort.targets[slide]
-            found[place, 0] = -torch.log_softmax(logits.double(), dim=0)[target]
-            found[place, 1] = logits.argmax() == target
-        found = self._ranks.mean(found) * self._ranks.world
-        weights = torch.tensor(
-            [self._cohort.weights[self._cohort.targets[i]] for i in slides], dtype=torch.float64
+        slides, cohort = self._cohort.validation, self._cohort
+        found = torch.zeros(
+            len(slides), len(cohort.classes), dtype=torch.float64, device=self.device
         )
-        loss, accuracy = (weights @ found.cpu() / weights.sum()).tolist()
-        return loss, accuracy
+        for place in range(self._ranks.rank, len(slides), self._ranks.world):
+            found[place] = self._with_less_memory(
+                lambda slide=slides[place]: self._logits(network, slide)  # type: ignore[misc]
+            )
+        logits = (self._ranks.mean(found) * self._ranks.world).cpu().numpy()
+        labels = np.array([cohort.targets[i] for i in slides])
+        weights = np.array(cohort.weights)[labels]
+        losses = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
+        return {
+            "validation_loss": float((weights * losses).sum() / weights.sum()),
+            "validation_auroc": auroc(labels, logits),
+            "validation_balanced_accuracy": balanced_accuracy(labels, logits),
+        }
 
     @torch.no_grad()
     def _logits(self, network: Network, slide: int) -> Tensor:
@@ -318,7 +324,7 @@ class Trainer:
             len(store),
             chunk=self.chunk,
         )
-        return network.classify(features).logits[0].float()  # type: ignore[no-any-return]
+        return network.classify(features).logits[0].double()
 
     def _with_less_memory(self, run: Callable[[], T]) -> T:
         """What `run` returns; it is run again with half the chunk where CUDA has no memory left."""
