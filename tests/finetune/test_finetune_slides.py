@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, random_encoder, random_tiles
+from support.finetuning import LABELS, PATIENTS, QUICK, small_encoder, stores
+from support.models import random_tiles
 from support.slides import write_svs
 from torch import nn
 
@@ -27,28 +28,13 @@ from xmag.finetune import (
 from xmag.finetune.network import TileNetwork
 from xmag.mil import MILClassifier, MILOutput, aggregator
 
-QUICK = Settings(
-    epochs=2, slides_per_step=2, chunk_tiles=4, learning_rate=1e-3, classifier_learning_rate=1e-3
-)
-
-
-def stores(count: int = 8, *, tiles: int = 5, seed: int = 0) -> list[TileStore]:
-    """Slides of random tiles; those of odd number are darker."""
-    return [
-        TileStore(random_tiles(tiles + n % 3, seed=seed + n) // (1 + n % 2), f"slide {n}")
-        for n in range(count)
-    ]
-
-
-LABELS = ["a", "b"] * 4
-PATIENTS = [n // 2 for n in range(8)]
 SMALL = {"aggregator": "mean", "groups": PATIENTS, "device": "cpu", "progress": False}
 
 
 def tuned(**options: Any) -> FinetuneResult:
     options = {"settings": QUICK, **SMALL, **options}
     if "model" not in options:
-        options["model"] = random_encoder(TINY)
+        options["model"] = small_encoder()
     return finetune_slides(stores(), LABELS, **options)
 
 
@@ -56,14 +42,14 @@ def tuned(**options: Any) -> FinetuneResult:
 def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     for number in range(4):
-        write_svs(folder / f"{number}.svs", size=(2000, 2000 + 896 * number), mpp=0.25)
+        write_svs(folder / f"{number}.svs", size=(1000, 600 + 224 * number), mpp=0.25)
     return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
 def from_slides(slides: list[Path]) -> FinetuneResult:
     return finetune_slides(
-        slides, [1, 2, 1, 2], model=random_encoder(TINY), validation=None,
+        slides, [1, 2, 1, 2], model=small_encoder(), validation=None,
         settings=QUICK, tiles=TileOptions(tissue=None), device="cpu",
     )  # fmt: skip
 
@@ -111,13 +97,13 @@ def test_the_encoder_says_what_it_was_made_from(
 def test_bags_of_another_encoder_are_refused(
     slides: list[Path], from_slides: FinetuneResult
 ) -> None:
-    bag = extract_features(slides[0], model=random_encoder(TINY), tissue=None)
+    bag = extract_features(slides[0], model=small_encoder(), tissue=None)
     with pytest.raises(MismatchError, match="weights_sha256"):
         from_slides.classifier.predict([bag])
 
 
 def test_the_given_encoder_and_aggregator_stay_as_they_are() -> None:
-    encoder, head = random_encoder(TINY), aggregator("mean", in_dim=32, classes=2)
+    encoder, head = small_encoder(), aggregator("mean", in_dim=32, classes=2)
     before = [t.clone() for m in (encoder.vit, head) for t in m.state_dict().values()]
     result = tuned(model=encoder, aggregator=head)
     after = [t for m in (encoder.vit, head) for t in m.state_dict().values()]
@@ -127,7 +113,7 @@ def test_the_given_encoder_and_aggregator_stay_as_they_are() -> None:
 
 
 def test_nothing_of_the_program_changes() -> None:
-    encoder = random_encoder(TINY)
+    encoder = small_encoder()
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     tuned(model=encoder, aggregator="abmil")
     assert torch.equal(torch.get_rng_state(), before)
@@ -223,7 +209,7 @@ def held_out_by_loss(result: FinetuneResult) -> float:
 
 
 def test_frozen_blocks_stay_and_the_rest_learns() -> None:
-    encoder = random_encoder(TINY)
+    encoder = small_encoder()
     settings = Settings(epochs=1, slides_per_step=2, frozen_blocks=1, learning_rate=1e-2)
     state = tuned(model=encoder, settings=settings).encoder.vit.state_dict()
     for key, before in encoder.vit.state_dict().items():
@@ -241,7 +227,7 @@ def test_class_weights_balance_the_loss() -> None:
         settings = Settings(**still, class_weight=how)
         head = aggregator("mean", in_dim=32, classes=2, dropout=0.0)
         result = finetune_slides(
-            given, labels, model=random_encoder(TINY), aggregator=head, validation=None,
+            given, labels, model=small_encoder(), aggregator=head, validation=None,
             settings=settings, device="cpu",
         )  # fmt: skip
         bags = [result.encoder.embed(s.tiles).numpy() for s in given]
@@ -301,7 +287,7 @@ def test_no_validation_trains_all_epochs_on_all_slides() -> None:
 
 
 def test_tiles_that_are_kept_serve_several_runs(slides: list[Path]) -> None:
-    encoder = random_encoder(TINY)
+    encoder = small_encoder()
     options = TileOptions(tissue=None)
     with stored_tiles(slides, spec=encoder.tile_spec, options=options) as kept:
         one, other = (
@@ -362,13 +348,13 @@ def test_a_loss_that_is_not_finite_names_the_slide() -> None:
         ({"groups": [0] * 8}, "can be held out"),
         ({"mode": "all"}, "expected one of exact, sampled"),
         ({"model": 3}, "expected an Encoder"),
-        ({"slides": [*stores(7), TileStore(random_tiles(2, size_px=28), "s")]}, "wants 224 px"),
+        ({"slides": [*stores(7), TileStore(random_tiles(2, size_px=28), "s")]}, "wants 56 px"),
         ({"aggregator": "median"}, "expected one of"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     given = {
-        "slides": stores(), "labels": LABELS, "model": random_encoder(TINY), "settings": QUICK,
+        "slides": stores(), "labels": LABELS, "model": small_encoder(), "settings": QUICK,
         **SMALL, **options,
     }  # fmt: skip
     with pytest.raises(InputError, match=message):
@@ -391,11 +377,11 @@ def test_a_setting_out_of_range_is_refused(options: dict[str, Any]) -> None:
 def test_a_slide_that_is_missing_is_named(slides: list[Path]) -> None:
     with pytest.raises(SlideError, match=r"gone\.svs"):
         finetune_slides(
-            [*slides, "gone.svs"], [1, 2, 1, 2, 1], model=random_encoder(TINY), validation=None
+            [*slides, "gone.svs"], [1, 2, 1, 2, 1], model=small_encoder(), validation=None
         )
 
 
 def test_a_rounded_encoder_is_taken_with_a_warning() -> None:
     with pytest.warns(XmagWarning, match=r"bfloat16.*load it with dtype") as caught:
-        tuned(model=random_encoder(TINY, dtype="bfloat16"))
+        tuned(model=small_encoder(dtype="bfloat16"))
     assert caught[0].filename == __file__
