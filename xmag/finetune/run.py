@@ -102,7 +102,7 @@ def finetune_slides(
     share, (others, *about_others) = split_validation(validation)
     found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
     with joined_ranks() as ranks:
-        _check_processes(settings, ranks)
+        check_processes(settings, ranks)
         encoder = _parent(model)
         where = _device(device, model, ranks)
         sources = _sources([*slides, *others], encoder, options)
@@ -132,7 +132,8 @@ def finetune_slides(
         )  # fmt: skip
 
 
-def _check_processes(settings: Settings, ranks: Ranks) -> None:
+def check_processes(settings: Settings, ranks: Ranks) -> None:
+    """Raise InputError where the slides of a step cannot be shared out evenly."""
     if settings.slides_per_step % ranks.world:
         raise InputError(
             f"slides_per_step is {settings.slides_per_step} for {ranks.world} processes; expected a"
