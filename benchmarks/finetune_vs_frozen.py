@@ -126,8 +126,11 @@ def frozen(encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int
             random_state=seed, progress=False,
         )  # fmt: skip
         classifier.fit(
-            train, labels_of(cohort.train), validation=(validation, labels_of(cohort.validation))
-        )
+            train, labels_of(cohort.train), groups=[slide.name for slide in cohort.train],
+            validation=(
+                validation, labels_of(cohort.validation), [s.name for s in cohort.validation]
+            ),
+        )  # fmt: skip
         loss = min(row["validation_loss"] for row in classifier.history_)
         score = auroc(cohort.test, classifier.predict_proba(test)[:, 1])
         best = min(best or (math.inf, 0.0, 0.0), (loss, rate, score))
