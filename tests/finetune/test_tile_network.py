@@ -6,6 +6,7 @@ from support.models import TINY, TINY_REGISTERS, random_encoder, random_tiles
 
 from xmag.encoder import load_model
 from xmag.errors import InputError
+from xmag.finetune import exact_backward
 from xmag.finetune.network import TileNetwork, freeze, parameter_groups, uses_half
 from xmag.mil import aggregator
 from xmag.vit import ViT, ViTConfig
@@ -129,3 +130,19 @@ def test_half_precision_is_for_cuda() -> None:
         uses_half("bfloat16", CPU)
     with pytest.raises(InputError, match="expected one of"):
         uses_half("float16", CPU)
+
+
+def test_half_precision_reaches_every_parameter_and_keeps_float32() -> None:
+    encoder = random_encoder(TINY)
+    tiles = torch.from_numpy(random_tiles(6))
+    gradients = []
+    for half in (False, True):
+        network = TileNetwork(encoder.vit, encoder.config, half=half)
+        exact_backward(
+            lambda a, b, of=network: of(tiles[a:b]), 6, lambda f: f.sin().square().sum(), chunk=2
+        )  # fmt: skip
+        assert network(tiles).dtype == torch.float32
+        assert all(p.grad.dtype == torch.float32 for p in network.vit.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in network.vit.parameters()]))
+    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-4 < difference < 0.1
