@@ -66,8 +66,10 @@ class Bags(Sequence[Bag]):
             return [self[i] for i in range(*index.indices(len(self)))]
         try:
             return _read(self._bags[index])
-        except (BagError, InputError) as error:
-            raise type(error)(f"{self.name(index)}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{self.name(index)}: {error}") from error
+        except (BagError, OSError) as error:
+            raise BagError(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         """How a message calls a bag: its place, and its file where it has one."""

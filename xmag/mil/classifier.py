@@ -11,27 +11,27 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xmag.devices import resolve_device, resolve_dtype, seeded
+from xmag.devices import own_torch, resolve_device, resolve_dtype, seeded
 from xmag.errors import InputError, ModelError
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.aggregators import aggregator as new_aggregator
 from xmag.mil.attention import Attention
-from xmag.mil.bags import Bag, BagLike, Bags, require_same_origin, require_width
-from xmag.mil.batches import Runner, padded
+from xmag.mil.bags import BagLike, Bags
 from xmag.mil.cohort import warn_of_empty
-from xmag.mil.estimator import Estimator, seed_of
+from xmag.mil.estimator import seed_of
+from xmag.mil.fitted import Fitted
 from xmag.mil.fitting import Setup, checked_settings, prepare
-from xmag.mil.labels import ClassWeight, class_array, distinct, hashables
+from xmag.mil.labels import ClassWeight, distinct, hashables
 from xmag.mil.sampling import Sampling
 from xmag.mil.saving import Saved, read_folder, rebuilt, write_folder
-from xmag.mil.scoring import log_sum_exp, predict_logits
-from xmag.mil.training import Epoch, Trainer
+from xmag.mil.scoring import attention_of, log_sum_exp, predict_logits
+from xmag.mil.training import Trainer
 from xmag.provenance import Provenance
 
 _NOT_SAVED = ("aggregator", "aggregator_options", "device")
 
 
-class MILClassifier(Estimator):
+class MILClassifier(Fitted):
     """A classifier of bags, with scikit-learn's conventions.
 
     `X` is a list of bags: FeatureBags, arrays or tensors (N, D), or paths of ``.h5``,
@@ -66,14 +66,6 @@ class MILClassifier(Estimator):
         class_prior_: How frequent each class was among the labels, (C,).
         fingerprint_: Of the bags, where they had a provenance: what may be predicted on.
     """
-
-    classes_: NDArray[Any]
-    n_features_in_: int
-    aggregator_: nn.Module
-    history_: list[Epoch]
-    best_epoch_: int | None
-    class_prior_: NDArray[np.float64]
-    fingerprint_: Mapping[str, Any] | None
 
     def __init__(
         self,
@@ -148,7 +140,7 @@ class MILClassifier(Estimator):
             X, y, groups, validation,
             class_weight=self.class_weight, balanced=self.sampling == "balanced", rng=rng,
         )  # fmt: skip
-        with seeded(seed, device):
+        with seeded(seed, device), own_torch(device):
             trainer = Trainer(
                 self._new_module(setup.width, len(setup.classes)).to(device),
                 setup.train, setup.validation, settings,
@@ -164,7 +156,7 @@ class MILClassifier(Estimator):
                         f" {self.best_epoch_}, the best of {len(self.history_)}."
                     )
                 raise
-        self._adopt(setup, trainer)
+            self._adopt(setup, trainer)
         return self
 
     def predict_proba(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
@@ -178,7 +170,7 @@ class MILClassifier(Estimator):
         """
         self._require_fitted()
         bags = Bags(X)
-        runner = Runner(self.aggregator_, self._device, classes=len(self.classes_))
+        runner = self._runner()
         probabilities = np.empty((len(bags), len(self.classes_)))
         empty = []
         for row in range(len(bags)):
@@ -195,13 +187,16 @@ class MILClassifier(Estimator):
 
     def predict(self, X: Sequence[BagLike]) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each bag, (n,); see `predict_proba`."""
-        chosen: NDArray[Any] = self.classes_[self.predict_proba(X).argmax(axis=1)]
-        return chosen
+        chosen = self.predict_proba(X).argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[chosen]
+        return labels
 
     def score(self, X: Sequence[BagLike], y: Sequence[Any]) -> float:  # noqa: N803
         """The accuracy: the share of bags whose class is predicted; see `predict_proba`."""
         chosen = self.predict_proba(X).argmax(axis=1)
         labels = hashables(y, count=len(chosen), what="y")
+        if not labels:
+            raise InputError("X is empty; expected one bag or more to score")
         classes = self._class_list()
         return float(np.mean([classes[i] == y for i, y in zip(chosen, labels, strict=True)]))
 
@@ -212,16 +207,14 @@ class MILClassifier(Estimator):
         """
         self._require_fitted()
         found = self._fitting(Bags([bag], what="bag"), 0)
-        features, mask = padded([found.features], self._device)
-        with torch.inference_mode():
-            output = self.aggregator_(features, mask)
-        if output.attention is None:
+        scores = attention_of(self._runner(), found.features)
+        if scores is None:
             raise InputError(
                 f"the aggregator {self._kind()} has no attention; train a classifier with"
                 ' aggregator="abmil", "clam_sb" or "transmil"'
             )
         return Attention(
-            scores=output.attention[0].float().cpu().numpy(),
+            scores=scores,
             coords=found.coords,
             kind=getattr(self.aggregator_, "attention_kind", None) or "custom",
             tiles=found.tiles,
@@ -335,22 +328,6 @@ class MILClassifier(Estimator):
         fitted.history_, fitted.best_epoch_ = [], None
         return fitted
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A pickle may be opened where there is no GPU.
-        state = {name: value for name, value in self.__dict__.items() if name != "_device"}
-        if "aggregator_" in state:
-            state["aggregator_"] = copy.deepcopy(state["aggregator_"]).cpu()
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if "aggregator_" in state:
-            try:
-                self._device = resolve_device(self.device)
-            except InputError:
-                self._device = torch.device("cpu")
-            self.aggregator_.to(self._device)
-
     def _new_module(self, in_dim: int, classes: int) -> nn.Module:
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
@@ -375,46 +352,6 @@ class MILClassifier(Estimator):
             device=trainer.device,
         )
         self.history_, self.best_epoch_ = trainer.history, trainer.best.epoch
-
-    def _set_fitted(
-        self,
-        module: nn.Module,
-        classes: Sequence[Any],
-        *,
-        in_dim: int,
-        prior: NDArray[np.float64],
-        fingerprint: Mapping[str, Any] | None,
-        device: torch.device,
-    ) -> None:
-        self.aggregator_ = module.to(device).eval()
-        self.classes_ = class_array(classes)
-        self.n_features_in_ = in_dim
-        self.class_prior_ = prior
-        self.fingerprint_ = fingerprint
-        self._device = device
-
-    def _fitting(self, bags: Bags, row: int) -> Bag:
-        """A bag to predict on, which is like those of the training."""
-        bag: Bag = bags[row]
-        reference = "those of the training"
-        require_width(bag.features.shape[1], self.n_features_in_, bags.name(row), reference)
-        if self.fingerprint_ is not None:
-            expected = Provenance(self.fingerprint_, {})
-            require_same_origin(bag.provenance, expected, bags.name(row), reference)
-        return bag
-
-    def _class_list(self) -> list[Any]:
-        return list(self.classes_.tolist())
-
-    def _kind(self) -> str:
-        return type(self.aggregator_).__name__
-
-    def _require_fitted(self) -> None:
-        if not hasattr(self, "classes_"):
-            raise InputError(
-                f"this {type(self).__name__} is not fitted; call fit(X, y) first, or"
-                f" {type(self).__name__}.load(path)"
-            )
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """From what a caller gives `fit` to two checked cohorts: one to train on, one to validate with."""
 
 import math
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import InputError
+from xmag.errors import InputError, XmagWarning
 from xmag.mil.bags import require_same_origin, require_width
 from xmag.mil.cohort import Cohort, Labelled, read_labelled
 from xmag.mil.labels import ClassWeight, class_weights, distinct, indices
@@ -88,6 +89,8 @@ def prepare(  # one argument for each thing that fit was told
         _require_no_leak(data, other)
         own_labels = indices(other.labels, classes, "validation y")[other.kept]
         check = _weighed(other, other.kept, own_labels, weights, balanced=balanced)
+    if check is not None:
+        _warn_of_missing(check.labels, classes)
     return Setup(
         train=train,
         validation=check,
@@ -124,6 +127,17 @@ def _require_tiles(labels: NDArray[np.int64], classes: list[Hashable]) -> None:
         raise InputError(
             f"no bag of the class {missing[0]!r} has any tile; expected one or more of each class:"
             " extract them again, or leave the class out"
+        )
+
+
+def _warn_of_missing(labels: NDArray[np.int64], classes: list[Hashable]) -> None:
+    missing = [value for index, value in enumerate(classes) if index not in labels]
+    if missing:
+        warnings.warn(
+            f"no bag to validate with is of the class {', '.join(map(repr, missing))}, so the epoch"
+            " to keep is chosen without it; give more patients, or validation=(X, y, groups)",
+            XmagWarning,
+            stacklevel=4,
         )
 
 

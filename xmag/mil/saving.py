@@ -164,7 +164,9 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     _require(len(set(classes)) == len(classes) >= 2, "classes")
     _require(len(prior) == len(classes) and math.isclose(sum(prior), 1, abs_tol=1e-6), "prior")
     _require(all(0 <= value <= 1 for value in prior), "class_prior")
-    config, params = values["aggregator"], dict(values["params"])
+    config, params = values["aggregator"], values["params"]
+    _require(isinstance(params, dict), "params")
+    params = dict(params)
     _require(config is None or set(config) == {"name", "options"}, "aggregator")
     _require(type(values["in_dim"]) is int, "in_dim")
     _require(isinstance(values["fingerprint"], dict | None), "fingerprint")
@@ -208,7 +210,7 @@ def rebuilt(saved: Saved, module: nn.Module | None) -> nn.Module:
     if saved.config is not None:
         # On no device: a description with absurd sizes costs no memory, and then fits no weights.
         with torch.device("meta"):
-            module = _made(saved)
+            module = _made(saved).float()
     assert module is not None
     expected = module.state_dict()
     faults = [f"{key} is missing" for key in expected if key not in saved.state]
@@ -217,6 +219,11 @@ def rebuilt(saved: Saved, module: nn.Module | None) -> nn.Module:
         f"{key} has shape {tuple(saved.state[key].shape)}, not {tuple(value.shape)}"
         for key, value in expected.items()
         if key in saved.state and saved.state[key].shape != value.shape
+    ]
+    faults += [
+        f"{key} is {saved.state[key].dtype}, not {value.dtype}"
+        for key, value in expected.items()
+        if key in saved.state and saved.state[key].dtype != value.dtype
     ]
     if faults:
         raise WeightsError(

@@ -35,6 +35,18 @@ def predict_logits(runner: Runner, bags: list[NDArray[np.float32]]) -> NDArray[n
     return logits
 
 
+def attention_of(runner: Runner, bag: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """The attention of one bag, (N,), in full precision; None where the aggregator has none."""
+
+    def forward() -> NDArray[np.float32] | None:
+        (part,) = runner.parts([bag])
+        attention = runner.forward(part).attention
+        return None if attention is None else attention[0].float().cpu().numpy()
+
+    with torch.inference_mode():
+        return runner.with_less(forward)
+
+
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float | None:
     """The area under the ROC curve of each class against the rest, a mean over classes present.
 

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from xmag.errors import InputError, XmagWarning
 
+_ORDERS = 16
+
 
 def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArray[np.int64]:
     """A number for each bag, equal for those that must stay on the same side, (n,).
@@ -42,39 +44,46 @@ def held_out(
 ) -> NDArray[np.bool_]:
     """Which bags validate, (n,): whole units, near to `fraction` of each class.
 
-    Units are taken largest first, ties in random order, each where it brings the shares of the
-    classes nearer to `fraction`; the last unit of a class always stays to be trained on. Raises
-    InputError where nothing can be held out.
+    Units are gone through in random order and taken where that brings the shares of the classes
+    nearer to `fraction`; the last unit of a class always stays to be trained on. Of several such
+    orders the one that comes nearest counts. Raises InputError where nothing can be held out.
     """
     number, classes = int(unit.max()) + 1, int(labels.max()) + 1
     counts = np.zeros((number, classes))
     np.add.at(counts, (unit, labels), 1)
+    tried = [_greedy(counts, fraction, rng.permutation(number)) for _ in range(_ORDERS)]
     total = counts.sum(axis=0)
-    shares = counts / total
-    order = rng.permutation(number)
-    order = order[np.argsort(-shares[order].sum(axis=1), kind="stable")]
-    taken = np.zeros(number, dtype=np.bool_)
-    held = np.zeros(classes)
-    for index in order:
-        stays = (total - held * total - counts[index] > 0.5).all()
-        if stays and _distance(held + shares[index], fraction) < _distance(held, fraction):
-            taken[index] = True
-            held += shares[index]
+    taken = min(tried, key=lambda t: _distance(counts[t].sum(axis=0) / total, fraction))
     if not taken.any():
-        possible = [i for i in order if (total - counts[i] > 0).all()]
+        possible = [i for i in range(number) if (total - counts[i] > 0).all()]
         if not possible:
             raise InputError(
                 f"no part of {number} patients (or slides, without groups) can be held out so that"
                 " every class stays to be trained on; give more, or validation=None, which trains"
                 " for all epochs and keeps the last weights"
             )
-        taken[min(possible, key=lambda i: _distance(shares[i], fraction))] = True
+        taken[min(possible, key=lambda i: _distance(counts[i] / total, fraction))] = True
     chosen: NDArray[np.bool_] = taken[unit]
     return chosen
 
 
+def _greedy(
+    counts: NDArray[np.float64], fraction: float, order: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which units to take, by their numbers of bags of each class (U, C), in a given order."""
+    total = counts.sum(axis=0)
+    taken, held = np.zeros(len(counts), dtype=np.bool_), np.zeros(len(total))
+    for index in order:
+        more = held + counts[index]
+        nearer = _distance(more / total, fraction) < _distance(held / total, fraction)
+        if nearer and (more < total).all():
+            taken[index], held = True, more
+    return taken
+
+
 def _distance(held: NDArray[np.float64], fraction: float) -> float:
-    return float(((held - fraction) ** 2).sum())
+    # A class without any bag to validate with is worse than one that has too many.
+    return float(((held - fraction) ** 2).sum() + (held == 0).sum())
 
 
 def require_disjoint(

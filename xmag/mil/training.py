@@ -1,8 +1,6 @@
 """The training of an aggregator: batches, steps, validation, and the best epoch's weights."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +79,7 @@ class Trainer:
         """Train until the last epoch, or until validation stops improving."""
         settings = self.settings
         bar = progress_bar(settings.progress, total=settings.epochs, desc="training", unit="epoch")
-        with bar, _own_gradients(self.device):
+        with bar:
             for epoch in range(1, settings.epochs + 1):
                 row: Epoch = {"epoch": epoch, "train_loss": self._train_epoch(epoch)}
                 row |= self._validate()
@@ -167,18 +165,3 @@ class Trainer:
             )
         values = (loss, auroc(labels, logits), balanced_accuracy(labels, logits))
         return dict(zip(names, values, strict=True))
-
-
-@contextmanager
-def _own_gradients(device: torch.device) -> Iterator[None]:
-    """Gradients, and convolutions that repeat themselves, whatever the caller has switched off."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            if device.type == "cuda":
-                cudnn.deterministic, cudnn.benchmark = True, False
-            yield
-        finally:
-            if device.type == "cuda":
-                cudnn.deterministic, cudnn.benchmark = before
