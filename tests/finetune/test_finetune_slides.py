@@ -25,6 +25,8 @@ from xmag.finetune import (
     finetune_slides,
     stored_tiles,
 )
+from xmag.finetune.augment import augment, draw
+from xmag.finetune.gradients import seed_of
 from xmag.finetune.network import TileNetwork
 from xmag.mil import MILClassifier, MILOutput, aggregator
 
@@ -251,6 +253,29 @@ class Mine(nn.Module):
 
     def forward(self, features, mask, labels=None):
         return MILOutput(logits=self.head(features.mean(dim=1)), attention=None)
+
+
+@pytest.mark.parametrize("slide", [0, 3])
+def test_the_first_step_learns_from_the_tiles_as_drawn(slide: int) -> None:
+    """Its loss is that of the untouched weights on tiles that are augmented here, by hand."""
+    head = aggregator("mean", in_dim=32, classes=2, dropout=0.0)
+    given = stores(2, seed=slide)
+    settings = Settings(epochs=1, slides_per_step=2, learning_rate=1e-3, class_weight=None)
+    result = finetune_slides(
+        given, ["a", "b"], model=small_encoder(), aggregator=head, validation=None,
+        settings=settings, random_state=7, device="cpu",
+    )  # fmt: skip
+    encoder = small_encoder()
+    mean, std = (np.array(v) for v in (encoder.config.mean, encoder.config.std))
+    losses = []
+    for index, store in enumerate(given):
+        draws = draw(Augmentation(), len(store), seed=seed_of("augment", 7, 0, index))
+        pixels = augment(torch.from_numpy(store.tiles), draws).numpy()
+        images = torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+        features = encoder.vit(images)[None, :, 0]
+        logits = head.eval()(features, torch.ones(1, len(store), dtype=torch.bool)).logits
+        losses.append(-torch.log_softmax(logits[0], 0)[index].item())
+    assert result.history[0].train_loss == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_an_aggregator_of_the_users_own_is_trained_and_saved(tmp_path: Path) -> None:
