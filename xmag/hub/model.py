@@ -108,4 +108,6 @@ def _loaded(
         "terms": resolved.terms,
         "trained": resolved.trained,
     }
+    if resolved.lineage is not None:
+        provenance["lineage"] = resolved.lineage
     return LoadedModel(state=state, config=resolved.config, provenance=provenance)
