@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from support.distilling import STUDENT, TILE_PX, tiny_student
 from torch import Tensor
 
@@ -47,8 +47,8 @@ def trainer(
         with_global=loss.global_weight > 0, with_local=loss.local_weight > 0,
     )  # fmt: skip
     return Trainer(
-        student.to(dtype), teachers=teachers or {"t": 1.0}, settings=settings, total_steps=total_steps,
-        ranks=Ranks(), device=CPU,
+        student.to(dtype), teachers=teachers or {"t": 1.0}, settings=settings,
+        total_steps=total_steps, ranks=Ranks(), device=CPU,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_teachers_and_distances_add_up_by_their_weights() -> None:
 def test_a_level_without_weight_has_no_heads(level: str) -> None:
     other = "local" if level == "global" else "global"
     run = trainer(LossSettings(**{f"{other}_weight": 0.0}))
-    assert [name for name in run.objective.terms] == [f"{level}/t"]
+    assert list(run.objective.terms) == [f"{level}/t"]
     assert not any(name.startswith(f"{other}_heads") for name in run.student.state_dict())
     got = values(run.step([views(8, 0)], number=0, count=1))
     assert got["loss"] == pytest.approx(got[f"{level}/t"] * (1 if level == "global" else 0.5))
@@ -222,10 +222,9 @@ STEPS = 3
 
 
 def test_two_ranks_with_half_the_batch_take_the_step_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("test_step.py")
-    (tmp_path / "program.py").write_text(
-        f"import sys; sys.path[:0] = [{str(script.parent)!r}, {str(script.parents[1])!r}]\n{PROGRAM}"
-    )
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parent)]
+    (tmp_path / "program.py").write_text(f"import sys; sys.path[:0] = {folders!r}\n{PROGRAM}")
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",

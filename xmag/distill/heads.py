@@ -75,5 +75,5 @@ class ProjectionHead(nn.Module):
 
     def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Rows (N, width) as float32 (N, teacher_dim); `weights` (N,) are those of the norm."""
-        projected = self.last(F.gelu(self.norm(self.first(rows), weights)))
+        projected: Tensor = self.last(F.gelu(self.norm(self.first(rows), weights)))
         return projected.to(torch.promote_types(projected.dtype, torch.float32))

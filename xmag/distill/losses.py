@@ -30,7 +30,8 @@ def block_means(tokens: Tensor) -> Tensor:
             f"tokens have shape {tuple(tokens.shape)}; expected (B, n * n, D) with n a multiple of"
             f" {BLOCKS}, so that each of the teacher's tiles has a block of tokens"
         )
-    grid = tokens.unflatten(1, (BLOCKS, side // BLOCKS, BLOCKS, side // BLOCKS))
+    each, (batch, _, width) = side // BLOCKS, tokens.shape
+    grid = tokens.reshape(batch, BLOCKS, each, BLOCKS, each, width)
     return grid.mean((2, 4)).flatten(1, 2)
 
 
@@ -108,7 +109,7 @@ DISTANCES: Mapping[str, str] = MappingProxyType(
     {
         "cosine": "-cos(student, teacher)",
         "smooth_l1": "smooth L1, the mean over the teacher's dimensions",
-        "relational": "squared difference of pairwise cosines: regions of a batch, tiles of a region",
+        "relational": "squared difference of pairwise cosines, of regions and of tiles",
     }
 )
 """The distances by name. "relational" is the similarity-preserving loss of Tung and Mori (2019)."""

@@ -17,7 +17,7 @@ _PURPOSE = 0x5F1E
 def positions(
     step: int, *, regions: int, batch: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows (of `regions`) that a step takes, and the epoch that each belongs to: (batch,) each."""
+    """The rows of `regions` that a step takes, and the epoch of each: int64 (batch,) both."""
     places = np.arange(step * batch, (step + 1) * batch)
     epochs, within = np.divmod(places, regions)
     rows = np.empty(batch, np.int64)

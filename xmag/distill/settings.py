@@ -36,8 +36,8 @@ class LossSettings:
         _check("loss", self, "centre_regions", self.centre_regions > 0, "a positive number")
         if not (self.global_weight + self.local_weight and any(self.distances().values())):
             raise InputError(
-                f"the loss is 0 whatever the student does: {self}; expected a positive global_weight"
-                " or local_weight, and a positive cosine, smooth_l1 or relational"
+                f"the loss is 0 whatever the student does: {self}; expected a positive"
+                " global_weight or local_weight, and a positive cosine, smooth_l1 or relational"
             )
 
     def distances(self) -> dict[str, float]:
@@ -116,7 +116,7 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderSettings:
-    """Who reads: `threads` a process (None: as many as its share of the cores), and how far ahead."""
+    """Who reads: `threads` a process (None: one for each of its cores), and how far ahead."""
 
     threads: int | None = None
     prefetch: int = 3

@@ -130,7 +130,7 @@ class Trainer:
                 with watch.part("student backward"):
                     loss, terms = self.objective.sums(projections, views)
                     # DDP averages over ranks what is summed here.
-                    (loss * (self.ranks.world / images)).backward()
+                    torch.autograd.backward(loss * (self.ranks.world / images))
             done += torch.cat((loss.detach()[None], terms, views.weights.sum()[None]))
         with watch.part("optimizer"):
             done = summed(done)
@@ -160,8 +160,8 @@ class Trainer:
 
     def _update(self, number: int, scale: Tensor) -> Tensor:
         """Scale and clip the gradients, move the student, then its average; the norm before it."""
-        parameters = [p for p in self.student.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters]
+        parameters = list(self.student.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, scale)  # by 1 exactly, unless regions were damaged
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.train.clip)
         for group in self.optimizer.param_groups:

@@ -47,7 +47,7 @@ class Stopwatch:
         if self._events:
             torch.cuda.synchronize(self._device)
         for name, start, end in self._events:
-            self._host[name] += start.elapsed_time(end) / 1e3  # type: ignore[no-untyped-call]
+            self._host[name] += start.elapsed_time(end) / 1e3
         result = dict(self._host)
         self._host.clear()
         self._events.clear()
