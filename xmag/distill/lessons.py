@@ -1,24 +1,28 @@
-"""From regions to what a step is taken on: augmented low views, and the teachers' features."""
+"""What teachers say of regions: asked on the way, or computed before and kept."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag.distill.augment import NONE, Augmentation, Draws, augment, draw
-from xmag.distill.loader import RegionBatch
-from xmag.distill.step import Views
-from xmag.distill.stopwatch import Stopwatch
+from xmag.distill.augment import Draws, map_tokens
+from xmag.distill.targets import KeptTargets, TargetSettings
 from xmag.distill.teachers import Teacher
-from xmag.distill.views import SIDE, low_view, teacher_tiles
+from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, teacher_tiles
+from xmag.errors import InputError
+from xmag.geometry import TileSpec
+
+Numbers = NDArray[np.int64]
 
 
+@runtime_checkable
 class Lesson(Protocol):
-    """What one teacher says of regions, computed on the way or kept from before."""
+    """What one teacher says of regions."""
 
     @property
     def name(self) -> str:
@@ -31,7 +35,7 @@ class Lesson(Protocol):
         ...
 
     @property
-    def identity(self) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, Any]:
         """What tells it from others, as plain JSON values."""
         ...
 
@@ -45,8 +49,27 @@ class Lesson(Protocol):
         """Whether it needs the augmented high views."""
         ...
 
-    def targets(self, regions: NDArray[np.int64], draws: Draws, high: Tensor | None) -> Tensor:
-        """The features of augmented regions: float32 (B, 16, dim)."""
+    @property
+    def variants(self) -> TargetSettings | None:
+        """The augmentations that its features were kept for, where it has no others."""
+        ...
+
+    def knows(self, regions: Numbers) -> NDArray[np.bool_]:
+        """Which of the regions it has something to say of: bool (B,)."""
+        ...
+
+    def targets(
+        self, regions: Numbers, draws: Draws, high: Tensor | None, variants: Numbers
+    ) -> Tensor:
+        """The features of augmented regions: float32 (B, 16, dim); 0 where it knows nothing.
+
+        `high` are the augmented high views, for a lesson that sees pixels; `variants` (B,) are the
+        numbers of the kept augmentations, for one that has `variants`.
+        """
+        ...
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a student of this tile specification cannot learn from it."""
         ...
 
 
@@ -68,7 +91,7 @@ class OnlineLesson:
         return self.teacher.dim
 
     @property
-    def identity(self) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, Any]:
         """The teacher's."""
         return self.teacher.identity
 
@@ -77,100 +100,121 @@ class OnlineLesson:
         """It does."""
         return True
 
-    def targets(self, regions: NDArray[np.int64], draws: Draws, high: Tensor | None) -> Tensor:  # noqa: ARG002
+    @property
+    def variants(self) -> TargetSettings | None:
+        """None: it takes any augmentation."""
+        return None
+
+    def knows(self, regions: Numbers) -> NDArray[np.bool_]:
+        """All of them."""
+        return np.ones(len(regions), np.bool_)
+
+    def targets(
+        self,
+        regions: Numbers,  # noqa: ARG002 (it looks at the pixels)
+        draws: Draws,  # noqa: ARG002
+        high: Tensor | None,
+        variants: Numbers,  # noqa: ARG002
+    ) -> Tensor:
         """The features of the 16 tiles of `high`: float32 (B, 16, dim)."""
         assert high is not None
-        return features_of(self.teacher, high)
+        features = self.teacher.features(teacher_tiles(high)).float()
+        return features.view(len(high), SIDE**2, self.dim)
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
+        seen = self.teacher.tile_spec
+        if seen.size_px != student.size_px or abs(seen.mpp * SIDE / student.mpp - 1) > 1e-6:
+            raise InputError(
+                f"the teacher {self.name} sees {seen.size_px} px at {seen.mpp:g} µm/px and the"
+                f" student {student.size_px} px at {student.mpp:g} µm/px; expected the same px at"
+                f" {SIDE} times the µm/px, so that a tile of the student is {SIDE} x {SIDE} of the"
+                " teacher's"
+            )
 
 
-def features_of(teacher: Teacher, high: Tensor) -> Tensor:
-    """A teacher's features of the 16 tiles of each region: float32 (B, 16, dim)."""
-    features = teacher.features(teacher_tiles(high)).float()
-    return features.view(len(high), SIDE**2, teacher.dim)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptLesson:
+    """Features that were computed once and kept; see `keep_targets`.
 
-
-class Curriculum:
-    """Makes the views of regions, and gathers what each teacher says of them.
-
-    `centres` are the means that are taken off the teachers' features, if any.
+    Those of regions as they are ("plain") are flipped and turned with the student's image, whose
+    colours change without them. Those of augmented variants go with images changed likewise, all
+    variants in turn.
     """
 
-    def __init__(
+    kept: KeptTargets
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The teacher's."""
+        return str(self.kept.provenance.fingerprint["teacher"]["name"])
+
+    @property
+    def dim(self) -> int:
+        """The teacher's."""
+        return self.kept.dim
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The teacher's, and what was kept."""
+        found = json.loads(self.kept.provenance.to_json())["fingerprint"]
+        return {**found["teacher"], "kept": found["kept"]}
+
+    @property
+    def sees_pixels(self) -> bool:
+        """It does not: it has seen them."""
+        return False
+
+    @property
+    def variants(self) -> TargetSettings | None:
+        """The settings of kept augmented variants; None where any flip and turn will do."""
+        return self.kept.settings if self.kept.augmented else None
+
+    def knows(self, regions: Numbers) -> NDArray[np.bool_]:
+        """Those that could be decoded when the features were computed."""
+        return np.asarray(self.kept.good[regions])
+
+    def targets(
         self,
-        lessons: Sequence[Lesson],
-        *,
-        augmentation: Augmentation,
-        seed: int,
-        views: int,
-        device: torch.device,
-    ) -> None:
-        self.lessons = list(lessons)
-        self.centres: list[Tensor | None] = [None] * len(self.lessons)
-        self._augmentation, self._seed, self._views = augmentation, seed, views
-        self._device = device
+        regions: Numbers,
+        draws: Draws,
+        high: Tensor | None,  # noqa: ARG002 (its features are computed)
+        variants: Numbers,
+    ) -> Tensor:
+        """The kept features as the augmented regions have them, float32 (B, 16, dim), on the CPU."""
+        known = self.knows(regions)
+        result = torch.zeros(len(regions), SIDE**2, self.dim)
+        if self.kept.augmented:
+            found = self.kept.features(regions[known], variants[known])
+            result[torch.from_numpy(known)] = found.float()
+            return result
+        result[torch.from_numpy(known)] = self.kept.features(regions[known]).float()
+        grid = result.view(len(regions), SIDE, SIDE, self.dim)
+        return map_tokens(grid, draws).reshape(result.shape)
 
-    def views(self, batch: RegionBatch, watch: Stopwatch) -> Views:
-        """All views of a batch, the first of every region, then the second: (views * B, ...)."""
-        with watch.part("low view and augment"):
-            high = batch.high.to(self._device, non_blocking=True)
-            low = low_view(high)
-        lows: list[Tensor] = []
-        targets: list[list[Tensor]] = [[] for _ in self.lessons]
-        needed = any(lesson.sees_pixels for lesson in self.lessons)
-        for view in range(self._views):
-            draws = self._draws(batch, view)
-            with watch.part("low view and augment"):
-                lows.append(augment(low, draws))
-                seen = augment(high, draws) if needed else None
-            with watch.part("teacher"):
-                for lesson, found in zip(self.lessons, targets, strict=True):
-                    found.append(lesson.targets(batch.group.regions, draws, seen))
-        good = torch.from_numpy(batch.good.astype(np.float32)).to(self._device)
-        return Views(
-            low=torch.cat(lows),
-            targets=[self._centred(torch.cat(found), at) for at, found in enumerate(targets)],
-            weights=good.repeat(self._views),
-        )
-
-    def plain(self, batch: RegionBatch) -> tuple[Tensor, list[Tensor]]:
-        """The good regions without augmentation: low views, and each teacher's features.
-
-        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, of which no mean is taken off.
-        """
-        regions = batch.group.regions[batch.good]
-        high = batch.high[torch.from_numpy(batch.good)].to(self._device)
-        draws = self._plain_draws(regions)
-        low, seen = augment(low_view(high), draws), augment(high, draws)
-        return low, [lesson.targets(regions, draws, seen) for lesson in self.lessons]
-
-    def _draws(self, batch: RegionBatch, view: int) -> Draws:
-        """The draws of a batch, whose regions may belong to two epochs."""
-        regions, epochs = batch.group.regions, batch.group.epochs
-        parts = [
-            draw(
-                self._seed,
-                int(epoch),
-                regions[epochs == epoch].tolist(),
-                view,
-                augmentation=self._augmentation,
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where the student's tiles are not the low views of regions."""
+        if (student.size_px, student.mpp) != (LOW_PX, LOW_MPP):
+            raise InputError(
+                f"the student's tiles are {student.size_px} px at {student.mpp:g} µm/px, and the"
+                f" kept features of {self.name} go with {LOW_PX} px at {LOW_MPP:g} µm/px; expected"
+                " a student of such tiles"
             )
-            for epoch in np.unique(epochs)
-        ]
-        return _joined(parts)
-
-    def _plain_draws(self, regions: NDArray[np.int64]) -> Draws:
-        return draw(0, 0, regions.tolist(), 0, augmentation=NONE)
-
-    def _centred(self, target: Tensor, at: int) -> Tensor:
-        centre = self.centres[at]
-        return target if centre is None else target - centre.to(target.device)
 
 
-def _joined(parts: Sequence[Draws]) -> Draws:
-    """The draws of several parts, one after another: epochs only grow along a batch."""
-    return Draws(
-        **{
-            field.name: torch.cat([getattr(part, field.name) for part in parts])
-            for field in fields(Draws)
-        }
-    )
+def check_lessons(lessons: Sequence[Lesson], student: TileSpec) -> None:
+    """Raise InputError where lessons do not go together, or not with the student."""
+    names = [lesson.name for lesson in lessons]
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"the teachers are {names}; expected at least one, and a name of its own for each"
+        )
+    for lesson in lessons:
+        lesson.check(student)
+    drawn = {lesson.name: lesson.variants for lesson in lessons if lesson.variants is not None}
+    if len({json.dumps({**v.to_dict(), "low": False}) for v in drawn.values()}) > 1:
+        raise InputError(
+            f"the teachers {sorted(drawn)} were kept for different augmentations; expected the same"
+            " variants, seed and augmentation, since all teachers look at the same image"
+        )

@@ -29,17 +29,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionBatch:
-    """A group that was read: `high` is uint8 (B, S, S, 3); what is not `good` is damaged, white."""
+    """A group that was read: `pixels` is uint8 (B, S, S, 3); what is not `good` is damaged, white."""
 
     group: Group
-    high: Tensor
+    pixels: Tensor
     good: NDArray[np.bool_]
 
 
 class RegionLoader:
     """Reads groups of regions, each region a task of its own for `threads` threads.
 
-    `ahead` groups are under way while one is worked on. Regions are `side` px wide. On CUDA they
+    `ahead` groups are under way while one is worked on. Images are `side` px wide. On CUDA they
     lie in pinned memory, from which the device copies by itself. `damaged` marks those of the
     source that could not be read.
     """
@@ -80,20 +80,20 @@ class RegionLoader:
         self, group: Group, pool: ThreadPoolExecutor
     ) -> tuple[Group, Tensor, list[Future[bool]]]:
         shape = (len(group.regions), self._side, self._side, 3)
-        high = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         tasks = [
             pool.submit(_read_into, into, self._source, int(region))
-            for region, into in zip(group.regions, high.numpy(), strict=True)
+            for region, into in zip(group.regions, pixels.numpy(), strict=True)
         ]
-        return group, high, tasks
+        return group, pixels, tasks
 
-    def _finish(self, group: Group, high: Tensor, tasks: list[Future[bool]]) -> RegionBatch:
+    def _finish(self, group: Group, pixels: Tensor, tasks: list[Future[bool]]) -> RegionBatch:
         good = np.array([task.result() for task in tasks], bool)
         for region in group.regions[~good].tolist():
             if not self.damaged[region]:
                 _logger.warning("region %d is damaged and is left out of the training", region)
             self.damaged[region] = True
-        return RegionBatch(group=group, high=high, good=good)
+        return RegionBatch(group=group, pixels=pixels, good=good)
 
 
 def _read_into(into: NDArray[np.uint8], source: RegionSource, region: int) -> bool:
@@ -107,7 +107,7 @@ def _read_into(into: NDArray[np.uint8], source: RegionSource, region: int) -> bo
     if found.shape != (1, *into.shape) or found.dtype != np.uint8:
         raise InputError(
             f"region {region} is {found.dtype} {found.shape}; expected uint8 {(1, *into.shape)}:"
-            " the high view has four times the student's tiles a side"
+            " a region has four times the student's tile a side"
         )
     into[...] = found[0]
     return True

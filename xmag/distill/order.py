@@ -10,21 +10,48 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag.distill.manifest import shuffled
+
 _PURPOSE = 0x5F1E
 """Keeps the shuffles apart from other numbers drawn from the same seed."""
 
 
-def positions(
-    step: int, *, regions: int, batch: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of `regions` that a step takes, and the epoch of each: int64 (batch,) both."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs, within = np.divmod(places, regions)
-    rows = np.empty(batch, np.int64)
-    for epoch in np.unique(epochs):
-        taken = epochs == epoch
-        rows[taken] = _shuffled(regions, seed, int(epoch))[within[taken]]
-    return rows, epochs
+class Order:
+    """The order of some regions, int64 (N,), epoch by epoch; the same for the same seed.
+
+    `sources` (N,) says which slide each is from, where that is known: slides are then mixed so that
+    only some of them are open at a time.
+    """
+
+    def __init__(
+        self,
+        regions: NDArray[np.int64],
+        *,
+        batch: int,
+        seed: int,
+        sources: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._regions, self._batch, self._seed = regions, batch, seed
+        # Without slides, any order is as good as any other.
+        self._sources = np.zeros(len(regions), np.int64) if sources is None else sources
+        self._epoch = lru_cache(maxsize=4)(self._shuffled)
+
+    def step(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The regions that a step takes, and the epoch of each: int64 (batch,) both."""
+        return self.positions(number * self._batch, self._batch)
+
+    def positions(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The regions at some positions of the endless sequence, and the epoch of each."""
+        epochs, within = np.divmod(np.arange(first, first + count), len(self._regions))
+        regions = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            taken = epochs == epoch
+            regions[taken] = self._epoch(int(epoch))[within[taken]]
+        return regions, epochs
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng(np.random.SeedSequence((self._seed, epoch, _PURPOSE)))
+        return self._regions[shuffled(self._sources, rng)]
 
 
 def share(rank: int, world: int, *, batch: int, micro_batch: int) -> Sequence[slice]:
@@ -35,11 +62,3 @@ def share(rank: int, world: int, *, batch: int, micro_batch: int) -> Sequence[sl
         slice(at, min(at + micro_batch, start + each))
         for at in range(start, start + each, micro_batch)
     ]
-
-
-@lru_cache(maxsize=4)
-def _shuffled(regions: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    # PCG64 and its `permutation` of NumPy's Generator; a change of NumPy's stream would change the
-    # order, which is no more than another shuffle.
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch, _PURPOSE))))
-    return rng.permutation(regions)
