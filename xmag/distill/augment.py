@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xmag.distill.views import checked_side
@@ -125,27 +126,28 @@ class Draws:
 
 def draw(
     seed: int,
-    epoch: int,
-    regions: Sequence[int],
+    epoch: int | Sequence[int] | NDArray[np.int64],
+    regions: Sequence[int] | NDArray[np.int64],
     view: int,
     *,
     augmentation: Augmentation = PAPER,
 ) -> Draws:
     """The draws for `regions` (their numbers in the manifest) in a view of an epoch.
 
-    Each row depends on (seed, epoch, region, view) alone; the random words are those of
-    ``numpy.random.SeedSequence((seed, epoch, region, view))``, which NumPy keeps stable. Raises
-    InputError for a negative number.
+    `epoch` is one number for all, or one for each. A row depends on (seed, epoch, region, view)
+    alone; the random words are those of ``numpy.random.SeedSequence((seed, epoch, region, view))``,
+    which NumPy keeps stable. Raises InputError for a negative number.
     """
-    numbers = [int(region) for region in regions]
-    if min(seed, epoch, view, *numbers, 0) < 0:
+    numbers = np.asarray(regions, np.int64).reshape(-1)
+    epochs = np.broadcast_to(np.asarray(epoch, np.int64), numbers.shape)
+    if min(seed, view, *epochs.tolist(), *numbers.tolist(), 0) < 0:
         raise InputError(
             f"seed {seed}, epoch {epoch}, view {view} and regions are numbers from 0 on; expected"
             " none below"
         )
     words = np.empty((len(numbers), _WORDS), np.uint32)
-    for row, region in enumerate(numbers):
-        words[row] = np.random.SeedSequence((seed, epoch, region, view)).generate_state(_WORDS)
+    for row, (turn, region) in enumerate(zip(epochs.tolist(), numbers.tolist(), strict=True)):
+        words[row] = np.random.SeedSequence((seed, turn, region, view)).generate_state(_WORDS)
     spread = torch.from_numpy(words[:, 2:].astype(np.float64) / 2**31 - 1)  # in [-1, 1)
     jitter = {
         name: (spread[:, i] * getattr(augmentation, name) + (name != "hue")).float()
@@ -167,12 +169,16 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
     side = checked_side(images)
     _check_rows(images, draws)
     result = torch.empty_like(images, memory_format=torch.contiguous_format)
-    colours = [table.to(images.device, non_blocking=True) for table in draws.colours()]
+    matrix, pivot = draws.colours()
+    recoloured = bool(pivot.any()) or not torch.equal(matrix, torch.eye(3).expand_as(matrix))
+    colours = [table.to(images.device, non_blocking=True) for table in (matrix, pivot)]
     position = draws.flips * 4 + draws.turns
     most = max(1, _PART_PX // side**2)
     for first in range(0, len(images), most):
         part = slice(first, first + most)
-        changed = _recoloured(images[part], *(table[part] for table in colours))
+        changed = images[part]
+        if recoloured:
+            changed = _recoloured(changed, *(table[part] for table in colours))
         for number in set(position[part].tolist()):
             flip, turns = divmod(number, 4)
             these = torch.nonzero(position[part] == number)[:, 0].to(images.device)
