@@ -89,7 +89,7 @@ class Curriculum:
     def _good(self, batch: RegionBatch) -> NDArray[np.bool_]:
         """The regions that were read, and that every teacher knows."""
         known = [lesson.knows(batch.group.regions) for lesson in self.lessons]
-        return np.logical_and.reduce([batch.good, *known])
+        return np.asarray(np.stack([batch.good, *known]).all(0))
 
     def _drawn(self, batch: RegionBatch, view: int) -> tuple[Draws, NDArray[np.int64]]:
         """What is done to the regions in a view, and the number of that among what was kept."""

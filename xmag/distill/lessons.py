@@ -182,7 +182,7 @@ class KeptLesson:
         high: Tensor | None,  # noqa: ARG002 (its features are computed)
         variants: Numbers,
     ) -> Tensor:
-        """The kept features as the augmented regions have them, float32 (B, 16, dim), on the CPU."""
+        """The kept features, as augmented: float32 (B, 16, dim), on the CPU."""
         known = self.knows(regions)
         result = torch.zeros(len(regions), SIDE**2, self.dim)
         if self.kept.augmented:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xmag.distill.sources import RegionSource
+from xmag.distill.targets import KeptTargets
 from xmag.errors import DamagedSlideError, InputError
 
 _logger = logging.getLogger(__name__)
@@ -29,11 +30,29 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionBatch:
-    """A group that was read: `pixels` is uint8 (B, S, S, 3); what is not `good` is damaged, white."""
+    """A group that was read: `pixels` are uint8 (B, S, S, 3), white where they are not `good`."""
 
     group: Group
     pixels: Tensor
     good: NDArray[np.bool_]
+
+
+class LowViews:
+    """The low views that were kept with a teacher's features, as a source of images."""
+
+    def __init__(self, kept: KeptTargets) -> None:
+        self._kept = kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def read(self, indices: Sequence[int], /) -> NDArray[np.uint8]:
+        """Low views, uint8 (B, 224, 224, 3); DamagedSlideError where a region has none."""
+        if not self._kept.good[list(indices)].all():
+            raise DamagedSlideError(
+                f"of regions {list(indices)} some were damaged when the features were kept"
+            )
+        return self._kept.low(indices).numpy()
 
 
 class RegionLoader:

@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag.distill.lessons import Curriculum, Lesson, OnlineLesson
-from xmag.distill.loader import Group, RegionLoader
-from xmag.distill.order import positions, share
+from xmag.distill.curriculum import Curriculum
+from xmag.distill.lessons import KeptLesson, Lesson, check_lessons
+from xmag.distill.loader import Group, LowViews, RegionLoader
+from xmag.distill.order import Order, share
 from xmag.distill.ranks import summed
 from xmag.distill.settings import Settings
-from xmag.distill.sources import RegionSource
+from xmag.distill.sources import RegionSource, SlideRegions
 from xmag.distill.step import StepRecord, Trainer
 from xmag.distill.stopwatch import Stopwatch
 from xmag.distill.student import Student, StudentStart
 from xmag.distill.validation import ValidationSet
 from xmag.distill.views import SIDE
 from xmag.errors import InputError
-from xmag.geometry import TileSpec
 from xmag.training import Ranks
 
 _MOST_THREADS = 16
@@ -72,7 +72,7 @@ class Session:
         device: torch.device,
     ) -> None:
         train = settings.train
-        _check_lessons(lessons, student.config.tile_spec)
+        check_lessons(lessons, student.config.tile_spec)
         if train.batch % ranks.world:
             raise InputError(
                 f"train.batch is {train.batch}, which {ranks.world} processes cannot share alike;"
@@ -82,13 +82,21 @@ class Session:
         self.names = [lesson.name for lesson in lessons]
         self.config = student.config
         self.total_steps = train.total_steps(len(split.training))
+        self._order = Order(
+            split.training,
+            batch=train.batch,
+            seed=train.seed,
+            sources=_slides_of(source, split.training),
+        )
         each = train.batch // ranks.world
         self._share = share(
             ranks.rank, ranks.world, batch=train.batch, micro_batch=train.micro_batch or each
         )
+        lows = _kept_low_views(lessons)
+        size = student.config.tile_spec.size_px
         self.loader = RegionLoader(
-            source,
-            side=SIDE * student.config.tile_spec.size_px,
+            lows or source,
+            side=size if lows else SIDE * size,
             threads=settings.loader.threads or _threads_of_a_rank(),
             ahead=settings.loader.prefetch,
             device=device,
@@ -99,6 +107,7 @@ class Session:
             seed=train.seed,
             views=train.views,
             device=device,
+            reads_low=lows is not None,
         )
         self.trainer = self._trainer(student, lessons)
 
@@ -141,12 +150,9 @@ class Session:
 
     def groups(self, number: int) -> Iterator[Group]:
         """The share of this rank in the regions of a step, in parts that are read together."""
-        train = self.settings.train
-        rows, epochs = positions(
-            number, regions=len(self.split.training), batch=train.batch, seed=train.seed
-        )
+        regions, epochs = self._order.step(number)
         for part in self._share:
-            yield Group(regions=self.split.training[rows[part]], epochs=epochs[part])
+            yield Group(regions=regions[part], epochs=epochs[part])
 
     def validation_set(self) -> ValidationSet:
         """The share of this rank in the regions held out, read now."""
@@ -156,13 +162,11 @@ class Session:
     def find_centres(self) -> None:
         """Find the mean feature of each teacher over the first regions, the same on all ranks."""
         count = min(self.settings.loss.centre_regions, len(self.split.training))
-        rows, _ = positions(
-            0, regions=len(self.split.training), batch=count, seed=self.settings.train.seed
-        )
+        regions, _ = self._order.positions(0, count)
         lessons = self.curriculum.lessons
         sums = [torch.zeros(lesson.dim, dtype=torch.float64) for lesson in lessons]
         seen = torch.zeros((), dtype=torch.float64)
-        for low, targets in self._plain(self.split.training[np.sort(rows)]):
+        for low, targets in self._plain(np.sort(regions)):
             seen += len(low)
             for total, target in zip(sums, targets, strict=True):
                 total.add_(target.mean(1).double().sum(0).cpu())
@@ -214,23 +218,17 @@ def decisive(session: Session, student: StudentStart, data: Mapping[str, Any]) -
     }
 
 
-def _check_lessons(lessons: Sequence[Lesson], spec: TileSpec) -> None:
-    names = [lesson.name for lesson in lessons]
-    if not names or len(set(names)) < len(names):
-        raise InputError(
-            f"the teachers are {names}; expected at least one, and a name of its own for each"
-        )
-    for lesson in lessons:
-        if not isinstance(lesson, OnlineLesson):
-            continue
-        seen = lesson.teacher.tile_spec
-        if seen.size_px != spec.size_px or seen.mpp * SIDE != spec.mpp:
-            raise InputError(
-                f"the teacher {lesson.name} sees {seen.size_px} px at {seen.mpp:g} µm/px and the"
-                f" student {spec.size_px} px at {spec.mpp:g} µm/px; expected the same px at"
-                f" {SIDE} times the µm/px, so that a tile of the student is {SIDE} x {SIDE} of the"
-                " teacher's"
-            )
+def _slides_of(source: RegionSource, regions: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Which slide each region is from, where that is known."""
+    return source.manifest.places[regions, 0] if isinstance(source, SlideRegions) else None
+
+
+def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
+    """The low views that were kept with features, where that spares reading the slides."""
+    if any(lesson.sees_pixels for lesson in lessons):
+        return None
+    kept = [lesson.kept for lesson in lessons if isinstance(lesson, KeptLesson)]
+    return next((LowViews(targets) for targets in kept if targets.has_low), None)
 
 
 def _threads_of_a_rank() -> int:
