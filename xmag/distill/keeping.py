@@ -36,7 +36,7 @@ from xmag.distill.targets import (
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_PX, low_view, teacher_tiles
 from xmag.encoder.model import resolve_device
-from xmag.errors import InputError, ModelError
+from xmag.errors import InputError, ModelError, OutputError
 from xmag.extract import progress_bar
 from xmag.files import atomic_path, write_text
 from xmag.provenance import Provenance
@@ -151,7 +151,12 @@ def _begun(job: _Job, ranks: Ranks) -> int:
     """The size of the shards of a folder that is begun now, or was before."""
     path = job.folder / _BEGUN
     if ranks.leads and not path.is_file():
-        job.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make the folder {job.folder}: {error.strerror}; give another one"
+            ) from error
         size = max(_LEAST_SHARD_REGIONS, -(-len(job.manifest) // _MOST_SHARDS))
         write_text(path, job.header(size).to_json())
     ranks.wait()

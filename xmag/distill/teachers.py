@@ -258,7 +258,13 @@ def _timm_teacher(
         ) from error
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    model = timm.create_model(name.removeprefix(_TIMM), pretrained=True, num_classes=0).eval()
+    try:
+        model = timm.create_model(name.removeprefix(_TIMM), pretrained=True, num_classes=0).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"timm cannot load {name.removeprefix(_TIMM)!r}: {error}. Expected one of"
+            " timm.list_pretrained(), and a network for what is not in its cache"
+        ) from error
     about = timm.data.resolve_model_data_config(model)
     if tuple(about["input_size"][1:]) != (TILE_PX, TILE_PX) and hasattr(model, "set_input_size"):
         model.set_input_size((TILE_PX, TILE_PX))
