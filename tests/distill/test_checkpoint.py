@@ -21,7 +21,8 @@ from xmag.distill.settings import (
     Settings,
     TrainSettings,
 )
-from xmag.distill.training import CHECKPOINT, Summary, distill
+from xmag.distill.summary import Summary
+from xmag.distill.training import CHECKPOINT, distill
 from xmag.errors import OutputError
 
 STEPS = 24

@@ -28,7 +28,8 @@ from xmag.distill.settings import (
     TrainSettings,
 )
 from xmag.distill.student import StudentStart
-from xmag.distill.training import Summary, distill
+from xmag.distill.summary import Summary
+from xmag.distill.training import distill
 from xmag.errors import InputError, MismatchError, ModelError
 
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from xmag.distill.sources import RegionSource
 from xmag.distill.step import StepRecord
 from xmag.distill.stopwatch import Stopwatch
 from xmag.distill.student import Student, StudentStart
+from xmag.distill.summary import Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher
 from xmag.distill.validation import ValidationSet, validate
 from xmag.errors import ModelError, OutputError
@@ -39,25 +40,6 @@ _logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """What a run came to.
-
-    `validation` are the last cosines to the teachers, and `untrained` those before the first step;
-    both are empty without regions held out. `damaged` is the number of regions that could not be
-    read; `model` is the folder for `load_model`, and `seconds` the time of all parts of the run.
-    """
-
-    steps: int
-    epochs: float
-    regions: int
-    damaged: int
-    seconds: float
-    validation: Mapping[str, float] = field(default_factory=dict)
-    untrained: Mapping[str, float] = field(default_factory=dict)
-    model: Path | None = None
 
 
 def distill(
@@ -210,7 +192,7 @@ class _Run:
         session, path = self._session, self._folder / CHECKPOINT
         if not path.exists():
             if session.ranks.leads:
-                _make_folder(self._folder)
+                make_folder(self._folder)
             if session.settings.loss.centre:
                 session.find_centres()
             return 0
@@ -305,7 +287,8 @@ class _Run:
         )
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder for results; OutputError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
