@@ -59,7 +59,7 @@ class Curriculum:
             with watch.part("teacher"):
                 for lesson, found in zip(self.lessons, targets, strict=True):
                     said = lesson.targets(regions, draws, high, variants)
-                    found.append(said.to(self._device, non_blocking=True))
+                    found.append(said.to(self._device, non_blocking=True).float())
         good = torch.from_numpy(self._good(batch).astype(np.float32)).to(self._device)
         return Views(
             low=torch.cat(lows),
@@ -84,7 +84,7 @@ class Curriculum:
         low = augment(pixels if self._reads_low else low_view(pixels), draws)
         high = augment(pixels, draws) if self._sees_pixels else None
         said = [lesson.targets(regions, draws, high, variants) for lesson in self.lessons]
-        return low, [features.to(self._device) for features in said]
+        return low, [features.to(self._device).float() for features in said]
 
     def _good(self, batch: RegionBatch) -> NDArray[np.bool_]:
         """The regions that were read, and that every teacher knows."""

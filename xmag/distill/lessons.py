@@ -61,7 +61,9 @@ class Lesson(Protocol):
     def targets(
         self, regions: Numbers, draws: Draws, high: Tensor | None, variants: Numbers
     ) -> Tensor:
-        """The features of augmented regions: float32 (B, 16, dim); 0 where it knows nothing.
+        """The features of augmented regions: (B, 16, dim), 0 where it knows nothing.
+
+        They are float32 or float16, wherever they are.
 
         `high` are the augmented high views, for a lesson that sees pixels; `variants` (B,) are the
         numbers of the kept augmentations, for one that has `variants`.
@@ -182,14 +184,13 @@ class KeptLesson:
         high: Tensor | None,  # noqa: ARG002 (its features are computed)
         variants: Numbers,
     ) -> Tensor:
-        """The kept features, as augmented: float32 (B, 16, dim), on the CPU."""
+        """The kept features, as augmented: float16 (B, 16, dim), on the CPU."""
         known = self.knows(regions)
-        result = torch.zeros(len(regions), SIDE**2, self.dim)
+        chosen = variants[known] if self.kept.augmented else 0
+        result = torch.zeros(len(regions), SIDE**2, self.dim, dtype=torch.float16)
+        result[torch.from_numpy(known)] = self.kept.features(regions[known], chosen)
         if self.kept.augmented:
-            found = self.kept.features(regions[known], variants[known])
-            result[torch.from_numpy(known)] = found.float()
             return result
-        result[torch.from_numpy(known)] = self.kept.features(regions[known]).float()
         grid = result.view(len(regions), SIDE, SIDE, self.dim)
         return map_tokens(grid, draws).reshape(result.shape)
 

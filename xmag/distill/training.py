@@ -38,13 +38,16 @@ from xmag.training import joined_ranks
 
 _logger = logging.getLogger(__name__)
 
+AnyTeacher = Teacher | WeightedTeacher | Lesson
+"""A teacher that looks at every view, with a weight if it has one; or what else says of regions."""
+
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
 
 
 def distill(
     source: RegionSource,
-    teachers: Teacher | Sequence[Teacher | WeightedTeacher | Lesson],
+    teachers: AnyTeacher | Sequence[AnyTeacher],
     student: StudentStart,
     out: str | os.PathLike[str],
     *,
@@ -115,14 +118,14 @@ def distill(
 
 
 def lessons_of(
-    teachers: Teacher | Sequence[Teacher | WeightedTeacher | Lesson],
+    teachers: AnyTeacher | Sequence[AnyTeacher],
 ) -> list[Lesson]:
     """The lessons that teachers give, each of weight 1 where nothing else is said."""
-    each = [teachers] if isinstance(teachers, Teacher) else teachers
+    each = teachers if isinstance(teachers, Sequence) else [teachers]
     return [_lesson_of(teacher) for teacher in each]
 
 
-def _lesson_of(teacher: Teacher | WeightedTeacher | Lesson) -> Lesson:
+def _lesson_of(teacher: AnyTeacher) -> Lesson:
     if isinstance(teacher, WeightedTeacher):
         return OnlineLesson(teacher=teacher.teacher, weight=teacher.weight)
     return OnlineLesson(teacher=teacher) if isinstance(teacher, Teacher) else teacher
