@@ -1,12 +1,14 @@
 """From slides and a file to a model: what the command line does."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.distilling import colourful_regions
 from support.models import TINY, random_vit
-from support.slides import write_svs
+from support.slides import texture, write_svs
 
 import xmag
 from xmag.distill.run import run_config
@@ -14,6 +16,7 @@ from xmag.encoder import Encoder
 from xmag.errors import InputError, MismatchError, SlideScaleError
 from xmag.hub.registry import ModelConfig
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = """
 out = "run"
 [data]
@@ -121,6 +124,24 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(
     assert (needs.keeping_seconds > 0) == (keep == "plain")
     assert summary.seconds == pytest.approx(needs.keeping_seconds + 4 * needs.seconds_per_step)
     assert summary.lines()[-1] == "dry run   nothing was written"
+
+
+def test_the_example_makes_a_model(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "slides").mkdir(exist_ok=True)
+        path = tmp_path / "slides" / f"{name}.svs"
+        write_svs(
+            path, mpp=0.5, power=20, levels=(1, 16), pixels=texture(1900, 1900, seed=ord(name))
+        )
+    command = [
+        sys.executable, EXAMPLES / "distill.py", tmp_path / "slides", tmp_path / "out",
+        "--teacher", folder / "teacher", "--student", "xmag_mini",
+        "--regions", "5", "--steps", "2", "--batch", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, timeout=100, stdout=subprocess.PIPE, text=True)
+    assert "model     " in done.stdout
+    encoder = xmag.load_model(tmp_path / "out" / "model", device="cpu")
+    assert (encoder.embed_dim, encoder.tile_spec.mpp) == (192, 2.0)
 
 
 def test_a_changed_sample_is_refused(folder: Path, tmp_path: Path) -> None:
