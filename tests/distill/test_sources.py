@@ -1,7 +1,9 @@
 """Regions against the tiles of a plan, against crops of the image, and with damage in them."""
 
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +22,11 @@ from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideEr
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import read_tiles
+from xmag.tiles import PROCESSES_SUPPORTED, read_tiles
+from xmag.tiles.place_processes import PlacePool, Places
 from xmag.tiles.places import read_places
 
+in_processes = pytest.mark.skipif(not PROCESSES_SUPPORTED, reason="needs POSIX")
 LANCZOS = TileSpec(mpp=0.5, size_px=896, resample="lanczos")
 
 
@@ -182,6 +186,74 @@ def test_damage_is_an_error_a_count_and_never_px(folder: Path, tmp_path: Path) -
         assert np.array_equal(found, expected[[4, *good]])
         assert source.read_intact([bad])[1].shape == (0, 896, 896, 3)
         assert "tile 114 (row 7, column 9)" in source.damaged[bad]
+
+
+@in_processes
+def test_processes_read_the_same_and_leave_none_behind(
+    folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    expected = planned(folder, manifest)
+    with SlideRegions(manifest, folder, processes=2) as source:
+        assert np.array_equal(source.read([4, 0, 2, 5]), expected[[4, 0, 2, 5]])
+        with ThreadPoolExecutor(3) as pool:
+            found = pool.map(source.read, [[1], [3], [1], [0]])
+            assert np.array_equal(np.concatenate(list(found)), expected[[1, 3, 1, 0]])
+        started = [child.process for child in source._children._children]
+        assert [process.poll() for process in started] == [None, None]
+        started[0].kill()
+        assert np.array_equal(source.read([1, 2, 3]), expected[1:4])  # another takes its place
+        assert not source.damaged
+    assert all(process.poll() is not None for process in started)
+    with pytest.raises(ClosedSlideError):
+        source.read([0])
+
+
+@in_processes
+def test_a_slide_that_kills_who_reads_it_is_damaged(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stuck.svs")  # opening it waits for a writer that never comes
+    stuck = Places(str(tmp_path / "stuck.svs"), None, REGION_SPEC, np.array([[0, 0]]))
+    tiles = np.empty((1, 896, 896, 3), np.uint8)
+    with PlacePool(1, slot_tiles=1, size_px=896) as pool:
+
+        def kill_all() -> None:
+            for _ in range(2):
+                process = pool._children[0].process
+                while pool._children[0].process is process and process.poll() is None:
+                    time.sleep(0.3)
+                    process.kill()
+                while pool._children[0].process is process and not done.is_set():
+                    time.sleep(0.01)
+
+        done = threading.Event()
+        killer = threading.Thread(target=kill_all)
+        killer.start()
+        with pytest.raises(DamagedSlideError, match="was killed by signal 9"):
+            pool.read(stuck, tiles)
+        done.set()
+        killer.join()
+        with pytest.raises(SlideError, match="there is no file"):
+            pool.read(Places(str(tmp_path / "no.svs"), None, REGION_SPEC, stuck.coords), tiles)
+    assert not [t for t in threading.enumerate() if t is killer]
+
+
+@in_processes
+def test_what_processes_find_wrong_is_what_threads_do(folder: Path, tmp_path: Path) -> None:
+    copy = damaged_copy(folder, tmp_path / "damaged")
+    manifest = plan_slides(copy, tissue=None, overlap=200)
+    with SlideRegions(manifest, copy) as source:
+        source.read_intact(range(6))
+        expected = dict(source.damaged)
+    with SlideRegions(manifest, copy, processes=1) as source:
+        rows, _ = source.read_intact(range(6))
+        assert dict(source.damaged) == expected
+        assert len(expected) == 1
+        assert len(rows) == 5
+    (copy / "odd.svs").write_bytes(b"II*\0")
+    with (
+        SlideRegions(manifest, copy, processes=1) as source,
+        pytest.raises(InputError, match=r"'odd\.svs' is not the file"),
+    ):
+        source.read([5])
 
 
 def test_damage_in_anyones_source_is_found_one_by_one() -> None:

@@ -18,7 +18,8 @@ from xmag.distill.manifest import Manifest, ManifestSource
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide
-from xmag.tiles import default_threads
+from xmag.tiles import PROCESSES_SUPPORTED, default_threads
+from xmag.tiles.place_processes import PlacePool, Places
 from xmag.tiles.places import read_places
 
 Regions = NDArray[np.uint8]
@@ -32,6 +33,7 @@ _OPEN_IMAGE_BYTES = 1 << 30
 
 _IN_MEMORY = {"png", "jpeg"}
 """Formats of plain images."""
+_CLOSED = "the regions are closed; use them inside their `with` block"
 _TASKS_EACH = 2
 """Tasks that each thread gets of a call, at least: fewer would leave some idle at its end."""
 
@@ -83,16 +85,32 @@ class SlideRegions:
         root: The folder that the manifest's paths are relative to.
         threads: Decoding threads that a call for several regions shares; by default one a usable
             core, at most 8. A call for a single region decodes in the thread that makes it.
+        processes: Child processes that decode instead of threads, which stop scaling at some 200
+            regions a second (POSIX only). Each works for one call at a time: a call for several
+            regions keeps them all busy, calls for one region as many as there are calls.
     """
 
     def __init__(
-        self, manifest: Manifest, root: str | os.PathLike[str], *, threads: int | None = None
+        self,
+        manifest: Manifest,
+        root: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        processes: int = 0,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads!r}; expected at least 1, or None")
+        if (threads is not None and threads < 1) or processes < 0:
+            raise InputError(
+                f"threads is {threads!r} and processes {processes!r}; expected at least 1 thread"
+                " or None, and 0 processes or more"
+            )
+        if processes and not PROCESSES_SUPPORTED:
+            raise InputError("decoding processes need POSIX; use processes=0, which uses threads")
         self.manifest = manifest
         self._slides = _OpenSlides(manifest.sources, Path(root))
-        self._threads = threads or default_threads()
+        self._threads = processes or threads or default_threads()
+        self._children = (
+            PlacePool(processes, slot_tiles=1, size_px=manifest.spec.size_px) if processes else None
+        )
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="xmag-regions")
         self._damaged: dict[int, str] = {}
 
@@ -147,6 +165,8 @@ class SlideRegions:
         """Close the slides and end the threads. Closing twice is fine."""
         self._pool.shutdown(cancel_futures=True)
         self._slides.close()
+        if self._children is not None:
+            self._children.close()
 
     def __enter__(self) -> Self:
         return self
@@ -183,10 +203,15 @@ class SlideRegions:
         self, wanted: NDArray[np.int64], regions: Regions, source: int, rows: NDArray[np.int64]
     ) -> None:
         """Read some rows of `regions`, all from one source; what cannot be read is marked."""
-        coords = self.manifest.places[wanted[rows], 1:]
+        coords, spec = self.manifest.places[wanted[rows], 1:], self.manifest.spec
         try:
+            if self._children is not None:
+                path, mpp = self._slides.verified(source), self.manifest.sources[source].mpp
+                for row, place in zip(rows, coords[:, None], strict=True):
+                    self._children.read(Places(str(path), mpp, spec, place), regions[row][None])
+                return
             with self._slides.opened(source) as slide:
-                regions[rows] = read_places(slide, self.manifest.spec, coords)
+                regions[rows] = read_places(slide, spec, coords)
         except DamagedSlideError as error:
             if len(rows) == 1:
                 self._damaged.setdefault(int(wanted[rows[0]]), str(error))
@@ -220,7 +245,7 @@ class _OpenSlides:
         """The slide of a source, open for as long as the context lasts."""
         with self._lock:
             if self._closed:
-                raise ClosedSlideError("the regions are closed; use them inside their `with` block")
+                raise ClosedSlideError(_CLOSED)
             entry = self._entries.setdefault(number, _Entry())
             self._entries.move_to_end(number)
             entry.users += 1
@@ -248,7 +273,10 @@ class _OpenSlides:
                     entry.slide.close()
             self._entries.clear()
 
-    def _open(self, number: int) -> Slide:
+    def verified(self, number: int) -> Path:
+        """The path of a source, once its content is known to be the manifest's."""
+        if self._closed:
+            raise ClosedSlideError(_CLOSED)
         source = self._sources[number]
         path = self._root / source.path
         if number not in self._verified:
@@ -266,7 +294,10 @@ class _OpenSlides:
                     " make the manifest again"
                 )
             self._verified.add(number)
-        return Slide(path, mpp=source.mpp)
+        return path
+
+    def _open(self, number: int) -> Slide:
+        return Slide(self.verified(number), mpp=self._sources[number].mpp)
 
     def _close_some(self) -> None:
         """Close what was not used for longest, until the rest fits. Called under the lock."""
