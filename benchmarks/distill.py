@@ -47,7 +47,7 @@ from xmag.distill import (
     plan_slides,
 )
 from xmag.distill.lessons import Lesson
-from xmag.distill.session import Session, Split
+from xmag.distill.session import Session, Split, reading_processes, reading_threads
 from xmag.distill.stopwatch import Stopwatch
 from xmag.distill.training import on_device
 from xmag.encoder import Encoder
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--student", default="dinov2_vitb14", help="a known config, or tiny")
     parser.add_argument("--batch", type=int, default=48, help="regions a step on each GPU")
     parser.add_argument("--steps", type=int, default=8, help="timed, of a teacher that looks")
-    parser.add_argument("--threads", type=int, help="that read, a process")
+    parser.add_argument("--processes", type=int, help="that decode for each GPU")
     parser.add_argument("--slides", type=int, default=4)
     parser.add_argument("--side", type=int, default=10, help="regions along a slide's side")
     parser.add_argument("--json", type=Path)
@@ -84,7 +84,15 @@ def main() -> None:
         # Each process writes slides of its own: the same ones.
         write_slides(Path(folder), args.slides, args.side)
         manifest = plan_slides(folder, tissue=None, progress=False)
-        source = stack.enter_context(SlideRegions(manifest, folder, threads=args.threads))
+        loader, device = loader_of(args), ranks.device()
+        source = stack.enter_context(
+            SlideRegions(
+                manifest,
+                folder,
+                threads=reading_threads(loader, device),
+                processes=reading_processes(loader, device),
+            )
+        )
         rows = measured(args, ranks, source, manifest, Path(folder))
         if ranks.leads:
             title = (
@@ -166,7 +174,7 @@ def new_session(
     student = TINY if args.student == "tiny" else args.student
     settings = Settings(
         train=TrainSettings(epochs=1000, batch=args.batch * ranks.world),
-        loader=LoaderSettings(threads=args.threads),
+        loader=loader_of(args),
     )
     return Session(
         source,
@@ -177,6 +185,10 @@ def new_session(
         ranks=ranks,
         device=ranks.device(),
     )
+
+
+def loader_of(args: argparse.Namespace) -> LoaderSettings:
+    return LoaderSettings(processes=args.processes)
 
 
 def timed(session: Session, steps: int, batch: int) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def main() -> None:
             train=TrainSettings(steps=args.steps, batch=args.batch),
         )
         known = args.student in CONFIGS
-        with SlideRegions(manifest, args.slides) as source:
+        # Child processes decode more than threads can, where a GPU takes the rest of the work.
+        processes = 8 if ranks.device().type == "cuda" else 0
+        with SlideRegions(manifest, args.slides, processes=processes) as source:
             summary = distill(
                 source,
                 load_teacher(args.teacher, device=ranks.device()),

@@ -130,9 +130,7 @@ def test_the_example_makes_a_model(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "slides").mkdir(exist_ok=True)
         path = tmp_path / "slides" / f"{name}.svs"
-        write_svs(
-            path, mpp=0.5, power=20, levels=(1, 16), pixels=texture(900, 900, seed=ord(name))
-        )
+        write_svs(path, mpp=0.5, power=20, levels=(1, 16), pixels=texture(900, 900, seed=ord(name)))
     command = [
         sys.executable, EXAMPLES / "distill.py", tmp_path / "slides", tmp_path / "out",
         "--teacher", folder / "teacher", "--student", "xmag_mini",

@@ -16,7 +16,7 @@ from xmag.distill.manifest import Manifest, held_out
 from xmag.distill.needs import UnkeptLesson, measured_needs, seconds_to_keep
 from xmag.distill.sampling import plan_images, plan_slides
 from xmag.distill.schedule import SCHEDULES
-from xmag.distill.session import Session, Split
+from xmag.distill.session import Session, Split, reading_processes, reading_threads
 from xmag.distill.sources import SlideRegions
 from xmag.distill.student import StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Summary
@@ -119,9 +119,14 @@ class _Job:
         )
 
     def _source(self, manifest: Manifest, stack: ExitStack) -> SlideRegions:
-        root = self._paths()[1]
-        threads = self.config.loader.threads
-        return stack.enter_context(SlideRegions(manifest, root, threads=threads))
+        loader, device = self.config.loader, self.ranks.device()
+        regions = SlideRegions(
+            manifest,
+            self._paths()[1],
+            threads=reading_threads(loader, device),
+            processes=reading_processes(loader, device),
+        )
+        return stack.enter_context(regions)
 
     def _manifest(self) -> Manifest:
         """The regions that `out` keeps, sampled by the first process where there are none yet."""

@@ -16,7 +16,7 @@ from xmag.distill.lessons import KeptLesson, Lesson, check_lessons
 from xmag.distill.loader import Group, LowViews, RegionLoader
 from xmag.distill.order import Order, share
 from xmag.distill.ranks import summed
-from xmag.distill.settings import Settings
+from xmag.distill.settings import LoaderSettings, Settings
 from xmag.distill.sources import RegionSource, SlideRegions
 from xmag.distill.step import StepRecord, Trainer
 from xmag.distill.stopwatch import Stopwatch
@@ -26,7 +26,7 @@ from xmag.distill.views import SIDE
 from xmag.errors import InputError
 from xmag.training import Ranks
 
-_MOST_THREADS = 16
+_MOST_CORES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class Session:
         self.loader = RegionLoader(
             lows or source,
             side=size if lows else SIDE * size,
-            threads=settings.loader.threads or _threads_of_a_rank(),
+            threads=reading_threads(settings.loader, device),
             ahead=settings.loader.prefetch,
             device=device,
         )
@@ -231,9 +231,21 @@ def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
     return next((LowViews(targets) for targets in kept if targets.has_low), None)
 
 
-def _threads_of_a_rank() -> int:
+def reading_processes(loader: LoaderSettings, device: torch.device) -> int:
+    """How many child processes decode for this rank."""
+    if loader.processes is not None:
+        return loader.processes
+    return _cores_of_a_rank() if device.type == "cuda" and os.name == "posix" else 0
+
+
+def reading_threads(loader: LoaderSettings, device: torch.device) -> int:
+    """How many threads ask for regions: as many as keep all processes busy."""
+    return loader.threads or max(_cores_of_a_rank(), reading_processes(loader, device))
+
+
+def _cores_of_a_rank() -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_THREADS, cores // sharing))
+    return max(1, min(_MOST_CORES, cores // sharing))

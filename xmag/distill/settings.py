@@ -116,13 +116,21 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderSettings:
-    """Who reads: `threads` a process (None: one for each of its cores), and how far ahead."""
+    """Who reads regions, and how many batches ahead.
+
+    Each rank has `threads` (None: one for each of its cores) and as many child `processes`, which
+    go further than threads of one interpreter can (None: one for each of its cores where it trains
+    on a GPU, and none on a CPU; 0: the threads decode).
+    """
 
     threads: int | None = None
+    processes: int | None = None
     prefetch: int = 3
 
     def __post_init__(self) -> None:
-        _check("loader", self, "threads", (self.threads or 1) > 0, "a positive number, or none")
+        threads, processes = self.threads, self.processes
+        _check("loader", self, "threads", threads is None or threads > 0, "a positive number")
+        _check("loader", self, "processes", (processes or 0) >= 0, "a number from 0 on")
         _check("loader", self, "prefetch", self.prefetch > 0, "a positive number of batches")
 
 
