@@ -1,5 +1,6 @@
 """A run that is killed, or whose disk runs full, and what is left of it."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -154,9 +156,9 @@ def test_a_checkpoint_tells_what_it_is_of(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / CHECKPOINT, "pt") as file:
         about = json.loads(file.metadata()["xmag"])
     assert about["step"] == STEPS
-    assert about["decisive"]["data"] == {
-        "slides": 1, "training_regions": 10, "validation_regions": 2,
-    }  # fmt: skip
+    data = about["decisive"]["data"]
+    assert data["validation_sha256"] == hashlib.sha256(np.array([0, 5]).tobytes()).hexdigest()
+    assert (data["slides"], data["training_regions"], data["validation_regions"]) == (1, 10, 2)
     assert about["decisive"]["teachers"][0]["name"] == "random"
     state = load_checkpoint(tmp_path / CHECKPOINT)
     assert state.centres[0].shape == (24,)

@@ -233,7 +233,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(MismatchError, match=r"settings.train.lr: 0.002 there, 0.001 here"):
         run(tmp_path, quick(lr=1e-3))
-    with pytest.raises(MismatchError, match=r"teachers"):
+    with pytest.raises(MismatchError, match=r"data\.validation_sha256"):
+        run(tmp_path, validation=[0, 6])
+    with pytest.raises(MismatchError, match=r"teachers\[0\]\.seed: 0 there, 9 here"):
         run(tmp_path, teachers=RandomTeacher(seed=9))
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 

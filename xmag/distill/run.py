@@ -14,6 +14,7 @@ from xmag.distill.keeping import keep_targets
 from xmag.distill.lessons import KeptLesson, Lesson, OnlineLesson
 from xmag.distill.manifest import Manifest, held_out
 from xmag.distill.needs import UnkeptLesson, measured_needs, seconds_to_keep
+from xmag.distill.record import check_tensorboard
 from xmag.distill.sampling import plan_images, plan_slides
 from xmag.distill.schedule import SCHEDULES
 from xmag.distill.session import Session, Split, reading_processes, reading_threads
@@ -83,6 +84,8 @@ class _Job:
 
     def dry_run(self, stack: ExitStack) -> Summary:
         """Sample, and take a few steps; nothing is written."""
+        if self.config.log.tensorboard:
+            check_tensorboard()
         known = (self.out / MANIFEST).exists()
         source = self._source(self._manifest() if known else self._sampled(), stack)
         lessons, keeping = [], 0.0

@@ -1,5 +1,6 @@
 """A student, its teachers and its regions, ready to take steps; writes nothing."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -181,9 +182,10 @@ class Session:
         self.curriculum.centres = [mean.float() for mean in means]
 
     def damaged(self) -> NDArray[np.bool_]:
-        """Which regions of the source were found damaged, by any rank."""
+        """Which regions of the source were found damaged, by any rank; each knows of all then."""
         found = torch.from_numpy(self.loader.damaged.astype(np.int32)).to(self.device)
-        return (summed(found) > 0).cpu().numpy()
+        self.loader.damaged |= (summed(found) > 0).cpu().numpy()
+        return self.loader.damaged
 
     def _plain(self, regions: NDArray[np.int64]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The share of this rank in some regions, without augmentation, in parts."""
@@ -212,6 +214,7 @@ def decisive(session: Session, student: StudentStart, data: Mapping[str, Any]) -
         ],
         "data": {
             **data,
+            "validation_sha256": hashlib.sha256(split.validation.tobytes()).hexdigest(),
             "training_regions": len(split.training),
             "validation_regions": len(split.validation),
         },

@@ -117,9 +117,7 @@ def distill(
     return replace(summary, model=model)
 
 
-def lessons_of(
-    teachers: AnyTeacher | Sequence[AnyTeacher],
-) -> list[Lesson]:
+def lessons_of(teachers: AnyTeacher | Sequence[AnyTeacher]) -> list[Lesson]:
     """The lessons that teachers give, each of weight 1 where nothing else is said."""
     each = teachers if isinstance(teachers, Sequence) else [teachers]
     return [_lesson_of(teacher) for teacher in each]
@@ -223,8 +221,7 @@ class _Run:
                 ' train.precision = "float32"; the last checkpoint is from before'
             )
         session = self._session
-        damaged = session.damaged()
-        self._damaged = int(damaged.sum())
+        self._damaged = int(session.damaged().sum())
         parts = self._watch.seconds()
         now = time.perf_counter()
         passed = now - self._start
