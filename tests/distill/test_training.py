@@ -30,7 +30,7 @@ from xmag.distill.settings import (
 from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
 from xmag.distill.training import distill
-from xmag.errors import InputError, MismatchError, ModelError
+from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
 
 
 def quick(
@@ -186,6 +186,15 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     logged = {event.step: event.value for event in events.Scalars("metrics/loss")}
     expected = {int(row["step"]): float(row["loss"]) for row in rows(tmp_path / "metrics.csv")}
     assert logged == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_tensorboard_the_install_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'xmag\[distill\]'"):
+        run(tmp_path, Settings())
+    run(tmp_path)
 
 
 def test_a_teacher_of_another_scale_is_refused(tmp_path: Path) -> None:
