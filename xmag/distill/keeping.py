@@ -37,8 +37,8 @@ from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_PX, low_view, teacher_tiles
 from xmag.encoder.model import resolve_device
 from xmag.errors import InputError, ModelError, OutputError
-from xmag.extract import progress_bar
 from xmag.files import atomic_path, write_text
+from xmag.progress import progress_bar
 from xmag.provenance import Provenance
 from xmag.training import Ranks
 

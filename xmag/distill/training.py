@@ -33,7 +33,7 @@ from xmag.distill.summary import Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher
 from xmag.distill.validation import ValidationSet, validate
 from xmag.errors import ModelError, OutputError
-from xmag.extract import progress_bar
+from xmag.progress import progress_bar
 from xmag.training import joined_ranks
 
 _logger = logging.getLogger(__name__)
