@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag.devices import resolve_device
 from xmag.distill.augment import augment
 from xmag.distill.manifest import Manifest
 from xmag.distill.sources import Regions, RegionSource, SlideRegions, read_intact
@@ -35,7 +36,6 @@ from xmag.distill.targets import (
 )
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_PX, low_view, teacher_tiles
-from xmag.encoder.model import resolve_device
 from xmag.errors import InputError, ModelError, OutputError
 from xmag.files import atomic_path, write_text
 from xmag.progress import progress_bar

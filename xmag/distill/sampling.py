@@ -22,9 +22,9 @@ from xmag.errors import (
     UnsupportedSlideError,
     XmagWarning,
 )
-from xmag.extract import progress_bar
 from xmag.geometry import TileSpec
 from xmag.plan import Coords, plan_options, plan_tiles
+from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
 from xmag.slide import Slide, is_slide_path
 from xmag.tiles import default_threads

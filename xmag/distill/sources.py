@@ -85,8 +85,8 @@ class SlideRegions:
         root: The folder that the manifest's paths are relative to.
         threads: Decoding threads that a call for several regions shares; by default one a usable
             core, at most 8. A call for a single region decodes in the thread that makes it.
-        processes: Child processes that decode instead of threads, which stop scaling at some 200
-            regions a second (POSIX only). Each works for one call at a time: a call for several
+        processes: Child processes that decode instead of threads, which share one GIL (POSIX
+            only). Each works for one call at a time: a call for several
             regions keeps them all busy, calls for one region as many as there are calls.
     """
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from xmag.devices import resolve_device, resolve_dtype
 from xmag.distill.views import HIGH_MPP, TILE_PX
 from xmag.encoder import Encoder, load_model
-from xmag.encoder.model import resolve_device, resolve_dtype
 from xmag.errors import InputError, MissingExtraError, ModelError
 from xmag.geometry import TileSpec
 from xmag.hub.registry import ModelConfig
