@@ -4,8 +4,8 @@
 
 The slides are bags of generated tissue, no two with the same stain. In positive slides a share of
 the tiles has a fine chromatin pattern in its nuclei, of which xmag-mini's embeddings say little.
-Its strength is chosen beforehand, on a cohort of its own, as the first of --strengths at which the
-frozen encoder's AUROC is at least --aim; the cohorts that are reported are drawn anew.
+Its strength is chosen beforehand, on cohorts of their own, as the first of --strengths at which the
+frozen encoder's mean AUROC is at least --aim; the cohorts that are reported are drawn anew.
 
 frozen:      xmag-mini embeds each tile, MILClassifier (gated ABMIL) learns from the bags.
 end to end:  finetune_slides from the same encoder, with the same aggregator.
@@ -20,7 +20,7 @@ import argparse
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from xmag.encoder import Encoder, load_model
 from xmag.finetune import Settings, TileStore, finetune_slides
 from xmag.mil import MILClassifier
 
-SIDE = 224
 PERIODS_PX = (13, 19, 31, 53, 97, 211)
 STAIN = ((105.0, 70.0, 150.0), (242.0, 241.0, 243.0), (225.0, 150.0, 190.0))
 """RGB of nuclei, gaps and stroma."""
@@ -46,15 +45,16 @@ class Task:
     """How slides are made: their tiles, the share planted in a positive one, and how strongly."""
 
     tiles: int
+    size_px: int
     share: float
     strength: float
 
 
-def gratings(count: int, periods_px: Tensor, rng: torch.Generator) -> Tensor:
-    """A wave for each tile, (count, S, S), of random direction and phase."""
+def gratings(task: Task, periods_px: Tensor, rng: torch.Generator) -> Tensor:
+    """A wave for each tile, (tiles, S, S), of random direction and phase."""
     kind: dict[str, Any] = {"generator": rng, "device": rng.device}
-    angle, phase = torch.rand(2, count, 1, 1, **kind) * 2 * math.pi
-    axis = torch.arange(SIDE, dtype=torch.float32, device=rng.device)
+    angle, phase = torch.rand(2, task.tiles, 1, 1, **kind) * 2 * math.pi
+    axis = torch.arange(task.size_px, dtype=torch.float32, device=rng.device)
     along = axis[None, None] * angle.cos() + axis[None, :, None] * angle.sin()
     return torch.sin(2 * math.pi * along / periods_px + phase)
 
@@ -64,7 +64,7 @@ def make_slide(task: Task, *, positive: bool, rng: torch.Generator, name: str) -
     count = task.tiles
     kind: dict[str, Any] = {"generator": rng, "device": rng.device}
     scale = 0.8 + 0.45 * torch.rand(count, 1, 1, **kind)
-    waves = sum(gratings(count, period * scale, rng) for period in PERIODS_PX)
+    waves = sum(gratings(task, period * scale, rng) for period in PERIODS_PX)
     dense = torch.rand(count, 1, 1, **kind) - 0.5
     nuclei = torch.sigmoid(3 * (waves - 1.5 + dense))
     gaps = torch.sigmoid(-3 * (waves + 3))
@@ -73,10 +73,10 @@ def make_slide(task: Task, *, positive: bool, rng: torch.Generator, name: str) -
     pixels = torch.stack([nuclei, gaps, 1 - nuclei - gaps], -1) @ stain
     planted = torch.arange(count, device=rng.device) < round(task.share * count) * positive
     fine_px = 5 + 2 * torch.rand(count, 1, 1, **kind)
-    chromatin = gratings(count, fine_px, rng) * gratings(count, fine_px, rng)
+    chromatin = gratings(task, fine_px, rng) * gratings(task, fine_px, rng)
     # Every draw is made for every slide, so that planting is all that tells the classes apart.
     pixels += (task.strength * planted.view(-1, 1, 1) * nuclei * chromatin).unsqueeze(-1)
-    pixels += 4 * torch.randn(count, SIDE, SIDE, 1, **kind)
+    pixels += 4 * torch.randn(count, task.size_px, task.size_px, 1, **kind)
     return TileStore(pixels.clamp(0, 255).byte().cpu().numpy(), name)
 
 
@@ -90,6 +90,7 @@ class Cohort:
 
     @classmethod
     def draw(cls, task: Task, sizes: tuple[int, int, int], seed: int, device: str) -> "Cohort":
+        """A cohort of so many slides in each part, half of them positive; the same for a seed."""
         rng = torch.Generator(device).manual_seed(seed)
         parts = [
             [make_slide(task, positive=i % 2 == 1, rng=rng, name=f"{part}-{i}") for i in range(n)]
@@ -164,18 +165,36 @@ def end_to_end(
     return {"auroc": best[2], "rate": best[1], "s": time.perf_counter() - start}
 
 
+def task_of(args: argparse.Namespace, strength: float) -> Task:
+    return Task(tiles=args.tiles, size_px=args.size_px, share=args.share, strength=strength)
+
+
+def encoder_of(args: argparse.Namespace) -> Encoder:
+    """xmag-mini in float32; for tiles of another size than its own its positions are resized."""
+    mini = load_model("xmag-mini", device=args.device, dtype="float32")
+    spec = replace(mini.tile_spec, size_px=args.size_px)
+    config = replace(mini.config, tile_spec=spec)
+    return Encoder(
+        mini.vit, config, provenance=mini.provenance, device=args.device, dtype="float32"
+    )
+
+
 def chosen_strength(
     encoder: Encoder, sizes: tuple[int, int, int], args: argparse.Namespace
-) -> float:
-    """The first strength at which the frozen encoder reaches the aim, on a cohort of its own."""
+) -> tuple[float, list[dict[str, float]]]:
+    """The first strength at which the frozen encoder reaches the aim, and all that were tried."""
+    tried = []
     for strength in args.strengths:
-        task = Task(tiles=args.tiles, share=args.share, strength=strength)
-        cohort = Cohort.draw(task, sizes, seed=10_000, device=args.device)
-        found = frozen(encoder, cohort, args, seed=0)
-        print(f"strength {strength:g}: frozen AUROC {found['auroc']:.3f}", flush=True)
-        if found["auroc"] >= args.aim:
+        task = task_of(args, strength)
+        found = [
+            frozen(encoder, Cohort.draw(task, sizes, seed, args.device), args, seed)["auroc"]
+            for seed in range(10_000, 10_000 + args.pilots)
+        ]
+        tried.append({"strength": float(strength), "frozen AUROC": statistics.mean(found)})
+        print(f"pilot {tried[-1]}", flush=True)
+        if tried[-1]["frozen AUROC"] >= args.aim:
             break
-    return float(strength)
+    return tried[-1]["strength"], tried
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -196,8 +215,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=20, help="slides")
     parser.add_argument("--test", type=int, default=80, help="slides")
     parser.add_argument("--tiles", type=int, default=32, help="a slide")
+    parser.add_argument("--size-px", type=int, default=224, help="smaller for a try on a CPU")
     parser.add_argument("--share", type=float, default=0.25, help="planted in a positive slide")
     parser.add_argument("--strengths", type=float, nargs="+", default=[16, 24, 32, 40, 48, 64])
+    parser.add_argument("--pilots", type=int, default=2, help="cohorts that a strength is tried on")
     parser.add_argument("--aim", type=float, default=0.7)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4])
     parser.add_argument("--frozen-rates", type=float, nargs="+", default=[3e-4, 1e-3])
@@ -214,10 +235,10 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    encoder = load_model("xmag-mini", device=args.device, dtype="float32")
+    encoder = encoder_of(args)
     sizes = (args.train, args.validation, args.test)
-    strength = chosen_strength(encoder, sizes, args)
-    task = Task(tiles=args.tiles, share=args.share, strength=strength)
+    strength, tried = chosen_strength(encoder, sizes, args)
+    task = task_of(args, strength)
     rows = []
     for seed in range(args.seeds):
         cohort = Cohort.draw(task, sizes, seed=seed, device=args.device)
@@ -237,6 +258,7 @@ def main() -> None:
     low, high = interval(differences)
     more = {
         "strength": strength,
+        "pilots": tried,
         "frozen_mean": statistics.mean(row["frozen AUROC"] for row in rows),
         "end_to_end_mean": statistics.mean(row["end to end AUROC"] for row in rows),
         "difference_mean": statistics.mean(differences),
