@@ -24,7 +24,7 @@ from xmag.tiles.memory import Recycler
 Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
 
-_RUN_TILES = 16
+_RUN_TILES = 8
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
 
 
