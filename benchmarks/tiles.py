@@ -30,8 +30,8 @@ from xmag.slide import Slide
 from xmag.tiles import read_tiles
 from xmag.tissue import find_tissue
 
-BATCH = 64
-"""Tiles a batch of xmag: what a CPU embeds at once, and 29 MB of memory that is new each time."""
+BATCH = 32
+"""Tiles a batch of xmag: as many as `extract_features` takes on a CPU."""
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ def slide_path(tmp_path: Path) -> Path:
     return write_demo_slide(tmp_path / "slides" / "a.svs", size=(5400, 4500))
 
 
-def _run(script: str, *arguments: Path) -> str:
+def _run(script: str, *arguments: Path | str) -> str:
     command = [sys.executable, EXAMPLES / script, *arguments, "--model", "xmag-mini"]
     return subprocess.run(
         command, check=True, timeout=100, stdout=subprocess.PIPE, text=True
@@ -36,3 +36,19 @@ def test_a_cohort_and_again(slide_path: Path, tmp_path: Path) -> None:
     assert first.startswith("done ")
     assert again.startswith("skipped ")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.h5", "a.h5.png", "report.csv"}
+
+
+def test_fine_tuning_and_again(tmp_path: Path) -> None:
+    lines = ["slide,label,patient"]
+    for number, (label, patient) in enumerate(zip("abab", "wxyz", strict=True)):
+        write_demo_slide(tmp_path / f"{number}.svs", size=(2700, 2300), seed=number)
+        lines.append(f"{number}.svs,{label},{patient}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines))
+    command = ("finetune.py", tmp_path / "cohort.csv", tmp_path / "out", "--epochs", "1")
+    printed = _run(*command)
+    assert printed.startswith("epoch 0: loss ")
+    assert printed.splitlines()[-1] in ("0.svs: a", "0.svs: b")
+    assert {p.name for p in (tmp_path / "out" / "model").iterdir()} == {
+        "model.safetensors", "config.json", "classifier.safetensors", "classifier.json",
+    }  # fmt: skip
+    assert _run(*command) == printed

@@ -223,6 +223,19 @@ def test_a_repository_without_weights_lists_what_it_has(hub: FakeHub, tmp_path: 
         locate_model(NAME, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "mine.safetensors", "pytorch_model.bin"])
+def test_a_classifier_beside_an_encoder_is_not_its_weights(tmp_path: Path, name: str) -> None:
+    for file in (name, "classifier.safetensors", "classifier.json"):
+        (tmp_path / file).write_bytes(b"")
+    assert locate_model(tmp_path).weights.name == name
+
+
+def test_a_classifier_alone_is_no_encoder(tmp_path: Path) -> None:
+    (tmp_path / "classifier.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"no encoder.*MILClassifier\.load"):
+        locate_model(tmp_path)
+
+
 def test_sharded_weights_are_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.repos[NAME] = {f"model-{i}-of-2.safetensors": b"" for i in (1, 2)}
     with pytest.raises(WeightsError, match=r"several.*sharded"):

@@ -11,6 +11,7 @@ import xmag
 MODULES = {
     "bag": {"FeatureBag"},
     "cohort": {"CohortReport", "extract_cohort"},
+    "distill": set(),
     "draw": set(),
     "encoder": {"Encoder", "load_model"},
     "errors": {
@@ -30,8 +31,12 @@ MODULES = {
         "XmagError",
         "XmagWarning",
     },
+    "evaluate": set(),
     "extract": {"extract_features"},
+    "finetune": set(),
     "geometry": {"TileSpec"},
+    "metrics": set(),
+    "mil": {"Attention", "MILClassifier"},
     "plan": {"TilePlan", "plan_tiles"},
     "provenance": {"Provenance"},
     "slide": {"Slide"},
@@ -50,7 +55,8 @@ OPERANDS = {
 
 
 def test_these_names_are_exported_and_no_others() -> None:
-    assert set(xmag.__all__) == set().union(*MODULES.values(), {"__version__", "draw"})
+    parts = {"distill", "draw", "evaluate", "finetune", "metrics"}
+    assert set(xmag.__all__) == set().union(*MODULES.values(), {"__version__"}, parts)
     assert set(dir(xmag)) == {*xmag.__all__, *MODULES}
 
 

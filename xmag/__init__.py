@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xmag import bag as bag
     from xmag import cohort as cohort
+    from xmag import distill as distill
     from xmag import draw as draw
     from xmag import encoder as encoder
     from xmag import errors as errors
+    from xmag import evaluate as evaluate
     from xmag import extract as extract
+    from xmag import finetune as finetune
     from xmag import geometry as geometry
+    from xmag import metrics as metrics
+    from xmag import mil as mil
     from xmag import plan as plan
     from xmag import provenance as provenance
     from xmag import slide as slide
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     )
     from xmag.extract import extract_features
     from xmag.geometry import TileSpec
+    from xmag.mil import Attention, MILClassifier
     from xmag.plan import TilePlan, plan_tiles
     from xmag.provenance import Provenance
     from xmag.slide import Slide
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Attention",
     "BagError",
     "ClosedSlideError",
     "CohortReport",
@@ -56,6 +63,7 @@ __all__ = [
     "FeatureBag",
     "HubError",
     "InputError",
+    "MILClassifier",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
@@ -72,11 +80,15 @@ __all__ = [
     "XmagError",
     "XmagWarning",
     "__version__",
+    "distill",
     "draw",
+    "evaluate",
     "extract_cohort",
     "extract_features",
     "find_tissue",
+    "finetune",
     "load_model",
+    "metrics",
     "plan_tiles",
     "read_tiles",
 ]
@@ -84,11 +96,16 @@ __all__ = [
 _NAMES_OF_MODULE = {
     "bag": ("FeatureBag",),
     "cohort": ("CohortReport", "extract_cohort"),
+    "distill": (),
     "draw": (),
     "encoder": ("Encoder", "load_model"),
     "errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
+    "evaluate": (),
     "extract": ("extract_features",),
+    "finetune": (),
     "geometry": ("TileSpec",),
+    "metrics": (),
+    "mil": ("Attention", "MILClassifier"),
     "plan": ("TilePlan", "plan_tiles"),
     "provenance": ("Provenance",),
     "slide": ("Slide",),

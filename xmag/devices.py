@@ -73,3 +73,18 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     finally:
         if mps_state is not None:
             torch.mps.set_rng_state(mps_state)
+
+
+@contextmanager
+def own_torch(device: torch.device) -> Iterator[None]:
+    """A context to train in, whatever the caller has set: gradients, and kernels that repeat."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            if device.type == "cuda":
+                cudnn.deterministic, cudnn.benchmark = True, False
+            yield
+        finally:
+            if device.type == "cuda":
+                cudnn.deterministic, cudnn.benchmark = before

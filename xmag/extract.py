@@ -183,7 +183,7 @@ def fingerprint_of(
         tile_spec=encoder.tile_spec.to_dict(),
         plan={k: v for k, v in plan_options.items() if k != "roi_sha256"},
         dtype=str(getattr(encoder, "dtype", "float32")),
-        transform=None if transform is None else _name_of(transform),
+        transform=None if transform is None else name_of(transform),
     )
 
 
@@ -194,7 +194,7 @@ def transformed(tiles: Tiles, transform: Transform | None) -> Tiles:
     changed = np.asarray(transform(tiles))
     if changed.shape != tiles.shape or changed.dtype != np.uint8:
         raise InputError(
-            f"transform {_name_of(transform)} returned {changed.dtype} {changed.shape};"
+            f"transform {name_of(transform)} returned {changed.dtype} {changed.shape};"
             f" expected uint8 {tiles.shape}"
         )
     return changed
@@ -249,6 +249,7 @@ def _record(slide: SlideFacts, plan: TilePlan, encoder: TileEncoder) -> dict[str
     }
 
 
-def _name_of(transform: Transform) -> str:
+def name_of(transform: Transform) -> str:
+    """What a transform is called in a provenance: where it is defined, and its name there."""
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
     return f"{kind.__module__}.{kind.__qualname__}"

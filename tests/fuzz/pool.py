@@ -131,8 +131,11 @@ def _answered(child: _Child) -> Result:
     if line:
         answer: dict[str, Any] = json.loads(line)
         return Result(**answer, seconds=round(seconds, 3))
-    status = child.kill()
-    reason = signal.Signals(-status).name if status < 0 else f"exit {status}"
+    status = child.process.wait(_START_S)
+    child.kill()
+    if status > 0:
+        raise RuntimeError(f"case {child.number} could not be made: {child.said()}")
+    reason = signal.Signals(-status).name
     return Result(
         number=child.number,
         name="",

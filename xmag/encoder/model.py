@@ -120,7 +120,8 @@ class Encoder:
         """What identifies the model, as plain JSON values.
 
         name, revision (the resolved commit), weights_sha256, key_layout, config, config_source
-        ("given", "read", "registry" or "assumed"), terms, trained.
+        ("given", "read", "registry" or "assumed"), terms, trained; and lineage, what it was made
+        from and how, for a model that was fine-tuned.
         """
         return self._provenance
 
@@ -205,7 +206,7 @@ class Encoder:
         """
         folder = Path(directory)
         state = {key: t.detach().cpu().contiguous() for key, t in self.vit.state_dict().items()}
-        about = {key: self._provenance.get(key) for key in ("name", "terms", "trained")}
+        about = {key: self._provenance.get(key) for key in ("name", "terms", "trained", "lineage")}
         config = {"format": SCHEMA, **about, **self._config.to_dict()}
         with atomic_path(folder / "model.safetensors") as temporary:
             save_file(state, temporary, metadata={"format": "pt"})

@@ -21,6 +21,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CANONICAL = ("model.safetensors", "pytorch_model.bin")
 _SAFE, _PICKLED = (".safetensors",), (".bin", ".pth", ".pt", ".ckpt")
 _CONFIG = "config.json"
+_OF_CLASSIFIER = "classifier.safetensors"
+"""What MILClassifier.save writes: never the weights of an encoder, but it may lie beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,8 @@ def _local_model(path: Path) -> LocalModel:
 
 def _choose_weights(names: "Iterable[str]", *, where: str) -> str:
     """The file with the weights: the canonical name or the only one, safetensors before pickles."""
-    names = sorted(name for name in names if "/" not in name)
+    given = set(names)
+    names = sorted(name for name in given if "/" not in name and name != _OF_CLASSIFIER)
     for suffixes in (_SAFE, _PICKLED):
         found = [name for name in names if name.endswith(suffixes)]
         canonical = [name for name in found if name in _CANONICAL]
@@ -85,6 +88,11 @@ def _choose_weights(names: "Iterable[str]", *, where: str) -> str:
                 f" {' or '.join(_CANONICAL)}. Give the path of the file you mean (sharded weights"
                 " have to be merged first)"
             )
+    if _OF_CLASSIFIER in given:
+        raise WeightsError(
+            f"{where} has a classifier and no encoder; read it with MILClassifier.load, and load"
+            " the encoder that its bags were made with"
+        )
     raise WeightsError(
         f"{where} has no weights, only {names}; expected a file ending in"
         f" {', '.join(_SAFE + _PICKLED)}"

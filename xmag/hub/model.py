@@ -101,11 +101,13 @@ def _read_mini(config: object, revision: str | None) -> LoadedModel:
 def _loaded(
     state: dict[str, Tensor], resolved: ResolvedConfig, **identity: str | None
 ) -> LoadedModel:
-    provenance = {
+    provenance: dict[str, Any] = {
         **identity,
         "config": resolved.config.to_dict(),
         "config_source": resolved.source,
         "terms": resolved.terms,
         "trained": resolved.trained,
     }
+    if resolved.lineage is not None:
+        provenance["lineage"] = resolved.lineage
     return LoadedModel(state=state, config=resolved.config, provenance=provenance)

@@ -139,6 +139,7 @@ class ResolvedConfig:
     source: str
     terms: str | None = None
     trained: bool = True
+    lineage: Mapping[str, Any] | None = None
 
 
 def resolve_config(
@@ -153,9 +154,14 @@ def resolve_config(
     read = None if config_json is None else _read_config(config_json)
     terms = known.terms if known else (read.terms if read else None)
     trained = read.trained if read else True
+    lineage = read.lineage if read else None
     if given is not None:
         return ResolvedConfig(
-            config=given_config(given), source="given", terms=terms, trained=trained
+            config=given_config(given),
+            source="given",
+            terms=terms,
+            trained=trained,
+            lineage=lineage,
         )
     if known:
         return ResolvedConfig(config=known.config, source="registry", terms=terms)
@@ -185,6 +191,7 @@ def _read_config(path: Path) -> ResolvedConfig | None:
                 source="read",
                 terms=values.get("terms"),
                 trained=bool(values.get("trained", True)),
+                lineage=values.get("lineage"),
             )
         if values.get("model_type") in ("dinov2", "dinov2_with_registers"):
             return ResolvedConfig(config=ModelConfig(vit=_dinov2_config(values)), source="read")

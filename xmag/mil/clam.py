@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmag.mil.output import MILOutput, masked_softmax
+from xmag.mil.output import MILOutput, full, masked_softmax
 from xmag.mil.pooling import GatedAttention, tile_embedding, weighted_mean
 
 InstanceLoss = Literal["svm", "ce"]
@@ -96,8 +96,8 @@ class CLAMSB(nn.Module):
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.instance_loss == "ce":
-            return functional.cross_entropy(logits.float(), target)
-        return smooth_svm(logits.float(), target)
+            return functional.cross_entropy(full(logits), target)
+        return smooth_svm(full(logits), target)
 
 
 def smooth_svm(logits: Tensor, target: Tensor) -> Tensor:

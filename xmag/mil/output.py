@@ -33,7 +33,7 @@ def training_loss(output: MILOutput, labels: Tensor, weights: Tensor | None = No
         labels: int64 (B,).
         weights: float (B,), what each bag counts in the mean; all the same by default.
     """
-    losses = functional.cross_entropy(output.logits.float(), labels, reduction="none")
+    losses = functional.cross_entropy(full(output.logits), labels, reduction="none")
     weights = torch.ones_like(losses) if weights is None else weights
     loss = output.bag_weight * (weights * losses).sum() / weights.sum()
     return loss if output.loss is None else loss + output.loss
@@ -42,10 +42,15 @@ def training_loss(output: MILOutput, labels: Tensor, weights: Tensor | None = No
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """The softmax of scores (..., N) over the tiles of a mask; all zero where there is none.
 
-    In float32 whatever the scores are in: weights of 100,000 tiles are small.
+    In float32 where the scores are in half precision: weights of 100,000 tiles are small.
     """
-    scores = scores.float()
+    scores = full(scores)
     lowest = torch.finfo(scores.dtype).min
     # Without any tile the softmax is uniform over the padding, which the product takes out again:
     # no value and no gradient is ever NaN.
     return torch.softmax(scores.masked_fill(~mask, lowest), dim=-1) * mask
+
+
+def full(values: Tensor) -> Tensor:
+    """The values in float32 where they are in half precision, else as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

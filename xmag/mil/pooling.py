@@ -101,7 +101,7 @@ class MeanPool(_Pool):
 
     def forward(self, features: Tensor, mask: Tensor, labels: Tensor | None = None) -> MILOutput:  # noqa: ARG002
         """Logits (B, C) of features (B, N, D); `mask` is True on tiles."""
-        weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        weights = mask.to(features.dtype) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         return MILOutput(
             logits=self.head(weighted_mean(self.embed(features), weights)), attention=None
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xmag.devices import full_precision
-from xmag.mil.output import MILOutput
+from xmag.mil.output import MILOutput, full
 
 _PINV_STEPS = 6
 _RESIDUAL_KERNEL = 33
@@ -41,13 +41,13 @@ class NystromAttention(nn.Module):
         q = q * q.shape[-1] ** -0.5
         q_landmarks, k_landmarks = self._means(q), self._means(k)
         to_landmarks = torch.softmax(q @ k_landmarks.mT, dim=-1)
-        between = pseudo_inverse(torch.softmax((q_landmarks @ k_landmarks.mT).float(), dim=-1))
+        between = pseudo_inverse(torch.softmax(full(q_landmarks @ k_landmarks.mT), dim=-1))
         from_landmarks = torch.softmax(q_landmarks @ k.mT, dim=-1)
         between = between.to(v.dtype)
         mixed = (to_landmarks @ between) @ (from_landmarks @ v) + self.residual(v)
         tokens = self.out(mixed.transpose(1, 2).flatten(2))[:, front:]
         first = (to_landmarks[:, :, front : front + 1] @ between) @ from_landmarks
-        return tokens, first[0, :, 0, front:].float()
+        return tokens, full(first[0, :, 0, front:])
 
     def _means(self, x: Tensor) -> Tensor:
         stretch = x.shape[2] // self.landmarks
@@ -147,7 +147,7 @@ class TransMIL(nn.Module):
         tokens = self.positions(tokens, side)
         change, attended = self.layers[1](self.norms[1](tokens))
         logits = self.head(self.final_norm(tokens + change)[:, 0])
-        attention = torch.zeros(mask.shape, device=attended.device)
+        attention = torch.zeros(mask.shape, dtype=attended.dtype, device=attended.device)
         if count:
             attention[mask] = _of_tiles(attended.mean(dim=0)[1:], count)
         return MILOutput(logits=logits, attention=attention)

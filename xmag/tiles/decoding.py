@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.geometry import ReadScale
-from xmag.plan import TilePlan
+from xmag.plan import Coords
 from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
 from xmag.slide.reader import Level, SlideReader, TileReader
 from xmag.tiles.memory import Recycler
@@ -41,15 +41,14 @@ class Windows:
     box: NDArray[np.float64] | None
 
 
-def windows_of(plan: TilePlan, level: Level) -> Windows:
-    """The windows of a plan's tiles in the decoded px of the level it reads."""
-    scale, size_px = plan.scale, plan.spec.size_px
-    corner = plan.coords / (level.downsample * scale.reduction)
+def windows_of(coords: Coords, scale: ReadScale, size_px: int, level: Level) -> Windows:
+    """The windows of tiles of `size_px`, with these corners, in the decoded px of their level."""
+    corner = coords / (level.downsample * scale.reduction)
+    decoded_size = np.floor_divide(level.size, scale.reduction)
     if scale.factor == 1.0:
-        start = np.rint(corner).astype(np.int64)
+        start = np.minimum(np.rint(corner).astype(np.int64), decoded_size - size_px)
         return Windows(start, start + size_px, None)
     side = size_px * scale.factor
-    decoded_size = np.floor_divide(level.size, scale.reduction)
     # Corners are whole level-0 px: their rounding must not push a window over the edge.
     corner = np.minimum(corner, decoded_size - side)
     start = np.floor(corner + 1e-6).astype(np.int64)

@@ -31,6 +31,6 @@ class Recycler:
             memory = np.empty(self._most_bytes, np.uint8)
         # Views of an array keep what owns its memory, here something that is no array: so they keep
         # `flat`, and not just `memory`.
-        flat = np.frombuffer(memoryview(memory), np.uint8, math.prod(shape))
+        flat = np.frombuffer(memory.data, np.uint8, math.prod(shape))
         weakref.finalize(flat, self._idle.append, memory).atexit = False
         return flat.reshape(shape)

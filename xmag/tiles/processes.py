@@ -123,36 +123,14 @@ class DecodingPool:
 
     def close(self) -> None:
         """Hang up, and see every child end."""
-        for child in self._children:
-            child.connection.close()
-        for child in self._children:
-            try:
-                child.process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
+        end_children((child.process, child.connection) for child in self._children)
         self._children.clear()
         self.arena.close()
 
     def _start(self, slots: list[int]) -> _Child:
-        ours, theirs = socket.socketpair()
         free = [slot for slot in slots if slot not in self._lent]
-        call = f"main({theirs.fileno()}, {self.arena.fd}, {self._shape}, {free})"
-        # The child finds this very xmag, wherever the caller's sys.path found it.
-        root = str(Path(__file__).parents[2])
-        code = (
-            f"import sys; sys.path.insert(0, {root!r}); from xmag.tiles.worker import main; {call}"
-        )
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self.arena.fd),
-                # Ctrl-C goes to this process, which then ends the children.
-                process_group=0,
-            )
-        return _Child(process, Connection(ours.detach()), slots)
+        process, connection = start_child("xmag.tiles.worker", self.arena, self._shape, free)
+        return _Child(process, connection, slots)
 
     def _feed(self, child: _Child, waiting: Iterator[DecodeJob]) -> None:
         job = next(waiting, None)
@@ -177,9 +155,52 @@ class DecodingPool:
         child.jobs = deque(rest)
         for job in rest:
             self._send(child, job)
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return Failed(
             died_of.number,
-            f"the process that decoded it {how}: its bytes crash a decoder, or memory ran out;"
-            " check the file with another program",
+            f"the process that decoded it {how_it_ended(status)}: its bytes crash a decoder, or"
+            " memory ran out; check the file with another program",
         )
+
+
+def start_child(
+    module: str, arena: Arena, *arguments: object
+) -> tuple["subprocess.Popen[bytes]", "Connection[Any, Any]"]:
+    """A child that runs ``module.main(connection_fd, arena_fd, *arguments)``, and our end of it.
+
+    The arguments are written out as Python literals.
+    """
+    ours, theirs = socket.socketpair()
+    passed = ", ".join(map(repr, (theirs.fileno(), arena.fd, *arguments)))
+    # The child finds this very xmag, wherever the caller's sys.path found it.
+    root = str(Path(__file__).parents[2])
+    code = f"import sys; sys.path.insert(0, {root!r}); from {module} import main; main({passed})"
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), arena.fd),
+            # Ctrl-C goes to this process, which then ends the children.
+            process_group=0,
+        )
+    return process, Connection(ours.detach())
+
+
+def end_children(
+    children: Iterable[tuple["subprocess.Popen[bytes]", "Connection[Any, Any]"]],
+) -> None:
+    """Hang up on children, and see every one end."""
+    children = list(children)
+    for _, connection in children:
+        connection.close()
+    for process, _ in children:
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def how_it_ended(status: int) -> str:
+    """What the exit status of a child says, for a message."""
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import DamagedSlideError, InputError
+from xmag.geometry import TileSpec
 from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
 from xmag.slide.pixels import resample
@@ -76,7 +77,8 @@ def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -
 def _stream(
     slide: Slide, plan: TilePlan, batch_size: int, threads: int
 ) -> Iterator[tuple[Coords, Tiles]]:
-    coords, windows = plan.coords, windows_of(plan, slide.reader.levels[plan.scale.level])
+    coords, level = plan.coords, slide.reader.levels[plan.scale.level]
+    windows = windows_of(coords, plan.scale, plan.spec.size_px, level)
     decoding = Decoding(slide.reader, plan.scale, windows, batch_size)
     # A batch ahead, so that threads have work while the caller is busy with the one it got.
     ahead = 3 * threads + len(decoding.runs) // max(decoding.batch_count, 1)
@@ -84,7 +86,7 @@ def _stream(
         try:
             for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
                 batch = slice(number * batch_size, number * batch_size + len(decoded))
-                yield coords[batch].copy(), _finished(decoded, windows, batch, plan, pool)
+                yield coords[batch].copy(), finished(decoded, windows, batch, plan.spec, pool)
         except DamagedSlideError as error:
             raise DamagedSlideError(f"{slide.name}: {error}") from error
         finally:
@@ -92,21 +94,22 @@ def _stream(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(
-    decoded: Pixels4D, windows: Windows, batch: slice, plan: TilePlan, pool: ThreadPoolExecutor
+def finished(
+    decoded: Pixels4D, windows: Windows, batch: slice, spec: TileSpec, pool: Executor | None
 ) -> Tiles:
-    """The tiles of a batch, resampled from their decoded windows where the plan asks for it."""
+    """The tiles of a batch, resampled from their decoded windows where `windows` asks for it."""
     if windows.box is None:
         return decoded
-    size = (plan.spec.size_px, plan.spec.size_px)
+    size = (spec.size_px, spec.size_px)
     extents = (windows.end[batch] - windows.start[batch]).tolist()
     boxes = windows.box[batch].tolist()
 
     def one(i: int) -> Pixels:
         width, height = extents[i]
-        return resample(decoded[i, :height, :width], tuple(boxes[i]), size, plan.spec.resample)
+        return resample(decoded[i, :height, :width], tuple(boxes[i]), size, spec.resample)
 
     tiles = np.empty((len(decoded), *size, 3), np.uint8)
-    for i, pixels in enumerate(pool.map(one, range(len(decoded)))):
+    rows = range(len(decoded))
+    for i, pixels in enumerate(map(one, rows) if pool is None else pool.map(one, rows)):
         tiles[i] = pixels
     return tiles

@@ -1,0 +1,252 @@
+"""One step on one process against its parts by hand, and on two ranks against one."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F  # noqa: N812
+from support.distilling import STUDENT, TILE_PX, tiny_student
+from torch import Tensor
+
+from xmag.distill.losses import block_means
+from xmag.distill.settings import LossSettings, Settings, TrainSettings
+from xmag.distill.step import Trainer, Views, decayed
+from xmag.distill.student import Student
+from xmag.training import Ranks, warmup_cosine
+
+CPU = torch.device("cpu")
+
+
+def views(count: int, seed: int, dims: tuple[int, ...] = (12,)) -> Views:
+    rng = torch.Generator().manual_seed(seed)
+    shape = (count, TILE_PX, TILE_PX, 3)
+    return Views(
+        low=torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng),
+        targets=[torch.randn(count, 16, dim, generator=rng) for dim in dims],
+        weights=torch.ones(count),
+    )
+
+
+def trainer(
+    loss: LossSettings | None = None,
+    teachers: dict[str, float] | None = None,
+    dims: tuple[int, ...] = (12,),
+    total_steps: int = 100,
+    dtype: torch.dtype = torch.float32,
+    **train: object,
+) -> Trainer:
+    loss = loss or LossSettings()
+    settings = Settings(loss=loss, train=TrainSettings(**{"batch": 4, "views": 2, **train}))
+    torch.manual_seed(0)
+    student = Student(
+        tiny_student().vit, STUDENT, teacher_dims=dims,
+        with_global=loss.global_weight > 0, with_local=loss.local_weight > 0,
+    )  # fmt: skip
+    return Trainer(
+        student.to(dtype), teachers=teachers or {"t": 1.0}, settings=settings,
+        total_steps=total_steps, ranks=Ranks(), device=CPU,
+    )  # fmt: skip
+
+
+# Where a gradient is 0 but for rounding (a bias before a norm), Adam moves by the sign of that
+# rounding. In double precision it is below Adam's epsilon.
+DOUBLE = torch.float64
+
+
+def values(record: object) -> dict[str, float]:
+    return dict(zip(record.names, record.values.tolist(), strict=True))
+
+
+def test_the_loss_is_one_of_regions_and_half_of_tiles() -> None:
+    run, given = trainer(), views(8, 0)
+    images = given.low.permute(0, 3, 1, 2) / 255 - torch.tensor(STUDENT.mean).view(3, 1, 1)
+    tokens = run.student.vit(images / torch.tensor(STUDENT.std).view(3, 1, 1))
+    with torch.no_grad():
+        region = run.student.global_heads[0](tokens[:, 0])
+        tiles = run.student.local_heads[0](block_means(tokens[:, 1:]).flatten(0, 1))
+    target = given.targets[0]
+    expected = {
+        "global/t": -F.cosine_similarity(region, target.mean(1)).mean(),
+        "local/t": -F.cosine_similarity(tiles, target.flatten(0, 1)).mean(),
+    }
+    run = trainer()
+    got = values(run.step([given], number=0, count=1))
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(float(value), abs=1e-5)
+    whole = float(expected["global/t"] + 0.5 * expected["local/t"])
+    assert got["loss"] == pytest.approx(whole, abs=1e-5)
+
+
+def test_teachers_and_distances_add_up_by_their_weights() -> None:
+    dims, teachers = (12, 7), {"a": 1.0, "b": 0.25}
+    loss = LossSettings(global_weight=2, local_weight=3, cosine=1, smooth_l1=0.5, relational=4)
+    one = {}
+    for distance, weight in (("cosine", 1), ("smooth_l1", 0.5), ("relational", 4)):
+        only = LossSettings(cosine=0, **{distance: 1.0}) if distance != "cosine" else LossSettings()
+        got = values(trainer(only, teachers, dims).step([views(8, 0, dims)], number=0, count=1))
+        for name in ("global/a", "local/a", "global/b", "local/b"):
+            one[name] = one.get(name, 0) + weight * got[name]
+    got = values(trainer(loss, teachers, dims).step([views(8, 0, dims)], number=0, count=1))
+    for name, value in one.items():
+        assert got[name] == pytest.approx(value, abs=1e-5)
+    expected = (
+        2 * one["global/a"] + 3 * one["local/a"] + 0.25 * (2 * one["global/b"] + 3 * one["local/b"])
+    )
+    assert got["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("level", ["global", "local"])
+def test_a_level_without_weight_has_no_heads(level: str) -> None:
+    other = "local" if level == "global" else "global"
+    run = trainer(LossSettings(**{f"{other}_weight": 0.0}))
+    assert list(run.objective.terms) == [f"{level}/t"]
+    assert not any(name.startswith(f"{other}_heads") for name in run.student.state_dict())
+    got = values(run.step([views(8, 0)], number=0, count=1))
+    assert got["loss"] == pytest.approx(got[f"{level}/t"] * (1 if level == "global" else 0.5))
+
+
+def test_parts_of_a_batch_add_up_to_its_mean() -> None:
+    """In eval mode, since each part has statistics of its own in the heads."""
+    whole, parts = trainer(), trainer()
+    given = views(8, 0)
+    pieces = [
+        Views(low=given.low[s], targets=[given.targets[0][s]], weights=given.weights[s])
+        for s in (slice(0, 3), slice(3, 6), slice(6, 8))
+    ]
+    for run, split in ((whole, [given]), (parts, pieces)):
+        run.student.eval()
+        run.step(split, number=0, count=len(split))
+    for (name, one), other in zip(
+        whole.student.named_parameters(), parts.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_damaged_regions_are_never_trained_on() -> None:
+    # The other one's batch is as small as what is left, so that its gradient is their plain mean.
+    one, other = trainer(dtype=DOUBLE), trainer(dtype=DOUBLE, batch=3)
+    given = views(8, 0)
+    good = torch.tensor([0, 1, 3, 4, 6, 7])
+    weights = torch.ones(8)
+    weights[[2, 5]] = 0
+    kept = Views(low=given.low[good], targets=[given.targets[0][good]], weights=torch.ones(6))
+    given.low[[2, 5]] = 255
+    first = one.step(
+        [Views(low=given.low, targets=given.targets, weights=weights)], number=0, count=1
+    )
+    second = other.step([kept], number=0, count=1)
+    torch.testing.assert_close(first.values, second.values, atol=1e-6, rtol=1e-6)
+    for (name, a), b in zip(
+        one.student.state_dict().items(), other.student.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient_then_the_average() -> None:
+    run = trainer(clip=0.05, lr=1e-2, warmup=0.1, ema=0.9, ema_ramp=False)
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    record = run.step([views(8, 0)], number=0, count=1)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in run.student.parameters()))
+    assert values(record)["gradient_norm"] > 0.05
+    assert norm == pytest.approx(0.05, rel=1e-3)
+    rate = 1e-2 * warmup_cosine(0, total=100, warmup=10)
+    assert record.rate == pytest.approx(rate)
+    for name, p in run.student.named_parameters():
+        # The first step of Adam is the sign of the gradient, but for its epsilon.
+        decay = 0.05 if decayed(name, p) else 0.0
+        expected = before[name] * (1 - rate * decay) - rate * p.grad / (p.grad.abs() + 1e-8)
+        torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-5, msg=name)
+        mean = 0.9 * before[name] + 0.1 * p.detach()
+        torch.testing.assert_close(run.ema.module.get_parameter(name).data, mean)
+
+
+def test_weight_decay_spares_biases_norms_and_layer_scale() -> None:
+    names = {name: decayed(name, p) for name, p in trainer().student.named_parameters()}
+    spared = {name for name, decays in names.items() if not decays}
+    assert {name for name in names if name.endswith(("bias", "gamma"))} <= spared
+    assert {name for name in names if "norm" in name} <= spared
+    assert all(
+        name.endswith(("bias", "gamma", "norm.weight", "norm1.weight", "norm2.weight"))
+        for name in spared
+    )
+
+
+def test_the_average_forgets_its_start_sooner_with_the_ramp() -> None:
+    run = trainer(ema=0.999)
+    decays = []
+    for number in (0, 8, 100, 50_000):
+        run.total_steps = 60_000
+        run.step([views(8, 0)], number=number, count=1)
+        decays.append(run.ema.decay)
+    assert decays == pytest.approx([0.1, 0.5, 101 / 110, 0.999])
+
+
+def test_the_papers_schedule_only_rises() -> None:
+    run = trainer(schedule="paper", total_steps=1000)
+    rates = [run.rate_factor(step) * 5e-4 for step in range(1000)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(2.08e-5, rel=1e-2)
+
+
+PROGRAM = """
+import sys
+from dataclasses import replace
+import safetensors.torch, torch
+import torch.distributed as dist
+from test_step import DOUBLE, STEPS, trainer, views
+from xmag.distill.step import Trainer, Views
+from xmag.training import joined_ranks
+with joined_ranks() as ranks:
+    alone = trainer(dtype=DOUBLE)
+    run = Trainer(alone.student, teachers={"t": 1.0}, settings=alone.settings, total_steps=100,
+                  ranks=ranks, device=alone.device)
+    records = []
+    for number in range(STEPS):
+        given = views(8, number)
+        given.weights[[1, 6, 7]] = 0.0 if number == 1 else 1.0
+        # Both views of half the regions.
+        half = [2 * ranks.rank + i for i in (0, 1, 4, 5)]
+        part = Views(low=given.low[half], targets=[given.targets[0][half]],
+                     weights=given.weights[half])
+        records.append(run.step([part], number=number, count=1).values)
+    state = {f"student.{k}": v for k, v in run.student.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in run.ema.module.state_dict().items()}
+    state |= {f"grad.{k}": p.grad for k, p in run.student.named_parameters()}
+    state["records"] = torch.stack(records)
+    safetensors.torch.save_file(state, f"{sys.argv[1]}/{ranks.rank}.safetensors")
+"""
+STEPS = 3
+
+
+def test_two_ranks_with_half_the_batch_take_the_step_of_one(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parent)]
+    (tmp_path / "program.py").write_text(f"import sys; sys.path[:0] = {folders!r}\n{PROGRAM}")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    run = trainer(dtype=DOUBLE)
+    records = []
+    for number in range(STEPS):
+        given = views(8, number)
+        given.weights[[1, 6, 7]] = 0.0 if number == 1 else 1.0
+        records.append(run.step([given], number=number, count=1).values)
+    expected: dict[str, Tensor] = {"records": torch.stack(records)}
+    expected |= {f"student.{k}": v for k, v in run.student.state_dict().items()}
+    expected |= {f"ema.{k}": v for k, v in run.ema.module.state_dict().items()}
+    expected |= {f"grad.{k}": p.grad for k, p in run.student.named_parameters()}
+    for rank in (0, 1):
+        got = safetensors.torch.load_file(tmp_path / f"{rank}.safetensors")
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5, msg=name)

@@ -1,0 +1,107 @@
+"""Two processes of torchrun against one with the slides of both; how slides are dealt."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.finetuning import small_encoder, stores
+
+from xmag.errors import InputError
+from xmag.finetune import Settings, finetune_slides
+from xmag.finetune.cohort import shards, steps_of_epoch
+from xmag.finetune.run import check_processes
+from xmag.training import Ranks
+
+TESTS = Path(__file__).parents[1]
+STEP = Settings(
+    epochs=2, slides_per_step=2, chunk_tiles=2, learning_rate=1e-3, classifier_learning_rate=1e-3
+)
+
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from test_ranks_of_finetuning import tuned
+out = Path(sys.argv[1])
+result = tuned(out / "run.safetensors")
+rank = os.environ.get("RANK", "alone")
+result.save(out / rank)
+rows = [[row.train_loss, row.validation_loss, row.tiles] for row in result.history]
+(out / f"{rank}.json").write_text(json.dumps(rows))
+"""
+
+
+def tuned(checkpoint: Path, settings: Settings = STEP):
+    """Two slides train, three others validate: a step has the same slides on one process or two."""
+    return finetune_slides(
+        stores(2), ["a", "b"], validation=(stores(3, seed=40), ["a", "b", "a"]),
+        model=small_encoder(), settings=settings, device="cpu", progress=False,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def run(out: Path, *launcher: str) -> None:
+    script = out / "program.py"
+    script.write_text(PROGRAM)
+    path = os.pathsep.join([str(TESTS), str(TESTS / "finetune"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(out)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_do_what_one_does_with_the_slides_of_both(tmp_path: Path) -> None:
+    tuned(tmp_path / "alone.safetensors").save(tmp_path / "alone")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run(tmp_path, *two)
+    for name in ("model", "classifier"):
+        alone, first, second = (
+            load_file(tmp_path / rank / f"{name}.safetensors") for rank in ("alone", "0", "1")
+        )
+        for key, expected in alone.items():
+            assert torch.equal(first[key], second[key]), key
+            assert (first[key] - expected).abs().max() < 1e-5, key
+    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01"]
+    assert rows[0] == rows[1]
+    expected = tuned(tmp_path / "alone.safetensors").history
+    for row, whole in zip(rows[0], expected, strict=True):
+        assert row == pytest.approx(
+            [whole.train_loss, whole.validation_loss, whole.tiles], rel=1e-4
+        )
+
+
+def test_every_slide_trains_once_an_epoch_on_one_process() -> None:
+    targets = [0] * 7 + [1] * 4
+    for world in (1, 2, 4):
+        parts = shards(range(11), targets, world=world)
+        assert sorted(i for part in parts for i in part) == list(range(11))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        for label, count in ((0, 7), (1, 4)):
+            shares = [sum(targets[i] == label for i in part) for part in parts]
+            assert max(shares) <= count // world + 1
+        orders = set()
+        for epoch in range(5):
+            steps = steps_of_epoch(parts, slides_per_step=4, seed=0, epoch=epoch)
+            assert all(len(step) == world for step in steps)
+            assert all(len(own) <= 4 // world for step in steps for own in step)
+            flat = [i for step in steps for own in step for i in own]
+            assert sorted(flat) == list(range(11))
+            assert all(
+                set(own) <= set(part)
+                for step in steps
+                for own, part in zip(step, parts, strict=True)
+            )
+            orders.add(tuple(flat))
+        assert len(orders) == 5
+
+
+def test_slides_a_step_that_processes_cannot_share_are_refused() -> None:
+    with pytest.raises(InputError, match="slides_per_step is 2 for 4 processes"):
+        check_processes(STEP, Ranks(rank=1, world=4))
+    check_processes(STEP, Ranks(rank=1, world=2))

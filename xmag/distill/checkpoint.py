@@ -1,0 +1,166 @@
+"""The state of a run in one file, from which it goes on as if it had never stopped.
+
+A safetensors file: the weights, their average, the optimizer's moments and the teachers' means as
+tensors; the step and what decides the run as JSON in its header. One file, replaced as a whole: a
+run that is killed, or a disk that runs full, leaves the one before.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xmag.distill.step import Trainer
+from xmag.errors import MismatchError, OutputError
+from xmag.files import atomic_path
+
+SCHEMA, SCHEMA_VERSION = "xmag-distillation", 1
+_HEADER = "xmag"
+_IN_HEADER = ("step", "decisive", "seconds", "validation", "untrained")
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a run goes on from; `step` is the number of steps taken.
+
+    `decisive` is all that decides the weights, as plain JSON; `seconds` is the time so far, and
+    `validation` and `untrained` what the last and the first validation found. `centres` are the
+    teachers' means, None where they are not taken off; `damaged` (bool, regions) marks what could
+    not be read. `tensors` are the weights and moments, of a checkpoint that was loaded.
+    """
+
+    step: int
+    decisive: Mapping[str, Any]
+    seconds: float
+    validation: Mapping[str, float]
+    untrained: Mapping[str, float]
+    centres: list[Tensor | None]
+    damaged: NDArray[np.bool_]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
+    """Write the state of a run, whole or not at all.
+
+    Raises OutputError where it cannot be written; what was there before is untouched.
+    """
+    tensors = dict(_tensors(trainer))
+    tensors |= {f"centre.{at}": mean for at, mean in enumerate(state.centres) if mean is not None}
+    tensors["damaged"] = torch.from_numpy(state.damaged)
+    about = {
+        "format": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "teachers": len(state.centres),
+        **{name: getattr(state, name) for name in _IN_HEADER},
+    }
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(ready, temporary, metadata={_HEADER: json.dumps(about)})
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise OutputError(
+            f"{path} cannot be written ({error}): free some space there, or write elsewhere. What"
+            " was there before is untouched; the same call goes on from it"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The state that `save_checkpoint` wrote; OutputError where the file is something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OutputError(
+            f"{path} is no whole checkpoint ({error}); delete it to begin the run anew"
+        ) from error
+    if (header.get("format"), header.get("schema_version")) != (SCHEMA, SCHEMA_VERSION):
+        raise OutputError(
+            f"{path} has format {header.get('format')!r} and version"
+            f" {header.get('schema_version')!r}; expected {SCHEMA!r} and {SCHEMA_VERSION}. Go on"
+            " with the xmag that wrote it, or write to another folder"
+        )
+    centres = [tensors.pop(f"centre.{at}", None) for at in range(header["teachers"])]
+    return Checkpoint(
+        **{name: header[name] for name in _IN_HEADER},
+        damaged=tensors.pop("damaged").numpy(),
+        centres=centres,
+        tensors=tensors,
+    )
+
+
+def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise MismatchError, with what differs, where a checkpoint is of another run."""
+    # Through JSON, which has lists and no tuples.
+    old, new = dict(_leaves(there)), dict(_leaves(json.loads(json.dumps(here))))
+    lines = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if lines:
+        more = f" and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+        raise MismatchError(
+            f"{path} is of a run with other settings ({'; '.join(lines[:_LISTED])}{more}). Write to"
+            " another folder, delete it to begin anew, or take its settings to go on"
+        )
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put the weights, their average and the optimizer back to where they were."""
+    parts: dict[str, dict[str, Tensor]] = {"student": {}, "ema": {}, "optimizer": {}}
+    for name, tensor in checkpoint.tensors.items():
+        part, _, key = name.partition(".")
+        parts[part][key] = tensor
+    trainer.student.load_state_dict(parts["student"])
+    trainer.ema.module.load_state_dict(parts["ema"])
+    states: dict[int, dict[str, Tensor]] = {}
+    for at, name in enumerate(_optimized(trainer)):
+        found = {
+            key.removeprefix(f"{name}|"): tensor
+            for key, tensor in parts["optimizer"].items()
+            if key.startswith(f"{name}|")
+        }
+        if found:
+            states[at] = found
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in trainer.student.state_dict().items():
+        yield f"student.{name}", tensor
+    for name, tensor in trainer.ema.module.state_dict().items():
+        yield f"ema.{name}", tensor
+    states = trainer.optimizer.state_dict()["state"]
+    for at, name in enumerate(_optimized(trainer)):
+        for key, value in states.get(at, {}).items():
+            yield f"optimizer.{name}|{key}", value
+
+
+def _optimized(trainer: Trainer) -> Iterator[str]:
+    """The names of the parameters in the order that the optimizer numbers them."""
+    names = {parameter: name for name, parameter in trainer.student.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[parameter]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from _leaves(item, f"{prefix}[{at}]")
+    else:
+        yield prefix, value

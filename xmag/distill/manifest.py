@@ -1,0 +1,260 @@
+"""The manifest: which regions of which slides a student is trained on.
+
+It is a file of numbers and relative paths, so that it can be counted, kept, published, and read
+again beside the slides wherever they lie.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.distill.views import HIGH_MPP, REGION_PX
+from xmag.errors import InputError
+from xmag.files import write_text
+from xmag.geometry import TileSpec
+
+REGION_SPEC = TileSpec(mpp=HIGH_MPP, size_px=REGION_PX)
+"""What a region is; its `resample` names the kernel where a slide's own px do not fit."""
+
+_FORMAT, _SCHEMA_VERSION = "xmag-regions", 1
+
+_HELD_OUT = 0x4E1D
+"""Keeps the choice of sources to hold out apart from other numbers drawn from the same seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestSource:
+    """A slide or image that regions come from.
+
+    `path` is relative to the root that is given when it is read, with slashes. `fingerprint` is
+    `xmag.provenance.file_fingerprint`'s, `mpp` the µm/px of level 0 and `mpp_source` who says so,
+    `size` (width, height) in level-0 px, and `region_mpp` the scale of what is read: that of the
+    decoded px where they are within the tolerance, else exactly what was asked for. `candidates`
+    is the number of regions that could have been sampled.
+    """
+
+    path: str
+    site: str
+    fingerprint: Mapping[str, Any]
+    mpp: float
+    mpp_source: str
+    size: tuple[int, int]
+    region_mpp: float
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """One region: the number of its source in `Manifest.sources`, its corner in level-0 px."""
+
+    source: int
+    x: int
+    y: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """The regions to train on, in an order that never changes: their numbers are their names.
+
+    `places` is int64 (N, 3), a row (source, x, y) a region, read-only. `spec` says what a region
+    is, `options` how they were sampled, and `refused` which files were left out: (path, reason).
+    Raises InputError where a region names no source.
+    """
+
+    spec: TileSpec
+    sources: tuple[ManifestSource, ...]
+    places: NDArray[np.int64]
+    options: Mapping[str, Any]
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        places = np.array(self.places, np.int64).reshape(-1, 3)
+        if len(places) and not (places.min() >= 0 and int(places[:, 0].max()) < len(self.sources)):
+            raise InputError(
+                f"a region has a negative number or names a source that is not among the"
+                f" {len(self.sources)} of the manifest; make it again"
+            )
+        places.setflags(write=False)
+        object.__setattr__(self, "places", places)
+
+    def __len__(self) -> int:
+        """The number of regions."""
+        return len(self.places)
+
+    def region(self, index: int) -> Region:
+        """The region of this number."""
+        source, x, y = self.places[index].tolist()
+        return Region(source=source, x=x, y=y)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All regions by number."""
+        return tuple(Region(source=s, x=x, y=y) for s, x, y in self.places.tolist())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites, in alphabetical order."""
+        return tuple(sorted({source.site for source in self.sources}))
+
+    def counts(self) -> dict[str, Any]:
+        """How many slides and regions there are, in all and per site, as plain JSON values.
+
+        "slides" counts those that regions come from, "empty" those without any, "refused" those
+        that cannot be read at the scale; "teacher_tiles" is 16 a region.
+        """
+        per_source = np.bincount(self.places[:, 0], minlength=len(self.sources)).tolist()
+        sites: dict[str, dict[str, int]] = {
+            site: {"slides": 0, "empty": 0, "regions": 0} for site in self.sites
+        }
+        for source, regions in zip(self.sources, per_source, strict=True):
+            found = sites[source.site]
+            found["slides" if regions else "empty"] += 1
+            found["regions"] += regions
+        total = {key: sum(site[key] for site in sites.values()) for key in ("slides", "empty")}
+        tiles = len(self) * (self.spec.size_px // 224) ** 2
+        return {
+            **total,
+            "refused": len(self.refused),
+            "regions": len(self),
+            "teacher_tiles": tiles,
+            "sites": sites,
+        }
+
+    def to_json(self) -> str:
+        """The manifest as JSON text, the same for the same manifest."""
+        by_source = [self.places[self.places[:, 0] == n] for n in range(len(self.sources))]
+        if not np.array_equal(np.concatenate([self.places[:0], *by_source]), self.places):
+            raise InputError("the regions are not in the order of their sources; sort them")
+        entries = [
+            {**asdict(source), "size": list(source.size), "regions": places[:, 1:].tolist()}
+            for source, places in zip(self.sources, by_source, strict=True)
+        ]
+        fields = {
+            "format": _FORMAT,
+            "schema_version": _SCHEMA_VERSION,
+            "spec": self.spec.to_dict(),
+            "options": dict(self.options),
+            "refused": [list(pair) for pair in self.refused],
+            "sources": entries,
+        }
+        return json.dumps(fields, sort_keys=True, allow_nan=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells this manifest from others: the SHA-256 of its JSON text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the manifest as JSON. Raises OutputError where that is not possible."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "the text") -> "Manifest":
+        """The manifest that `to_json` wrote; InputError that names `name` for anything else."""
+        try:
+            fields = json.loads(text)
+            if fields.get("format") != _FORMAT:
+                raise InputError(
+                    f"{name} has the format {fields.get('format')!r}; expected {_FORMAT!r}, as"
+                    " Manifest.save writes it"
+                )
+            if (found := fields["schema_version"]) != _SCHEMA_VERSION:
+                raise InputError(
+                    f"{name} has schema version {found!r}, this xmag reads {_SCHEMA_VERSION};"
+                    " upgrade xmag or make the manifest again"
+                )
+            places = [
+                (number, int(x), int(y))
+                for number, entry in enumerate(fields["sources"])
+                for x, y in entry.pop("regions")
+            ]
+            return cls(
+                spec=TileSpec.from_dict(fields["spec"]),
+                sources=tuple(_source(entry) for entry in fields["sources"]),
+                places=np.array(places, np.int64).reshape(-1, 3),
+                options=fields["options"],
+                refused=tuple((path, reason) for path, reason in fields["refused"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{name} is no manifest of regions ({error!r}); expected what Manifest.save wrote"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Manifest":
+        """The manifest in a file. Raises InputError where it holds none."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"the manifest {os.fspath(path)!r} cannot be read ({error}); check the path"
+            ) from error
+        return cls.from_json(text, name=repr(os.fspath(path)))
+
+
+def held_out(
+    manifest: Manifest, *, fraction: float, seed: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers of the regions to train on, and of those to validate with; both sorted.
+
+    Whole sources are held out, at least one, drawn at random site by site, until they hold
+    `fraction` of the regions or more. Raises InputError where that leaves nothing to train on.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction is {fraction!r}; expected a number between 0 and 1")
+    rng = np.random.default_rng(np.random.SeedSequence((seed, _HELD_OUT)))
+    per_source = np.bincount(manifest.places[:, 0], minlength=len(manifest.sources))
+    by_site: dict[str, list[int]] = {site: [] for site in manifest.sites}
+    for number in rng.permutation(len(manifest.sources)).tolist():
+        if per_source[number]:
+            by_site[manifest.sources[number].site].append(number)
+    # Site by site, so that each gives about as many sources as any other.
+    turns = [
+        numbers[turn]
+        for turn in range(max(map(len, by_site.values()), default=0))
+        for numbers in by_site.values()
+        if turn < len(numbers)
+    ]
+    chosen: list[int] = []
+    while turns and per_source[chosen].sum() < fraction * len(manifest):
+        chosen.append(turns.pop(0))
+    inside = np.isin(manifest.places[:, 0], chosen)
+    if inside.all():
+        raise InputError(
+            f"{len(chosen)} slides hold all {len(manifest)} regions; none is left to train on once"
+            f" {fraction:.0%} of them are held out. Add slides, or hold out less"
+        )
+    return np.flatnonzero(~inside), np.flatnonzero(inside)
+
+
+def shuffled(
+    sources: NDArray[np.int64] | Sequence[int], rng: np.random.Generator, *, at_once: int = 64
+) -> NDArray[np.int64]:
+    """An order of regions, int64 (N,), in which no more than `at_once` sources are open at a time.
+
+    `sources` is the source of each region, ``manifest.places[:, 0]``. The sources are shuffled and
+    dealt into groups of `at_once`, and the regions of a group are shuffled; so a slide is opened
+    once an epoch, while each batch still mixes many.
+    """
+    if at_once < 1:
+        raise InputError(f"at_once is {at_once!r}; expected at least 1 source")
+    sources = np.asarray(sources, np.int64)
+    numbers, inverse = np.unique(sources, return_inverse=True)
+    group = rng.permutation(len(numbers))[inverse] // at_once
+    mixed = rng.permutation(len(sources))
+    return mixed[np.argsort(group[mixed], kind="stable")]
+
+
+def _source(entry: Mapping[str, Any]) -> ManifestSource:
+    width, height = entry["size"]
+    return ManifestSource(**{**entry, "size": (int(width), int(height))})

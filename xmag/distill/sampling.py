@@ -1,0 +1,377 @@
+"""Slides and images -> a manifest: which regions there are, and a fair sample of them."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from xmag.distill.manifest import REGION_SPEC, Manifest, ManifestSource
+from xmag.errors import (
+    DamagedSlideError,
+    InputError,
+    SlideError,
+    SlideScaleError,
+    UnsupportedSlideError,
+    XmagWarning,
+)
+from xmag.geometry import TileSpec
+from xmag.plan import Coords, plan_options, plan_tiles
+from xmag.progress import progress_bar
+from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
+from xmag.slide import Slide, is_slide_path
+from xmag.tiles import default_threads
+from xmag.tissue import TISSUE_METHOD, find_tissue
+
+Paths = str | PathLike[str] | Iterable[str | PathLike[str]]
+Sites = Mapping[str, str] | Callable[[str], str]
+"""The site of a source by its path relative to the root."""
+
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_REFUSALS = (SlideScaleError, DamagedSlideError, UnsupportedSlideError)
+
+
+def plan_slides(
+    slides: Paths,
+    *,
+    regions: int | None = None,
+    root: str | PathLike[str] | None = None,
+    sites: Sites | None = None,
+    mpp: float | None = None,
+    tissue: Literal["auto"] | None = "auto",
+    min_tissue: float = 0.5,
+    overlap: int = 0,
+    spec: TileSpec = REGION_SPEC,
+    seed: int = 0,
+    skip_refused: bool = False,
+    progress: bool | None = None,
+) -> Manifest:
+    """A manifest of regions over the tissue of slides.
+
+    Candidates are the cells of each slide's grid of regions that hold enough tissue. Of these
+    `regions` are drawn at random, as many from each site as from any other, and within a site as
+    many from each slide, as far as they have them. The same slides, options and seed give the same
+    manifest, whatever the order of the paths; a slide more or less changes only the numbers drawn
+    from the others, not the order in which a slide's own are drawn.
+
+    Args:
+        slides: A folder, which is searched, or paths.
+        regions: How many to draw; None takes every candidate.
+        root: The folder that paths in the manifest are relative to; by default the folder given,
+            or the deepest that holds all slides.
+        sites: The site of a slide by its relative path, from a mapping or a function; by default
+            the folder it lies in, relative to the root.
+        mpp: µm per level-0 px, where the files' own are missing or wrong.
+        tissue: "auto" finds the tissue; None takes every region.
+        min_tissue: The smallest fraction of a region that tissue covers.
+        overlap: Px of 0.5 µm that neighbouring candidates share.
+        spec: What a region is: its `mpp_tolerance` and `resample` (kernel) may be chosen.
+        seed: Of the draw.
+        skip_refused: Go on without slides that cannot be used, and list them in
+            `Manifest.refused`.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+
+    Raises:
+        SlideScaleError: A slide has no µm/px, or no detail of 0.5 µm/px: it is not upsampled.
+        SlideError: A slide cannot be read.
+        InputError: Arguments make no sense, or there is not a single region.
+    """
+
+    def candidates(slide: Slide) -> Coords:
+        mask = find_tissue(slide) if tissue == "auto" else None
+        plan = plan_tiles(slide, spec, tissue=mask, overlap=overlap, min_tissue=min_tissue)
+        return plan.coords
+
+    if tissue not in ("auto", None):
+        raise InputError(f"tissue is {tissue!r}; expected 'auto' or None")
+    method = TISSUE_METHOD if tissue == "auto" else None
+    options = {
+        "kind": "slides",
+        **plan_options(overlap=overlap, min_tissue=min_tissue, tissue_method=method),
+    }
+    files = _found(slides, root, is_slide_path, kind="slides")
+    request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)
+    return _plan(request, lambda s, rng: _drawn(candidates(s), rng), options, progress)
+
+
+def plan_images(
+    images: Paths,
+    *,
+    mpp: float,
+    regions: int,
+    root: str | PathLike[str] | None = None,
+    sites: Sites | None = None,
+    spec: TileSpec = REGION_SPEC,
+    seed: int = 0,
+    skip_refused: bool = False,
+    progress: bool | None = None,
+) -> Manifest:
+    """A manifest of random crops of large tiles: PNG and JPEG images of known µm/px.
+
+    A crop may begin at any px. `regions` are shared among sites and images as `plan_slides` does;
+    no crop is drawn twice. Tissue is not looked for: what is not to be learned is not to be in the
+    folder. The arguments are those of `plan_slides`, and so are the errors.
+    """
+    files = _found(images, root, _is_image_path, kind="images")
+    request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)
+    look = partial(_crops, spec=spec, most=regions)
+    return _plan(request, look, {"kind": "images"}, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files to look at: paths relative to the root, in alphabetical order."""
+
+    root: Path
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `plan_slides` and `plan_images` were asked for."""
+
+    files: _Files
+    sites: Sites | None
+    mpp: float | None
+    spec: TileSpec
+    regions: int | None
+    seed: int
+    skip_refused: bool
+
+    def __post_init__(self) -> None:
+        if (self.spec.mpp, self.spec.size_px) != (REGION_SPEC.mpp, REGION_SPEC.size_px):
+            raise InputError(
+                f"a region of {self.spec.size_px} px at {self.spec.mpp:g} µm/px is asked for;"
+                f" expected {REGION_SPEC.size_px} px at {REGION_SPEC.mpp} µm/px, of which only"
+                " mpp_tolerance and resample may be chosen"
+            )
+        if self.regions is not None and self.regions < 1:
+            raise InputError(f"regions is {self.regions!r}; expected at least 1, or None for all")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed!r}; expected a number from 0 on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Looked:
+    """What was found in a file: the source it is, and its candidates in the order of the draw."""
+
+    source: ManifestSource
+    drawn: Coords
+
+
+_Look = Callable[[Slide, np.random.Generator], tuple[Coords, int]]
+"""A slide -> the candidates that may be needed, in the order of the draw, and how many exist."""
+
+
+def _found(
+    paths: Paths, root: str | PathLike[str] | None, wanted: Callable[[Path], bool], *, kind: str
+) -> _Files:
+    """The files that are meant by `paths`; InputError where there are none, or not below `root`."""
+    if isinstance(paths, str | PathLike):
+        folder = Path(paths)
+        listed = [folder]
+        if folder.is_dir():
+            root = folder if root is None else root
+            listed = [path for path in folder.rglob("*") if path.is_file() and wanted(path)]
+    else:
+        listed = [Path(path) for path in paths]
+    if not listed:
+        raise InputError(
+            f"no {kind} in {paths!r}; expected a folder that holds some, or a list of paths"
+        )
+    if missing := [os.fspath(path) for path in listed if not path.is_file()]:
+        raise InputError(f"there is no file {missing[0]!r}; check the path")
+    absolute = [path.absolute() for path in listed]
+    base = Path(root or os.path.commonpath([path.parent for path in absolute])).absolute()
+    names = set()
+    for path in absolute:
+        if not path.is_relative_to(base):
+            raise InputError(f"{os.fspath(path)!r} does not lie in root={os.fspath(base)!r}")
+        names.add(path.relative_to(base).as_posix())
+    return _Files(root=base, names=tuple(sorted(names)))
+
+
+def _plan(
+    request: _Request, look: _Look, options: Mapping[str, Any], progress: bool | None
+) -> Manifest:
+    files = request.files
+    found: list[_Looked] = []
+    refused: list[tuple[str, SlideError]] = []
+    with (
+        ThreadPoolExecutor(default_threads(), thread_name_prefix="xmag-manifest") as pool,
+        progress_bar(progress, total=len(files.names), desc="looking", unit="file") as bar,
+    ):
+        results = pool.map(lambda name: _looked(request, name, look), files.names)
+        for name, result in zip(files.names, results, strict=True):
+            bar.update()
+            if isinstance(result, SlideError):
+                refused.append((name, result))
+            else:
+                found.append(result)
+    if refused and not request.skip_refused:
+        raise _refusal(refused, len(files.names))
+    _check_found(found, refused)
+    shares = _shares([looked.source for looked in found], request.regions, request.seed)
+    places = [
+        (number, x, y)
+        for number, (looked, share) in enumerate(zip(found, shares, strict=True))
+        for y, x in sorted((y, x) for x, y in looked.drawn[:share].tolist())
+    ]
+    return Manifest(
+        spec=request.spec,
+        sources=tuple(looked.source for looked in found),
+        places=np.array(places, np.int64),
+        options={
+            **options,
+            "regions": request.regions,
+            "seed": request.seed,
+            "preprocessing_version": PREPROCESSING_VERSION,
+        },
+        refused=tuple((name, _reason(name, error, files.root)) for name, error in refused),
+    )
+
+
+def _looked(request: _Request, name: str, look: _Look) -> _Looked | SlideError:
+    path = request.files.root / name
+    site = _site_of(name, request.sites)
+    fingerprint = file_fingerprint(path)
+    # By its content, so that what is drawn from a slide does not depend on the others.
+    content = int(fingerprint["content_sample_sha256"][:16], 16)
+    rng = np.random.default_rng(np.random.SeedSequence((request.seed, content)))
+    try:
+        with Slide(path, mpp=request.mpp) as slide:
+            scale = slide.scale_for(request.spec)
+            drawn, candidates = look(slide, rng)
+            assert slide.mpp is not None  # scale_for raises otherwise
+            source = ManifestSource(
+                path=name,
+                site=site,
+                fingerprint=fingerprint,
+                mpp=slide.mpp,
+                mpp_source=slide.mpp_source,
+                size=slide.dimensions,
+                region_mpp=scale.mpp,
+                candidates=candidates,
+            )
+    except _REFUSALS as error:
+        return error
+    return _Looked(source=source, drawn=drawn)
+
+
+def _drawn(candidates: Coords, rng: np.random.Generator) -> tuple[Coords, int]:
+    return candidates[rng.permutation(len(candidates))], len(candidates)
+
+
+def _crops(
+    slide: Slide, rng: np.random.Generator, *, spec: TileSpec, most: int
+) -> tuple[Coords, int]:
+    """Up to `most` different corners, int64 (N, 2), and how many there are in all."""
+    scale = slide.scale_for(spec)
+    assert slide.mpp is not None  # scale_for raises otherwise
+    side = math.ceil(spec.size_px * scale.mpp / slide.mpp - 1e-6)
+    across, down = (max(0, edge - side + 1) for edge in slide.dimensions)
+    count = across * down
+    y, x = np.divmod(rng.choice(count, min(most, count), replace=False), max(across, 1))
+    return np.stack([x, y], axis=1).astype(np.int64), count
+
+
+def _shares(sources: Sequence[ManifestSource], regions: int | None, seed: int) -> list[int]:
+    """How many regions each source gives."""
+    candidates = [source.candidates for source in sources]
+    if regions is None:
+        return candidates
+    if sum(candidates) < regions:
+        warnings.warn(
+            f"{regions} regions were asked for, and there are {sum(candidates)} candidates: all"
+            " are taken. Add slides, lower min_tissue, or let candidates overlap",
+            XmagWarning,
+            stacklevel=4,
+        )
+    rng = np.random.default_rng(np.random.SeedSequence((seed, len(sources))))
+    sites = sorted({source.site for source in sources})
+    members = [[n for n, s in enumerate(sources) if s.site == site] for site in sites]
+    capacity = [sum(candidates[n] for n in numbers) for numbers in members]
+    shares = [0] * len(sources)
+    for numbers, share in zip(members, fair_shares(capacity, regions, rng), strict=True):
+        parts = fair_shares([candidates[n] for n in numbers], share, rng)
+        for number, part in zip(numbers, parts, strict=True):
+            shares[number] = part
+    return shares
+
+
+def fair_shares(capacity: Sequence[int], total: int, rng: np.random.Generator) -> list[int]:
+    """`total` dealt out so that the smallest shares are as large as can be (max-min fairness).
+
+    Nobody gets more than its `capacity`; what does not divide goes to some at random.
+    """
+    shares = np.zeros(len(capacity), np.int64)
+    room = np.asarray(capacity, np.int64)
+    left = min(total, int(room.sum()))
+    while left:
+        open_ones = np.flatnonzero(shares < room)
+        each = left // len(open_ones)
+        if each == 0:
+            open_ones, each = rng.permutation(open_ones)[:left], 1
+        given = np.minimum(room[open_ones] - shares[open_ones], each)
+        shares[open_ones] += given
+        left -= int(given.sum())
+    return shares.tolist()
+
+
+def _site_of(name: str, sites: Sites | None) -> str:
+    if sites is None:
+        return PurePosixPath(name).parent.as_posix()
+    try:
+        site = sites[name] if isinstance(sites, Mapping) else sites(name)
+    except KeyError as error:
+        raise InputError(
+            f"sites names no site for {name!r}; expected one for each path relative to the root"
+        ) from error
+    if not isinstance(site, str):
+        raise InputError(f"the site of {name!r} is {site!r}; expected a str")
+    return site
+
+
+def _check_found(found: Sequence[_Looked], refused: Sequence[tuple[str, SlideError]]) -> None:
+    by_content: dict[str, str] = {}
+    for looked in found:
+        source = looked.source
+        content = source.fingerprint["content_sample_sha256"]
+        if content in by_content:
+            raise InputError(
+                f"{source.path!r} and {by_content[content]!r} have the same content; leave one out,"
+                " or it counts twice and may end up on both sides of a split"
+            )
+        by_content[content] = source.path
+    if not any(looked.source.candidates for looked in found):
+        raise InputError(
+            f"no region in {len(found)} files ({len(refused)} more cannot be used): expected tissue"
+            f" of {REGION_SPEC.size_px * REGION_SPEC.mpp:g} µm a side somewhere. Lower min_tissue,"
+            " or check the slides"
+        )
+
+
+def _refusal(refused: Sequence[tuple[str, SlideError]], total: int) -> SlideError:
+    shown = "; ".join(f"{name}: {error}" for name, error in refused[:5])
+    more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+    kind = type(refused[0][1])
+    return kind(
+        f"{len(refused)} of {total} files cannot be used: {shown}{more}. Leave them out, or let"
+        " them be listed with skip_refused=True"
+    )
+
+
+def _reason(name: str, error: SlideError, root: Path) -> str:
+    """Why a file is refused, without the folder it lies in: manifests travel."""
+    return str(error).replace(os.fspath(root / name), name).replace(os.fspath(root), ".")
+
+
+def _is_image_path(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")

@@ -1,0 +1,158 @@
+"""What a distillation can be told, with the defaults; the same names stand in the TOML file."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from xmag.distill.augment import Augmentation
+from xmag.distill.schedule import SCHEDULES
+from xmag.errors import InputError
+
+_PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """What is compared, and how.
+
+    The loss is `global_weight` times the distance of regions plus `local_weight` times that of
+    their 16 tiles; a level of weight 0 is left out. A distance is the sum of "cosine", "smooth_l1"
+    and "relational", each times its weight. With `centre` the teacher's features have their mean
+    taken off first, so that the cosine measures how regions differ and not what they share; the
+    mean is that of `centre_regions` regions (of all kept features), found once and kept.
+    """
+
+    global_weight: float = 1.0
+    local_weight: float = 0.5
+    cosine: float = 1.0
+    smooth_l1: float = 0.0
+    relational: float = 0.0
+    centre: bool = False
+    centre_regions: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("global_weight", "local_weight", "cosine", "smooth_l1", "relational"):
+            _check("loss", self, name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
+        _check("loss", self, "centre_regions", self.centre_regions > 0, "a positive number")
+        if not (self.global_weight + self.local_weight and any(self.distances().values())):
+            raise InputError(
+                f"the loss is 0 whatever the student does: {self}; expected a positive"
+                " global_weight or local_weight, and a positive cosine, smooth_l1 or relational"
+            )
+
+    def distances(self) -> dict[str, float]:
+        """The weight of each distance by name."""
+        return {
+            "cosine": self.cosine,
+            "smooth_l1": self.smooth_l1,
+            "relational": self.relational,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How long, in which steps, and how fast.
+
+    A step is `batch` regions over all GPUs, whatever their number, `micro_batch` of them at once on
+    each (by default its whole share); `batch` is thus what an optimizer step averages over, and the
+    number of GPUs changes nothing but the time. The rate follows `schedule`, with a warm-up of
+    the fraction `warmup` of all steps, down to the fraction `floor` of `lr`. Weight decay is for
+    matrices and tables alone: not for biases, norms and LayerScale. With `ema_ramp` the average
+    forgets its start faster: its decay is at most (1 + step) / (10 + step).
+    """
+
+    epochs: float = 10.0
+    steps: int | None = None
+    batch: int = 48
+    micro_batch: int | None = None
+    views: int = 2
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    floor: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    ema_ramp: bool = True
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "views", "lr", "clip"):
+            _check("train", self, name, getattr(self, name) > 0, "a positive number")
+        for name in ("steps", "micro_batch"):
+            value = getattr(self, name)
+            _check("train", self, name, value is None or value > 0, "a positive number, or none")
+        for name in ("weight_decay", "seed"):
+            _check("train", self, name, getattr(self, name) >= 0, "a number from 0 on")
+        for name in ("warmup", "floor", "ema"):
+            _check("train", self, name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        _check("train", self, "schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
+        _check("train", self, "precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
+
+    def total_steps(self, regions: int) -> int:
+        """The steps of a run over so many regions."""
+        return self.steps or max(1, round(self.epochs * regions / self.batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """What is written on the way, every so many steps; 0 is never but at the end.
+
+    `every`: a row of metrics. `checkpoint_every`: the state from which a run goes on.
+    `validate_every`: the fixed regions.
+    """
+
+    every: int = 20
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _check("log", self, "every", self.every > 0, "a positive number of steps")
+        for name in ("checkpoint_every", "validate_every"):
+            _check("log", self, name, getattr(self, name) >= 0, "a number of steps, or 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderSettings:
+    """Who reads regions, and how many batches ahead.
+
+    Each rank has `threads` (None: one for each of its cores) and as many child `processes`, which
+    go further than threads of one interpreter can (None: one for each of its cores where it trains
+    on a GPU, and none on a CPU; 0: the threads decode).
+    """
+
+    threads: int | None = None
+    processes: int | None = None
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        threads, processes = self.threads, self.processes
+        _check("loader", self, "threads", threads is None or threads > 0, "a positive number")
+        _check("loader", self, "processes", (processes or 0) >= 0, "a number from 0 on")
+        _check("loader", self, "prefetch", self.prefetch > 0, "a positive number of batches")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All of them together; see the parts."""
+
+    loss: LossSettings = field(default_factory=LossSettings)
+    augment: Augmentation = field(default_factory=Augmentation)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the weights that come out: all but how it is read and logged."""
+        return {key: value for key, value in asdict(self).items() if key not in ("loader", "log")}
+
+
+def _check(section: str, owner: Any, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{section}.{name} is {getattr(owner, name)!r}; expected {expected}")

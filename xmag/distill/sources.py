@@ -1,0 +1,311 @@
+"""Where regions come from: a manifest's slides, read as they are asked for."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.distill.manifest import Manifest, ManifestSource
+from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
+from xmag.provenance import file_fingerprint
+from xmag.slide import Slide
+from xmag.tiles import PROCESSES_SUPPORTED, default_threads
+from xmag.tiles.place_processes import PlacePool, Places
+from xmag.tiles.places import read_places
+
+Regions = NDArray[np.uint8]
+"""uint8 (B, REGION_PX, REGION_PX, 3) RGB: the high views of B regions."""
+
+_OPEN_SOURCES = 160
+"""Slides kept open: more than twice what `manifest.shuffled` mixes, and few enough for the 256
+files that some systems allow."""
+_OPEN_IMAGE_BYTES = 1 << 30
+"""Of plain images, whose px stay in memory as long as they are open."""
+
+_IN_MEMORY = {"png", "jpeg"}
+"""Formats of plain images."""
+_CLOSED = "the regions are closed; use them inside their `with` block"
+_TASKS_EACH = 2
+"""Tasks that each thread gets of a call, at least: fewer would leave some idle at its end."""
+
+
+@runtime_checkable
+class RegionSource(Protocol):
+    """What a training loop reads from: `SlideRegions`, or the user's own."""
+
+    def __len__(self) -> int:
+        """The number of regions."""
+        ...
+
+    def read(self, indices: Sequence[int], /) -> Regions:
+        """The high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
+
+        Safe to call from several threads. Raises DamagedSlideError where one cannot be decoded.
+        """
+        ...
+
+
+def read_intact(
+    source: RegionSource, indices: Sequence[int]
+) -> tuple[NDArray[np.int64], Regions | None]:
+    """The regions of any source that can be decoded: their rows, int64 (K,), and their views.
+
+    Where one cannot, all are read one by one. The views are None where there is none.
+    """
+    if isinstance(source, SlideRegions):
+        return source.read_intact(indices)
+    try:
+        return np.arange(len(indices)), source.read(indices)
+    except DamagedSlideError:
+        if len(indices) == 1:
+            return np.empty(0, np.int64), None
+    parts = [read_intact(source, [index])[1] for index in indices]
+    good = [part for part in parts if part is not None]
+    rows = np.flatnonzero([part is not None for part in parts])
+    return rows, np.concatenate(good) if good else None
+
+
+class SlideRegions:
+    """The regions of a manifest, read from the slides below `root`; a context manager.
+
+    Slides are opened when they are first needed, and their content is compared with the manifest's
+    fingerprints then. `damaged` holds the reason for each region that could not be decoded so far.
+
+    Args:
+        manifest: What to read.
+        root: The folder that the manifest's paths are relative to.
+        threads: Decoding threads that a call for several regions shares; by default one a usable
+            core, at most 8. A call for a single region decodes in the thread that makes it.
+        processes: Child processes that decode instead of threads, which share one GIL (POSIX
+            only). Each works for one call at a time: a call for several
+            regions keeps them all busy, calls for one region as many as there are calls.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        root: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        processes: int = 0,
+    ) -> None:
+        if (threads is not None and threads < 1) or processes < 0:
+            raise InputError(
+                f"threads is {threads!r} and processes {processes!r}; expected at least 1 thread"
+                " or None, and 0 processes or more"
+            )
+        if processes and not PROCESSES_SUPPORTED:
+            raise InputError("decoding processes need POSIX; use processes=0, which uses threads")
+        self.manifest = manifest
+        self._slides = _OpenSlides(manifest.sources, Path(root))
+        self._threads = processes or threads or default_threads()
+        self._children = (
+            PlacePool(processes, slot_tiles=1, size_px=manifest.spec.size_px) if processes else None
+        )
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="xmag-regions")
+        self._damaged: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """The number of regions."""
+        return len(self.manifest)
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        """The regions that could not be decoded so far: number -> reason."""
+        return MappingProxyType(self._damaged)
+
+    def read(self, indices: Sequence[int], /) -> Regions:
+        """The high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
+
+        Regions of one slide are read together, each of its source tiles once. May be called from
+        several threads.
+
+        Raises:
+            DamagedSlideError: Some cannot be decoded; `damaged` says which. Nothing is made up.
+            InputError: A number is none of the manifest's, or a slide is not the one it describes.
+            SlideError: A slide cannot be opened.
+        """
+        rows, regions = self.read_intact(indices)
+        if len(rows) < len(indices):
+            bad = {int(index) for index in indices} & self._damaged.keys()
+            first = min(bad)
+            raise DamagedSlideError(
+                f"{len(bad)} of {len(indices)} regions cannot be decoded: region {first}:"
+                f" {self._damaged[first]}. read_intact() leaves them out, and `damaged` lists them"
+            )
+        return regions
+
+    def read_intact(self, indices: Sequence[int], /) -> tuple[NDArray[np.int64], Regions]:
+        """The regions that can be decoded: rows of `indices`, int64 (K,), and uint8 (K, S, S, 3).
+
+        What cannot is added to `damaged`. Raises what `read` does otherwise.
+        """
+        wanted = self._checked(indices)
+        size = self.manifest.spec.size_px
+        regions = np.empty((len(wanted), size, size, 3), np.uint8)
+        tasks = self._tasks(wanted)
+        if len(tasks) == 1:
+            self._read_rows(wanted, regions, *tasks[0])
+        else:
+            for done in [self._pool.submit(self._read_rows, wanted, regions, *t) for t in tasks]:
+                done.result()
+        good = np.array([int(index) not in self._damaged for index in wanted], np.bool_)
+        return np.flatnonzero(good), regions if good.all() else regions[good]
+
+    def close(self) -> None:
+        """Close the slides and end the threads. Closing twice is fine."""
+        self._pool.shutdown(cancel_futures=True)
+        self._slides.close()
+        if self._children is not None:
+            self._children.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        wanted = np.asarray(indices, np.int64).reshape(-1)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise InputError(
+                f"regions {wanted.min()} to {wanted.max()} are asked for; expected numbers from 0"
+                f" to {len(self) - 1}"
+            )
+        return wanted
+
+    def _tasks(self, wanted: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """What one thread does at a time: a source, and some of the rows to be read from it."""
+        places = self.manifest.places[wanted]
+        order = np.lexsort((places[:, 1], places[:, 2], places[:, 0]))
+        most = -(-len(wanted) // (_TASKS_EACH * self._threads))
+        tasks = []
+        for source in np.unique(places[:, 0]).tolist():
+            rows = order[places[order, 0] == source]
+            tasks += [(source, rows[at : at + most]) for at in range(0, len(rows), most)]
+        return tasks
+
+    def _read_rows(
+        self, wanted: NDArray[np.int64], regions: Regions, source: int, rows: NDArray[np.int64]
+    ) -> None:
+        """Read some rows of `regions`, all from one source; what cannot be read is marked."""
+        coords, spec = self.manifest.places[wanted[rows], 1:], self.manifest.spec
+        try:
+            if self._children is not None:
+                path, mpp = self._slides.verified(source), self.manifest.sources[source].mpp
+                for row, place in zip(rows, coords[:, None], strict=True):
+                    self._children.read(Places(str(path), mpp, spec, place), regions[row][None])
+                return
+            with self._slides.opened(source) as slide:
+                regions[rows] = read_places(slide, spec, coords)
+        except DamagedSlideError as error:
+            if len(rows) == 1:
+                self._damaged.setdefault(int(wanted[rows[0]]), str(error))
+                return
+            for row in rows:  # find out which
+                self._read_rows(wanted, regions, source, np.array([row]))
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A source that is open, or about to be: its slide, and how many calls use it now."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    slide: Slide | None = None
+    users: int = 0
+    size_bytes: int = 0
+
+
+class _OpenSlides:
+    """The slides of a manifest, opened when needed; those not used for longest are closed again."""
+
+    def __init__(self, sources: Sequence[ManifestSource], root: Path) -> None:
+        self._sources, self._root = sources, root
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._verified: set[int] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[Slide]:
+        """The slide of a source, open for as long as the context lasts."""
+        with self._lock:
+            if self._closed:
+                raise ClosedSlideError(_CLOSED)
+            entry = self._entries.setdefault(number, _Entry())
+            self._entries.move_to_end(number)
+            entry.users += 1
+        try:
+            with entry.lock:
+                if entry.slide is None:
+                    entry.slide = self._open(number)
+                    if entry.slide.format in _IN_MEMORY:
+                        width, height = entry.slide.dimensions
+                        entry.size_bytes = 3 * width * height
+            yield entry.slide
+        finally:
+            with self._lock:
+                entry.users -= 1
+                if entry.slide is None and not entry.users:
+                    self._entries.pop(number, None)
+                self._close_some()
+
+    def close(self) -> None:
+        """Close all of them, for good."""
+        with self._lock:
+            self._closed = True
+            for entry in self._entries.values():
+                if entry.slide is not None:
+                    entry.slide.close()
+            self._entries.clear()
+
+    def verified(self, number: int) -> Path:
+        """The path of a source, once its content is known to be the manifest's."""
+        if self._closed:
+            raise ClosedSlideError(_CLOSED)
+        source = self._sources[number]
+        path = self._root / source.path
+        if number not in self._verified:
+            if not path.is_file():
+                raise SlideError(
+                    f"there is no {source.path!r} in {os.fspath(self._root)!r}; give the folder"
+                    " that the manifest's paths are relative to as root"
+                )
+            found = file_fingerprint(path)
+            if found != dict(source.fingerprint):
+                raise InputError(
+                    f"{source.path!r} is not the file that the manifest was made from (content"
+                    f" {found['content_sample_sha256'][:12]}, expected"
+                    f" {source.fingerprint['content_sample_sha256'][:12]}); bring that one back, or"
+                    " make the manifest again"
+                )
+            self._verified.add(number)
+        return path
+
+    def _open(self, number: int) -> Slide:
+        return Slide(self.verified(number), mpp=self._sources[number].mpp)
+
+    def _close_some(self) -> None:
+        """Close what was not used for longest, until the rest fits. Called under the lock."""
+        for number, entry in list(self._entries.items()):
+            count = len(self._entries)
+            size = sum(other.size_bytes for other in self._entries.values())
+            if count <= _OPEN_SOURCES and size <= _OPEN_IMAGE_BYTES:
+                return
+            if not entry.users and entry.slide is not None:
+                entry.slide.close()
+                del self._entries[number]

@@ -1,0 +1,179 @@
+"""The student: a ViT at 2.0 µm/px, and the heads that compare it with its teachers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xmag.distill.heads import ProjectionHead
+from xmag.distill.losses import BLOCKS, block_means
+from xmag.distill.views import LOW_MPP
+from xmag.errors import InputError
+from xmag.hub.model import read_model
+from xmag.hub.registry import ModelConfig
+from xmag.vit import CONFIGS, ViT, ViTConfig, empty_vit
+
+_INIT_STD = 0.02
+_TOKEN_STD = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentStart:
+    """A ViT to begin with, its configuration, and where its weights came from (plain JSON)."""
+
+    vit: ViT
+    config: ModelConfig
+    provenance: dict[str, Any]
+
+
+class Projection(NamedTuple):
+    """What the heads of one teacher make of B images; None for a level that is not trained."""
+
+    region: Tensor | None
+    """float32 (B, Dt): the class token through the global head."""
+    tiles: Tensor | None
+    """float32 (B, 16, Dt): the blocks' means through the local head."""
+
+
+class Student(nn.Module):
+    """A ViT and, for each teacher, a pair of heads; uint8 images in, projections out.
+
+    `teacher_dims` are the widths of the teachers' features. A level that carries no weight in the
+    loss (`with_global`, `with_local`) has no heads.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        vit: ViT,
+        config: ModelConfig,
+        *,
+        teacher_dims: Sequence[int],
+        with_global: bool = True,
+        with_local: bool = True,
+    ) -> None:
+        super().__init__()
+        side = config.tile_spec.size_px // config.vit.patch_px
+        if side % BLOCKS:
+            raise InputError(
+                f"the student has {side} x {side} tokens; expected a multiple of {BLOCKS} a side,"
+                " so that each of the teacher's 16 tiles has a block of tokens. Choose another"
+                " patch_px or size_px"
+            )
+        self.vit = vit
+        width = config.vit.width
+        self.global_heads = _heads(width, teacher_dims if with_global else ())
+        self.local_heads = _heads(width, teacher_dims if with_local else ())
+        self._grid, self._first_patch = (side, side), 1 + config.vit.registers
+        self._teachers = len(teacher_dims)
+        std, mean = (torch.tensor(rgb).view(3, 1, 1) for rgb in (config.std, config.mean))
+        # Not in the state: they are in the configuration.
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, low: Tensor, weights: Tensor | None = None) -> list[Projection]:
+        """The projections of uint8 images (B, S, S, 3), one for each teacher.
+
+        Images of weight 0 in `weights` (B,) leave the statistics of the heads alone.
+        """
+        images = low.permute(0, 3, 1, 2) * self.scale + self.shift
+        tokens = self.vit(images, self.vit.positions(self._grid))
+        region = tokens[:, 0]
+        blocks = block_means(tokens[:, self._first_patch :]).flatten(0, 1)
+        tile_weights = None if weights is None else weights.repeat_interleave(BLOCKS**2)
+        return [
+            Projection(
+                self.global_heads[i](region, weights) if len(self.global_heads) else None,
+                self.local_heads[i](blocks, tile_weights).unflatten(0, (-1, BLOCKS**2))
+                if len(self.local_heads)
+                else None,
+            )
+            for i in range(self._teachers)
+        ]
+
+
+def _heads(width: int, dims: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList(ProjectionHead(width, dim) for dim in dims)
+
+
+def fresh_student(
+    config: ModelConfig | ViTConfig | str, *, layer_scale: float = 0.1, seed: int = 0
+) -> StudentStart:
+    """A student with random weights, the same for the same seed; torch's own generator stays as is.
+
+    Matrices are drawn from a normal distribution of 0.02 cut at two of them, biases are 0, as
+    DINOv2 begins; LayerScale begins at `layer_scale`, since DINOv2's 1e-5 keeps a ViT that is
+    trained from nothing close to a linear map for thousands of steps.
+    """
+    model = student_config(config)
+    if not 0 < layer_scale <= 1:
+        raise InputError(f"layer_scale is {layer_scale!r}; expected a number in (0, 1]")
+    vit = empty_vit(model.vit).to_empty(device="cpu")
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in vit.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.constant_(parameter, layer_scale)
+        elif name in ("cls_token", "register_tokens"):
+            nn.init.normal_(parameter, std=_TOKEN_STD, generator=rng)
+        elif parameter.ndim > 1:
+            cut = 2 * _INIT_STD
+            nn.init.trunc_normal_(parameter, std=_INIT_STD, a=-cut, b=cut, generator=rng)
+        else:
+            is_norm_scale = "norm" in name and name.endswith("weight")
+            nn.init.constant_(parameter, 1.0 if is_norm_scale else 0.0)
+    return StudentStart(
+        vit=vit,
+        config=model,
+        provenance={"name": None, "seed": seed, "layer_scale": layer_scale},
+    )
+
+
+def pretrained_student(
+    name_or_path: str, *, config: ModelConfig | ViTConfig | str | None = None, **options: Any
+) -> StudentStart:
+    """A student with the weights of a model that `load_model` reads, such as DINOv2.
+
+    `options` are revision, token, cache_dir and local_files_only, as for `load_model`. Raises
+    InputError where the model is for tiles of another scale than the student's 2.0 µm/px, and
+    HubError or WeightsError where it cannot be read.
+    """
+    hub = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
+    loaded = read_model(name_or_path, config=config, **{**hub, **options})
+    model = student_config(loaded.config)
+    vit = empty_vit(model.vit)
+    vit.load_state_dict(loaded.state, assign=True)
+    known = ("name", "revision", "weights_sha256", "terms")
+    return StudentStart(
+        vit=vit.requires_grad_(True),
+        config=model,
+        provenance={key: loaded.provenance.get(key) for key in known},
+    )
+
+
+def student_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
+    """The student's configuration: its tiles are at 2.0 µm/px, made with the Lanczos kernel.
+
+    Raises InputError for an unknown name and for a tile specification of another scale.
+    """
+    if isinstance(config, str):
+        if config not in CONFIGS:
+            raise InputError(
+                f"the student's config is {config!r}; expected one of {sorted(CONFIGS)}, a"
+                " ViTConfig or a ModelConfig"
+            )
+        config = CONFIGS[config]
+    if isinstance(config, ViTConfig):
+        config = ModelConfig(vit=config)
+    spec = config.tile_spec
+    if spec.mpp != LOW_MPP:
+        raise InputError(
+            f"the student's tiles are at {spec.mpp:g} µm/px; expected {LOW_MPP:g}, a quarter of the"
+            " teacher's resolution. Start from other weights, or give a ModelConfig with"
+            f" TileSpec(mpp={LOW_MPP:g}) if these may learn that scale"
+        )
+    # The pixels it learns from are Lanczos resizes: what it is given later has to be as well.
+    return replace(config, tile_spec=replace(spec, resample="lanczos"))

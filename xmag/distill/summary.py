@@ -1,0 +1,98 @@
+"""What a run came to, or would take."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a run needs, from a few steps that were taken to see.
+
+    `parameters` of the student and of its heads. `state_bytes` are weights, gradients, moments and
+    average; `activation_bytes` what the forward pass of one part of a batch keeps for the backward
+    pass, as measured; `peak_bytes` the most that was allocated on a GPU, everything (teachers too)
+    together, None on a CPU. `seconds_per_step` is measured, reading included, and
+    `keeping_seconds` is what computing the features takes that are to be kept.
+    """
+
+    student_parameters: int
+    head_parameters: int
+    state_bytes: Mapping[str, int]
+    activation_bytes: int
+    peak_bytes: int | None
+    seconds_per_step: float
+    keeping_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a run came to; with `needs`, what it would take, as nothing was trained or written.
+
+    `regions` are those learned from. `validation` are the last cosines to the teachers, and
+    `untrained` those before the first step; both are empty without regions held out. `damaged` is
+    the number of regions that could not be read; `model` is the folder for `load_model`, and
+    `seconds` the time of all parts of the run. `data` counts slides and regions, where they were
+    sampled from slides, and `plan` says in words what is done.
+    """
+
+    steps: int
+    epochs: float
+    regions: int
+    damaged: int
+    seconds: float
+    validation: Mapping[str, float] = field(default_factory=dict)
+    untrained: Mapping[str, float] = field(default_factory=dict)
+    model: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    plan: tuple[str, ...] = ()
+    needs: Needs | None = None
+
+    def lines(self) -> list[str]:
+        """The summary for a person to read, line by line."""
+        return [*self.plan, *(self._needed() if self.needs else self._done())]
+
+    def _done(self) -> Iterator[str]:
+        yield (
+            f"done      {self.steps:,} steps, {self.epochs:.3g} epochs of {self.regions:,} regions,"
+            f" {duration(self.seconds)}"
+        )
+        if self.damaged:
+            yield f"damaged   {self.damaged:,} regions, never trained on"
+        for name, value in self.validation.items():
+            yield f"held out  {name} {value:.3f} (untrained {self.untrained[name]:.3f})"
+        if self.model is not None:
+            yield f"model     {self.model}"
+
+    def _needed(self) -> Iterator[str]:
+        assert self.needs is not None
+        needs = self.needs
+        parts = ", ".join(f"{name} {size(n)}" for name, n in needs.state_bytes.items())
+        yield (
+            f"student   {needs.student_parameters / 1e6:.1f} M parameters, heads"
+            f" {needs.head_parameters / 1e6:.1f} M"
+        )
+        yield f"memory    {parts}, activations {size(needs.activation_bytes)}"
+        if needs.peak_bytes is not None:
+            yield f"          {size(needs.peak_bytes)} at most on the GPU, all together (measured)"
+        if needs.keeping_seconds:
+            yield f"features  {duration(needs.keeping_seconds)} to compute what is kept"
+        yield (
+            f"time      {needs.seconds_per_step:.3g} s a step (measured),"
+            f" {duration(self.seconds)} in all"
+        )
+        yield "dry run   nothing was written"
+
+
+def size(count: float) -> str:
+    """A number of bytes as MB or GB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as days, hours, minutes or seconds, whichever can be read."""
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"

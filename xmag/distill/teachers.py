@@ -1,0 +1,290 @@
+"""Teachers: what turns tiles at 0.5 µm/px into the features that a student learns.
+
+`load_teacher` makes one of a name, an Encoder, or any function from tiles to features.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from xmag.devices import resolve_device, resolve_dtype
+from xmag.distill.views import HIGH_MPP, TILE_PX
+from xmag.encoder import Encoder, load_model
+from xmag.errors import InputError, MissingExtraError, ModelError
+from xmag.geometry import TileSpec
+from xmag.hub.registry import ModelConfig
+from xmag.provenance import dtype_class
+from xmag.vit import ViTConfig
+
+TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
+"""The tiles that every teacher gets."""
+
+_TIMM = "timm:"
+_SAME_MPP = 1e-6
+_BATCH_TILES = 256
+"""Tiles that go through a teacher at once: enough to fill a GPU."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What a teacher offers."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in records; unique among the teachers of a student."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """The length of a feature."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells it from others, as plain JSON values: name, weights_sha256, and more."""
+        ...
+
+    @property
+    def tile_spec(self) -> TileSpec:
+        """The tiles it wants."""
+        ...
+
+    def features(self, tiles: Tensor, /) -> Tensor:
+        """The features of uint8 tiles (M, 224, 224, 3): float32 (M, dim), on the same device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedTeacher:
+    """A teacher and the weight of its losses; each has heads of its own."""
+
+    teacher: Teacher
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise InputError(
+                f"the weight of {self.teacher.name} is {self.weight!r}; expected a positive number"
+            )
+
+
+class TileTeacher:
+    """A function from tiles to features, with a name, and with every result looked at."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        dim: int,
+        identity: Mapping[str, Any],
+        tile_spec: TileSpec = TILE_SPEC,
+    ) -> None:
+        check_tile_spec(tile_spec, name)
+        self.name, self.dim, self.tile_spec = name, dim, tile_spec
+        self.identity: Mapping[str, Any] = MappingProxyType({"name": name, **identity})
+        self._function = function
+
+    def __repr__(self) -> str:
+        return f"<TileTeacher {self.name!r} of {self.dim} features>"
+
+    def features(self, tiles: Tensor, /) -> Tensor:
+        """The features of uint8 tiles (M, 224, 224, 3): float32 (M, dim), on the same device.
+
+        Raises InputError for other tiles, ModelError for features of another shape, and for values
+        that are not finite: a student must not learn them.
+        """
+        size = self.tile_spec.size_px
+        if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (size, size, 3):
+            raise InputError(
+                f"tiles are {tiles.dtype} {tuple(tiles.shape)}; {self.name} expects uint8"
+                f" (M, {size}, {size}, 3)"
+            )
+        result = torch.empty((len(tiles), self.dim), dtype=torch.float32, device=tiles.device)
+        for part, into in zip(
+            torch.split(tiles, _BATCH_TILES), torch.split(result, _BATCH_TILES), strict=True
+        ):
+            if len(part):
+                into.copy_(self._of(part))
+        if not torch.isfinite(result).all():
+            row = int(torch.isfinite(result).all(1).int().argmin())
+            raise ModelError(
+                f"{self.name} gave features that are not finite (first for tile {row} of"
+                f' {len(tiles)}); load it with dtype="float32", and check its weights'
+            )
+        return result
+
+    def _of(self, tiles: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = torch.as_tensor(self._function(tiles))
+        if found.shape != (len(tiles), self.dim) or not found.is_floating_point():
+            raise ModelError(
+                f"{self.name} returned {found.dtype} {tuple(found.shape)} for {len(tiles)} tiles;"
+                f" expected floating point ({len(tiles)}, {self.dim})"
+            )
+        return found
+
+
+def load_teacher(
+    teacher: str | os.PathLike[str] | Teacher | Encoder | Callable[[Tensor], Tensor],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    name: str | None = None,
+    dim: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    config: ModelConfig | ViTConfig | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Teacher:
+    """The teacher that a name, an Encoder or a function means.
+
+    Args:
+        teacher: What `load_model` takes ("MahmoodLab/UNI2-h", whose terms are logged when it is
+            fetched; a path); "timm:NAME" for a pretrained model of timm; an Encoder; a Teacher,
+            which is returned as it is; or a function from uint8 tiles (M, 224, 224, 3), on the
+            device where they are, to features (M, dim).
+        device: Where a model loaded by name computes.
+        dtype: What it computes in: "auto" takes bfloat16 on CUDA that has it.
+        name: What a function is called in records.
+        dim: The length of a function's features.
+        identity: What else tells a function from others, as JSON values. The SHA-256 of its weights
+            is added for a torch.nn.Module.
+        config: As in `load_model`, and so are the rest.
+        revision: As in `load_model`.
+        token: As in `load_model`.
+        cache_dir: As in `load_model`.
+        local_files_only: As in `load_model`.
+
+    Raises:
+        InputError: The model wants other tiles than 224 px at 0.5 µm/px, or arguments are missing.
+        MissingExtraError: timm is asked for and not installed.
+        ModelError: The model cannot be loaded.
+    """
+    if isinstance(teacher, str) and teacher.startswith(_TIMM):
+        return _timm_teacher(teacher, device=device, dtype=dtype)
+    if isinstance(teacher, str | os.PathLike):
+        loaded = load_model(
+            teacher,
+            device=device,
+            dtype=dtype,
+            config=config,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return _encoder_teacher(loaded)
+    if isinstance(teacher, Encoder):
+        return _encoder_teacher(teacher)
+    if isinstance(teacher, Teacher):
+        check_tile_spec(teacher.tile_spec, teacher.name)
+        return teacher
+    if not callable(teacher):
+        raise InputError(
+            f"teacher is a {type(teacher).__name__}; expected a name, a path, an Encoder, or a"
+            " function from tiles to features"
+        )
+    if name is None or dim is None:
+        raise InputError(
+            f"a function as a teacher needs name= (now {name!r}) and dim= (now {dim!r}): what to"
+            " call it in records, and the length of its features"
+        )
+    about = dict(identity or {})
+    if isinstance(teacher, nn.Module):
+        about.setdefault("weights_sha256", module_sha256(teacher))
+    return TileTeacher(teacher, name=name, dim=dim, identity={"kind": "function", **about})
+
+
+def check_tile_spec(spec: TileSpec, name: str) -> None:
+    """Raise InputError where a teacher does not want the tiles that regions are cut into."""
+    if spec.size_px != TILE_PX or abs(spec.mpp / HIGH_MPP - 1) > _SAME_MPP:
+        raise InputError(
+            f"{name} wants tiles of {spec.size_px} px at {spec.mpp:g} µm/px; a teacher sees"
+            f" {TILE_PX} px at {HIGH_MPP} µm/px, 16 of which are one tile of the student. If it was"
+            " trained at that scale, say so: load_teacher(NAME, config=ModelConfig(vit=...,"
+            f" tile_spec=TileSpec(mpp={HIGH_MPP})))"
+        )
+
+
+def module_sha256(module: nn.Module) -> str:
+    """A SHA-256 of the names, types, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{key} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder_teacher(encoder: Encoder) -> TileTeacher:
+    about = encoder.provenance
+    name = str(about["name"])
+    if Path(name).expanduser().exists():
+        name = Path(name).name  # records travel, and hold no paths
+    return TileTeacher(
+        encoder.embed,
+        name=name,
+        dim=encoder.embed_dim,
+        tile_spec=encoder.tile_spec,
+        identity={
+            "kind": "encoder",
+            "revision": about.get("revision"),
+            "weights_sha256": about.get("weights_sha256"),
+            "config": encoder.config.to_dict(),
+            "dtype_class": dtype_class(str(encoder.dtype)),
+        },
+    )
+
+
+def _timm_teacher(
+    name: str, *, device: str | torch.device, dtype: str | torch.dtype
+) -> TileTeacher:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the teacher {name!r} is a model of timm, which is not installed: run pip install timm"
+        ) from error
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    try:
+        model = timm.create_model(name.removeprefix(_TIMM), pretrained=True, num_classes=0).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"timm cannot load {name.removeprefix(_TIMM)!r}: {error}. Expected one of"
+            " timm.list_pretrained(), and a network for what is not in its cache"
+        ) from error
+    about = timm.data.resolve_model_data_config(model)
+    if tuple(about["input_size"][1:]) != (TILE_PX, TILE_PX) and hasattr(model, "set_input_size"):
+        model.set_input_size((TILE_PX, TILE_PX))
+    sha256 = module_sha256(model)
+    model = model.to(place, kind).requires_grad_(False)
+    mean = torch.tensor(about["mean"], device=place).view(3, 1, 1)
+    std = torch.tensor(about["std"], device=place).view(3, 1, 1)
+
+    def features(tiles: Tensor) -> Tensor:
+        images = (tiles.to(place).permute(0, 3, 1, 2) / 255 - mean) / std
+        with torch.autocast(place.type, enabled=False):
+            return model(images.to(kind)).float()  # type: ignore[no-any-return]
+
+    dim = features(torch.zeros((1, TILE_PX, TILE_PX, 3), dtype=torch.uint8)).shape[-1]
+    identity = {
+        "kind": "timm",
+        "timm": version("timm"),
+        "weights_sha256": sha256,
+        "mean": list(about["mean"]),
+        "std": list(about["std"]),
+        "dtype_class": dtype_class(str(kind)),
+    }
+    return TileTeacher(features, name=name, dim=dim, identity=identity)

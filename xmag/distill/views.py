@@ -1,0 +1,113 @@
+"""The two views of a region: what the teacher sees at 0.5 µm/px, and what the student sees at 2.0.
+
+A region is `REGION_PX` wide at 0.5 µm/px, the high view. The low view is its Lanczos resize to
+`LOW_PX`: Pillow's, to the bit, on any device.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xmag.errors import InputError
+
+HIGH_MPP, LOW_MPP = 0.5, 2.0
+SIDE = 4
+"""Teacher tiles along a side of a region, and px of the high view to one of the low view."""
+TILE_PX = 224
+REGION_PX, LOW_PX = SIDE * TILE_PX, TILE_PX
+
+_LOBES = 3
+"""Of the Lanczos kernel, on either side."""
+_PRECISION = 22
+"""Bits of a weight behind the point; Pillow keeps 32 - 8 - 2, for sums of 8-bit px."""
+_LOW_BITS = 11
+"""Bits of the lower part of a weight. Sums of parts times px stay below 2**24, where float32 counts
+without rounding, and a part fits TensorFloat-32, so that this setting changes nothing."""
+_PART = 16
+"""Regions resized at once on a GPU: enough to fill it, at 0.4 GB."""
+
+
+def low_view(high: Tensor) -> Tensor:
+    """The views at 2.0 µm/px of regions at 0.5 µm/px: uint8 (B, S / 4, S / 4, 3).
+
+    `high` is uint8 (B, S, S, 3) on any device, S a multiple of 4 and `REGION_PX` in training. The
+    result is on the same device, and equals ``Image.resize(..., Image.Resampling.LANCZOS)`` in
+    every bit. Raises InputError for another shape or dtype.
+    """
+    size = checked_side(high)
+    low = high.new_empty((len(high), size // SIDE, size // SIDE, 3))
+    if high.device.type == "cpu":
+        for image, into in zip(high.numpy(), low, strict=True):
+            shape = (size // SIDE, size // SIDE)
+            resized = Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS)
+            into.copy_(torch.from_numpy(np.array(resized)))
+        return low
+    for part, into in zip(torch.split(high, _PART), torch.split(low, _PART), strict=True):
+        into.copy_(_lanczos(part))
+    return low
+
+
+def teacher_tiles(high: Tensor) -> Tensor:
+    """The 4 x 4 tiles of each region, row by row: uint8 (B * 16, S / 4, S / 4, 3).
+
+    `high` is uint8 (B, S, S, 3); with S = `REGION_PX` the tiles have `TILE_PX`. Raises InputError
+    for another shape or dtype.
+    """
+    tile = checked_side(high) // SIDE
+    grid = high.reshape(-1, SIDE, tile, SIDE, tile, 3)
+    return grid.transpose(2, 3).flatten(0, 2)
+
+
+def checked_side(images: Tensor) -> int:
+    """The side S of square uint8 images (B, S, S, 3); InputError where they are no such thing."""
+    shape = tuple(images.shape)
+    fits = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3 and shape[1] % SIDE == 0
+    if not fits or images.dtype != torch.uint8 or not shape[1]:
+        raise InputError(
+            f"images are {images.dtype} {shape}; expected uint8 (B, S, S, 3) with a side that is a"
+            f" multiple of {SIDE}"
+        )
+    return shape[1]
+
+
+def _lanczos(high: Tensor) -> Tensor:
+    """Pillow's resize as matrix products: rows, rounded to uint8, then columns."""
+    weights = _weights(high.shape[1], high.device)
+    rows = _weighted(high.permute(0, 1, 3, 2), weights)  # (B, y, 3, x / 4)
+    return _weighted(rows.permute(0, 2, 3, 1), weights).permute(0, 3, 2, 1)  # from (B, 3, x, y)
+
+
+def _weighted(pixels: Tensor, weights: Tensor) -> Tensor:
+    """The last axis of uint8 px resized, in the integer arithmetic of Pillow's 8-bit resize."""
+    with torch.autocast(pixels.device.type, enabled=False):
+        upper, lower = (pixels.float() @ weights).to(torch.int32).chunk(2, dim=-1)
+    total = (upper << _LOW_BITS) + lower + (1 << (_PRECISION - 1))
+    return (total >> _PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _weights(size: int, device: torch.device) -> Tensor:
+    """The upper and the lower part of the weights side by side: float32 (size, 2 * size / 4)."""
+    weights = _integer_weights(size)
+    upper = weights >> _LOW_BITS
+    parts = np.concatenate([upper, weights - (upper << _LOW_BITS)])
+    return torch.from_numpy(parts.T.astype(np.float32)).to(device)
+
+
+def _integer_weights(size: int) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
+    """Weights of px (columns) in px of the resize by 4 (rows), times 2**22: int64 (size / 4, size).
+
+    As Pillow's Resample.c has them (precompute_coeffs, normalize_coeffs_8bpc).
+    """
+    weights = np.zeros((size // SIDE, size), np.int64)
+    for i in range(size // SIDE):
+        centre, support = (i + 0.5) * SIDE, _LOBES * SIDE
+        first, end = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), size)
+        x = (np.arange(first, end) - centre + 0.5) / SIDE
+        kernel = np.where(np.abs(x) < _LOBES, np.sinc(x) * np.sinc(x / _LOBES), 0.0)
+        scaled = kernel / sum(kernel.tolist()) * (1 << _PRECISION)
+        weights[i, first:end] = np.trunc(scaled + np.copysign(0.5, scaled))
+    return weights

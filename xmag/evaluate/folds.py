@@ -1,0 +1,274 @@
+"""Folds: which cases a model is fitted on and which it is tested on, as a list that can be kept."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xmag import files
+from xmag.errors import InputError, XmagWarning
+from xmag.evaluate.extra import optional
+from xmag.metrics.labels import Labels, as_labels, encode, require_same_length
+
+SCHEMA_VERSION = 1
+
+_FORMAT = "xmag.Folds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """One split: the rows of the cases to fit on, and of those to test on.
+
+    Splits of one `repeat` have test cases of their own; their predictions are put together.
+    """
+
+    train: tuple[int, ...]
+    test: tuple[int, ...]
+    repeat: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folds:
+    """The splits of a cohort of `samples` cases.
+
+    Raises InputError where a split is empty on one side, has a case on both, or names a case that
+    is not there, and where a case is tested twice in one repeat.
+    """
+
+    samples: int
+    splits: tuple[Split, ...]
+
+    def __post_init__(self) -> None:
+        if not self.splits:
+            raise InputError("there are no splits; expected at least one")
+        tested: dict[int, set[int]] = {}
+        for number, split in enumerate(self.splits):
+            train, test = set(split.train), set(split.test)
+            _check_split(number, split, samples=self.samples)
+            again = tested.setdefault(split.repeat, set()) & test
+            if again:
+                raise InputError(
+                    f"split {number} tests case {min(again)}, which another split of repeat"
+                    f" {split.repeat} tests too; give overlapping splits a repeat each"
+                )
+            if train & test:
+                raise InputError(
+                    f"split {number} has case {min(train & test)} on both sides; expected each case"
+                    " on one"
+                )
+            tested[split.repeat] |= test
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    @classmethod
+    def stratified(
+        cls,
+        y: Labels,
+        *,
+        groups: Labels | None = None,
+        folds: int = 5,
+        repeats: int = 1,
+        random_state: int = 0,
+    ) -> "Folds":
+        """Folds with each class spread evenly, and each patient (group) in one of them.
+
+        `repeats` times over, each time shuffled anew. scikit-learn's StratifiedGroupKFold, or
+        StratifiedKFold without groups. Raises InputError for one class only, a class of one
+        patient, or fewer patients than folds; warns where a class has fewer patients than folds, so
+        that some folds lack it.
+        """
+        labels = as_labels(y, "y")
+        codes = _sorted_codes(labels)
+        patients = np.arange(len(codes))
+        if groups is not None:
+            listed = as_labels(groups, "groups")
+            require_same_length(len(codes), len(listed), "groups")
+            patients = _sorted_codes(listed)
+        _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
+        model_selection = optional("sklearn.model_selection", "making folds")
+        kind = model_selection.StratifiedGroupKFold
+        sides: tuple[NDArray[np.int64], ...] = (codes, patients)
+        if groups is None:
+            kind, sides = model_selection.StratifiedKFold, (codes,)
+        seeds = np.random.SeedSequence(random_state).generate_state(repeats)
+        splits = []
+        for repeat, seed in enumerate(seeds):
+            splitter = kind(folds, shuffle=True, random_state=int(seed))
+            for train, test in _splits_of(splitter, sides):
+                splits.append(_split(train, test, repeat))
+        return cls(samples=len(codes), splits=tuple(splits))
+
+    @classmethod
+    def leave_one_group_out(cls, groups: Labels) -> "Folds":
+        """A fold for each patient (group), in order of first appearance, tested on all the others.
+
+        Raises InputError for fewer than two of them.
+        """
+        listed = as_labels(groups, "groups")
+        patients = encode(listed, tuple(dict.fromkeys(listed)))
+        number = int(patients.max()) + 1 if len(patients) else 0
+        if number < 2:
+            raise InputError(f"groups has {number} different patients; expected at least two")
+        splits = (
+            _split(np.flatnonzero(patients != one), np.flatnonzero(patients == one), 0)
+            for one in range(number)
+        )
+        return cls(samples=len(patients), splits=tuple(splits))
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[tuple[ArrayLike, ArrayLike]], *, samples: int) -> "Folds":
+        """Splits that were made elsewhere, each as (rows to fit on, rows to test on).
+
+        They are one repeat if no case is tested twice (a cross-validation), else each is a repeat
+        of its own (a Monte-Carlo one). Raises InputError as `Folds` does.
+        """
+        arrays = [(np.asarray(train), np.asarray(test)) for train, test in pairs]
+        for array in (side for pair in arrays for side in pair):
+            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+                raise InputError(
+                    f"a split has an array of {array.dtype} with shape {array.shape}; expected row"
+                    " numbers, of shape (n,)"
+                )
+        tested = [row for _, test in arrays for row in test.tolist()]
+        disjoint = len(set(tested)) == len(tested)
+        splits = (
+            _split(train, test, 0 if disjoint else number)
+            for number, (train, test) in enumerate(arrays)
+        )
+        return cls(samples=samples, splits=tuple(splits))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The folds as plain lists and numbers."""
+        return {
+            "format": _FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "samples": self.samples,
+            "splits": [
+                {"repeat": s.repeat, "train": list(s.train), "test": list(s.test)}
+                for s in self.splits
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Folds":
+        """The folds that `to_dict` made; InputError for anything else."""
+        try:
+            if content["format"] != _FORMAT or content["schema_version"] > SCHEMA_VERSION:
+                raise InputError(
+                    f"it has format {content['format']!r}, version {content['schema_version']!r};"
+                    f" this xmag reads {_FORMAT!r} up to version {SCHEMA_VERSION}"
+                )
+            splits = tuple(
+                Split(
+                    train=tuple(int(row) for row in split["train"]),
+                    test=tuple(int(row) for row in split["test"]),
+                    repeat=int(split["repeat"]),
+                )
+                for split in content["splits"]
+            )
+            return cls(samples=int(content["samples"]), splits=splits)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"these are not folds that xmag saved: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folds to `path` as JSON; OutputError where it cannot be written."""
+        files.write_text(path, json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Folds":
+        """The folds that `save` wrote; InputError for another file."""
+        return cls.from_dict(read_json(path, "folds"))
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """The content of a JSON file; InputError where it is not there, or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"there are no {what} to read at {os.fspath(path)!r}: {error.strerror}; give the path"
+            " of a file that xmag saved"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{os.fspath(path)!r} is not JSON ({error}); give the path of a file that xmag saved"
+        ) from error
+
+
+def _sorted_codes(labels: Sequence[Any]) -> NDArray[np.int64]:
+    """Numbers for labels in sorted order, as scikit-learn has them, where they can be sorted."""
+    found = dict.fromkeys(labels)
+    try:
+        return encode(labels, sorted(found))
+    except TypeError:
+        return encode(labels, tuple(found))
+
+
+def _split(train: NDArray[Any], test: NDArray[Any], repeat: int) -> Split:
+    return Split(train=tuple(train.tolist()), test=tuple(test.tolist()), repeat=repeat)
+
+
+def _check_split(number: int, split: Split, *, samples: int) -> None:
+    for side, rows in (("to fit on", split.train), ("to test on", split.test)):
+        if not rows:
+            raise InputError(f"split {number} has no cases {side}; give fewer folds")
+        if len(set(rows)) < len(rows):
+            raise InputError(f"split {number} has a case {side} twice; expected each once")
+        if min(rows) < 0 or max(rows) >= samples:
+            raise InputError(
+                f"split {number} names case {min(rows) if min(rows) < 0 else max(rows)}; expected"
+                f" rows from 0 to {samples - 1}, as there are {samples} cases"
+            )
+
+
+def _check_counts(
+    labels: Sequence[Any],
+    codes: NDArray[np.int64],
+    patients: NDArray[np.int64],
+    *,
+    folds: int,
+    repeats: int,
+) -> None:
+    if folds < 2 or repeats < 1:
+        raise InputError(f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1")
+    names = {int(code): label for code, label in zip(codes, labels, strict=True)}
+    if len(names) < 2:
+        raise InputError(
+            f"y has one class only, {labels[:1]}; expected cases of at least two classes"
+        )
+    number = len(np.unique(patients))
+    if number < folds:
+        raise InputError(
+            f"there are {number} patients for {folds} folds; give folds={number} or fewer, or"
+            " Folds.leave_one_group_out(groups)"
+        )
+    of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
+    rarest = int(np.argmin(of_class))
+    if of_class[rarest] < 2:
+        raise InputError(
+            f"class {names[rarest]!r} has one patient, who cannot be both learned from and tested;"
+            " leave the class out, or join it with another"
+        )
+    if of_class[rarest] < folds:
+        warnings.warn(
+            f"class {names[rarest]!r} has {of_class[rarest]} patients for {folds} folds, so that"
+            " some folds have none of it to test; fewer folds spread it better",
+            XmagWarning,
+            stacklevel=4,
+        )
+
+
+def _splits_of(
+    splitter: Any, sides: tuple[NDArray[np.int64], ...]
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    with warnings.catch_warnings():
+        # Its warning of a rare class counts cases, and ours, already given, patients.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        return list(splitter.split(np.zeros(len(sides[0])), *sides))

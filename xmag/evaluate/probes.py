@@ -1,0 +1,229 @@
+"""Linear probe, k-NN and SimpleShot: estimators that learn next to nothing on embeddings."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xmag.errors import InputError
+from xmag.evaluate.extra import optional
+from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
+
+Distance = Literal["cosine", "euclidean"]
+
+
+class _Probe(ABC):
+    """What the probes share: scikit-learn's conventions, labels of any kind, checks."""
+
+    _estimator_type = "classifier"  # for scikit-learn before 1.6
+    _parameters: tuple[str, ...] = ()
+    classes_: NDArray[Any]
+    n_features_in_: int
+
+    @abstractmethod
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
+        """(n,), the class with the largest probability; of equal ones, the first."""
+        places = self.predict_proba(X).argmax(1)
+        return np.asarray(self.classes_[places])
+
+    def score(self, X: ArrayLike, y: Labels) -> float:  # noqa: N803
+        """The accuracy of `predict`."""
+        predicted, labels = as_labels(self.predict(X), "predict"), as_labels(y, "y")
+        require_same_length(len(predicted), len(labels), "y")
+        return float(np.mean([a == b for a, b in zip(predicted, labels, strict=True)]))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
+        """The parameters of the constructor."""
+        return {name: getattr(self, name) for name in self._parameters}
+
+    def set_params(self, **parameters: Any) -> Self:
+        """Set parameters of the constructor; InputError for others."""
+        for name, value in parameters.items():
+            if name not in self._parameters:
+                raise InputError(
+                    f"{type(self).__name__} has no parameter {name!r}; expected one of"
+                    f" {self._parameters}"
+                )
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        utils = optional("sklearn.utils", "a probe among scikit-learn's estimators")
+        return utils.Tags(
+            estimator_type="classifier",
+            target_tags=utils.TargetTags(required=True),
+            classifier_tags=utils.ClassifierTags(),
+        )
+
+    def _training(self, x: ArrayLike, y: Labels) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The embeddings, and the labels as places among the classes, which are remembered."""
+        embeddings = _embeddings(x)
+        labels = as_labels(y, "y")
+        require_same_length(len(embeddings), len(labels), "y")
+        order = class_order(labels, None)
+        if len(order) < 2:
+            raise InputError(f"y has one class only, {order}; expected at least two classes")
+        self.classes_ = _array_of(order)
+        self.n_features_in_ = embeddings.shape[1]
+        return embeddings, encode(labels, order)
+
+    def _queries(self, x: ArrayLike) -> NDArray[Any]:
+        if not hasattr(self, "n_features_in_"):
+            raise InputError(f"{type(self).__name__} is not fitted; call fit(X, y) first")
+        embeddings = _embeddings(x)
+        if embeddings.shape[1] != self.n_features_in_:
+            raise InputError(
+                f"X has {embeddings.shape[1]} features, and {type(self).__name__} was fitted on"
+                f" {self.n_features_in_}; give embeddings of the same model"
+            )
+        return embeddings
+
+
+class LinearProbe(_Probe):
+    """Logistic regression on embeddings, with the strength of its penalty set by their size.
+
+    scikit-learn's LogisticRegression (L-BFGS, L2) with ``C = dim * classes / 100``, the inverse of
+    the penalty: it minimises C times the sum of the cross-entropies plus half the squared norm of
+    the weights. That is what Patho-Bench does with ``cost="adaptive"``. UNI passes the same C
+    (its paper writes the penalty as 100 / (dim * classes)), but its own solver takes the mean of
+    the cross-entropies and the norm unsquared, which is a weaker or stronger penalty by the number
+    of cases; its option ``use_sklearn`` is what is done here. Embeddings are taken as they are.
+
+    Args:
+        max_iter: Most iterations; where they do not suffice, scikit-learn warns. UNI has 1,000.
+    """
+
+    _parameters = ("max_iter",)
+
+    def __init__(self, *, max_iter: int = 1000) -> None:
+        self.max_iter = max_iter
+
+    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
+        """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
+        embeddings, places = self._training(X, y)
+        self.C_ = embeddings.shape[1] * len(self.classes_) / 100
+        linear_model = optional("sklearn.linear_model", "the linear probe")
+        self._model = linear_model.LogisticRegression(C=self.C_, max_iter=self.max_iter)
+        self._model.fit(embeddings, places)
+        self.n_iter_ = int(self._model.n_iter_.max())
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+        embeddings = self._queries(X)
+        return np.asarray(self._model.predict_proba(embeddings), dtype=np.float64)
+
+
+class NearestNeighbours(_Probe):
+    """The votes of the k nearest training embeddings.
+
+    UNI's: embeddings are centred by the training mean, brought to length 1, and compared by
+    Euclidean distance, which ranks as the cosine does; all k votes are equal. scikit-learn's
+    KNeighborsClassifier.
+
+    Args:
+        k: How many neighbours vote.
+        metric: "cosine", or "euclidean" of embeddings whose length is left as it is.
+        center: Whether the training mean is taken off first.
+    """
+
+    _parameters = ("k", "metric", "center")
+
+    def __init__(self, *, k: int = 20, metric: Distance = "cosine", center: bool = True) -> None:
+        self.k = k
+        self.metric = metric
+        self.center = center
+
+    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
+        """Keep embeddings (n, D) and their labels; InputError for fewer than k of them."""
+        embeddings, places = self._training(X, y)
+        if not 1 <= self.k <= len(embeddings):
+            raise InputError(
+                f"k is {self.k} for {len(embeddings)} training cases; expected 1 to"
+                f" {len(embeddings)}"
+            )
+        if self.metric not in ("cosine", "euclidean"):
+            raise InputError(f"metric is {self.metric!r}; expected 'cosine' or 'euclidean'")
+        self._mean = embeddings.mean(0) if self.center else np.zeros_like(embeddings[0])
+        neighbors = optional("sklearn.neighbors", "k-NN")
+        self._model = neighbors.KNeighborsClassifier(n_neighbors=self.k)
+        self._model.fit(self._compared(embeddings), places)
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+        """float64 (n, C), the share of the votes of each class, in the order of `classes_`."""
+        embeddings = self._queries(X)
+        votes = self._model.predict_proba(self._compared(embeddings))
+        return np.asarray(votes, dtype=np.float64)
+
+    def _compared(self, embeddings: NDArray[Any]) -> NDArray[Any]:
+        centred = embeddings - self._mean
+        return _unit(centred) if self.metric == "cosine" else centred
+
+
+class SimpleShot(_Probe):
+    """The nearest mean of a class, among embeddings that are centred and brought to length 1.
+
+    Wang et al. 2019, "SimpleShot", as UNI has it: the mean is that of the training set, and class
+    means are not brought to length 1 again. Probabilities are the softmax of minus the squared
+    distances (Snell et al. 2017, "Prototypical networks").
+    """
+
+    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
+        """Take the class means of embeddings (n, D)."""
+        embeddings, places = self._training(X, y)
+        self._mean = embeddings.mean(0)
+        compared = _unit(embeddings - self._mean)
+        number = len(self.classes_)
+        self._means = np.array([compared[places == place].mean(0) for place in range(number)])
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+        compared = _unit(self._queries(X) - self._mean).astype(np.float64)
+        # |a - b|² without the term of the query alone, which the softmax does not see.
+        logits = 2 * compared @ self._means.T - (self._means**2).sum(1)
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(odds / odds.sum(1, keepdims=True), dtype=np.float64)
+
+
+def _embeddings(x: Any) -> NDArray[Any]:
+    """(n, D) finite floats of an array, a tensor, or a list of vectors."""
+    if hasattr(x, "detach"):  # a tensor, which may be on a GPU
+        x = x.detach().cpu()
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise InputError(f"X is no table of numbers: {error}; expected (n, D)") from error
+    if array.dtype.kind not in "biuf" or array.ndim != 2:
+        raise InputError(
+            f"X is an array of {array.dtype} with shape {array.shape}; expected embeddings, numbers"
+            " of shape (n, D)"
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    if len(bad):
+        raise InputError(
+            f"X has values that are not finite in {len(bad)} rows, first in row {bad[0]}; make"
+            " those embeddings again, or leave them out"
+        )
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Brought to length 1; a zero vector stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
+
+
+def _array_of(classes: Sequence[Hashable]) -> NDArray[Any]:
+    """(C,), of text or numbers where all classes are, else of objects; never of more axes."""
+    if len({type(label) for label in classes}) == 1 and isinstance(classes[0], str | int | float):
+        return np.array(classes)
+    array = np.empty(len(classes), dtype=object)
+    array[:] = list(classes)
+    return array

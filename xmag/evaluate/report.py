@@ -1,0 +1,289 @@
+"""Report: what an evaluation found, as a table, as JSON, and as pictures."""
+
+import json
+import os
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmag import files
+from xmag.errors import InputError, OutputError
+from xmag.evaluate.folds import Folds, read_json
+from xmag.evaluate.pictures import as_png, confusion_figure, roc_figure
+from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling
+from xmag.metrics.bootstrap import METRICS, Interval
+
+SCHEMA_VERSION = 1
+"""Of the JSON; changes when an older xmag could no longer read it."""
+
+_FORMAT = "xmag.Report"
+_JSON_NAME, _ROC_NAME, _CONFUSION_NAME = "report.json", "roc.png", "confusion.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What an evaluation found. ``print(report)`` shows its table; two reports can be compared.
+
+    Attributes:
+        title: What was evaluated, and how.
+        classes: The order of classes.
+        results: One for each pair of training and test cohort; a single one for a
+            cross-validation and for a probe.
+        sampling: How the intervals were made.
+        folds: The splits of a cross-validation; None otherwise.
+        settings: The protocol, estimator and versions, as plain JSON.
+    """
+
+    title: str
+    classes: tuple[Hashable, ...]
+    results: tuple[Result, ...]
+    sampling: Sampling
+    folds: Folds | None = None
+    settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        notes = "".join(f"\n{note}" for note in (*self._how(), *self._reasons()))
+        return f"{self.title}\n\n{self.table()}\n{notes}"
+
+    def estimate(
+        self, metric: str, *, trained_on: str | None = None, tested_on: str | None = None
+    ) -> Estimate:
+        """The metric of the one result, or of the one on these cohorts.
+
+        Raises InputError where there is no such metric, no such result, or more than one.
+        """
+        if metric not in self._metrics():
+            raise InputError(f"there is no metric {metric!r}; expected one of {self._metrics()}")
+        found = [
+            result
+            for result in self.results
+            if trained_on in (None, result.trained_on) and tested_on in (None, result.tested_on)
+        ]
+        if len(found) != 1:
+            pairs = [(result.trained_on, result.tested_on) for result in self.results]
+            raise InputError(
+                f"{len(found)} results were trained on {trained_on!r} and tested on {tested_on!r}"
+                f" (None stands for any); choose one of these pairs: {pairs}"
+            )
+        return found[0].estimates[metric]
+
+    def table(self, metric: str | None = None) -> str:
+        """A Markdown table of all metrics; of one, the cross-institution table.
+
+        With `metric`, rows are the cohorts trained on and columns those tested on. Without, a
+        single result has a row for each metric, and several have a row each. Values are followed by
+        their intervals. Raises InputError for a metric that does not exist.
+        """
+        if metric is not None:
+            return self._cross_table(metric)
+        if len(self.results) == 1:
+            return self._metric_rows(self.results[0])
+        titles = [self._title(name) for name in self._shown()]
+        rows = [["trained on", "tested on", "cases", "patients", *titles]]
+        for result in self.results:
+            values = [str(result.estimates[name]) for name in self._shown()]
+            tested = f"{result.tested_on}{' (cross-validated)' if _own(result) else ''}"
+            sizes = f"{result.cases:,}", f"{len(np.unique(result.patients)):,}"
+            rows.append([result.trained_on, tested, *sizes, *values])
+        if not any(result.trained_on for result in self.results):
+            rows = [row[1:] for row in rows]
+        return _markdown(rows)
+
+    def to_json(self) -> str:
+        """The whole report as JSON, from which `from_json` makes an equal one.
+
+        Raises InputError for classes that JSON cannot hold: others than text, numbers, bools and
+        tuples of these.
+        """
+        content = {
+            "format": _FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "title": self.title,
+            "classes": [_plain(label) for label in self.classes],
+            "sampling": {name: getattr(self.sampling, name) for name in Sampling.__slots__},
+            "settings": dict(self.settings),
+            "results": [_result_to_dict(result) for result in self.results],
+            "folds": None if self.folds is None else self.folds.to_dict(),
+        }
+        return json.dumps(content, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote; InputError for anything else."""
+        try:
+            return _from_dict(json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"this is not a report that xmag saved: {error!r}") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``report.json``, ``roc.png`` and ``confusion.png`` into `folder`, made if need be.
+
+        Each file is whole or not there, and ``report.json`` comes last. Raises OutputError where
+        they cannot be written, and MissingExtraError without matplotlib.
+        """
+        text = self.to_json()
+        pictures = {
+            _ROC_NAME: as_png(roc_figure(self)),
+            _CONFUSION_NAME: as_png(confusion_figure(self)),
+        }
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"the folder {os.fspath(folder)!r} cannot be made: {error.strerror}; name another"
+            ) from error
+        for name, data in pictures.items():
+            files.write_bytes(Path(folder) / name, data)
+        files.write_text(Path(folder) / _JSON_NAME, text)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Report":
+        """The report in a folder that `save` wrote; InputError where there is none."""
+        path = Path(folder) / _JSON_NAME
+        read_json(path, "report")
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+    def _metrics(self) -> list[str]:
+        return [name for name in METRICS if name in self.results[0].estimates]
+
+    def _shown(self) -> list[str]:
+        """The metrics of the table: of two classes, both kinds of AUROC are one."""
+        return [n for n in self._metrics() if len(self.classes) > 2 or n != "auroc_ovo"]
+
+    def _title(self, metric: str) -> str:
+        if metric == "auroc_ovr" and len(self.classes) == 2:
+            return f"AUROC of {self.classes[1]}"
+        return METRICS[metric].title
+
+    def _metric_rows(self, result: Result) -> str:
+        rows = [["metric", "value", f"{self._percent()} interval"]]
+        for name in self._shown():
+            estimate = result.estimates[name]
+            value = "–" if estimate.value is None else f"{estimate.value:.3f}"
+            ends = "–" if (i := estimate.interval) is None else f"{i.low:.3f}–{i.high:.3f}"
+            rows.append([self._title(name), value, ends])
+        return _markdown(rows)
+
+    def _cross_table(self, metric: str) -> str:
+        if metric not in self._metrics():
+            raise InputError(f"there is no metric {metric!r}; expected one of {self._metrics()}")
+        trained = list(dict.fromkeys(result.trained_on for result in self.results))
+        tested = list(dict.fromkeys(result.tested_on for result in self.results))
+        cells = {(r.trained_on, r.tested_on): str(r.estimates[metric]) for r in self.results}
+        rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
+        rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
+        return _markdown(rows)
+
+    def _how(self) -> list[str]:
+        notes = []
+        if len(self.results) == 1:
+            result = self.results[0]
+            counts = zip(self.classes, result.counts(), strict=True)
+            listed = ", ".join(f"{label} {count:,}" for label, count in counts)
+            patients = len(np.unique(result.patients))
+            notes.append(f"{result.cases:,} cases of {patients:,} patients: {listed}.")
+        draws = f"{self.sampling.resamples:,} bootstrap draws of patients"
+        return [*notes, f"{self._percent()} intervals: percentiles of {draws}."]
+
+    def _percent(self) -> str:
+        return f"{100 * self.sampling.level:.4g}%"
+
+    def _reasons(self) -> list[str]:
+        notes: dict[str, None] = {}
+        for result in self.results:
+            for estimate in result.estimates.values():
+                if estimate.reason:
+                    notes[f"Tested on {result.tested_on}: {estimate.reason}."] = None
+        return list(notes)
+
+
+def _own(result: Result) -> bool:
+    """Whether the model was tested on cases of the cohort that it was fitted on: on other folds."""
+    return result.trained_on == result.tested_on
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _plain(label: Hashable) -> Any:
+    if isinstance(label, tuple):
+        return {"tuple": [_plain(part) for part in label]}
+    if type(label) in (str, int, float, bool):
+        return label
+    raise InputError(
+        f"class {label!r} is of {type(label).__name__}, which JSON cannot hold; use text, numbers,"
+        " bools or tuples of these as labels"
+    )
+
+
+def _label(plain: Any) -> Hashable:
+    if isinstance(plain, dict):
+        return tuple(_label(part) for part in plain["tuple"])
+    assert isinstance(plain, Hashable)
+    return plain
+
+
+def _result_to_dict(result: Result) -> dict[str, Any]:
+    return {
+        "trained_on": result.trained_on,
+        "tested_on": result.tested_on,
+        "estimates": {n: _estimate_to_dict(e) for n, e in result.estimates.items()},
+        "class_aurocs": [_estimate_to_dict(e) for e in result.class_aurocs],
+        **{name: getattr(result, name).tolist() for name in ARRAYS},
+    }
+
+
+def _estimate_to_dict(estimate: Estimate) -> dict[str, Any]:
+    ends = None if estimate.interval is None else list(estimate.interval)
+    return {"value": estimate.value, "interval": ends, "reason": estimate.reason}
+
+
+def _from_dict(content: Any) -> Report:
+    if content["format"] != _FORMAT or content["schema_version"] > SCHEMA_VERSION:
+        raise InputError(
+            f"it has format {content['format']!r}, version {content['schema_version']!r}; this xmag"
+            f" reads {_FORMAT!r} up to version {SCHEMA_VERSION}"
+        )
+    classes = tuple(_label(plain) for plain in content["classes"])
+    folds = content["folds"]
+    return Report(
+        title=content["title"],
+        classes=classes,
+        results=tuple(_result(plain, classes) for plain in content["results"]),
+        sampling=Sampling(**content["sampling"]),
+        folds=None if folds is None else Folds.from_dict(folds),
+        settings=content["settings"],
+    )
+
+
+def _result(plain: Mapping[str, Any], classes: tuple[Hashable, ...]) -> Result:
+    arrays: dict[str, Any] = {
+        name: np.array(plain[name], dtype=np.float64 if name == "scores" else np.int64)
+        for name in ARRAYS
+    }
+    return Result(
+        trained_on=plain["trained_on"],
+        tested_on=plain["tested_on"],
+        classes=classes,
+        estimates={name: _estimate(e) for name, e in plain["estimates"].items()},
+        class_aurocs=tuple(_estimate(e) for e in plain["class_aurocs"]),
+        **arrays,
+    )
+
+
+def _estimate(plain: Mapping[str, Any]) -> Estimate:
+    ends = plain["interval"]
+    interval = None if ends is None else Interval(*ends)
+    return Estimate(value=plain["value"], interval=interval, reason=plain["reason"])

@@ -1,0 +1,215 @@
+"""Result: the predictions of one evaluation, and the metrics with their intervals."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import InputError
+from xmag.metrics.bootstrap import METRICS, Floats, Interval, percentile_interval, resampled
+from xmag.metrics.labels import Cases
+from xmag.metrics.ranking import class_aurocs, missing_classes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A metric and its interval.
+
+    Attributes:
+        value: The metric; None where it is not defined.
+        interval: Its bootstrap interval, resampled by patient; None where there is none.
+        reason: Why one of them is None.
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "–"
+        if self.interval is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} ({self.interval.low:.3f}–{self.interval.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How intervals are made: the share they hold, the number of draws, and the seed."""
+
+    level: float = 0.95
+    resamples: int = 1000
+    random_state: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1 or self.resamples < 1:
+            raise InputError(
+                f"level={self.level}, resamples={self.resamples}; expected a share between 0 and 1,"
+                " and at least 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """The predictions of one evaluation: a cross-validation, or one model on one cohort.
+
+    Row i of the arrays is one prediction; a case that is tested in several repeats has several.
+    The arrays are read-only. Two results are equal if all in them is.
+
+    Attributes:
+        trained_on: The cohort that the model was fitted on; empty where that is not known.
+        tested_on: The cohort that it was tested on.
+        classes: The order of classes, C of them.
+        rows: int64 (m,), the place of the case in X.
+        truth: int64 (m,), its class, as a place in `classes`.
+        predicted: int64 (m,), the class it was given.
+        scores: float64 (m, C), the probabilities in the order of `classes`.
+        patients: int64 (m,), its patient, numbered from 0 by first appearance in X.
+        splits: int64 (m,), the number of the split whose model predicted it.
+        repeats: int64 (m,), the repeat that the split belongs to.
+        estimates: By name of the metric.
+        class_aurocs: The AUROC of each class against the rest, in the order of `classes`.
+    """
+
+    trained_on: str
+    tested_on: str
+    classes: tuple[Hashable, ...]
+    rows: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    patients: NDArray[np.int64]
+    splits: NDArray[np.int64]
+    repeats: NDArray[np.int64]
+    estimates: Mapping[str, Estimate]
+    class_aurocs: tuple[Estimate, ...]
+
+    def __post_init__(self) -> None:
+        for array in (getattr(self, name) for name in ARRAYS):
+            array.flags.writeable = False
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Result):
+            return NotImplemented
+        mine = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(Result))
+        return all(
+            np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b) for a, b in mine
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def cases(self) -> int:
+        """How many cases were tested."""
+        return len(np.unique(self.rows))
+
+    def counts(self) -> NDArray[np.int64]:
+        """int64 (C,), how many cases of each class were tested."""
+        _, first = np.unique(self.rows, return_index=True)
+        return np.bincount(self.truth[first], minlength=len(self.classes))
+
+    def confusion(self) -> NDArray[np.float64]:
+        """float64 (C, C), cases of the class of the row given that of the column, mean of repeats.
+
+        A case that is tested in some repeats only counts by their share.
+        """
+        size = len(self.classes)
+        cells = np.bincount(self.truth * size + self.predicted, minlength=size**2)
+        return np.asarray(cells.reshape(size, size) / len(np.unique(self.repeats)))
+
+    def per_split(self, metric: str) -> tuple[float | None, ...]:
+        """The metric in each split alone, in their order; None where it is not defined there.
+
+        As scikit-learn's ``cross_val_score`` has it, for a mean and a deviation over folds.
+        Raises InputError for a metric that does not exist.
+        """
+        if metric not in METRICS:
+            raise InputError(f"there is no metric {metric!r}; expected one of {sorted(METRICS)}")
+        values = []
+        for split in np.unique(self.splits):
+            value = METRICS[metric].values(self._cases(self.splits == split), None)[0]
+            values.append(None if np.isnan(value) else float(value))
+        return tuple(values)
+
+    def each_repeat(self) -> Iterator[tuple[NDArray[np.int64], Cases]]:
+        """For each repeat, the places of its predictions, and its cases.
+
+        Scores are compared within a split alone: those of two models have no common scale.
+        """
+        for repeat in np.unique(self.repeats):
+            places = np.flatnonzero(self.repeats == repeat)
+            yield places, self._cases(places)
+
+    def _cases(self, places: NDArray[Any]) -> Cases:
+        return Cases(
+            truth=self.truth[places],
+            classes=self.classes,
+            predicted=self.predicted[places],
+            scores=self.scores[places],
+            within=self.splits[places],
+        )
+
+
+ARRAYS = ("rows", "truth", "predicted", "scores", "patients", "splits", "repeats")
+"""The fields of a Result that are arrays."""
+
+
+def with_estimates(result: Result, *, ordered: bool, sampling: Sampling) -> Result:
+    """The result with the metrics of its predictions, and their intervals."""
+    names = [name for name, metric in METRICS.items() if ordered or not metric.needs_order]
+    repeats = list(result.each_repeat())
+    estimates = {
+        name: _estimate(result, repeats, METRICS[name].values, sampling=sampling) for name in names
+    }
+    aurocs = tuple(
+        _estimate(
+            result,
+            repeats,
+            lambda cases, weights, place=place: class_aurocs(cases, weights, place),
+            sampling=sampling,
+        )
+        for place in range(len(result.classes))
+    )
+    content = {f.name: getattr(result, f.name) for f in fields(Result)}
+    return Result(**{**content, "estimates": estimates, "class_aurocs": aurocs})
+
+
+def _estimate(
+    result: Result,
+    repeats: list[tuple[NDArray[np.int64], Cases]],
+    values: Any,
+    *,
+    sampling: Sampling,
+) -> Estimate:
+    """The mean over repeats, with the interval of draws that take a patient in all of them."""
+
+    def of_draws(weights: Floats) -> Floats:
+        parts = [values(cases, weights[:, places]) for places, cases in repeats]
+        return np.asarray(np.mean(parts, axis=0))
+
+    value = float(np.mean([values(cases, None)[0] for _, cases in repeats]))
+    if np.isnan(value):
+        return Estimate(value=None, reason=_why_undefined(repeats))
+    try:
+        drawn = resampled(
+            of_draws,
+            result.truth,
+            result.patients,
+            resamples=sampling.resamples,
+            random_state=sampling.random_state,
+        )
+    except InputError as error:
+        return Estimate(value=value, reason=f"no interval: {error}")
+    return Estimate(value=value, interval=percentile_interval(drawn, level=sampling.level))
+
+
+def _why_undefined(repeats: list[tuple[NDArray[np.int64], Cases]]) -> str:
+    for _, cases in repeats:
+        missing = missing_classes(cases)
+        if missing:
+            return f"no case of class {missing[0]!r}"
+    if repeats[0][1].predicted is not None and len(np.unique(repeats[0][1].truth)) == 1:
+        return "all cases are of one class"
+    return "no split has cases of two classes to compare"

@@ -1,0 +1,21 @@
+"""Encoder and aggregator trained together, end to end, from slides and their labels."""
+
+from xmag.finetune.augment import Augmentation
+from xmag.finetune.gradients import exact_backward
+from xmag.finetune.result import FinetuneResult
+from xmag.finetune.run import finetune_slides
+from xmag.finetune.settings import Settings
+from xmag.finetune.tilestore import TileOptions, TileStore, stored_tiles
+from xmag.finetune.training import Epoch
+
+__all__ = [
+    "Augmentation",
+    "Epoch",
+    "FinetuneResult",
+    "Settings",
+    "TileOptions",
+    "TileStore",
+    "exact_backward",
+    "finetune_slides",
+    "stored_tiles",
+]

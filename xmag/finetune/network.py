@@ -1,0 +1,131 @@
+"""The encoder as something that trains: uint8 tiles in, class tokens with a graph out."""
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from xmag.devices import full_precision, resolve_dtype
+from xmag.errors import InputError
+from xmag.finetune.augment import Draws, augment
+from xmag.hub.registry import ModelConfig
+from xmag.vit import ViT
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+_WITHOUT_DECAY = ("pos_embed", "cls_token", "register_tokens")
+
+
+class TileNetwork(nn.Module):
+    """A trainable copy of a ViT, in float32, with the normalisation of its model in front."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, vit: ViT, config: ModelConfig, *, half: bool = False) -> None:
+        super().__init__()
+        self.vit = copy.deepcopy(vit).float().requires_grad_(True)
+        self.half_precision = half
+        std, mean = torch.tensor(config.std), torch.tensor(config.mean)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, tiles: Tensor, draws: Draws | None = None) -> Tensor:
+        """The embeddings of uint8 tiles (B, S, S, 3), float32 (B, D), augmented as drawn.
+
+        An embedding is the class token after the final norm, as that of `Encoder.embed`.
+        """
+        device = self.scale.device
+        tiles = tiles.to(device, non_blocking=True)
+        with full_precision(device):
+            pixels = tiles.float() if draws is None else augment(tiles, draws)
+            images = (pixels * self.scale + self.shift).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        with self._precision(device):
+            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        if not self.half_precision:
+            return full_precision(device)
+        # Without its cache: weights that were cast in a pass without a graph would have none in
+        # the next, and each is used once a pass anyway.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def uses_half(precision: Precision, device: torch.device) -> bool:
+    """Whether the encoder computes in bfloat16; "auto" does on CUDA that has it natively.
+
+    Raises InputError for an unknown precision, and for bfloat16 on a device other than CUDA.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(
+            f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}"
+        )
+    cuda = device.type == "cuda"
+    if precision == "bfloat16" and not cuda:
+        raise InputError(
+            f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto" or'
+            ' "float32"'
+        )
+    native = resolve_dtype("auto", device) == torch.bfloat16
+    return precision == "bfloat16" or (precision == "auto" and native)
+
+
+def freeze(vit: ViT, blocks: int | None) -> None:
+    """Freeze the embedding of patches, the positions and the first `blocks` blocks; None nothing.
+
+    Raises InputError for more blocks than there are.
+    """
+    if blocks is None:
+        return
+    if not 0 <= blocks <= vit.config.depth:
+        raise InputError(
+            f"frozen_blocks is {blocks!r}; expected None, or 0 to {vit.config.depth}, the depth of"
+            " the model"
+        )
+    for name, parameter in vit.named_parameters():
+        layer = _layer_of(name, vit.config.depth)
+        # With all blocks frozen, the last norm alone would still train.
+        if layer <= blocks or blocks == vit.config.depth:
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(
+    vit: ViT,
+    aggregator: nn.Module,
+    *,
+    learning_rate: float,
+    classifier_learning_rate: float,
+    layer_decay: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """What AdamW takes, `peak` being the highest rate of a group.
+
+    The rate of the last block is `learning_rate`, and that of each layer before it is
+    `layer_decay` times that of the next, down to the embedding of patches (Clark et al. 2020,
+    arXiv 2003.10555; BEiT and MAE do the same).
+    Vectors, positions and tokens have no weight decay.
+    """
+    depth = vit.config.depth
+    rates = [
+        # The last norm goes with the last block.
+        (name, parameter, learning_rate * layer_decay ** max(depth - _layer_of(name, depth), 0))
+        for name, parameter in vit.named_parameters()
+    ]
+    rates += [(name, p, classifier_learning_rate) for name, p in aggregator.named_parameters()]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter, rate in rates:
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.ndim < 2 or name in _WITHOUT_DECAY else weight_decay
+        fresh = {"params": [], "peak": rate, "lr": rate, "weight_decay": decay}
+        groups.setdefault((rate, decay), fresh)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_of(name: str, depth: int) -> int:
+    """0 for what comes before the blocks, 1 to `depth` for the blocks, one more for the norm."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1 if name.startswith("norm.") else 0

@@ -1,0 +1,124 @@
+"""What fine-tuning gives: an Encoder, a classifier on its embeddings, and how they came about."""
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from xmag.encoder import Encoder
+from xmag.extract import Transform, fingerprint_of
+from xmag.finetune.cohort import Cohort
+from xmag.finetune.training import Epoch, Network, Progress
+from xmag.mil import MILClassifier
+from xmag.provenance import Provenance
+from xmag.vit import ViT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneResult:
+    """A fine-tuned encoder and the classifier that was trained with it.
+
+    Attributes:
+        encoder: In bfloat16 if it was trained so, else in float32. Its provenance says under
+            "lineage" what it was made from, and how.
+        classifier: Takes the bags that `encoder` makes, and no others.
+        history: A row for each epoch.
+        best_epoch: The one that the weights are of; None without validation: then the last.
+        exact_encoder: The encoder in float32 on the CPU, which `save` writes.
+    """
+
+    encoder: Encoder
+    classifier: MILClassifier
+    history: tuple[Epoch, ...]
+    best_epoch: int | None
+    exact_encoder: Encoder
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write a folder that both ``load_model`` and ``MILClassifier.load`` read.
+
+        It has model.safetensors and config.json, classifier.safetensors and classifier.json. Bags
+        for the classifier are to be made in the precision that `encoder` has, which is what
+        `load_model` takes by default on the kind of device that it was trained on. Raises
+        OutputError where it cannot be written.
+        """
+        self.classifier.save(directory)
+        self.exact_encoder.save(directory)
+
+
+def make_result(
+    network: Network,
+    parent: Encoder,
+    cohort: Cohort,
+    *,
+    progress: Progress,
+    lineage: Mapping[str, Any],
+    transform: Transform | None,
+    device: torch.device,
+) -> FinetuneResult:
+    """The result of a run: `network` has the weights to return, `lineage` says how it was made."""
+    exact = _exact_encoder(network.encoder.vit, parent, lineage)
+    dtype = "bfloat16" if network.encoder.half_precision else "float32"
+    encoder = Encoder(
+        copy.deepcopy(exact.vit),
+        exact.config,
+        provenance=exact.provenance,
+        device=device,
+        dtype=dtype,
+    )
+    counts = np.bincount(cohort.targets, minlength=len(cohort.classes))
+    classifier = MILClassifier.from_module(
+        network.aggregator,
+        classes=cohort.classes,
+        in_dim=encoder.embed_dim,
+        class_prior=(counts / counts.sum()).tolist(),
+        provenance=_provenance_of_bags(encoder, cohort, transform),
+        device=device,
+    )
+    classifier.history_ = [asdict(row) for row in progress.history]
+    classifier.best_epoch_ = progress.best_epoch
+    return FinetuneResult(
+        encoder=encoder,
+        classifier=classifier,
+        history=tuple(progress.history),
+        best_epoch=progress.best_epoch,
+        exact_encoder=exact,
+    )
+
+
+def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:
+    """The Encoder of trained weights in float32 on the CPU, under the terms of its parent.
+
+    Its weights_sha256 is that of the file that `Encoder.save` writes.
+    """
+    before = parent.provenance
+    origin = {key: before.get(key) for key in ("name", "revision", "weights_sha256")}
+    state = {key: t.detach().to("cpu", torch.float32) for key, t in vit.state_dict().items()}
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    provenance = {
+        "name": f"{origin['name']}, fine-tuned",
+        "revision": None,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "key_layout": "dinov2",
+        "config": parent.config.to_dict(),
+        "config_source": "given",
+        "terms": before.get("terms"),
+        "trained": True,
+        "lineage": {**lineage, "from": origin},
+    }
+    return Encoder(copy.deepcopy(vit), parent.config, provenance=provenance)
+
+
+def _provenance_of_bags(
+    encoder: Encoder, cohort: Cohort, transform: Transform | None
+) -> Provenance | None:
+    """That of the bags that the classifier is for; None where tiles came without a plan."""
+    options = [source.options for source in cohort.sources]
+    if options[0] is None or any(other != options[0] for other in options):
+        return None
+    return Provenance(fingerprint_of(encoder, options[0], transform), {})

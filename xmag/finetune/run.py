@@ -1,0 +1,216 @@
+"""`finetune_slides`: slides and labels in, an encoder and a classifier out."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xmag.devices import resolve_device, seeded
+from xmag.encoder import Encoder, load_model
+from xmag.errors import InputError, XmagWarning
+from xmag.finetune.checkpoint import train
+from xmag.finetune.cohort import (
+    Cohort,
+    Source,
+    make_cohort,
+    read_labels,
+    shards,
+    split_validation,
+)
+from xmag.finetune.gradients import seed_of
+from xmag.finetune.lineage import describe, identify
+from xmag.finetune.network import TileNetwork, freeze, uses_half
+from xmag.finetune.result import FinetuneResult, make_result
+from xmag.finetune.settings import Mode, Settings, checked_mode
+from xmag.finetune.tilestore import (
+    PlannedSlide,
+    SlideLike,
+    TileOptions,
+    TileStore,
+    decoded,
+    plan_slides,
+)
+from xmag.finetune.training import Network, Trainer
+from xmag.hub.registry import DEFAULT_MODEL
+from xmag.mil import aggregator as make_aggregator
+from xmag.training import Ranks, joined_ranks
+
+Slides = Sequence[SlideLike | TileStore]
+Labels = Sequence[Any]
+
+
+def finetune_slides(
+    slides: Slides,
+    labels: Labels,
+    *,
+    model: Encoder | str | os.PathLike[str] | None = None,
+    aggregator: str | nn.Module = "abmil",
+    groups: Sequence[Any] | None = None,
+    validation: float | tuple[Any, ...] | None = 0.2,
+    mode: Mode = "exact",
+    settings: Settings | None = None,
+    tiles: TileOptions | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    random_state: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool | None = None,
+) -> FinetuneResult:
+    """The encoder and the classifier that were trained together, from slides and their labels.
+
+    Args:
+        slides: Paths, open slides, or a TileStore for each.
+        labels: One a slide, of any hashable kind; two classes or more.
+        model: The encoder to start from, or its name or path for `load_model` (the default model
+            by default). It stays as it is.
+        aggregator: A name of `xmag.mil.AGGREGATORS`, or a module of their signature, trained
+            already or not; it stays as it is.
+        groups: The patient of each slide, so that none is on both sides of the validation split.
+        validation: The share of slides to hold out, by patient and class; or (slides, labels) or
+            (slides, labels, groups) of others. The weights of the epoch with the lowest validation
+            loss are returned. None trains all epochs on all slides, and returns the last.
+        mode: "exact" learns from every tile of a slide at each step, "sampled" from a random
+            subset of `settings.sampled_tiles`.
+        settings: How training goes.
+        tiles: Which tiles of a slide are used, and where they are kept.
+        checkpoint: The path of a file that the run writes after each epoch, and goes on from if it
+            is there: the same call again takes up a run that was stopped.
+        random_state: Decides all draws: split, order, augmentation, dropout, fresh weights.
+        device: "auto" takes CUDA, then MPS, then the CPU; started by torchrun, each process takes
+            its own GPU. An `Encoder` is trained on its own device where this is "auto".
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+
+    Returns:
+        The encoder, the classifier, and the history.
+
+    Raises:
+        InputError: One class only, a label too few, slides without tiles, the same patient or
+            slide on both sides of the split, arguments that make no sense.
+        SlideError: A slide is missing or damaged; it is named, before any training.
+        ModelError: The model cannot be loaded, the loss is not finite, or a single tile does not
+            fit into memory.
+        MismatchError: The checkpoint is of another run.
+        OutputError: There is no room for the tiles, or no folder for the checkpoint.
+    """
+    settings, options = settings or Settings(), tiles or TileOptions()
+    mode = checked_mode(mode)
+    share, (others, *about_others) = split_validation(validation)
+    found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
+    with joined_ranks() as ranks:
+        check_processes(settings, ranks)
+        encoder = _parent(model)
+        where = _device(device, model, ranks)
+        sources = _sources([*slides, *others], encoder, options)
+        cohort = make_cohort(
+            sources, found, share=share, class_weight=settings.class_weight, seed=random_state
+        )
+        network = _network(
+            encoder, aggregator, classes=len(cohort.classes), settings=settings, seed=random_state,
+            device=where,
+        )  # fmt: skip
+        about = describe(
+            cohort, network, settings=settings, options=options, mode=mode, seed=random_state
+        )
+        shown = progress if ranks.leads else False
+        with _decoded(cohort, ranks, options, shown) as stores:
+            trainer = Trainer(
+                network, cohort, stores, settings=settings, mode=mode, seed=random_state,
+                ranks=ranks, device=where,
+            )  # fmt: skip
+            path = None if checkpoint is None else Path(checkpoint)
+            train(trainer, path, identify(about, cohort, encoder, network, ranks), ranks, shown)
+        now = trainer.progress
+        return make_result(
+            trainer.result(), encoder, cohort, progress=now, transform=options.transform,
+            lineage={**about, "best_epoch": now.best_epoch, "epochs_trained": now.epoch},
+            device=where,
+        )  # fmt: skip
+
+
+def check_processes(settings: Settings, ranks: Ranks) -> None:
+    """Raise InputError where the slides of a step cannot be shared out evenly."""
+    if settings.slides_per_step % ranks.world:
+        raise InputError(
+            f"slides_per_step is {settings.slides_per_step} for {ranks.world} processes; expected a"
+            " multiple, so that each works on as many slides"
+        )
+
+
+def _parent(model: Encoder | str | os.PathLike[str] | None) -> Encoder:
+    """The encoder to start from; one that is loaded here stays on the CPU, for its copy trains."""
+    if isinstance(model, Encoder):
+        if model.dtype != torch.float32:
+            warnings.warn(
+                f"the encoder was loaded in {model.dtype}, so that its weights are rounded; load it"
+                ' with dtype="float32" to start from those that were published',
+                XmagWarning,
+                stacklevel=3,
+            )
+        return model
+    if not isinstance(model, str | os.PathLike | None):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected an Encoder, or its name or path"
+        )
+    return load_model(DEFAULT_MODEL if model is None else model, device="cpu", dtype="float32")
+
+
+def _device(
+    device: str | torch.device, model: Encoder | str | os.PathLike[str] | None, ranks: Ranks
+) -> torch.device:
+    if ranks.world > 1:
+        return ranks.device()
+    if device == "auto" and isinstance(model, Encoder):
+        return model.device
+    return resolve_device(device)
+
+
+def _sources(slides: Slides, encoder: Encoder, options: TileOptions) -> list[Source]:
+    """What each slide's tiles come from, known to be there."""
+    size = encoder.tile_spec.size_px
+    for slide in slides:
+        if isinstance(slide, TileStore) and slide.tiles.shape[1] != size:
+            raise InputError(
+                f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
+                f" wants {size} px; make them with stored_tiles(slides, spec=encoder.tile_spec)"
+            )
+    unplanned = [slide for slide in slides if not isinstance(slide, TileStore)]
+    planned = iter(plan_slides(unplanned, spec=encoder.tile_spec, options=options))
+    return [slide if isinstance(slide, TileStore) else next(planned) for slide in slides]
+
+
+@contextmanager
+def _decoded(
+    cohort: Cohort, ranks: Ranks, options: TileOptions, progress: bool | None
+) -> Iterator[dict[int, TileStore]]:
+    """The tiles of the slides that this process works on, by their index in the cohort."""
+    own = [
+        *shards(cohort.train, cohort.targets, world=ranks.world)[ranks.rank],
+        *cohort.validation[ranks.rank :: ranks.world],
+    ]
+    ready = {i: s for i in own if isinstance(s := cohort.sources[i], TileStore)}
+    planned = {i: s for i in own if isinstance(s := cohort.sources[i], PlannedSlide)}
+    with decoded(list(planned.values()), options=options, progress=progress) as stores:
+        yield ready | dict(zip(planned, stores, strict=True))
+
+
+def _network(
+    encoder: Encoder,
+    aggregator: str | nn.Module,
+    *,
+    classes: int,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+) -> Network:
+    tiles = TileNetwork(encoder.vit, encoder.config, half=uses_half(settings.precision, device))
+    freeze(tiles.vit, settings.frozen_blocks)
+    with seeded(seed_of("weights", seed), torch.device("cpu")):
+        head = make_aggregator(aggregator, in_dim=encoder.embed_dim, classes=classes)
+    if head is aggregator:
+        head = copy.deepcopy(head).float().requires_grad_(True)
+    return Network(tiles, head)

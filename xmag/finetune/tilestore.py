@@ -1,0 +1,282 @@
+"""The tiles of slides, decoded once and kept as they are: in memory, or in a mapped file."""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xmag.errors import InputError
+from xmag.extract import Transform, transformed
+from xmag.files import atomic_path
+from xmag.geometry import TileSpec
+from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.progress import progress_bar
+from xmag.slide import Slide
+from xmag.tiles import Tiles, read_tiles
+from xmag.tissue import find_tissue
+
+SlideLike = Slide | str | PathLike[str]
+
+OnTiles = Callable[[int], object]
+
+_GIB = 2**30
+_SAMPLED_TILES = 16
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class TileStore:
+    """The decoded tiles of one slide, all of them, in the order of its plan.
+
+    Attributes:
+        tiles: uint8 (N, S, S, 3) RGB, N at least 1; an array, or a file mapped into memory.
+        name: What errors call the slide.
+        coords: int64 (N, 2), top-left corners in level-0 px; None where there is no slide.
+        identity: Tells the slide from others by its content; by default a hash of some tiles.
+        options: Those of the plan; None where there is none.
+
+    Raises InputError for tiles of another type or shape, and where there are none.
+    """
+
+    tiles: Tiles
+    name: str = "tiles"
+    coords: Coords | None = None
+    identity: str = ""
+    options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        shape, dtype = np.shape(self.tiles), getattr(self.tiles, "dtype", None)
+        square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
+        if dtype != np.uint8 or not square:
+            raise InputError(
+                f"the tiles of {self.name!r} are {dtype} {shape}; expected uint8 (N, S, S, 3)"
+            )
+        if not len(self.tiles):
+            raise _without_tiles([repr(self.name)])
+        object.__setattr__(self, "identity", self.identity or _digest(self.tiles))
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __repr__(self) -> str:
+        return f"<TileStore {self.name!r} of {len(self)} tiles>"
+
+    def read(self, rows: Any) -> Tensor:
+        """A copy of some tiles, uint8 (B, S, S, 3) on the CPU; `rows` is a slice or indices."""
+        return torch.from_numpy(np.array(self.tiles[rows]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileOptions:
+    """Which tiles of a slide are learnt from, and where they are kept.
+
+    Attributes:
+        tissue: "auto" finds the tissue, None takes every tile.
+        min_tissue: Smallest fraction of a tile's area that is tissue.
+        mpp: µm/px of level 0 for all slides given as paths, whatever their files say.
+        transform: Applied to each batch of tiles, for instance to normalise stains.
+        memory_gib: Tiles beyond this go to files mapped into memory; a thousand take 0.14 GiB.
+        folder: Where those files go; by default the folder for temporary files. They are gone
+            when training ends, and on Linux and macOS also when the program is killed.
+    """
+
+    tissue: Literal["auto"] | None = "auto"
+    min_tissue: float = 0.25
+    mpp: float | None = None
+    transform: Transform | None = None
+    memory_gib: float = 8.0
+    folder: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tissue not in ("auto", None):
+            raise InputError(f"tissue is {self.tissue!r}; expected 'auto' or None (every tile)")
+        if self.memory_gib < 0:
+            raise InputError(f"memory_gib is {self.memory_gib!r}; expected at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSlide:
+    """A slide that could be opened, the plan of its tiles, and what tells it from others."""
+
+    slide: SlideLike
+    name: str
+    plan: TilePlan
+    identity: str
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Those of the plan."""
+        return self.plan.options
+
+
+@contextmanager
+def stored_tiles(
+    slides: Sequence[SlideLike],
+    *,
+    spec: TileSpec,
+    options: TileOptions | None = None,
+    progress: bool | None = None,
+) -> Iterator[list[TileStore]]:
+    """A TileStore for each slide, for as long as the context lasts: for several runs on the same.
+
+    Every slide is opened and planned before the first is decoded, so that one that is missing or
+    has no tiles is known early.
+
+    Args:
+        slides: Paths, or open slides.
+        spec: The tiles that the model wants, ``encoder.tile_spec``.
+        options: Which tiles, and where they are kept.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+
+    Raises:
+        InputError: Slides without tiles; all of them are named.
+        SlideError: A slide cannot be read, or is damaged: which one, and where.
+        OutputError: There is no room for the tiles.
+    """
+    options = options or TileOptions()
+    planned = plan_slides(slides, spec=spec, options=options)
+    with decoded(planned, options=options, progress=progress) as stores:
+        yield stores
+
+
+def plan_slides(
+    slides: Sequence[SlideLike], *, spec: TileSpec, options: TileOptions
+) -> list[PlannedSlide]:
+    """The plan of each slide. Raises what `stored_tiles` does, before anything is decoded."""
+    planned = [_planned(slide, spec, options) for slide in slides]
+    if empty := [entry for entry in planned if not len(entry.plan)]:
+        raise _without_tiles([f"{entry.name!r} ({_why(entry.plan)})" for entry in empty])
+    return planned
+
+
+@contextmanager
+def decoded(
+    slides: Sequence[PlannedSlide], *, options: TileOptions, progress: bool | None
+) -> Iterator[list[TileStore]]:
+    """The tiles of planned slides, for as long as the context lasts."""
+    kept = _fit_in_memory([_bytes_of(entry) for entry in slides], options.memory_gib * _GIB)
+    total = sum(len(entry.plan) for entry in slides)
+    # Windows does not delete a file that somebody still has mapped.
+    with tempfile.TemporaryDirectory(
+        prefix="xmag-tiles-", dir=options.folder, ignore_cleanup_errors=True
+    ) as scratch:
+        with progress_bar(progress, total=total, desc="decoding", unit="tile") as bar:
+            in_memory = {
+                i: _in_memory(entry, options, bar.update)
+                for i, entry in enumerate(slides)
+                if kept[i]
+            }
+            others = {i: entry for i, entry in enumerate(slides) if not kept[i]}
+            mapped = _in_file(list(others.values()), Path(scratch), options, bar.update)
+        tiles = in_memory | dict(zip(others, mapped, strict=True))
+        yield [
+            TileStore(tiles[i], entry.name, entry.plan.coords, entry.identity, entry.options)
+            for i, entry in enumerate(slides)
+        ]
+
+
+def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:
+    with _opened(slide, options.mpp) as opened:
+        mask = find_tissue(opened) if options.tissue == "auto" else None
+        plan = plan_tiles(opened, spec, tissue=mask, min_tissue=options.min_tissue)
+        # A slide without a file is known by its name alone.
+        content = (opened.fingerprint or {"name": opened.name}).copy()
+        if "content_sample_sha256" in content:
+            del content["name"]  # a copy by another name is the same slide
+        return PlannedSlide(
+            slide=slide, name=opened.name, plan=plan, identity=json.dumps(content, sort_keys=True)
+        )
+
+
+def _fit_in_memory(sizes: Sequence[int], room: float) -> list[bool]:
+    """Which slides are kept in memory: each that still fits, in order."""
+    kept = []
+    for size in sizes:
+        kept.append(size <= room)
+        room -= size if kept[-1] else 0
+    return kept
+
+
+def _shape_of(entry: PlannedSlide) -> tuple[int, int, int, int]:
+    side = entry.plan.spec.size_px
+    return len(entry.plan), side, side, 3
+
+
+def _bytes_of(entry: PlannedSlide) -> int:
+    return math.prod(_shape_of(entry))
+
+
+def _batches(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Iterator[Tiles]:
+    with _opened(entry.slide, options.mpp) as opened:
+        for _, tiles in read_tiles(opened, entry.plan, batch_size=_BATCH):
+            yield transformed(tiles, options.transform)
+            on_tiles(len(tiles))
+
+
+def _in_memory(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Tiles:
+    tiles, done = np.empty(_shape_of(entry), np.uint8), 0
+    for batch in _batches(entry, options, on_tiles):
+        tiles[done : done + len(batch)] = batch
+        done += len(batch)
+    return tiles
+
+
+def _in_file(
+    slides: Sequence[PlannedSlide], folder: Path, options: TileOptions, on_tiles: OnTiles
+) -> list[Tiles]:
+    """The tiles of slides, read-only, in one file that has no name any more."""
+    if not slides:
+        return []
+    path = folder / "tiles"
+    # Written, and only then mapped: a disk that is full is an error, and no fatal signal.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for entry in slides:
+            for batch in _batches(entry, options, on_tiles):
+                file.write(np.ascontiguousarray(batch).data)
+    whole = np.memmap(path, np.uint8, mode="r")
+    with suppress(PermissionError):  # Windows keeps the name as long as the mapping
+        path.unlink()
+    ends = np.cumsum([_bytes_of(entry) for entry in slides]).tolist()
+    return [
+        whole[end - _bytes_of(entry) : end].reshape(_shape_of(entry))
+        for entry, end in zip(slides, ends, strict=True)
+    ]
+
+
+@contextmanager
+def _opened(slide: SlideLike, mpp: float | None) -> Iterator[Slide]:
+    """The slide, which is closed again if it was given as a path."""
+    if isinstance(slide, Slide):
+        yield slide
+        return
+    with Slide(slide, mpp=mpp) as opened:
+        yield opened
+
+
+def _digest(tiles: NDArray[np.uint8]) -> str:
+    digest = hashlib.sha256(repr(tiles.shape).encode())
+    for row in np.unique(np.linspace(0, len(tiles) - 1, _SAMPLED_TILES).round().astype(int)):
+        digest.update(np.ascontiguousarray(tiles[row]).data)
+    return digest.hexdigest()
+
+
+def _why(plan: TilePlan) -> str:
+    return ", ".join(f"dropped {len(v)}: {k}" for k, v in plan.dropped.items() if len(v))
+
+
+def _without_tiles(slides: Sequence[str]) -> InputError:
+    return InputError(
+        f"{len(slides)} of the slides have no tiles to learn from: {', '.join(slides[:10])}; leave"
+        " them out, or lower min_tissue or set tissue=None in TileOptions, to take more tiles"
+    )

@@ -1,0 +1,263 @@
+"""Bootstrap intervals that resample whole patients, all resamples at once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xmag.errors import InputError
+from xmag.metrics import decisions, ranking
+from xmag.metrics.labels import Cases, Labels, as_labels, decided_cases, numbered, scored_cases
+
+Floats = NDArray[np.float64]
+Values = Callable[[Floats], Floats]
+"""Weights of the cases (R, n) -> values of a metric (R,), NaN where it is not defined."""
+
+RandomState = int | np.random.Generator | None
+
+_WEIGHTS_AT_ONCE = 250_000
+_LEAST_DRAWS_AT_ONCE = 32
+"""Blocks of draws are 2 MB, which caches hold, but not so few draws that sorting dominates."""
+_MOST_TRIES = 1000
+"""Draws for each resample that is wanted, before the attempt is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The ends of an interval. ``low, high = interval`` takes it apart."""
+
+    low: float
+    high: float
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.low, self.high))
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"({self.low:.3f}, {self.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A metric that can be computed under many weightings of the cases at once."""
+
+    name: str
+    title: str
+    of_scores: bool
+    needs_order: bool = False
+    values: Callable[[Cases, Floats | None], Floats]
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="balanced_accuracy",
+            title="balanced accuracy",
+            of_scores=False,
+            values=decisions.balanced_accuracies,
+        ),
+        Metric(
+            name="weighted_f1",
+            title="weighted F1",
+            of_scores=False,
+            values=decisions.weighted_f1s,
+        ),
+        Metric(
+            name="accuracy",
+            title="accuracy",
+            of_scores=False,
+            values=decisions.accuracies,
+        ),
+        Metric(
+            name="quadratic_kappa",
+            title="quadratic kappa",
+            of_scores=False,
+            needs_order=True,
+            values=decisions.quadratic_kappas,
+        ),
+        Metric(
+            name="auroc_ovr",
+            title="AUROC, one-vs-rest macro",
+            of_scores=True,
+            values=ranking.ovr_aurocs,
+        ),
+        Metric(
+            name="auroc_ovo",
+            title="AUROC, one-vs-one macro",
+            of_scores=True,
+            values=ranking.ovo_aurocs,
+        ),
+    )
+}
+"""By name, in the order in which tables have them."""
+
+_OF_FUNCTION = {
+    decisions.balanced_accuracy: "balanced_accuracy",
+    decisions.weighted_f1: "weighted_f1",
+    decisions.accuracy: "accuracy",
+    decisions.quadratic_kappa: "quadratic_kappa",
+    ranking.auroc_ovr: "auroc_ovr",
+    ranking.auroc_ovo: "auroc_ovo",
+}
+
+
+def interval(
+    metric: Callable[..., float],
+    y_true: Labels,
+    y_hat: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    groups: Labels | None = None,
+    within: Labels | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    random_state: RandomState = 0,
+) -> Interval:
+    """A percentile bootstrap interval of `metric`, resampled by group: by patient.
+
+    Each resample draws as many groups as there are, with replacement, and takes all their cases.
+    Cases of one patient are alike, and an interval that drew them one by one would be too narrow.
+    A resample that lacks a class which `y_true` has, or in which the metric is not defined, is
+    drawn again. Where all resamples agree, as for a few cases without a single error, the interval
+    is a point: it cannot see the errors that more cases would show.
+
+    `metric` is one of this module (`y_hat` are then labels or scores, as it takes them), computed
+    for all resamples at once; or any function ``metric(y_true, y_hat)`` of a list of labels and an
+    array, called for each resample, with ``classes=`` if they are given. `groups` names the patient
+    of each case; None makes each case its own. `within` is that of `auroc_ovr`. Raises InputError
+    for operands that the metric does not take, fewer than two groups, and a metric that is almost
+    never defined. Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
+    """
+    name = _OF_FUNCTION.get(metric)
+    if name is None:
+        truth = as_labels(y_true, "y_true")
+        codes = numbered(truth, len(truth), "y_true")
+        assert codes is not None
+        values = _by_calls(metric, truth, y_hat, {} if classes is None else {"classes": classes})
+    else:
+        known = METRICS[name]
+        if known.needs_order and classes is None:
+            metric(y_true, y_hat)  # raises, and says why an order is needed
+        cases = (
+            scored_cases(y_true, y_hat, classes, within)
+            if known.of_scores
+            else decided_cases(y_true, y_hat, classes)  # type: ignore[arg-type]
+        )
+        codes = cases.truth
+
+        def values(weights: Floats) -> Floats:
+            return known.values(cases, weights)
+
+    patients = numbered(groups, len(codes), "groups")
+    if patients is None:
+        patients = np.arange(len(codes))
+    drawn = resampled(values, codes, patients, resamples=resamples, random_state=random_state)
+    return percentile_interval(drawn, level=level)
+
+
+def percentile_interval(values: Floats, *, level: float) -> Interval:
+    """The central part of `values` that holds the share `level`."""
+    if not 0 < level < 1:
+        raise InputError(f"level is {level}; expected a share between 0 and 1, such as 0.95")
+    low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+    return Interval(float(low), float(high))
+
+
+def resampled(
+    values: Values,
+    codes: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    *,
+    resamples: int,
+    random_state: RandomState,
+) -> Floats:
+    """float64 (resamples,), the values of a metric under `resamples` draws of groups.
+
+    `codes` (n,) are the classes, all of which each draw has to have; `groups` (n,) are numbered
+    from 0 without gaps.
+    """
+    if resamples < 1:
+        raise InputError(f"resamples is {resamples}; expected at least 1, and usually 1000")
+    kept: list[Floats] = []
+    count = 0
+    blocks = drawn_weights(codes, groups, resamples=resamples, random_state=random_state)
+    for tries, weights in enumerate(blocks):
+        found = values(weights)
+        found = found[np.isfinite(found)]
+        kept.append(found)
+        count += len(found)
+        if count >= resamples:
+            break
+        if tries > _MOST_TRIES and count < tries:
+            raise InputError(
+                "the metric is not defined in almost any resample; give more patients of the rare"
+                " classes"
+            )
+    return np.concatenate(kept)[:resamples]
+
+
+def drawn_weights(
+    codes: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    *,
+    resamples: int,
+    random_state: RandomState,
+) -> Iterator[Floats]:
+    """Blocks (r, n) of how often each case is in each draw, without end; all classes are in each.
+
+    The same seed gives the same draws, whatever they are used for.
+    """
+    rng = np.random.default_rng(random_state)
+    number = int(groups.max()) + 1 if len(groups) else 0
+    if number < 2:
+        raise InputError(
+            f"there is {number} patient to resample; an interval needs at least two, and some 20"
+            " to mean anything"
+        )
+    _, classes = np.unique(codes, return_inverse=True)
+    has_class = np.zeros((number, classes.max() + 1))
+    has_class[groups, classes] = 1
+    block = max(_LEAST_DRAWS_AT_ONCE, min(resamples, _WEIGHTS_AT_ONCE // len(codes)))
+    starts = np.arange(block)[:, None] * number
+    failures = 0
+    while True:
+        draws = rng.integers(number, size=(block, number))
+        counts = np.bincount((draws + starts).ravel(), minlength=block * number)
+        of_groups = counts.reshape(block, number).astype(np.float64)
+        complete = (of_groups @ has_class > 0).all(1)
+        if complete.any():
+            failures = 0
+            yield of_groups[complete][:, groups]
+            continue
+        failures += block
+        if failures > _MOST_TRIES * 10:
+            raise InputError(
+                f"hardly any draw of {number} patients has all {has_class.shape[1]} classes; give"
+                " more patients of the rare classes"
+            )
+
+
+def _by_calls(
+    metric: Callable[..., float],
+    truth: list[Any],
+    y_hat: ArrayLike,
+    options: dict[str, Any],
+) -> Values:
+    """A metric that is only known as a function of cases, called for each draw."""
+    hats = np.asarray(y_hat)
+    if len(hats) != len(truth):
+        raise InputError(f"y_hat has {len(hats)} entries for {len(truth)} cases")
+
+    def values(weights: Floats) -> Floats:
+        found = []
+        for row in weights.astype(np.int64):
+            rows = np.repeat(np.arange(len(truth)), row)
+            found.append(metric([truth[i] for i in rows], hats[rows], **options))
+        return np.asarray(found, dtype=np.float64)
+
+    return values

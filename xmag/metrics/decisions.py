@@ -1,0 +1,127 @@
+"""Metrics of decisions, all from the confusion matrix."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import InputError
+from xmag.metrics.labels import Cases, Labels, decided_cases
+
+Floats = NDArray[np.float64]
+
+
+def confusion_matrix(
+    y_true: Labels, y_pred: Labels, *, classes: Labels | None = None
+) -> NDArray[np.int64]:
+    """int64 (C, C): how many cases of the class of the row were given the class of the column.
+
+    `classes` is the order of rows and columns; by default, the sorted labels of both. Raises
+    InputError for labels that do not fit each other or `classes`.
+    """
+    cases = decided_cases(y_true, y_pred, classes)
+    return np.asarray(confusions(cases, None)[0], dtype=np.int64)
+
+
+def accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
+    """The share of cases that were given their class. Raises InputError as `confusion_matrix`."""
+    return _value(accuracies(decided_cases(y_true, y_pred, classes), None))
+
+
+def balanced_accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
+    """The mean over classes of the share of its cases that were given it (macro recall).
+
+    A class that no case has is left out of the mean; with one class only it is that class's recall.
+    Raises InputError as `confusion_matrix`. Brodersen et al. 2010, "The balanced accuracy and its
+    posterior distribution", for any number of classes.
+    """
+    return _value(balanced_accuracies(decided_cases(y_true, y_pred, classes), None))
+
+
+def weighted_f1(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
+    """The mean of the classes' F1 = 2 TP / (2 TP + FP + FN), weighted by how many cases have each.
+
+    A class that no case has weighs nothing. Raises InputError as `confusion_matrix`.
+    """
+    return _value(weighted_f1s(decided_cases(y_true, y_pred, classes), None))
+
+
+def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
+    """Cohen's kappa with quadratic weights: 1 for agreement, 0 for what chance gives.
+
+    For classes with an order, such as grades: to be off by two costs four times as much as by one.
+    `classes` is that order and has to be given, also for numbers, where a grade that nobody has
+    would otherwise make its neighbours adjacent. Raises InputError without it, where all cases have
+    and are given one and the same class (kappa is 0/0 there), and as `confusion_matrix`. Where all
+    cases have one class and decisions differ, it is 0. Cohen 1968, "Weighted kappa".
+    """
+    if classes is None:
+        raise InputError(
+            "quadratic kappa needs the order of the classes, from lowest to highest; give"
+            " classes=[...]"
+        )
+    cases = decided_cases(y_true, y_pred, classes)
+    value = quadratic_kappas(cases, None)
+    if np.isnan(value[0]):
+        raise InputError(
+            f"quadratic kappa is not defined: all {len(cases)} cases have and were given the class"
+            f" {cases.classes[cases.truth[0]]!r}; give cases of two classes or more"
+        )
+    return _value(value)
+
+
+def confusions(cases: Cases, weights: Floats | None) -> Floats:
+    """(R, C, C) confusion matrices under each row of weights (R, n); None weighs each case 1."""
+    if cases.predicted is None:
+        raise InputError("a metric of decisions was asked for, but only scores are known")
+    size = len(cases.classes)
+    cells = cases.truth * size + cases.predicted
+    if weights is None:
+        return np.bincount(cells, minlength=size**2).reshape(1, size, size).astype(np.float64)
+    found, place = np.unique(cells, return_inverse=True)
+    indicator = (place[:, None] == np.arange(len(found))).astype(np.float64)
+    matrices = np.zeros((len(weights), size**2))
+    matrices[:, found] = weights @ indicator
+    return matrices.reshape(-1, size, size)
+
+
+def accuracies(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) accuracy under each row of weights."""
+    matrices = confusions(cases, weights)
+    return np.asarray(_diagonals(matrices).sum(1) / matrices.sum((1, 2)))
+
+
+def balanced_accuracies(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) balanced accuracy under each row of weights."""
+    matrices = confusions(cases, weights)
+    actual = matrices.sum(2)
+    present = actual > 0
+    recalls = _diagonals(matrices) / np.where(present, actual, 1)
+    return np.asarray(recalls.sum(1) / present.sum(1))
+
+
+def weighted_f1s(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) weighted F1 under each row of weights."""
+    matrices = confusions(cases, weights)
+    actual, given = matrices.sum(2), matrices.sum(1)
+    either = actual + given
+    f1 = 2 * _diagonals(matrices) / np.where(either > 0, either, 1)
+    return np.asarray((actual * f1).sum(1) / actual.sum(1))
+
+
+def quadratic_kappas(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) quadratic kappa under each row of weights; NaN where it is 0/0."""
+    matrices = confusions(cases, weights)
+    places = np.arange(matrices.shape[1])
+    cost = (places[:, None] - places) ** 2.0
+    by_chance = matrices.sum(2)[:, :, None] * matrices.sum(1)[:, None, :]
+    expected = (cost * by_chance).sum((1, 2)) / matrices.sum((1, 2))
+    defined = expected > 0
+    observed = (cost * matrices).sum((1, 2))
+    return np.where(defined, 1 - observed / np.where(defined, expected, 1), np.nan)
+
+
+def _diagonals(matrices: Floats) -> Floats:
+    return np.diagonal(matrices, axis1=1, axis2=2)
+
+
+def _value(values: Floats) -> float:
+    return float(values[0])

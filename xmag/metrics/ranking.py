@@ -1,0 +1,214 @@
+"""Metrics of scores: the ROC curve and the area under it, by ranks, ties counted half."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xmag.errors import InputError
+from xmag.metrics.labels import Cases, Labels, scored_cases
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RocCurve:
+    """The points of a ROC curve, from (0, 0) to (1, 1), one for each different score.
+
+    Attributes:
+        fpr: float64 (k,), share of the negative cases with a score of at least the threshold.
+        tpr: float64 (k,), the same of the positive cases.
+        thresholds: float64 (k,), falling; the first is infinite.
+    """
+
+    fpr: Floats
+    tpr: Floats
+    thresholds: Floats
+
+
+def roc_curve(
+    y_true: Labels,
+    scores: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    positive: Hashable | None = None,
+) -> RocCurve:
+    """The ROC curve of class `positive` against the rest; no point is left out.
+
+    `scores` are (n, C) in the order of `classes` (by default, the sorted labels), or (n,) for two
+    classes. `positive` is the second of two classes by default; of more it has to be given. Raises
+    InputError where it is missing, or where all cases or none are of that class.
+    """
+    cases = scored_cases(y_true, scores, classes)
+    place = _positive_place(cases, positive)
+    mask = cases.truth == place
+    score = _column(cases, place)
+    order = np.argsort(-score, kind="stable")
+    last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
+    hits = np.cumsum(mask[order])[last_of_tie]
+    alarms = last_of_tie + 1 - hits
+    return RocCurve(
+        fpr=np.concatenate([[0.0], alarms / alarms[-1]]),
+        tpr=np.concatenate([[0.0], hits / hits[-1]]),
+        thresholds=np.concatenate([[np.inf], score[order][last_of_tie]]),
+    )
+
+
+def auroc(
+    y_true: Labels,
+    scores: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    positive: Hashable | None = None,
+    within: Labels | None = None,
+) -> float:
+    """The area under the ROC curve of class `positive` against the rest.
+
+    It is the share of pairs of a positive and a negative case that the scores put in the right
+    order; equal scores count half, so constant scores give 0.5. With `within` (the fold of each
+    case, say), only pairs with the same value there are compared: scores of two models have no
+    common scale. Operands and errors are those of `roc_curve`. Hanley and McNeil 1982.
+    """
+    cases = scored_cases(y_true, scores, classes, within)
+    return _value(class_aurocs(cases, None, _positive_place(cases, positive)), cases)
+
+
+def auroc_ovr(
+    y_true: Labels,
+    scores: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    within: Labels | None = None,
+) -> float:
+    """The macro one-vs-rest AUROC: the mean of `auroc` over classes, each against all others.
+
+    `scores` are (n, C) in the order of `classes` (by default, the sorted labels). Of two classes it
+    is the AUROC of the second. Raises InputError where a class of `classes` has no case.
+    """
+    cases = scored_cases(y_true, scores, classes, within)
+    return _value(ovr_aurocs(cases, None), cases)
+
+
+def auroc_ovo(
+    y_true: Labels,
+    scores: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    within: Labels | None = None,
+) -> float:
+    """The macro one-vs-one AUROC: Hand and Till's M.
+
+    The mean over ordered pairs of classes (i, j) of the AUROC of class i against class j by the
+    scores of class i, among cases of these two; unlike one-vs-rest, it does not depend on how
+    common the classes are. Of two classes it is the AUROC of the second. Raises InputError where a
+    class of `classes` has no case. Hand and Till 2001, Machine Learning 45, 171-186, equation 7.
+    """
+    cases = scored_cases(y_true, scores, classes, within)
+    return _value(ovo_aurocs(cases, None), cases)
+
+
+def class_aurocs(cases: Cases, weights: Floats | None, place: int) -> Floats:
+    """(R,) AUROC of the class at `place` against the rest, under each row of weights (R, n).
+
+    NaN where no pair can be compared.
+    """
+    positive = cases.truth == place
+    return _areas(cases, weights, _column(cases, place), positive, ~positive)
+
+
+def ovr_aurocs(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) macro one-vs-rest AUROC under each row of weights."""
+    places = range(len(cases.classes)) if len(cases.classes) > 2 else (1,)
+    return np.asarray(np.mean([class_aurocs(cases, weights, place) for place in places], axis=0))
+
+
+def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
+    """(R,) macro one-vs-one AUROC under each row of weights."""
+    size = len(cases.classes)
+    pairs = permutations(range(size), 2) if size > 2 else [(1, 0)]
+    areas = [
+        _areas(cases, weights, _column(cases, i), cases.truth == i, cases.truth == j)
+        for i, j in pairs
+    ]
+    return np.asarray(np.mean(areas, axis=0))
+
+
+def _areas(
+    cases: Cases, weights: Floats | None, score: Floats, positive: Bools, negative: Bools
+) -> Floats:
+    """(R,) share of the pairs that are in order, each pair weighted by both its cases."""
+    kept = np.flatnonzero(positive | negative)
+    within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
+    order = kept[np.lexsort((score[kept], within[kept]))]
+    if not positive.any() or not negative.any():
+        return np.full(1 if weights is None else len(weights), np.nan)
+    sorted_weights = np.ones((1, len(order))) if weights is None else weights[:, order]
+    new_stratum = np.diff(within[order]) != 0
+    new_tie = new_stratum | (np.diff(score[order]) != 0)
+    ties = np.concatenate([[0], np.flatnonzero(new_tie) + 1])
+    hits = sorted_weights * positive[order]
+    misses = sorted_weights - hits
+    if len(ties) < len(order):
+        hits = np.add.reduceat(hits, ties, axis=1)
+        misses = np.add.reduceat(misses, ties, axis=1)
+
+    below = np.cumsum(misses, axis=1)
+    below -= misses / 2
+    # Each stratum begins at a tie; what lies below a case counts from there.
+    strata = np.searchsorted(ties, np.concatenate([[0], np.flatnonzero(new_stratum) + 1]))
+    if len(strata) > 1:
+        base = below[:, strata] - misses[:, strata] / 2
+        below -= np.repeat(base, np.diff(np.append(strata, len(ties))), axis=1)
+    in_order = np.einsum("rk,rk->r", hits, below)
+    pairs = (np.add.reduceat(hits, strata, axis=1) * np.add.reduceat(misses, strata, axis=1)).sum(1)
+    return np.where(pairs > 0, in_order / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+def _column(cases: Cases, place: int) -> Floats:
+    if cases.scores is None:
+        raise InputError("a metric of scores was asked for, but only decisions are known")
+    return cases.scores[:, place]
+
+
+def _positive_place(cases: Cases, positive: Hashable | None) -> int:
+    if positive is None:
+        if len(cases.classes) > 2:
+            raise InputError(
+                f"there are {len(cases.classes)} classes; say which one the curve is of: positive="
+            )
+        place = 1
+    elif positive in cases.classes:
+        place = cases.classes.index(positive)
+    else:
+        raise InputError(f"positive is {positive!r}, which is not one of {cases.classes}")
+    count = int(np.count_nonzero(cases.truth == place))
+    if count in (0, len(cases)):
+        raise InputError(
+            f"{count} of {len(cases)} cases are of class {cases.classes[place]!r}; expected some"
+            " that are and some that are not"
+        )
+    return place
+
+
+def missing_classes(cases: Cases) -> list[Hashable]:
+    """The classes that no case has."""
+    counts = cases.counts()
+    return [label for label, count in zip(cases.classes, counts, strict=True) if not count]
+
+
+def _value(values: Floats, cases: Cases) -> float:
+    if np.isnan(values[0]):
+        missing = missing_classes(cases)
+        if missing:
+            raise InputError(
+                f"AUROC is not defined: no case is of class {missing[0]!r}; leave it out of"
+                " classes and scores, or give cases of it"
+            )
+        raise InputError(
+            "AUROC is not defined: no two cases of some two classes have the same value of"
+            " within; compare across it (within=None), or give fewer, larger folds"
+        )
+    return float(values[0])

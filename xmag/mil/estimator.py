@@ -1,0 +1,125 @@
+"""What scikit-learn expects of an estimator, without scikit-learn.
+
+It is imported where scikit-learn itself calls, and is loaded then: see
+https://scikit-learn.org/stable/developers/develop.html.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from xmag.errors import InputError
+
+if TYPE_CHECKING:
+    from sklearn.utils import Tags
+    from sklearn.utils.metadata_routing import MetadataRequest
+
+_UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.metadata_routing
+
+
+class Estimator:
+    """Parameters by name: those of the constructor, which stores each as it is."""
+
+    _estimator_type = "classifier"  # what scikit-learn before 1.6 asks for
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
+        """The constructor's parameters by name; `deep` is scikit-learn's, and changes nothing."""
+        return {name: getattr(self, name) for name in sorted(self._defaults())}
+
+    def set_params(self, **params: Any) -> Self:
+        """The same estimator with other parameters; InputError for a name it does not have."""
+        known = self._defaults()
+        if unknown := sorted(set(params) - set(known)):
+            raise InputError(
+                f"{type(self).__name__} has no parameter {unknown[0]!r}; expected one of"
+                f" {sorted(known)}"
+            )
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in self._defaults().items()
+            if not _same(getattr(self, name), default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "classes_")
+
+    def __sklearn_tags__(self) -> "Tags":
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(two_d_array=False),
+        )
+
+    def set_fit_request(
+        self, *, groups: bool | str | None = _UNCHANGED, validation: bool | str | None = _UNCHANGED
+    ) -> Self:
+        """The same estimator, which asks scikit-learn's metadata routing for what `fit` takes.
+
+        Needs ``sklearn.set_config(enable_metadata_routing=True)``, as with every estimator.
+        """
+        from sklearn import get_config
+
+        if not get_config()["enable_metadata_routing"]:
+            raise RuntimeError(
+                "metadata routing is off; switch it on first:"
+                " sklearn.set_config(enable_metadata_routing=True)"
+            )
+        request = self.get_metadata_routing()
+        for name, alias in (("groups", groups), ("validation", validation)):
+            if alias != _UNCHANGED:
+                request.fit.add_request(param=name, alias=alias)
+        self._metadata_request = request
+        return self
+
+    def get_metadata_routing(self) -> "MetadataRequest":
+        """What scikit-learn's metadata routing may hand to `fit`: groups and validation."""
+        import copy
+
+        from sklearn.utils.metadata_routing import MetadataRequest
+
+        if hasattr(self, "_metadata_request"):
+            return copy.deepcopy(self._metadata_request)
+        request = MetadataRequest(owner=type(self).__name__)
+        for name in ("groups", "validation"):
+            request.fit.add_request(param=name, alias=None)
+        return request
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(np.all(value == default)))
+
+
+def seed_of(random_state: Any) -> int:
+    """The seed that `random_state=` means: an int as it is, a draw from a generator, or chance.
+
+    Raises InputError for anything else. None draws from the operating system, and leaves NumPy's
+    global generator alone.
+    """
+    if random_state is None:
+        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> 1)
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31 - 1))
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**63 - 1))
+    whole = isinstance(random_state, int | np.integer) and not isinstance(random_state, bool)
+    if whole and 0 <= random_state < 2**63:
+        return int(random_state)
+    raise InputError(
+        f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
+        " NumPy"
+    )

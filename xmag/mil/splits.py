@@ -1,0 +1,111 @@
+"""A validation split that no patient is on both sides of."""
+
+import warnings
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import InputError, XmagWarning
+
+_ORDERS = 16
+
+
+def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArray[np.int64]:
+    """A number for each bag, equal for those that must stay on the same side, (n,).
+
+    Those are the bags of a patient, and bags with identical features, and so on from one to the
+    next.
+    """
+    parent = list(range(len(digests)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for index, digest in enumerate(digests):
+        ties: list[Hashable] = [("features", digest)]
+        if groups is not None:
+            ties.append(("group", groups[index]))
+        for tie in ties:
+            parent[root(index)] = root(first.setdefault(tie, index))
+    roots = [root(i) for i in range(len(digests))]
+    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
+
+
+def held_out(
+    unit: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    fraction: float,
+    rng: np.random.Generator,
+) -> NDArray[np.bool_]:
+    """Which bags validate, (n,): whole units, near to `fraction` of each class.
+
+    Units are gone through in random order and taken where that brings the shares of the classes
+    nearer to `fraction`; the last unit of a class always stays to be trained on. Of several such
+    orders the one that comes nearest counts. Raises InputError where nothing can be held out.
+    """
+    number, classes = int(unit.max()) + 1, int(labels.max()) + 1
+    counts = np.zeros((number, classes))
+    np.add.at(counts, (unit, labels), 1)
+    tried = [_greedy(counts, fraction, rng.permutation(number)) for _ in range(_ORDERS)]
+    total = counts.sum(axis=0)
+    taken = min(tried, key=lambda t: _distance(counts[t].sum(axis=0) / total, fraction))
+    if not taken.any():
+        possible = [i for i in range(number) if (total - counts[i] > 0).all()]
+        if not possible:
+            raise InputError(
+                f"no part of {number} patients (or slides, without groups) can be held out so that"
+                " every class stays to be trained on; give more, or validation=None, which trains"
+                " for all epochs and keeps the last weights"
+            )
+        taken[min(possible, key=lambda i: _distance(counts[i] / total, fraction))] = True
+    chosen: NDArray[np.bool_] = taken[unit]
+    return chosen
+
+
+def _greedy(
+    counts: NDArray[np.float64], fraction: float, order: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which units to take, by their numbers of bags of each class (U, C), in a given order."""
+    total = counts.sum(axis=0)
+    taken, held = np.zeros(len(counts), dtype=np.bool_), np.zeros(len(total))
+    for index in order:
+        more = held + counts[index]
+        nearer = _distance(more / total, fraction) < _distance(held / total, fraction)
+        if nearer and (more < total).all():
+            taken[index], held = True, more
+    return taken
+
+
+def _distance(held: NDArray[np.float64], fraction: float) -> float:
+    # A class without any bag to validate with is worse than one that has too many.
+    return float(((held - fraction) ** 2).sum() + (held == 0).sum())
+
+
+def require_disjoint(
+    train: Sequence[Hashable], validation: Sequence[Hashable], *, names: Sequence[str], what: str
+) -> None:
+    """Raise InputError where both sides share a patient or features; `names` are of validation."""
+    known = set(train)
+    for name, value in zip(names, validation, strict=True):
+        if value in known:
+            shown = "" if isinstance(value, bytes) else f" {value!r}"
+            raise InputError(
+                f"{name} has {what}{shown} that the training bags have too: what is measured on it"
+                " is no validation. Split by patient, each slide once, or give validation=0.2"
+            )
+
+
+def warn_without_groups() -> None:
+    """Warn that nothing is known about patients."""
+    warnings.warn(
+        "no groups were given, so the validation split is by slide: if a patient has several"
+        " slides, they may lie on both sides, and training stops too late. Give"
+        " groups= (the patient of each bag)",
+        XmagWarning,
+        stacklevel=4,
+    )
