@@ -22,6 +22,8 @@ from xmag.errors import InputError, SlideScaleError
 
 Resample = Literal["area", "lanczos"]
 
+_MAX_TILE_PX = 1 << 14
+"""A side of a tile: 0.8 GB of pixels."""
 _SAME_MPP = 1e-6
 """Relative difference below which two scales are the same but for rounding."""
 
@@ -44,8 +46,10 @@ class TileSpec:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mpp) and self.mpp > 0):
             raise InputError(f"TileSpec.mpp is {self.mpp!r}; expected a positive number of µm/px")
-        if not (isinstance(self.size_px, int) and self.size_px > 0):
-            raise InputError(f"TileSpec.size_px is {self.size_px!r}; expected a positive int")
+        if not (isinstance(self.size_px, int) and 0 < self.size_px <= _MAX_TILE_PX):
+            raise InputError(
+                f"TileSpec.size_px is {self.size_px!r}; expected an int from 1 to {_MAX_TILE_PX}"
+            )
         if not 0 <= self.mpp_tolerance < 0.5:
             raise InputError(
                 f"TileSpec.mpp_tolerance is {self.mpp_tolerance!r}; expected a fraction in [0, 0.5)"
@@ -145,9 +149,25 @@ class TileGeometry:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
-        """The TileGeometry with these fields."""
-        width, height = fields["level0_size"]
-        return cls(**{**fields, "level0_size": (int(width), int(height))})
+        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
+        try:
+            width, height = fields["level0_size"]
+            geometry = cls(**{**fields, "level0_size": (width, height)})
+            counts = (geometry.size_px, geometry.size_level0, geometry.overlap_px, width, height)
+            scales = (geometry.mpp, geometry.level0_mpp)
+            fits = all(isinstance(n, int) and n >= 0 for n in counts) and all(
+                isinstance(mpp, int | float) and math.isfinite(mpp) and mpp > 0 for mpp in scales
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the fields of a tile geometry make no sense ({error!r}); expected what to_dict gave"
+            ) from error
+        if not fits:
+            raise InputError(
+                f"a tile geometry has sizes {counts} and scales {scales}; expected whole numbers of"
+                " px and positive numbers of µm/px"
+            )
+        return geometry
 
 
 @dataclass(frozen=True, slots=True, eq=False)

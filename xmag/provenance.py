@@ -65,7 +65,7 @@ class Provenance:
         """The Provenance that `to_json` wrote; InputError where the text is something else."""
         try:
             parts = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"provenance is not JSON ({error}); expected what Provenance.to_json wrote"
             ) from error
@@ -75,7 +75,13 @@ class Provenance:
                 f"provenance holds {found}; expected 'fingerprint' and 'record', as"
                 " Provenance.to_json writes them"
             )
-        return cls(parts["fingerprint"], parts["record"])
+        try:
+            return cls(parts["fingerprint"], parts["record"])
+        except RecursionError as error:
+            raise InputError(
+                "provenance is nested deeper than any that Provenance.to_json wrote; make the file"
+                " again"
+            ) from error
 
     def differences(self, other: "Provenance") -> list[str]:
         """Where the fingerprint of `other` differs, a line each; empty if the two may be mixed.

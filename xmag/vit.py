@@ -5,6 +5,7 @@ those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens (clas
 patches), D width, H heads.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
@@ -19,6 +20,8 @@ from xmag.errors import InputError
 PositionRule = Literal["offset", "size", "size_antialias"]
 Mlp = Literal["gelu", "swiglu"]
 
+_MAX_DEPTH = 1_000
+"""Blocks are made one by one before weights are compared with them."""
 _HISTORICAL_OFFSET = 0.1
 """Added to the wanted grid before the division: DINOv2's guard against rounding, part of it."""
 
@@ -50,6 +53,16 @@ class ViTConfig:
         for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid"):
             if not (isinstance(value := getattr(self, name), int) and value > 0):
                 raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
+        if not (isinstance(self.registers, int) and self.registers >= 0):
+            raise InputError(f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on")
+        if not isinstance(self.class_position, bool):
+            raise InputError(
+                f"ViTConfig.class_position is {self.class_position!r}; expected True or False"
+            )
+        if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
+            raise InputError(f"ViTConfig.eps is {self.eps!r}; expected a positive number")
+        if self.depth > _MAX_DEPTH:
+            raise InputError(f"ViTConfig.depth is {self.depth}; expected at most {_MAX_DEPTH}")
         if self.width % self.heads:
             raise InputError(
                 f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"

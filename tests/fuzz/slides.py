@@ -14,6 +14,10 @@ from xmag.slide import Slide
 from xmag.tiles import read_tiles
 from xmag.tissue import find_tissue
 
+FINE = ("read",)
+"""Outcomes of an undamaged slide."""
+THEIR_PRINTS = r"OpenSlide-WARNING"
+"""What OpenSlide writes to stderr by itself, and no one can keep it from."""
 SPEC = TileSpec(mpp=1.0, size_px=32)
 _BATCHES = 4
 """Batches of tiles looked at: a slide that says it is large would else take as long as one."""
@@ -81,9 +85,6 @@ def _say(step: Callable[[], object], said: list[XmagError]) -> None:
     except XmagError as error:
         said.append(error)
 
-
-FINE = ("read",)
-"""Outcomes of an undamaged slide."""
 
 
 def outcome(path: Path) -> str:

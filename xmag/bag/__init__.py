@@ -265,8 +265,15 @@ def _bag(content: Content) -> FeatureBag:
         features,
         coords,
         provenance=None if provenance is None else Provenance.from_json(provenance),
-        tiles=None if tiles is None else TileGeometry.from_dict(json.loads(tiles)),
+        tiles=None if tiles is None else _geometry(tiles),
     )
+
+
+def _geometry(text: str) -> TileGeometry:
+    try:
+        return TileGeometry.from_dict(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise damaged("its tiles are no JSON") from error
 
 
 def _without_batch_axis(array: NDArray[Any]) -> NDArray[Any]:

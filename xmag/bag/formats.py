@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 
 from xmag.errors import BagError
 
+_MOST_UNPACKED = 50
+"""Features of compressed files take 1 to 3 times their bytes, coords up to 10 times."""
+_SPARE_BYTES = 1 << 24
+
 HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
 
 
@@ -71,10 +75,13 @@ def decode_h5(path: Path) -> Content:
     try:
         with h5py.File(path, "r") as file:
             header = {key: _attribute(file, key) for key in HEADER_KEYS if key in file.attrs}
+            most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
             return Content(
-                features=_dataset(file, "features"), coords=_dataset(file, "coords"), header=header
+                features=_dataset(file, "features", most),
+                coords=_dataset(file, "coords", most),
+                header=header,
             )
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
         raise damaged(error) from error
 
 
@@ -87,10 +94,22 @@ def _attribute(file: h5py.File, key: str) -> str:
     return text
 
 
-def _dataset(file: h5py.File, name: str) -> NDArray[Any]:
+def _dataset(file: h5py.File, name: str, most: int) -> NDArray[Any]:
+    """The values of a dataset that lies in this file and takes at most `most` bytes."""
+    link = file.get(name, getlink=True)
+    if not (link is None or isinstance(link, h5py.HardLink)):
+        raise ValueError(f"{name!r} lies in another file or under another name")
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise _missing(name, list(file))
+    if dataset.is_virtual or dataset.external:
+        raise ValueError(f"the values of {name!r} lie in other files")
+    if dataset.dtype.kind not in "iuf":
+        raise ValueError(f"{name!r} are {dataset.dtype}, and no numbers")
+    if dataset.nbytes > most:
+        raise ValueError(
+            f"{name!r} would take {dataset.nbytes} bytes, and a file of this size holds at most {most}"
+        )
     if not _is_whole(dataset):
         raise ValueError(f"a part of {name!r} was never written")
     values: NDArray[Any] = dataset[()]
@@ -99,8 +118,6 @@ def _dataset(file: h5py.File, name: str) -> NDArray[Any]:
 
 def _is_whole(dataset: h5py.Dataset) -> bool:
     """Whether all of it is in the file: where nothing was written, HDF5 would read zeros."""
-    if dataset.is_virtual:
-        return True
     if dataset.chunks is None:
         return bool(dataset.id.get_storage_size() == dataset.nbytes)
     grid = (-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))

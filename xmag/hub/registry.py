@@ -1,6 +1,7 @@
 """What is known about models: their configuration, the tiles they want, their terms."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,9 @@ class ModelConfig:
                 f"tiles of {self.tile_spec.size_px} px do not divide into patches of"
                 f" {self.vit.patch_px} px; expected a multiple"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = (*self.mean, *self.std)
+        known = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        if not known or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(
                 f"mean {self.mean} and std {self.std} do not normalise RGB; expected three numbers"
                 " each, those of std positive"
@@ -178,7 +181,7 @@ def resolve_config(
 def _read_config(path: Path) -> ResolvedConfig | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path} is no JSON ({error}); expected a model's config.json"
         ) from error

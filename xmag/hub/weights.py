@@ -1,6 +1,9 @@
 """A checkpoint file -> tensors and a hash, or a refusal that says why."""
 
+import io
 import pickle
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,13 @@ _SAFE_PICKLE = (2, 10)
 """The first torch whose weights_only loading has neither CVE-2025-32434 nor CVE-2026-24747."""
 
 _SHA256_HEX = 64
+_ZIP_MAGIC = b"PK\x03\x04"
+
+_LOAD_ERRORS = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What torch may raise on a file that makes no sense, RecursionError as a RuntimeError."""
 
 
 def file_sha256(path: Path) -> str:
@@ -72,17 +82,38 @@ def _read_pickle(path: Path) -> Any:
             " as safetensors"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(_checked_archive(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is a pickle that holds more than tensors and plain values, or is none at all:"
             f" {_first_line(error)} Such code is never run. Save the bare state dict, best as"
             " safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except _LOAD_ERRORS as error:
         raise WeightsError(
             f"{path} is no whole torch checkpoint ({_first_line(error)}). Fetch or copy it again"
         ) from error
+
+
+def _checked_archive(path: Path) -> Path | io.BytesIO:
+    """What torch is to load: the file where it is a zip whose records take what they say.
+
+    A file of torch's older format is read to memory, where no read can ask for more than there is.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            file.seek(0)
+            return io.BytesIO(file.read())
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    unpacked = sum(record.file_size for record in records)
+    if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise WeightsError(
+            f"{path} has {size} bytes and records that unpack to {unpacked}; expected them as they are,"
+            " as torch.save writes them. Save the state dict again, best as safetensors"
+        )
+    return path
 
 
 def _first_line(error: Exception) -> str:

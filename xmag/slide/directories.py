@@ -28,8 +28,11 @@ _SIZES = {
 """Bytes of a value of each TIFF type."""
 _SUB_IFDS = 330
 _OFFSET_FORMATS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
-_TILE_LISTS = {273, 279, 324, 325, 65426}
-_WHOLE = {1, 3, 4, 13, 16, 18}
+_NDPI_STARTS, _NDPI_STARTS_HIGH = 65426, 65432
+_TILE_LISTS = {273, 279, 324, 325, _NDPI_STARTS}
+_MAX_JPEG_HEADER = 1 << 20
+"""Bytes before the first restart interval; those of scanners are below 2,000."""
+_WHOLE = {3, 4, 13, 16, 18}
 _ONE_NUMBER = {254, 256, 257, 259, 262, 277, 284, 317, 322, 323}
 _NUMBERS = {258, 273, 278, 279, 324, 325, 338, 339}
 """Tags that say how pixels are stored, in one whole number or in several."""
@@ -147,6 +150,8 @@ def _directory(
                 f"it lists {tag.count} tiles for one level; expected at most {_MAX_TILES}. Convert it"
                 " to larger tiles"
             )
+        if tag.code in (_NDPI_STARTS, _NDPI_STARTS_HIGH):
+            _check_starts(file, layout, tag)
     found[at] = frozenset(tag.code for tag in tags)
     # Some writers leave out the last pointer where the file ends.
     file.seek(first + count * length)
@@ -167,6 +172,17 @@ def _check_kind(tag: _Tag, directory: int) -> None:
         )
 
 
+def _check_starts(file: BinaryIO, layout: _Layout, tag: _Tag) -> None:
+    """Raise DamagedSlideError where the header of an NDPI's JPEG would be megabytes long."""
+    at = tag.value_at if tag.size <= layout.inline else _pointer(file, layout, tag)
+    first = int.from_bytes(_read(file, at, min(4, tag.size)), "little")
+    if first > (_MAX_JPEG_HEADER if tag.code == _NDPI_STARTS else 0):
+        raise DamagedSlideError(
+            f"the JPEG in it would begin with a header of {first} bytes; expected at most"
+            f" {_MAX_JPEG_HEADER}. It is damaged: copy it again"
+        )
+
+
 def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[int]:
     """The values of a tag that points to directories."""
     kind = _OFFSET_FORMATS.get(tag.kind)
@@ -175,14 +191,17 @@ def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[
             f"its tag {tag.code}, which points to directories, holds {tag.count} values of type"
             f" {tag.kind}; it is damaged: copy it again"
         )
-    at = tag.value_at
-    if tag.size > layout.inline:
-        at = _unpacked(file, at, layout.order + ("Q" if layout.inline == 8 else "I"))[0]
+    at = tag.value_at if tag.size <= layout.inline else _pointer(file, layout, tag)
     if at + tag.size > size:
         raise DamagedSlideError(
             f"its tag {tag.code} lies beyond the end of the file; it is truncated: copy it again"
         )
     yield from _unpacked(file, at, f"{layout.order}{tag.count}{kind}")
+
+
+def _pointer(file: BinaryIO, layout: _Layout, tag: _Tag) -> int:
+    """Where the values of a tag are that are too many to lie in it."""
+    return _unpacked(file, tag.value_at, layout.order + ("Q" if layout.inline == 8 else "I"))[0]
 
 
 def _read(file: BinaryIO, at: int, length: int) -> bytes:
