@@ -29,6 +29,7 @@ _DROPPED: dict[str, tuple[str, _RGB]] = {
     "tissue": ("too little tissue", (196, 196, 196)),
     "border": ("over the border", (213, 94, 0)),
     "roi": ("outside the region of interest", (204, 121, 167)),
+    "damaged": ("damaged", (0, 0, 0)),
 }
 _INK: _RGB = (34, 34, 34)
 _FAINT: _RGB = (105, 105, 105)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
-from xmag.errors import InputError, ModelError, XmagWarning
+from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
 from xmag.plan import Coords, TilePlan, plan_tiles
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles import Tiles, read_tiles
+from xmag.tiles import Damaged, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def extract_features(
     batch_size: int | None = None,
     progress: bool | None = None,
     transform: Transform | None = None,
+    damaged: Damaged = "error",
 ) -> FeatureBag:
     """The embeddings of a slide's tiles, with where they lie and how they were made.
 
@@ -54,13 +55,18 @@ def extract_features(
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
         transform: Applied to each batch of tiles, for instance to normalise stains.
+        damaged: What becomes of tiles some of whose bytes do not decode: "error" raises, "drop"
+            leaves them out, warns, and counts them in the provenance. No pixel is made up in
+            either case.
 
     Returns:
         A bag of float32 (N, D) features, row i for the tile at ``bag.coords[i]``. A slide without
         tiles gives an empty bag and a warning.
 
     Raises:
-        SlideError: The slide cannot be read at the scale of the model.
+        SlideError: The slide cannot be read at the scale of the model; DamagedSlideError where
+            tiles are damaged, with "drop" where all of them are, or the overview that tissue is
+            found on.
         ModelError: The model cannot be loaded, or gives values that are not finite.
         InputError: Arguments that contradict each other.
     """
@@ -72,6 +78,7 @@ def extract_features(
             f"tissue is {seen}; expected 'auto', None (every tile) or a TissueMask:"
             " TissueMask.from_array(mask, slide) makes one of a mask of your own"
         )
+    check_damaged(damaged)
     with ExitStack() as stack:
         if isinstance(slide, Slide):
             if mpp is not None:
@@ -99,7 +106,13 @@ def extract_features(
                 stacklevel=2,
             )
         return embed_plan(
-            slide, plan, encoder, batch_size=batch_size, progress=progress, transform=transform
+            slide,
+            plan,
+            encoder,
+            batch_size=batch_size,
+            progress=progress,
+            transform=transform,
+            damaged=damaged,
         )
 
 
@@ -111,20 +124,49 @@ def embed_plan(
     batch_size: int | None = None,
     progress: bool | None = None,
     transform: Transform | None = None,
+    damaged: Damaged = "error",
 ) -> FeatureBag:
     """The bag of the tiles of a plan; `extract_features` without its choices."""
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
+    lost = np.ones(len(plan), np.bool_)
     if batch_size is None:
         batch_size = default_batch_size(encoder)
-    batches = read_tiles(slide, plan, batch_size=batch_size)
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], Tiles]]:
+        for rows, tiles in read_rows(slide, plan, batch_size=batch_size, damaged=damaged):
+            lost[rows] = False
+            yield rows, transformed(tiles, transform)
+
     with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
         done = 0
-        changed = ((coords, transformed(tiles, transform)) for coords, tiles in batches)
-        for vectors in _embed(encoder, changed):
+        for vectors in _embed(encoder, batches()):
             features[done : done + len(vectors)] = vectors
             done += len(vectors)
             bar.update(len(vectors))
-    return bag_of(features, plan, slide.facts, encoder, transform=transform)
+    plan = without_damaged(plan, lost, slide.name)
+    return bag_of(features[:done], plan, slide.facts, encoder, transform=transform, damaged=damaged)
+
+
+def without_damaged(plan: TilePlan, lost: NDArray[np.bool_], name: str) -> TilePlan:
+    """The plan less the tiles that were damaged, with a warning; the same where none was.
+
+    Raises DamagedSlideError where none is left.
+    """
+    count = int(np.count_nonzero(lost))
+    if not count:
+        return plan
+    if count == len(plan):
+        raise DamagedSlideError(
+            f"all {count} tiles of {name} are damaged; expected some to be left. Copy the"
+            " file again"
+        )
+    warnings.warn(
+        f"{count} of {len(plan)} tiles of {name!r} are damaged and left out, as damaged='drop' asks"
+        " for; copy the file again to have them",
+        XmagWarning,
+        stacklevel=3,
+    )
+    return plan.without(lost)
 
 
 def bag_of(
@@ -134,6 +176,7 @@ def bag_of(
     encoder: TileEncoder,
     *,
     transform: Transform | None,
+    damaged: Damaged = "error",
 ) -> FeatureBag:
     """The bag of embeddings, float32 (N, D), of a plan's tiles, with its provenance.
 
@@ -149,7 +192,7 @@ def bag_of(
         )
     provenance = Provenance(
         fingerprint=fingerprint_of(encoder, plan.options, transform),
-        record=_record(slide, plan, encoder),
+        record=_record(slide, plan, encoder, damaged),
     )
     return FeatureBag(features, plan.coords, provenance=provenance, tiles=plan.tiles)
 
@@ -222,7 +265,9 @@ def _embed(
         yield from (embedded(encoder, tiles) for _, tiles in batches)
 
 
-def _record(slide: SlideFacts, plan: TilePlan, encoder: TileEncoder) -> dict[str, Any]:
+def _record(
+    slide: SlideFacts, plan: TilePlan, encoder: TileEncoder, damaged: Damaged
+) -> dict[str, Any]:
     """What else made the bag. Nothing that tells who, where, or whose slide it is."""
     scale = plan.scale
     return {
@@ -245,6 +290,7 @@ def _record(slide: SlideFacts, plan: TilePlan, encoder: TileEncoder) -> dict[str
             "resampled": scale.factor != 1.0,
         },
         "plan": dict(plan.options),
+        "damaged": damaged,
         "tiles": {"kept": len(plan), **{k: len(v) for k, v in plan.dropped.items()}},
     }
 

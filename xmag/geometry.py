@@ -160,7 +160,8 @@ class TileGeometry:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"the fields of a tile geometry make no sense ({error!r}); expected what to_dict gave"
+                f"the fields of a tile geometry make no sense ({error!r}); expected what"
+                " to_dict gave"
             ) from error
         if not fits:
             raise InputError(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ Coords = NDArray[np.int64]
 """Top-left corners (x, y) of tiles in level-0 px, shape (N, 2)."""
 
 KEPT = "#"
-REASONS = {"b": "border", "r": "roi", "t": "tissue"}
+REASONS = {"b": "border", "r": "roi", "t": "tissue", "d": "damaged"}
 """Why a grid cell is no tile, by the character that stands for it in a plan's `cells`."""
 
 _SCHEMA_VERSION = 1
@@ -42,7 +42,8 @@ class TilePlan:
 
     `cells` draws the grid, a string a row and a character a cell: ``#`` is a tile, ``b`` reaches
     over the border of the slide, ``r`` has its centre outside the region of interest, ``t`` holds
-    too little tissue (the first reason that applies, in this order). `scale` says which level is
+    too little tissue (the first reason that applies, in this order), ``d`` was a tile until its
+    bytes turned out to be damaged. `scale` says which level is
     read at which reduction, `tiles` where the tiles lie, `options` what the plan was made with, and
     `slide` which content it belongs to (None: any).
     """
@@ -61,7 +62,7 @@ class TilePlan:
 
     @cached_property
     def dropped(self) -> dict[str, Coords]:
-        """For each reason, "border", "roi" and "tissue", the corners of the cells it dropped."""
+        """For each reason, "border", "roi", "tissue" and "damaged", the corners of its cells."""
         return {reason: self._corners(letter) for letter, reason in REASONS.items()}
 
     def __len__(self) -> int:
@@ -75,6 +76,13 @@ class TilePlan:
         corners = _corner_of(cells, self.tiles)
         corners.setflags(write=False)
         return corners
+
+    def without(self, damaged: NDArray[np.bool_]) -> "TilePlan":
+        """The plan less the tiles where `damaged`, bool (N,), is true: they count as dropped."""
+        grid = np.array([list(row) for row in self.cells])
+        tiles = np.argwhere(grid == KEPT)[damaged]
+        grid[tiles[:, 0], tiles[:, 1]] = "d"
+        return replace(self, cells=tuple("".join(row) for row in grid))
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""

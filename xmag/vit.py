@@ -54,7 +54,9 @@ class ViTConfig:
             if not (isinstance(value := getattr(self, name), int) and value > 0):
                 raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
         if not (isinstance(self.registers, int) and self.registers >= 0):
-            raise InputError(f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on")
+            raise InputError(
+                f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on"
+            )
         if not isinstance(self.class_position, bool):
             raise InputError(
                 f"ViTConfig.class_position is {self.class_position!r}; expected True or False"

@@ -19,7 +19,9 @@ from xmag.bag.formats import encode_h5, encode_safetensors
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 
-FINE = ("loaded",)
+FINE = "loaded"
+THEIR_PRINTS = r"(?!)"
+THEIR_WARNINGS: tuple[type[Warning], ...] = ()
 _ANY = (flipped, filled, cut, moved, tail, nothing)
 _NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 65_535, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, (1 << 63) - 1, (1 << 64) - 1)  # fmt: skip
 _TEXTS = (
@@ -35,7 +37,12 @@ def seeds() -> dict[str, bytes]:
     features = rng.normal(size=(30, 16)).astype(np.float32)
     coords = rng.integers(0, 9000, (30, 2))
     tiles = TileGeometry(
-        size_px=224, mpp=2.0, size_level0=896, overlap_px=0, level0_mpp=0.5, level0_size=(9000, 8000)
+        size_px=224,
+        mpp=2.0,
+        size_level0=896,
+        overlap_px=0,
+        level0_mpp=0.5,
+        level0_size=(9000, 8000),
     )
     provenance = Provenance({"weights_sha256": "0" * 64}, {"slide": {"name": "a.svs"}})
     bag = FeatureBag(features, coords, provenance, tiles)
@@ -44,7 +51,10 @@ def seeds() -> dict[str, bytes]:
         found[name] = encode(_content(bag, name))
     for name, options in (
         ("clam.h5", {}),
-        ("chunked.h5", {"chunks": (8, 16), "compression": "gzip", "shuffle": True, "fletcher32": True}),
+        (
+            "chunked.h5",
+            {"chunks": (8, 16), "compression": "gzip", "shuffle": True, "fletcher32": True},
+        ),
     ):
         buffer = io.BytesIO()
         with h5py.File(buffer, "w") as file:
@@ -62,7 +72,7 @@ def _content(bag: FeatureBag, name: str) -> Any:
     return content(bag, name)
 
 
-def make(originals: Mapping[str, bytes], rng: Random) -> tuple[str, bytes]:
+def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str, bytes]:
     """(name, content) of a damaged feature file."""
     name = rng.choice(sorted(originals))
     data = originals[name]
@@ -141,12 +151,18 @@ def _lookup3(key: bytes) -> int:
     while length > 12:
         x, y, z = struct.unpack_from("<III", key, at)
         a, b, c = (a + x) & mask, (b + y) & mask, (c + z) & mask
-        a = ((a - c) & mask) ^ rot(c, 4); c = (c + b) & mask  # noqa: E702
-        b = ((b - a) & mask) ^ rot(a, 6); a = (a + c) & mask  # noqa: E702
-        c = ((c - b) & mask) ^ rot(b, 8); b = (b + a) & mask  # noqa: E702
-        a = ((a - c) & mask) ^ rot(c, 16); c = (c + b) & mask  # noqa: E702
-        b = ((b - a) & mask) ^ rot(a, 19); a = (a + c) & mask  # noqa: E702
-        c = ((c - b) & mask) ^ rot(b, 4); b = (b + a) & mask  # noqa: E702
+        a = ((a - c) & mask) ^ rot(c, 4)
+        c = (c + b) & mask  # noqa: E702
+        b = ((b - a) & mask) ^ rot(a, 6)
+        a = (a + c) & mask  # noqa: E702
+        c = ((c - b) & mask) ^ rot(b, 8)
+        b = (b + a) & mask  # noqa: E702
+        a = ((a - c) & mask) ^ rot(c, 16)
+        c = (c + b) & mask  # noqa: E702
+        b = ((b - a) & mask) ^ rot(a, 19)
+        a = (a + c) & mask  # noqa: E702
+        c = ((c - b) & mask) ^ rot(b, 4)
+        b = (b + a) & mask  # noqa: E702
         at, length = at + 12, length - 12
     if length:
         x, y, z = struct.unpack("<III", key[at:].ljust(12, b"\0"))
@@ -222,12 +238,24 @@ def _hostile_header(features: Any, coords: Any, rng: Random) -> dict[str, str]:
     for key in ("provenance", "tiles", "schema_version", "format"):
         if rng.random() < 0.5:
             header[key] = rng.choice(_TEXTS)
+    return _with_digest(features, coords, header)
+
+
+def _with_digest(features: Any, coords: Any, header: Mapping[str, str]) -> dict[str, str]:
+    """The header with the checksum that such a bag has."""
     digest = hashlib.sha256()
     for array in (features, coords):
         digest.update(f"{array.shape} {array.dtype.str}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(json.dumps({k: header[k] for k in sorted(header)}).encode())
-    return header | {"bag_sha256": digest.hexdigest()}
+    return {**header, "bag_sha256": digest.hexdigest()}
+
+
+def hostile_safetensors(features: Any, coords: Any, header: Mapping[str, str]) -> bytes:
+    """A bag of xmag's with these texts in its header, and a checksum that fits."""
+    ours = {"format": "xmag.FeatureBag", "schema_version": "1", **header}
+    metadata = _with_digest(features, coords, ours)
+    return safetensors.numpy.save({"features": features, "coords": coords}, metadata=metadata)
 
 
 def _hostile_safetensors(rng: Random) -> bytes:
@@ -249,7 +277,9 @@ def _hostile_h5(rng: Random) -> bytes:
             file.create_dataset("features", shape=(1 << 16, 1 << 10), chunks=(1 << 16, 1 << 10), dtype="u1", compression="gzip")  # fmt: skip
             file["features"].id.write_direct_chunk((0, 0), b"\x78\xda" + bytes(300))
         elif kind == 2:
-            file.create_dataset("features", shape=(8, 4), dtype="f4", external=[("/etc/passwd", 0, 128)])
+            file.create_dataset(
+                "features", shape=(8, 4), dtype="f4", external=[("/etc/passwd", 0, 128)]
+            )
         elif kind == 3:
             layout = h5py.VirtualLayout(shape=(3, 4), dtype="f4")
             layout[:] = h5py.VirtualSource("/tmp/other.h5", "x", shape=(3, 4))
@@ -259,7 +289,9 @@ def _hostile_h5(rng: Random) -> bytes:
         elif kind == 5:
             file.create_dataset("features", data=np.array(["a", "b"] * 3, dtype=object).reshape(3, 2), dtype=h5py.string_dtype())  # fmt: skip
         elif kind == 6:
-            file.create_dataset("features", data=np.zeros((3, 2), np.dtype([("a", "f4"), ("b", "i8")])))
+            file.create_dataset(
+                "features", data=np.zeros((3, 2), np.dtype([("a", "f4"), ("b", "i8")]))
+            )
         else:
             file["features"] = features
         file["coords"] = coords

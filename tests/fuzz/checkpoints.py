@@ -25,7 +25,8 @@ from xmag.mil import MILClassifier
 from xmag.mil.aggregators import aggregator, aggregator_config
 from xmag.mil.saving import DESCRIPTION, WEIGHTS, Saved, write_folder
 
-FINE = ("loaded",)
+FINE = "loaded"
+THEIR_PRINTS = r"(?!)"
 THEIR_WARNINGS = (UserWarning,)
 """What torch says of pickles that it did not write itself."""
 _MOST_PX = 560
@@ -77,7 +78,7 @@ def seeds() -> dict[str, bytes]:
     return found
 
 
-def make(originals: Mapping[str, bytes], rng: Random) -> tuple[str, bytes]:
+def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str, bytes]:
     """(name, content) of a damaged file."""
     name = rng.choice(sorted(originals))
     data = originals[name]
@@ -129,7 +130,9 @@ def _damaged_json(data: bytes, rng: Random) -> bytes:
     """JSON in which a value is another, is gone, or is nested for ever."""
     values = json.loads(data)
     if rng.random() < 0.1:
-        return rng.choice((b"[" * 100_000, b"null", b"[]", b"{}", b'"a"', b"NaN", b'{"a":' * 99_999, b"1" * 9999))
+        return rng.choice(
+            (b"[" * 100_000, b"null", b"[]", b"{}", b'"a"', b"NaN", b'{"a":' * 99_999, b"1" * 9999)
+        )
     for _ in range(rng.choice((1, 1, 2))):
         node, key = values, rng.choice(sorted(values))
         while isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
@@ -203,7 +206,9 @@ class _Command:
 
 def _malicious(rng: Random) -> bytes:
     """A pickle that would run a command, in any container."""
-    content = rng.choice((_Command(), {"state_dict": _Command()}, {"a": torch.zeros(2), "b": _Command()}))
+    content = rng.choice(
+        (_Command(), {"state_dict": _Command()}, {"a": torch.zeros(2), "b": _Command()})
+    )
     match rng.randrange(4):
         case 0:
             return pickle.dumps(content, protocol=rng.choice((0, 2, 4)))

@@ -1,8 +1,9 @@
-"""Small valid slides in every format and coding that xmag reads: what the fuzzer damages."""
+"""Small valid files that the fuzzer damages: slides in every format and coding that xmag reads."""
 
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,13 @@ def seed(name: str) -> bytes:
         path = Path(folder) / name
         _WRITERS[name](path)
         return path.read_bytes()
+
+
+def write(target: str, folder: Path) -> None:
+    """Write the files that the cases of a target are made from."""
+    if target == "slides":
+        files = {name: seed(name) for name in NAMES}
+    else:
+        files = import_module(f"fuzz.{target}").seeds()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

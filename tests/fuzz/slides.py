@@ -14,8 +14,8 @@ from xmag.slide import Slide
 from xmag.tiles import read_tiles
 from xmag.tissue import find_tissue
 
-FINE = ("read",)
-"""Outcomes of an undamaged slide."""
+FINE = "read"
+THEIR_WARNINGS: tuple[type[Warning], ...] = ()
 THEIR_PRINTS = r"OpenSlide-WARNING"
 """What OpenSlide writes to stderr by itself, and no one can keep it from."""
 SPEC = TileSpec(mpp=1.0, size_px=32)
@@ -23,10 +23,10 @@ _BATCHES = 4
 """Batches of tiles looked at: a slide that says it is large would else take as long as one."""
 
 
-def make(seeds: Mapping[str, bytes], rng: Random) -> tuple[str, bytes]:
+def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str, bytes]:
     """(name, content) of a damaged slide."""
-    name = rng.choice(sorted(seeds))
-    data = seeds[name]
+    name = rng.choice(sorted(originals))
+    data = originals[name]
     change = damaged_tiff if data[:2] in (b"II", b"MM") else damaged_stream
     return name, change(data, rng)
 
@@ -84,7 +84,6 @@ def _say(step: Callable[[], object], said: list[XmagError]) -> None:
         step()
     except XmagError as error:
         said.append(error)
-
 
 
 def outcome(path: Path) -> str:

@@ -71,18 +71,22 @@ def nothing(stream: bytes, rng: Random) -> bytes:
 
 def bomb(_: bytes, rng: Random) -> bytes:
     """Up to a MB that unpacks to hundreds of MB, in any of the packings."""
-    return rng.choice(_bombs())
+    return rng.choice(packed_bombs())
 
 
 @cache
-def _bombs() -> tuple[bytes, ...]:
+def packed_bombs() -> tuple[bytes, ...]:
+    """Streams of deflate, Zstandard (whole, and two that claim 8 GB and 4 EB), LZW, PackBits."""
     pack = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = pack.compress(bytes(1 << 20)) + pack.flush(zlib.Z_FULL_FLUSH)
     frame = imagecodecs.zstd_encode(bytes(1 << 20))
     return (
         b"\x78\xda" + block * 1024,
         frame * 512,
-        *(b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claim) + bytes(9) for claim in (1 << 33, 1 << 62)),
+        *(
+            b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claim) + bytes(9)
+            for claim in (1 << 33, 1 << 62)
+        ),
         imagecodecs.lzw_encode(bytes(1 << 24)),
         b"\x81\0" * (1 << 16),
     )
@@ -243,7 +247,7 @@ def _png_chunk(stream: bytes, rng: Random) -> bytes:
 
 def _png_inserted(stream: bytes, rng: Random) -> bytes:
     """A chunk that unpacks to a lot, or that makes no sense."""
-    packed = _bombs()[0]
+    packed = packed_bombs()[0]
     kind, content = rng.choice(
         (
             (b"zTXt", b"a\0\0" + packed),

@@ -108,7 +108,8 @@ def _dataset(file: h5py.File, name: str, most: int) -> NDArray[Any]:
         raise ValueError(f"{name!r} are {dataset.dtype}, and no numbers")
     if dataset.nbytes > most:
         raise ValueError(
-            f"{name!r} would take {dataset.nbytes} bytes, and a file of this size holds at most {most}"
+            f"{name!r} would take {dataset.nbytes} bytes, and a file of this size holds"
+            f" {most} at most"
         )
     if not _is_whole(dataset):
         raise ValueError(f"a part of {name!r} was never written")

@@ -110,8 +110,8 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
     unpacked = sum(record.file_size for record in records)
     if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise WeightsError(
-            f"{path} has {size} bytes and records that unpack to {unpacked}; expected them as they are,"
-            " as torch.save writes them. Save the state dict again, best as safetensors"
+            f"{path} has {size} bytes and records that unpack to {unpacked}; expected them as they"
+            " are, as torch.save writes them. Save the state dict again, best as safetensors"
         )
     return path
 

@@ -1,7 +1,7 @@
 """The skeleton of a TIFF, walked before anything is built from it.
 
-tifffile follows a file wherever it leads, and goes on with defaults where a tag makes no sense. So the
-directories are gone through first: where each lies, which tags it lists, how much they claim.
+tifffile follows a file wherever it leads, and goes on with defaults where a tag makes no sense. So
+the directories are gone through first: where each lies, which tags it lists, how much they claim.
 """
 
 import logging
@@ -87,8 +87,8 @@ def walk(file: BinaryIO, *, is_ndpi: bool) -> Mapping[int, Set[int]]:
                 claimed += sum(tag.size for tag in tags_below if tag.size > layout.inline)
         if claimed > 2 * size + _SPARE_BYTES:
             raise DamagedSlideError(
-                f"its tags claim {claimed} bytes, and the whole file has {size}; it is damaged: copy"
-                " it again"
+                f"its tags claim {claimed} bytes, and the whole file has {size}; it is damaged:"
+                " copy it again"
             )
         at = following
     return found
@@ -115,8 +115,8 @@ def _directory(
             "it begins like a TIFF, but holds no image, or only beyond its end; it is truncated or"
             " damaged: copy it again"
             if not found
-            else f"the directory after the {len(found)} found lies beyond the end of the file; it is"
-            " truncated: copy it again"
+            else f"the directory after the {len(found)} found lies beyond the end of the file;"
+            " it is truncated: copy it again"
         )
     if at in found:
         raise DamagedSlideError(
@@ -147,8 +147,8 @@ def _directory(
         _check_kind(tag, len(found))
         if tag.code in _TILE_LISTS and tag.count > _MAX_TILES:
             raise UnsupportedSlideError(
-                f"it lists {tag.count} tiles for one level; expected at most {_MAX_TILES}. Convert it"
-                " to larger tiles"
+                f"it lists {tag.count} tiles for one level; expected at most {_MAX_TILES}. Convert"
+                " it to larger tiles"
             )
         if tag.code in (_NDPI_STARTS, _NDPI_STARTS_HIGH):
             _check_starts(file, layout, tag)
@@ -167,8 +167,8 @@ def _check_kind(tag: _Tag, directory: int) -> None:
     if tag.kind not in _WHOLE or tag.count < 1 or (one and tag.count != 1):
         raise DamagedSlideError(
             f"tag {tag.code} of its directory {directory} holds {tag.count} values of type"
-            f" {tag.kind}; expected {'one whole number' if one else 'whole numbers'}. It is damaged:"
-            " copy it again"
+            f" {tag.kind}; expected {'one whole number' if one else 'whole numbers'}. It is"
+            " damaged: copy it again"
         )
 
 
@@ -209,8 +209,8 @@ def _read(file: BinaryIO, at: int, length: int) -> bytes:
     data = file.read(length)
     if len(data) != length:
         raise DamagedSlideError(
-            f"it ends after {len(data)} of {length} bytes of a directory at {at}; it is truncated or"
-            " damaged: copy it again"
+            f"it ends after {len(data)} of {length} bytes of a directory at {at}; it is truncated"
+            " or damaged: copy it again"
         )
     return data
 

@@ -35,8 +35,8 @@ class ImageReader:
         length = path.stat().st_size
         if length > _MAX_BYTES:
             raise UnsupportedSlideError(
-                f"{path.name} has {length} bytes; xmag reads plain images of up to {_MAX_BYTES} bytes."
-                " Convert it to a tiled pyramid"
+                f"{path.name} has {length} bytes; xmag reads plain images of up to {_MAX_BYTES}"
+                " bytes. Convert it to a tiled pyramid"
             )
         self._is_png = _is_png(path)
         self.format = "png" if self._is_png else "jpeg"

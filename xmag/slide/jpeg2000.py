@@ -73,8 +73,8 @@ def _check_extent(stream: bytes, size: tuple[int, int]) -> None:
     fits = 0 < width <= size[0] and 0 < height <= size[1] and 0 < count <= _MAX_COMPONENTS
     if not (fits and tile_x and tile_y):
         raise DamagedSlideError(
-            f"its JPEG 2000 is {width}x{height} px of {count} components in tiles of {tile_x}x{tile_y}"
-            f" px, the tile {size[0]}x{size[1]} px"
+            f"its JPEG 2000 is {width}x{height} px of {count} components in tiles of"
+            f" {tile_x}x{tile_y} px, the tile {size[0]}x{size[1]} px"
         )
     across, down = -(-(x - tile_left) // tile_x), -(-(y - tile_top) // tile_y)
     if not 0 < across * down <= _MAX_TILES:

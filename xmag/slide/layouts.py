@@ -235,10 +235,11 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
             " OME-TIFF that is one file"
         )
-    names = [f"{image.name}, {_name(pages[image.page])}" for image in images]
+    # By their sizes alone: a name is free text, in which a patient may stand.
+    names = [_name(pages[image.page]) for image in images]
     image = images[choose(names, region)]
     if image.planes > 1:
-        raise _stack(f"{image.planes} planes of {image.name!r}")
+        raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
     scale = image.scale if image.scale.mpp else _resolution(base)
     return TiffLayout(

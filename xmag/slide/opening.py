@@ -57,13 +57,18 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(132)
     except FileNotFoundError as error:
-        raise SlideError(f"there is no file {path}; check the path") from error
+        raise SlideError(
+            f"there is no file {path.name} at the path that was given; check the path"
+        ) from error
     except IsADirectoryError as error:
         raise SlideError(
-            f"{path} is a folder; expected a slide file (of a DICOM slide, any one of its files)"
+            f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
+            " files)"
         ) from error
     except OSError as error:
-        raise SlideError(f"{path} cannot be opened: {error.strerror or error}") from error
+        raise SlideError(
+            f"{path.name} cannot be opened: {error.strerror or type(error).__name__}; check its rights"
+        ) from error
     if not head:
         raise DamagedSlideError(f"{path.name} is empty; copy it again")
     return head

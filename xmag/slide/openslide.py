@@ -49,7 +49,7 @@ class OpenSlideReader:
             raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
 
     def _read_facts(self) -> None:
-        """All that is asked of the slide but pixels: after a failure it answers nothing any more."""
+        """All that is asked of the slide but pixels: after a failure it answers nothing more."""
         properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self._downsamples = self._slide.level_downsamples

@@ -105,9 +105,9 @@ def read_box(
     px_width, px_height = (x1 - x0) / size[0], (y1 - y0) / size[1]
     if px_width * px_height > _MAX_DECODED_PX:
         raise UnsupportedSlideError(
-            f"each of the {size[0]}x{size[1]} px asked for covers {px_width:.3g}x{px_height:.3g} px of"
-            f" level {level}; expected at most {_MAX_DECODED_PX} px. Ask for more px, or convert the"
-            " slide to a pyramid with smaller levels"
+            f"each of the {size[0]}x{size[1]} px asked for covers {px_width:.3g}x{px_height:.3g} px"
+            f" of level {level}; expected at most {_MAX_DECODED_PX} px. Ask for more px, or convert"
+            " the slide to a pyramid with smaller levels"
         )
     columns = min(size[0], max(1, int(_MAX_DECODED_PX / max(px_width * max(px_height, 1), 1))))
     rows = max(1, int(_MAX_DECODED_PX / (columns * px_width * max(px_height, 1))))

@@ -53,9 +53,9 @@ def check_area(size: tuple[int, int], mpp: float, name: str) -> None:
     width, height = (side * mpp / 1000 for side in size)
     if width * height > _MAX_AREA_MM2:
         raise SlideScaleError(
-            f"{name} would be {width:.4g}x{height:.4g} mm large at {mpp:.4g} µm/px; expected at most"
-            f" {_MAX_AREA_MM2:.0f} mm², more than any glass slide has. Give the right scale as mpp=,"
-            " or copy the file again"
+            f"{name} would be {width:.4g}x{height:.4g} mm large at {mpp:.4g} µm/px; expected at"
+            f" most {_MAX_AREA_MM2:.0f} mm², more than any glass slide has. Give the right scale as"
+            " mpp=, or copy the file again"
         )
 
 

@@ -33,7 +33,10 @@ _MAX_LEVEL_PX = 1 << 40
 """A square of a million px; the largest scans are a tenth of that."""
 
 _ESSENTIAL_TAGS = frozenset(
-    {254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338, 339, 347}
+    {
+        254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338,
+        339, 347,
+    }
 )  # fmt: skip
 """Tags without which tifffile would take the pixels for others than they are."""
 
@@ -84,8 +87,8 @@ class TiffReader:
             if not 0 <= lengths[index] <= most or offsets[index] + lengths[index] > self._size:
                 raise DamagedSlideError(
                     f"tile {index} of level {level} should have {lengths[index]} bytes at offset"
-                    f" {offsets[index]}, but the file ends at {self._size}, and the pixels of a tile"
-                    f" take {most} at most; it is truncated or damaged: copy it again"
+                    f" {offsets[index]}, but the file ends at {self._size}, and the pixels of a"
+                    f" tile take {most} at most; it is truncated or damaged: copy it again"
                 )
         chunks = iter(
             self._source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
@@ -127,18 +130,18 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
             raise
         # Not the error's own text, which may hold some of what the scanner wrote of the patient.
         raise DamagedSlideError(
-            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__}); it is"
-            " truncated or damaged: copy it again"
+            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__});"
+            " it is truncated or damaged: copy it again"
         ) from error
 
 
 def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> None:
-    """Raise DamagedSlideError where a tag that is there could not be read: tifffile leaves it out."""
+    """Raise DamagedSlideError where tifffile left out a tag that it could not read."""
     lost = (codes.get(page.offset, frozenset()) & _ESSENTIAL_TAGS) - {tag.code for tag in page.tags}
     if lost:
         raise DamagedSlideError(
-            f"the directory of level {number} has tags {sorted(lost)} of a type or a place that makes"
-            " no sense; it is damaged: copy it again"
+            f"the directory of level {number} has tags {sorted(lost)} of a type or a place that"
+            " makes no sense; it is damaged: copy it again"
         )
 
 
@@ -237,8 +240,8 @@ def _check_sizes(number: int, level: Level) -> None:
     ):
         raise DamagedSlideError(
             f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
-            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times smaller"
-            " than the first; it is damaged: copy it again"
+            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times"
+            " smaller than the first; it is damaged: copy it again"
         )
 
 
@@ -252,6 +255,6 @@ def _check_tiles(number: int, level: Level, offsets: int, lengths: int) -> None:
         )
     if level.size[0] * level.size[1] > _MAX_LEVEL_PX:
         raise UnsupportedSlideError(
-            f"level {number} is {level.size[0]}x{level.size[1]} px; expected at most {_MAX_LEVEL_PX} px"
-            " in all. Export the part with the tissue"
+            f"level {number} is {level.size[0]}x{level.size[1]} px; expected at most"
+            f" {_MAX_LEVEL_PX} px in all. Export the part with the tissue"
         )

@@ -11,18 +11,23 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag.errors import DamagedSlideError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords
 from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
-from xmag.slide.reader import Level, SlideReader, TileReader
+from xmag.slide.reader import Level, Pixels, SlideReader, TileReader
 from xmag.tiles.memory import Recycler
 
 Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
+
+Damaged = Literal["error", "drop"]
+"""What becomes of tiles whose bytes are damaged."""
 
 _RUN_TILES = 8
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
@@ -72,12 +77,23 @@ class Run:
 
 
 class Decoding:
-    """Decodes the windows of tiles into batches, a run of source tiles at a time."""
+    """Decodes the windows of tiles into batches, a run of source tiles at a time.
+
+    What is damaged is an error, or with `damaged` "drop" noted in `lost`, bool (N,): the windows of
+    those tiles hold no pixels.
+    """
 
     def __init__(
-        self, reader: SlideReader, scale: ReadScale, windows: Windows, batch_size: int
+        self,
+        reader: SlideReader,
+        scale: ReadScale,
+        windows: Windows,
+        batch_size: int,
+        *,
+        damaged: Damaged = "error",
     ) -> None:
-        self._reader, self._scale = reader, scale
+        self._reader, self._scale, self._damaged = reader, scale, damaged
+        self.lost = np.zeros(len(windows.start), np.bool_)
         self._level = reader.levels[scale.level]
         self._windows, self._batch_size = windows, batch_size
         count = len(windows.start)
@@ -107,30 +123,58 @@ class Decoding:
             self._read_windows(run, batches)
 
     def _decode_tiles(self, reader: TileReader, run: Run, batches: dict[int, Pixels4D]) -> None:
-        level, reduction, size = self._scale.level, self._scale.reduction, self._batch_size
+        size = self._batch_size
         pieces, first = run.pieces.tolist(), 0
-        for source, data, end in zip(
-            run.sources, reader.read_tile_bytes(level, run.sources), run.ends, strict=True
-        ):
-            if data is None:
-                pixels = empty_tile(reader, level, source, reduction)
-            else:
-                pixels = decode_tile(reader, level, source, data, reduction)
+        for pixels, end in zip(self._source_tiles(reader, run.sources), run.ends, strict=True):
             for tile, y, x, from_y, from_x, height, width in pieces[first:end]:
+                if pixels is None:
+                    self.lost[tile] = True
+                    continue
                 window = batches[tile // size][tile % size]
                 window[y : y + height, x : x + width] = pixels[
                     from_y : from_y + height, from_x : from_x + width
                 ]
             first = end
 
+    def _source_tiles(self, reader: TileReader, sources: list[int]) -> Iterator[Pixels | None]:
+        """The pixels of source tiles; None for one that is damaged, where such are dropped."""
+        level, reduction = self._scale.level, self._scale.reduction
+        try:
+            chunks = reader.read_tile_bytes(level, sources)
+        except DamagedSlideError:
+            if self._damaged == "error":
+                raise
+            if len(sources) == 1:
+                yield None
+                return
+            for source in sources:
+                yield from self._source_tiles(reader, [source])
+            return
+        for source, data in zip(sources, chunks, strict=True):
+            pixels = None
+            try:
+                if data is None:
+                    pixels = empty_tile(reader, level, source, reduction)
+                else:
+                    pixels = decode_tile(reader, level, source, data, reduction)
+            except DamagedSlideError:
+                if self._damaged == "error":
+                    raise
+            yield pixels
+
     def _read_windows(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         for tile in run.sources:
             x, y = self._windows.start[tile].tolist()
             width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
             window = batches[tile // self._batch_size][tile % self._batch_size]
-            window[:height, :width] = read_level(
-                self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
-            )
+            try:
+                window[:height, :width] = read_level(
+                    self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
+                )
+            except DamagedSlideError:
+                if self._damaged == "error":
+                    raise
+                self.lost[tile] = True
 
     def _cut_runs(self) -> list[Run]:
         if isinstance(self._reader, TileReader):

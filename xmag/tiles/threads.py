@@ -1,8 +1,10 @@
 """Plan -> batches, with threads in this process: what works anywhere, at no start-up cost."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +13,9 @@ from xmag.errors import DamagedSlideError, InputError
 from xmag.geometry import TileSpec
 from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
-from xmag.slide.pixels import resample
+from xmag.slide.pixels import resample, tiles_at_once
 from xmag.slide.reader import Pixels
-from xmag.tiles.decoding import Decoding, Pixels4D, Windows, in_order, windows_of
+from xmag.tiles.decoding import Damaged, Decoding, Pixels4D, Windows, in_order, windows_of
 
 Tiles = NDArray[np.uint8]
 """uint8 (B, size_px, size_px, 3) RGB."""
@@ -23,25 +25,45 @@ _MOST_THREADS = 8
 
 
 def read_tiles(
-    slide: Slide, plan: TilePlan, *, batch_size: int = 256, threads: int | None = None
+    slide: Slide,
+    plan: TilePlan,
+    *,
+    batch_size: int = 256,
+    threads: int | None = None,
+    damaged: Damaged = "error",
 ) -> Iterator[tuple[Coords, Tiles]]:
     """The tiles of `plan` in its order: pairs of coords int64 (B, 2) and uint8 (B, S, S, 3) RGB.
 
-    B is `batch_size` but for the last batch. Each array is the caller's to keep. Closing the
-    iterator early stops the threads.
+    B is `batch_size` but for the last batch, and for those that lost damaged tiles. Each array is
+    the caller's to keep. Closing the iterator early stops the threads.
 
     Args:
         slide: The open slide that the plan was made for.
         plan: What to read.
         batch_size: Tiles a batch.
         threads: Decoding threads; by default one a usable core, at most 8.
+        damaged: What becomes of tiles some of whose bytes do not decode: "error" raises, "drop"
+            leaves them out. No pixel is made up in either case.
 
     Raises:
         InputError: The plan belongs to another slide, or an argument is out of its range.
-        DamagedSlideError: Some bytes do not decode; no pixel is made up for them.
+        DamagedSlideError: Some bytes do not decode.
     """
-    _check(slide, plan, batch_size, threads)
-    return _stream(slide, plan, batch_size, threads or default_threads())
+    rows = read_rows(slide, plan, batch_size=batch_size, threads=threads, damaged=damaged)
+    return _with_coords(rows, plan.coords)
+
+
+def read_rows(
+    slide: Slide,
+    plan: TilePlan,
+    *,
+    batch_size: int = 256,
+    threads: int | None = None,
+    damaged: Damaged = "error",
+) -> Generator[tuple[NDArray[np.int64], Tiles]]:
+    """The tiles of `plan` as `read_tiles` has them, with the number of each in it, int64 (B,)."""
+    _check(slide, plan, batch_size, threads, damaged)
+    return _stream(slide, plan, batch_size, threads or default_threads(), damaged)
 
 
 def default_threads() -> int:
@@ -56,7 +78,24 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -> None:
+def _with_coords(
+    rows: Generator[tuple[NDArray[np.int64], Tiles]], coords: Coords
+) -> Iterator[tuple[Coords, Tiles]]:
+    with closing(rows):
+        for numbers, tiles in rows:
+            yield coords[numbers], tiles
+
+
+def check_damaged(damaged: str) -> None:
+    """Raise InputError where `damaged` is no policy."""
+    if damaged not in get_args(Damaged):
+        raise InputError(f"damaged is {damaged!r}; expected 'error' or 'drop'")
+
+
+def _check(
+    slide: Slide, plan: TilePlan, batch_size: int, threads: int | None, damaged: str
+) -> None:
+    check_damaged(damaged)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
     if threads is not None and threads < 1:
@@ -75,18 +114,26 @@ def _check(slide: Slide, plan: TilePlan, batch_size: int, threads: int | None) -
 
 
 def _stream(
-    slide: Slide, plan: TilePlan, batch_size: int, threads: int
-) -> Iterator[tuple[Coords, Tiles]]:
-    coords, level = plan.coords, slide.reader.levels[plan.scale.level]
-    windows = windows_of(coords, plan.scale, plan.spec.size_px, level)
-    decoding = Decoding(slide.reader, plan.scale, windows, batch_size)
+    slide: Slide, plan: TilePlan, batch_size: int, threads: int, damaged: Damaged
+) -> Generator[tuple[NDArray[np.int64], Tiles]]:
+    level = slide.reader.levels[plan.scale.level]
+    windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
+    decoding = Decoding(slide.reader, plan.scale, windows, batch_size, damaged=damaged)
+    if level.tile_size is not None and tiles_at_once(level, 2) < 2:
+        threads = 1  # so that only one such tile is in memory
     # A batch ahead, so that threads have work while the caller is busy with the one it got.
     ahead = 3 * threads + len(decoding.runs) // max(decoding.batch_count, 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
         try:
             for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
                 batch = slice(number * batch_size, number * batch_size + len(decoded))
-                yield coords[batch].copy(), finished(decoded, windows, batch, plan.spec, pool)
+                rows = np.arange(batch.start, batch.stop)
+                tiles = finished(decoded, windows, batch, plan.spec, pool)
+                lost = decoding.lost[batch]
+                if not lost.any():
+                    yield rows, tiles
+                elif not lost.all():
+                    yield rows[~lost], tiles[~lost]
         except DamagedSlideError as error:
             raise DamagedSlideError(f"{slide.name}: {error}") from error
         finally:

@@ -1,0 +1,419 @@
+"""Every promise of docs/security.md that is about what xmag does not do."""
+
+import csv
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz import checkpoints, seeds
+from huggingface_hub import constants, file_download
+from PIL import Image
+from safetensors.torch import save, save_file
+from support.encoders import ColourEncoder
+from support.hub_server import FakeHub, serve
+from support.models import TINY, random_state
+from support.planted import SECRET, is_planted, plant, plant_image
+from support.slides import write_svs
+
+from xmag.bag import FeatureBag
+from xmag.cohort import extract_cohort
+from xmag.demo import write_demo_slide
+from xmag.encoder import load_model
+from xmag.errors import HubError, ModelError, XmagError, XmagWarning
+from xmag.extract import extract_features
+from xmag.geometry import TileSpec
+from xmag.hub.registry import SCHEMA, ModelConfig
+from xmag.mil import MILClassifier
+from xmag.slide import Slide
+
+SPEC = TileSpec(mpp=1.0, size_px=32)
+TOKEN = "hf_Secrettoken0123456789"
+
+# Imported by every Python that is started, before all else: each write and each way out of the
+# process goes into a file, and a way out of the machine ends the process.
+WATCH = """
+import os, sys
+log = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+def watch(event, args):
+    if event == "open":
+        path, mode, flags = args
+        writing = (mode is not None and set(mode) & set("wax+")) or (flags or 0) & WRITES
+        if writing and not isinstance(path, int):
+            os.write(log, f"open {os.path.abspath(os.fsdecode(path))}\\n".encode())
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink",
+                   "os.truncate", "os.chmod", "os.utime", "shutil.move", "shutil.copyfile"):
+        os.write(log, f"{event} {os.path.abspath(os.fsdecode(args[0]))}\\n".encode())
+        if event in ("os.rename", "os.link", "shutil.move", "shutil.copyfile"):
+            os.write(log, f"{event} {os.path.abspath(os.fsdecode(args[1]))}\\n".encode())
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind",
+                   "socket.gethostbyname", "urllib.Request"):
+        os.write(log, f"NETWORK {event} {args!r}\\n".encode())
+        raise AssertionError(f"{event} {args}")
+    elif event in ("os.system", "os.exec", "pty.spawn"):
+        os.write(log, f"COMMAND {event} {args!r}\\n".encode())
+    elif event == "subprocess.Popen":
+        os.write(log, f"child {args[0]}\\n".encode())
+sys.addaudithook(watch)
+"""
+
+JOB = """
+import json, sys
+import xmag
+slide, out = sys.argv[1:]
+encoder = xmag.load_model("xmag-mini", device="cpu")
+bag = xmag.extract_features(slide, model=encoder, progress=False)
+bag.save(f"{out}/bag.h5")
+bag.save(f"{out}/bag.safetensors")
+bag.export(f"{out}/bag.pt", layout="clam")
+bag.export(f"{out}/stamp.h5", layout="stamp")
+assert len(xmag.FeatureBag.load(f"{out}/bag.h5")) == len(bag) > 0
+for processes in (0, 2):
+    report = xmag.extract_cohort(
+        [slide], f"{out}/{processes}", model=encoder, overlay=True, processes=processes,
+        progress=False,
+    )
+    assert [row.status for row in report] == ["done"]
+encoder.save(f"{out}/model")
+assert len(xmag.extract_features(slide, model=f"{out}/model", progress=False)) == len(bag)
+classifier = xmag.MILClassifier(aggregator="mean", epochs=1, progress=False, random_state=0)
+bags = [bag.features + shift for shift in range(8)]
+classifier.fit(bags, [0, 1] * 4, groups=range(8), validation=None)
+classifier.save(f"{out}/classifier")
+assert xmag.MILClassifier.load(f"{out}/classifier").predict(bags).shape == (8,)
+"""
+
+
+class Command:
+    """A pickle of it would touch a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self._marker}",)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A file that is there at the end of the test if any code of a pickle ran."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists(), "code in a file was run"
+
+
+def pickles(marker: Path) -> dict[str, bytes]:
+    """Files with a command in them, in every container that torch and pickle have."""
+    contents: dict[str, Any] = {
+        "bare": Command(marker),
+        "state dict": {"state_dict": {"model.norm.weight": torch.zeros(3), "x": Command(marker)}},
+    }
+    found = {}
+    for name, content in contents.items():
+        for zipped in (True, False):
+            buffer = io.BytesIO()
+            torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+            found[f"{name}, {'zip' if zipped else 'legacy'}"] = buffer.getvalue()
+        for protocol in (0, 2, 4):
+            found[f"{name}, protocol {protocol}"] = pickle.dumps(content, protocol)
+    return found
+
+
+def test_the_planted_pickles_do_run_where_pickle_is_trusted(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    for data in pickles(marker).values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(io.BytesIO(data), weights_only=False)
+        assert marker.exists()
+        marker.unlink()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".safetensors"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_pickle_in_weights_is_executed(tmp_path: Path, marker: Path, suffix: str) -> None:
+    for name, data in pickles(marker).items():
+        path = tmp_path / f"weights{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(ModelError):
+            load_model(path, config=TINY, device="cpu")
+        assert not marker.exists(), name
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".pt"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_pickle_in_a_bag_is_executed(tmp_path: Path, marker: Path, suffix: str) -> None:
+    for data in pickles(marker).values():
+        path = tmp_path / f"bag{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(XmagError):
+            MILClassifier(epochs=1, random_state=0).fit([path, path], [0, 1], groups=[0, 1])
+        if suffix != ".pt":
+            with pytest.raises(XmagError):
+                FeatureBag.load(path)
+
+
+def test_no_pickle_in_a_classifier_is_executed(tmp_path: Path, marker: Path) -> None:
+    files = checkpoints.seeds()
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    for name in ("classifier.json", "classifier.safetensors"):
+        for data in pickles(marker).values():
+            for each in ("classifier.json", "classifier.safetensors"):
+                (folder / each).write_bytes(files[each])
+            (folder / name).write_bytes(data)
+            (folder / "classifier.pkl").write_bytes(data)
+            with pytest.raises(ModelError):
+                MILClassifier.load(folder)
+
+
+def test_code_beside_weights_is_never_run(tmp_path: Path, marker: Path) -> None:
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("modeling_xmag.py", "__init__.py", "setup.py", "conftest.py"):
+        (tmp_path / name).write_text(code)
+    config = {
+        "format": SCHEMA,
+        "name": "a/tiny",
+        "auto_map": {"AutoModel": "modeling_xmag.Model"},
+        "trust_remote_code": True,
+        **ModelConfig(vit=TINY).to_dict(),
+    }
+    save_file(random_state(TINY), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path, device="cpu").provenance["name"] == str(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A whole job, offline: its folder, and what it and its children wrote, in lines."""
+    root = tmp_path_factory.mktemp("watched")
+    for name in ("hook", "home", "tmp", "out", "cwd"):
+        (root / name).mkdir()
+    (root / "hook" / "sitecustomize.py").write_text(WATCH)
+    slide = write_demo_slide(root / "slide.svs", size=(5400, 4500))
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))},
+        "PYTHONPATH": os.pathsep.join([str(root / "hook"), str(Path(__file__).parents[1])]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "WATCH_LOG": str(root / "log"),
+        "HOME": str(root / "home"),
+        "TMPDIR": str(root / "tmp"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", JOB, str(slide), str(root / "out")],
+        capture_output=True, text=True, timeout=110, cwd=root / "cwd", env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout, result.stderr) == ("", "")
+    return root, (root / "log").read_text().splitlines()
+
+
+def test_the_watch_sees_what_is_written(watched: tuple[Path, list[str]]) -> None:
+    root, log = watched
+    written = {line.partition(" ")[2] for line in log}
+    assert any(line.startswith(f"os.rename {root / 'out'}") for line in log)
+    assert str(root / "out" / "bag.h5") in written
+    assert str(root / "out" / "2" / "slide.h5.png") in written
+    assert sum(line.startswith("child ") for line in log) >= 2
+
+
+def test_nothing_is_written_outside_the_output_folder(watched: tuple[Path, list[str]]) -> None:
+    root, log = watched
+    shared = (str(root / "tmp" / "xmag-"), "/dev/shm/xmag-")
+    allowed = (str(root / "out") + os.sep, "/dev/null", *shared)
+    for line in log:
+        kind, _, path = line.partition(" ")
+        if kind in ("child", "NETWORK"):
+            continue
+        # Memory shared with decoding processes: its name is gone before anything is in it.
+        assert path.startswith(allowed), line
+    for name in ("home", "tmp", "cwd"):
+        assert list((root / name).iterdir()) == [], name
+    assert not list(Path("/dev/shm").glob("xmag-*"))
+
+
+def test_offline_nothing_is_asked_of_the_network_and_no_command_is_run(
+    watched: tuple[Path, list[str]],
+) -> None:
+    _, log = watched
+    assert not [line for line in log if line.startswith(("NETWORK", "COMMAND"))]
+    python = {line for line in log if line.startswith("child ")}
+    assert all(sys.executable in line for line in python), python
+
+
+def formats() -> list[str]:
+    return [name for name in seeds.NAMES if not name.startswith(("trestle", "ome-two"))]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of slides in every format with SECRET in their metadata, and in their path."""
+    folder = tmp_path_factory.mktemp(f"of-{SECRET}") / "slides"
+    folder.mkdir()
+    for name in formats():
+        path = folder / name
+        path.write_bytes(seeds.seed(name))
+        if path.suffix in (".png", ".jpg"):
+            plant_image(path, path)
+        else:
+            path.write_bytes(plant(path.read_bytes()))
+            assert is_planted(path.read_bytes()), name
+    return folder
+
+
+class Log(logging.Handler):
+    """All that is logged, as text."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(name)s %(message)s"))
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += self.format(record) + "\n"
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """What the loggers of xmag and of tifffile say, at DEBUG."""
+    handler = Log()
+    loggers = [logging.getLogger(name) for name in ("xmag", "tifffile", "PIL", "h5py")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    yield handler
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def assert_clean(folder: Path) -> int:
+    """Raise where SECRET is in the name or the bytes of any file; how many were looked at."""
+    count = 0
+    secrets = [SECRET.encode(code) for code in ("utf-8", "utf-16-le", "utf-16-be")]
+    for path in folder.rglob("*"):
+        assert SECRET not in path.relative_to(folder).as_posix()
+        if path.is_file():
+            count += 1
+            data = path.read_bytes()
+            assert not any(secret in data for secret in secrets), path
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    assert not image.info, path
+    return count
+
+
+@pytest.mark.filterwarnings("ignore::xmag.errors.XmagWarning")
+@pytest.mark.parametrize("name", formats())
+def test_what_a_scanner_wrote_of_the_patient_appears_nowhere(
+    planted: Path, tmp_path: Path, log: Log, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    encoder = ColourEncoder(spec=SPEC)
+    region = 0 if name == "leica.scn" else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", XmagWarning)
+        with Slide(planted / name, mpp=0.25, region=region) as slide:
+            assert SECRET not in repr(slide)
+            bag = extract_features(slide, model=encoder, tissue=None)
+            slide.thumbnail(max_px=64).save(tmp_path / "thumbnail.png")
+    assert len(bag) > 0
+    for target in ("a.h5", "a.safetensors"):
+        bag.save(tmp_path / target)
+    bag.export(tmp_path / "a.pt", layout="clam")
+    bag.export(tmp_path / "stamp.h5", layout="stamp")
+    report = extract_cohort(
+        [planted / name], tmp_path / "out", model=encoder, tissue=None, mpp=0.25, overlay=True
+    )
+    assert report[0].status == ("failed" if region == 0 else "done"), report[0].error
+    assert assert_clean(tmp_path) >= (6 if region == 0 else 8)
+    said = [log.text, *(str(w.message) for w in caught), *capfd.readouterr(), str(report.rows)]
+    assert not any(SECRET in text for text in said), said
+
+
+@pytest.mark.parametrize("name", [n for n in formats() if not n.endswith((".png", ".jpg"))])
+def test_errors_and_logs_about_damaged_slides_do_not_repeat_what_the_scanner_wrote(
+    planted: Path, tmp_path: Path, log: Log, name: str
+) -> None:
+    data = (planted / name).read_bytes()
+    ways = {
+        "cut": data[: len(data) // 2],
+        "cut directory": data[:-40],
+        # Where a text is not what the vendor writes, what was read of it may end up in the error.
+        "numbers": re.sub(rb'="\d+', b'="' + SECRET[:7].encode(), data),
+        "fractions": re.sub(rb'"0\.0002', b'"' + SECRET[:7].encode(), data),
+        "xml": data.replace(b"</", b"<<"),
+    }
+    for way, damaged in ways.items():
+        path = tmp_path / f"{way}{Path(name).suffix}"
+        path.write_bytes(damaged)
+        for mpp in (None, 0.25):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    extract_features(path, model=ColourEncoder(spec=SPEC), mpp=mpp)
+                except XmagError as error:
+                    assert SECRET[:7] not in str(error), way
+                assert not any(SECRET[:7] in str(w.message) for w in caught)
+    assert SECRET not in log.text
+
+
+def test_a_report_names_no_folder_above_the_slides(tmp_path: Path, log: Log) -> None:
+    folder = tmp_path / SECRET / "slides"
+    folder.mkdir(parents=True)
+    write_svs(folder / "fine.svs", size=(600, 500))
+    (folder / "empty.svs").touch()
+    (folder / "folder.svs").mkdir()
+    paths = [folder / f"{name}.svs" for name in ("fine", "empty", "folder", "missing")]
+    for processes in (0, 2):
+        out = tmp_path / f"out {processes}"
+        report = extract_cohort(
+            paths, out, model=ColourEncoder(), tissue=None, processes=processes
+        )
+        assert [row.status for row in report] == ["done", "failed", "failed", "failed"]
+        with (out / "report.csv").open() as file:
+            assert [row["slide"] for row in csv.DictReader(file)] == [p.name for p in paths]
+        assert_clean(out)
+    assert SECRET not in log.text
+
+
+def test_a_token_stands_in_no_error_log_or_provenance(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"format": SCHEMA, "name": "a/tiny", **ModelConfig(vit=TINY).to_dict()}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": save(random_state(TINY))}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    said = []
+    with serve(FakeHub(repos={"a/tiny": files}, gated={"a/tiny": TOKEN})) as hub:
+        # What HF_ENDPOINT does, which huggingface_hub reads once, at its import.
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        for name, token in (("a/tiny", f"{TOKEN}wrong"), ("a/none", TOKEN)):
+            with pytest.raises(HubError) as refused:
+                load_model(name, token=token, cache_dir=tmp_path / "other", device="cpu")
+            said.append(str(refused.value))
+        hub.status = 500
+        with pytest.raises(HubError) as failed:
+            load_model("a/tiny", token=TOKEN, cache_dir=tmp_path / "third", device="cpu")
+        said.append(str(failed.value))
+        hub.status = None
+        encoder = load_model("a/tiny", token=TOKEN, cache_dir=tmp_path / "cache", device="cpu")
+    encoder.save(tmp_path / "model")
+    said += [json.dumps(dict(encoder.provenance), default=str), repr(encoder), log.text]
+    assert not any(TOKEN in text for text in said), said
+    for path in tmp_path.rglob("*"):
+        assert not (path.is_file() and TOKEN.encode() in path.read_bytes()), path

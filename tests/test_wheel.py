@@ -1,0 +1,44 @@
+"""The check of the built wheel that .ci/run makes, on wheels made here."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.wheel import problems
+
+PACKAGE = Path(__file__).parents[1] / "xmag"
+
+
+def write_wheel(path: Path, *, without: str = "", extra: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for module in PACKAGE.rglob("*.py"):
+            name = f"xmag/{module.relative_to(PACKAGE).as_posix()}"
+            if name != without:
+                archive.writestr(name, module.read_bytes())
+        for name in ("xmag/py.typed", "xmag/hub/mini.safetensors", extra):
+            if name:
+                archive.writestr(name, b"")
+        for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"):
+            archive.writestr(f"xmag-0.1.0.dist-info/{name}", b"")
+    return path
+
+
+def test_the_package_and_nothing_else_is_fine(tmp_path: Path) -> None:
+    assert problems(write_wheel(tmp_path / "xmag.whl"), PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "tests/test_wheel.py", "xmag/slide/.env", "xmag/notes.txt", "xmag/slide/a.svs",
+        "xmag-0.1.0.data/scripts/run.sh", "evil.pth", "xmag/../evil.py", "xmag/hub/other.safetensors",
+    ],
+)  # fmt: skip
+def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> None:
+    wheel = write_wheel(tmp_path / "xmag.whl", extra=extra)
+    assert problems(wheel, PACKAGE) == [f"{extra} does not belong there"]
+
+
+def test_a_module_that_is_left_out_is_found(tmp_path: Path) -> None:
+    wheel = write_wheel(tmp_path / "xmag.whl", without="xmag/tiles/worker.py")
+    assert problems(wheel, PACKAGE) == ["xmag/tiles/worker.py is missing"]
