@@ -69,7 +69,7 @@ sys.addaudithook(watch)
 """
 
 JOB = """
-import json, sys
+import os, sys
 import xmag
 slide, out = sys.argv[1:]
 encoder = xmag.load_model("xmag-mini", device="cpu")
@@ -85,6 +85,7 @@ for processes in (0, 2):
         progress=False,
     )
     assert [row.status for row in report] == ["done"]
+os.mkdir(f"{out}/model")
 encoder.save(f"{out}/model")
 assert len(xmag.extract_features(slide, model=f"{out}/model", progress=False)) == len(bag)
 classifier = xmag.MILClassifier(aggregator="mean", epochs=1, progress=False, random_state=0)

@@ -15,7 +15,7 @@ import safetensors.numpy
 from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 
 from xmag.bag import FeatureBag
-from xmag.bag.formats import encode_h5, encode_safetensors
+from xmag.bag.formats import Content, encode_h5, encode_safetensors
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 
@@ -254,14 +254,14 @@ def _with_digest(features: Any, coords: Any, header: Mapping[str, str]) -> dict[
 def hostile_safetensors(features: Any, coords: Any, header: Mapping[str, str]) -> bytes:
     """A bag of xmag's with these texts in its header, and a checksum that fits."""
     ours = {"format": "xmag.FeatureBag", "schema_version": "1", **header}
-    metadata = _with_digest(features, coords, ours)
-    return safetensors.numpy.save({"features": features, "coords": coords}, metadata=metadata)
+    whole = _with_digest(features, coords, ours)
+    return encode_safetensors(Content(features=features, coords=coords, header=whole))
 
 
 def _hostile_safetensors(rng: Random) -> bytes:
     features, coords = _hostile_arrays(rng)
     header = _hostile_header(features, coords, rng)
-    return safetensors.numpy.save({"features": features, "coords": coords}, metadata=header)
+    return encode_safetensors(Content(features=features, coords=coords, header=header))
 
 
 def _hostile_h5(rng: Random) -> bytes:

@@ -27,6 +27,8 @@ APERIO_J2K_RGB = 33005
 JPEG_2000 = (APERIO_J2K_YCBCR, APERIO_J2K_RGB)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
+_LOST_BYTES = 512
+"""A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _MAX_SCANS = 200
 """Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _REDUCTIONS = (1, 2, 4, 8)
@@ -224,6 +226,7 @@ class _Jpeg2000Decoder:
         self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(halved(half)))
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
+        jpeg2000.check_body(data)
         if reduction == 1:
             return self._native(data, reduction)
         half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
@@ -267,13 +270,17 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
+    if bytes(_LOST_BYTES) in data:
+        raise DamagedSlideError(
+            f"its WebP has a stretch of {_LOST_BYTES} zeros, as where bytes were lost"
+        )
     return imagecodecs.webp_decode(data)
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     """The decoder of a general-purpose compression, followed by undoing the predictor."""
     unpackers: dict[int, Callable[..., bytes | bytearray]] = {
-        1: lambda data, out: data[:out],
+        1: lambda data, out: data[: out - 1],  # some writers pad
         5: imagecodecs.lzw_decode,
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
@@ -291,7 +298,9 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
 
     def decode(data: bytes) -> NDArray[Any]:
         # With the size of what comes out, so that a few bytes cannot unpack to gigabytes.
-        raw = np.frombuffer(unpack(data, out=whole), np.uint8)
+        raw = np.frombuffer(unpack(data, out=whole + 1), np.uint8)
+        if raw.size > whole:
+            raise DamagedSlideError(f"it unpacks to more than the {whole} bytes of its pixels")
         if raw.size % row:
             raise DamagedSlideError(
                 f"it holds {raw.size} bytes of pixels, expected {whole}; the file is truncated"

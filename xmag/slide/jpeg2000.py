@@ -9,6 +9,7 @@ left. Averages at 1/4 can be had from it, on a real slide within 1 grey level of
 Averages at 1/2 need the finest level, without which they are 3 grey levels off.
 """
 
+import re
 import struct
 from typing import Any
 
@@ -27,6 +28,9 @@ _LRCP, _RLCP, _RPCL = 0, 1, 2
 _SIZ_END = 42
 _MAX_COMPONENTS = 4
 _MAX_TILES = 4096
+_PRECINCTS = 14
+_MOST_ZEROS, _SPARE_ZEROS = 4096, 128
+_NO_PACKET = re.compile(rb"\xff[\x90-\xff]")
 _9_7 = 0
 _OWN_PRECINCTS = 1
 
@@ -81,6 +85,50 @@ def _check_extent(stream: bytes, size: tuple[int, int]) -> None:
         raise DamagedSlideError(
             f"its JPEG 2000 is cut into {across}x{down} tiles; expected at most {_MAX_TILES}"
         )
+
+
+def check_body(stream: bytes) -> None:
+    """Raise DamagedSlideError where coded data hold what no encoder writes.
+
+    OpenJPEG decodes whatever it gets. But packets never hold 0xFF before a byte above 0x8F
+    (ISO/IEC 15444-1, annex A.3), and long runs of zeros only where packets are empty, a byte each.
+    """
+    start = stream.find(_SOD)
+    end = stream.rfind(_EOC)
+    if start < 0:
+        raise DamagedSlideError("its JPEG 2000 stream holds no data")
+    most = _most_zeros(stream[:start])
+    if _NO_PACKET.search(stream, start + 2, end) and stream.count(_SOD) == 1:
+        raise DamagedSlideError("its JPEG 2000 stream holds markers where there are none")
+    if stream.find(bytes(most), start, end) >= 0:
+        raise DamagedSlideError(
+            f"its JPEG 2000 stream has a stretch of {most} zeros, as where bytes were lost"
+        )
+
+
+def _most_zeros(header: bytes) -> int:
+    """More zeros than a stream with this header has in a row: one for each packet, and some.
+
+    There is a packet for each layer, component, resolution and precinct of it; ISO/IEC 15444-1,
+    annexes A.6.1 and B.6.
+    """
+    cod = header.find(_COD, 4)
+    if cod < 0 or len(header) < cod + _PRECINCTS:
+        return _MOST_ZEROS
+    width, height = struct.unpack_from(">2I", header, 8)
+    layers = int.from_bytes(header[cod + 6 : cod + 8], "big")
+    levels, sizes = header[cod + _LEVELS], header[cod + _PRECINCTS :]
+    precincts = 0
+    for resolution in range(levels + 1):
+        size = sizes[resolution] if header[cod + 4] & _OWN_PRECINCTS and sizes[resolution:] else 255
+        shrink = levels - resolution
+        across, down = (
+            -(-side // (1 << shrink + exponent))
+            for side, exponent in ((width, size & 15), (height, size >> 4))
+        )
+        precincts += across * down
+    packets = layers * precincts * _MAX_COMPONENTS
+    return min(packets + _SPARE_ZEROS, _MOST_ZEROS)
 
 
 def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:
