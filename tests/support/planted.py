@@ -60,14 +60,14 @@ def _with_secret(data: bytes, entry: Entry) -> bytes:
 
 def _add_tags(editor: Editor, tags: Mapping[int, bytes]) -> None:
     """Put a copy of the first directory, with more tags, at the end of the file."""
-    first, word = editor.map.directories[0], editor.map.word
+    first, word = editor.map.directories[0], editor.map.word[-1]
     room, length = (8, 20) if editor.map.big else (4, 12)
     is_ndpi = any(entry.code == 65_421 for entry in first.entries)
     entries = [(e.code, bytes(editor.data[e.at : e.at + length])) for e in first.entries]
     for code, text in tags.items():
         at = editor.append(text)
-        head = struct.pack(editor.map.order + "HH", code, _ASCII)
-        entries.append((code, head + struct.pack(word * 2, len(text), at)))
+        form = f"{editor.map.order}HH{word}{word}"
+        entries.append((code, struct.pack(form, code, _ASCII, len(text), at)))
     count = struct.pack(editor.map.order + ("Q" if editor.map.big else "H"), len(entries))
     following = bytes(editor.data[first.next_at : first.next_at + (8 if is_ndpi else room)])
     high = bytes(4 * len(entries)) if is_ndpi else b""

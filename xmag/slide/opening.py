@@ -56,19 +56,19 @@ def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             head = file.read(132)
-    except FileNotFoundError as error:
+    # Without their causes: those name the folders, which do not belong into logs of cohorts.
+    except FileNotFoundError:
         raise SlideError(
             f"there is no file {path.name} at the path that was given; check the path"
-        ) from error
-    except IsADirectoryError as error:
+        ) from None
+    except IsADirectoryError:
         raise SlideError(
             f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
             " files)"
-        ) from error
+        ) from None
     except OSError as error:
-        raise SlideError(
-            f"{path.name} cannot be opened: {error.strerror or type(error).__name__}; check its rights"
-        ) from error
+        reason = error.strerror or type(error).__name__
+        raise SlideError(f"{path.name} cannot be opened: {reason}; check its rights") from None
     if not head:
         raise DamagedSlideError(f"{path.name} is empty; copy it again")
     return head

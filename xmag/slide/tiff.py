@@ -128,11 +128,11 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
-        # Not the error's own text, which may hold some of what the scanner wrote of the patient.
+        # Without the error itself, which may hold some of what the scanner wrote of the patient.
         raise DamagedSlideError(
             f"it begins like a TIFF, but its directories make no sense ({type(error).__name__});"
             " it is truncated or damaged: copy it again"
-        ) from error
+        ) from None
 
 
 def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> None:

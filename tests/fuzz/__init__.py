@@ -1,0 +1,1 @@
+"""A fuzzer that knows the formats that xmag reads; benchmarks/fuzz.py runs it."""
