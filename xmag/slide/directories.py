@@ -175,8 +175,9 @@ def _check_kind(tag: _Tag, directory: int) -> None:
 def _check_starts(file: BinaryIO, layout: _Layout, tag: _Tag) -> None:
     """Raise DamagedSlideError where the header of an NDPI's JPEG would be megabytes long."""
     at = tag.value_at if tag.size <= layout.inline else _pointer(file, layout, tag)
-    first = int.from_bytes(_read(file, at, min(4, tag.size)), "little")
-    if first > (_MAX_JPEG_HEADER if tag.code == _NDPI_STARTS else 0):
+    first = int.from_bytes(_read(file, at, _SIZES.get(tag.kind, 1)), "little")
+    most = _MAX_JPEG_HEADER if tag.code == _NDPI_STARTS else 0
+    if tag.kind not in _OFFSET_FORMATS or first > most:
         raise DamagedSlideError(
             f"the JPEG in it would begin with a header of {first} bytes; expected at most"
             f" {_MAX_JPEG_HEADER}. It is damaged: copy it again"

@@ -75,7 +75,7 @@ class LeicaCollection:
 def leica_collection(description: str) -> LeicaCollection:
     """What the XML of a Leica SCN file says."""
     root = ElementTree.fromstring(description)
-    collection = next(_children(root, "collection"))
+    collection = _first(root, "collection")
     whole = _int_pair(collection, "sizeX", "sizeY")
     scans = (_leica_scan(image) for image in _children(collection, "image"))
     return LeicaCollection(
@@ -85,7 +85,7 @@ def leica_collection(description: str) -> LeicaCollection:
 
 
 def _leica_scan(image: ElementTree.Element) -> LeicaScan:
-    view = next(_children(image, "view"))
+    view = _first(image, "view")
     dimensions = list(_children(image, "dimension", deep=True))
     levels = [
         (int(d.attrib["sizeX"]), int(d.attrib["sizeY"]), int(d.attrib["ifd"]))
@@ -105,7 +105,7 @@ def _leica_scan(image: ElementTree.Element) -> LeicaScan:
 def ventana_scale(xml: str) -> ScaleMetadata:
     """The scale in the `iScan` element of a Ventana slide."""
     root = ElementTree.fromstring(xml)
-    iscan = root if _local(root) == "iScan" else next(_children(root, "iScan"))
+    iscan = root if _local(root) == "iScan" else _first(root, "iScan")
     mpp = _number(iscan.get("ScanRes"))
     return ScaleMetadata(
         mpp=None if mpp is None else (mpp, mpp),
@@ -145,7 +145,7 @@ def ome_images(description: str) -> list[OmeImage]:
     images: list[OmeImage] = []
     following = 0
     for image in _children(root, "Image"):
-        pixels = next(_children(image, "Pixels"))
+        pixels = _first(image, "Pixels")
         data = list(_children(pixels, "TiffData"))
         samples = max(
             (int(c.get("SamplesPerPixel", 1)) for c in _children(pixels, "Channel")), default=1
@@ -190,6 +190,13 @@ def _children(
 ) -> Iterator[ElementTree.Element]:
     """The elements called `name`, in whatever namespace, below `element`."""
     return (child for child in (element.iter() if deep else element) if _local(child) == name)
+
+
+def _first(element: ElementTree.Element, name: str) -> ElementTree.Element:
+    """The first element called `name` below `element`; ValueError where there is none."""
+    for child in _children(element, name):
+        return child
+    raise ValueError(f"{_local(element)!r} holds no {name!r}")
 
 
 def _local(element: ElementTree.Element) -> str:
