@@ -22,12 +22,17 @@ class Found:
     tiles: int
     record: Mapping[str, Any]
 
+    @property
+    def of_slide(self) -> tuple[Mapping[str, Any] | None, float | None]:
+        """The content of the slide it was made from, and its µm/px."""
+        return self.record["slide"], self.record["scale"]["level0_mpp"]
+
     def is_of(self, slide: SlideFacts, job: Job, settings: Settings) -> bool:
         """Whether it was made from this slide's content, at this scale.
 
         Raises MismatchError if not, unless such bags are to be made again.
         """
-        then = (self.record["slide"], self.record["scale"]["level0_mpp"])
+        then = self.of_slide
         if then == (slide.fingerprint, slide.mpp):
             return True
         if settings.on_mismatch == "redo":
@@ -45,10 +50,11 @@ def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
     return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
 
 
-def find_earlier(job: Job, settings: Settings) -> Found | None:
+def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | None:
     """The valid bag that is there already; None if there is none, or only a broken one.
 
-    Raises MismatchError if it was made with something else and that is not to be redone.
+    `expected` has the fingerprint that a bag made now would have. Raises MismatchError if it was
+    made with something else and that is not to be redone.
     """
     path = settings.out / job.output
     if not path.exists():
@@ -61,9 +67,7 @@ def find_earlier(job: Job, settings: Settings) -> Found | None:
     if bag.provenance is None:
         differences = ["it has no provenance: another program wrote it"]
     else:
-        differences = bag.provenance.differences(
-            Provenance(fingerprint=settings.fingerprint, record={})
-        )
+        differences = bag.provenance.differences(expected)
         if not differences:
             return Found(len(bag), bag.provenance.record)
     if settings.on_mismatch == "redo":
