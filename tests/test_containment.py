@@ -68,8 +68,8 @@ EXPECTED = {
     "segfault@opening": "the decoder crashed (signal SIGSEGV)",
     "abort": "the decoder crashed (signal SIGABRT)",
     "exit": "the decoder ended by itself (status 3)",
-    "hang": "the decoder took longer than slide_timeout=2 s and was stopped",
-    "hang-with-gil@opening": "the decoder took longer than slide_timeout=2 s and was stopped",
+    "hang": "the decoder took longer than slide_timeout=3 s and was stopped",
+    "hang-with-gil@opening": "the decoder took longer than slide_timeout=3 s and was stopped",
     "eat": "more memory than memory_limit=419,430,400 bytes",
     "eat-natively": "the decoder crashed (signal SIGSEGV)",
     "vanish": "was killed (signal SIGKILL), most likely because memory ran out",
@@ -79,9 +79,9 @@ EXPECTED = {
 def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
     slide, tmp_path, planted
 ):
-    names = [n for pair in zip(EXPECTED, (f"good {i}" for i in range(99))) for n in pair]
+    names = [name for i, fault in enumerate(EXPECTED) for name in (fault, f"good {i}")]
     slides = slides_named(tmp_path / "in", slide, *names)
-    report = run(slides, tmp_path / "out", processes=2, slide_timeout=2, memory_limit=MEMORY)
+    report = run(slides, tmp_path / "out", processes=2, slide_timeout=3, memory_limit=MEMORY)
     expected = FeatureBag.load(tmp_path / "out/good 0.h5")
     for row in report:
         name = Path(row.slide).stem
@@ -95,7 +95,7 @@ def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
             assert np.array_equal(bag.features, expected.features)
     assert len(expected) == 6
     hung = next(row for row in report if row.slide == "hang.svs")
-    assert 1.5 < hung.seconds < 10
+    assert 2.5 < hung.seconds < 20
 
 
 def test_overlays_and_slides_that_were_done_before_cannot_crash_the_caller_either(
