@@ -43,14 +43,15 @@ class SlowEncoder(ColourEncoder):
         return super().embed(tiles)
 
 
-def write_slides(folder: Path, count: int) -> None:
+def write_slides(folder: Path, count: int, *, mpp: float = 0.25) -> None:
     """Small slides of 1 to 4 tiles, each with other pixels."""
     folder.mkdir(parents=True)
     base = texture(1000, 1000)
     for number in range(count):
         width, height = 500 + 450 * (number % 2), 500 + 450 * (number // 2 % 2)
         pixels = np.roll(base, (37 * number, 91 * number), (0, 1))[:height, :width]
-        write_svs(folder / f"{number:03}.svs", pixels=np.ascontiguousarray(pixels), levels=(1, 4))
+        path = folder / f"{number:03}.svs"
+        write_svs(path, pixels=np.ascontiguousarray(pixels), levels=(1, 4), mpp=mpp)
 
 
 def descendants(pid: int) -> list[int]:
@@ -278,4 +279,8 @@ def main(
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(main(**json.loads(sys.argv[1])))))
+    try:
+        print(json.dumps(list(main(**json.loads(sys.argv[1])))))
+    except KeyboardInterrupt:
+        print(json.dumps({"stopped at": time.monotonic()}))  # one clock for all processes
+        raise

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from xmag.cohort.local import rows_here
 from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
 from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
+from xmag.errors import MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder
 from xmag.progress import progress_bar
 
@@ -99,10 +100,30 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
+    with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
+        try:
+            _fill(rows, rows_here(jobs, settings), report, len(jobs), progress)
+        except MismatchError:
+            raise
+        except OutputError as error:
+            raise OutputError(
+                f"{error}. {len(rows)} of {len(jobs)} slides have their rows; once that is put"
+                " right, the same call goes on from there"
+            ) from error
+    return CohortReport(tuple(rows[job] for job in jobs))
+
+
+def _fill(
+    rows: dict[Job, CohortRow],
+    source: Generator[tuple[Job, CohortRow], None, None],
+    report: ReportFile,
+    total: int,
+    progress: bool | None,
+) -> None:
+    """Take in the rows as they come, and tell of them."""
     with (
-        ReportFile(settings.out / REPORT_NAME, jobs, rows) as report,
-        closing(rows_here(jobs, settings)) as done,
-        progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar,
+        closing(source) as done,
+        progress_bar(progress, total=total, desc="slides", unit="slide") as bar,
     ):
         for job, row in done:
             rows[job] = row
@@ -110,4 +131,3 @@ def extract_cohort(
             report.update()
             bar.update()
             bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
-    return CohortReport(tuple(rows[job] for job in jobs))

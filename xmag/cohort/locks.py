@@ -68,8 +68,8 @@ else:
 class Claims:
     """The claims of one run on the outputs in a folder; a context manager that drops them all.
 
-    `take` also sees that the folder is still the one it was: what is written to the empty mount
-    point of a share that went away would fill another disk, and be hidden when the share is back.
+    They also see that the folder is still the one it was: what is written to the empty mount point
+    of a share that went away would fill another disk, and be hidden when the share is back.
     """
 
     def __init__(self, out: Path) -> None:
@@ -97,11 +97,7 @@ class Claims:
 
         Raises OutputError where the folder is gone, and OSError where it takes no files.
         """
-        if self._identity_now() != self._identity:
-            raise OutputError(
-                f"the output folder {self._out} is not there any more, or is another one than when"
-                " the cohort began; bring it back (is a share mounted?), and run the same again"
-            )
+        self.check_folder()
         output = self._out / job.output
         digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
         path = output.with_name(f".{digest}.xmag-lock")
@@ -114,6 +110,14 @@ class Claims:
             self._seen.add(output.parent)
             remove_leftovers(output.parent)
         return True
+
+    def check_folder(self) -> None:
+        """Raise OutputError where the folder is not the one that it was."""
+        if self._identity_now() != self._identity:
+            raise OutputError(
+                f"the output folder {self._out} is not there any more, or is another one than when"
+                " the cohort began; bring it back (is a share not mounted?)"
+            ) from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def release(self, job: Job) -> None:
         """Drop the claim on a job's output, if there is one."""

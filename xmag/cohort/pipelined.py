@@ -69,9 +69,9 @@ def in_processes(
         ) as pool,
         ExitStack() as stack,
     ):
-        pipeline = _Pipeline(settings, pool, saving, stack)
+        pipeline = _Pipeline(share, settings, pool, saving, stack)
         for jobs in share.rounds():
-            for event in pool.run(pipeline.to_decode(jobs, share)):
+            for event in pool.run(pipeline.to_decode(jobs)):
                 pipeline.take(event)
                 yield from pipeline.rows(wait=False)
             pipeline.finish()
@@ -122,9 +122,15 @@ class _Pipeline:
     """Where each slide stands, from its first event to its row."""
 
     def __init__(
-        self, settings: Settings, pool: DecodingPool, saving: ThreadPoolExecutor, stack: ExitStack
+        self,
+        share: Share,
+        settings: Settings,
+        pool: DecodingPool,
+        saving: ThreadPoolExecutor,
+        stack: ExitStack,
     ) -> None:
-        self._settings, self._pool, self._saving = settings, pool, saving
+        self._share, self._settings = share, settings
+        self._pool, self._saving = pool, saving
         self._under_way: dict[int, _UnderWay] = {}
         self._numbers = 0
         self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
@@ -137,7 +143,7 @@ class _Pipeline:
             self._stream = TileStream(encoder, batch_size=batch_size)
             self._is_pinned = stack.enter_context(pinned(pool.arena.whole))
 
-    def to_decode(self, jobs: Iterable[Job], share: Share) -> Iterator[DecodeJob]:
+    def to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
         """What the decoding processes are to do."""
         settings = self._settings
         for job in jobs:
@@ -146,7 +152,7 @@ class _Pipeline:
             self._under_way[slide.number] = slide
             earlier = None
             with self._costs_a_row(slide):
-                slide.found = share.earlier(job)
+                slide.found = self._share.earlier(job)
                 earlier = _earlier(slide, settings)
             if slide.number not in self._under_way:
                 continue
@@ -270,7 +276,7 @@ class _Pipeline:
             done.features, done.plan, done.slide, settings.encoder, transform=settings.transform
         )
         self._draw(done)
-        return save(bag, done.job, settings, done.start)
+        return save(bag, done.job, self._share, settings, done.start)
 
     def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
         """Draw the picture that was not asked for when the bag was made."""

@@ -63,6 +63,10 @@ class Share:
                 logger.info("waiting for %d slides that another run is at", len(postponed))
             waiting = postponed
 
+    def check_folder(self) -> None:
+        """Raise OutputError where the output folder has gone away since the cohort began."""
+        self._claims.check_folder()
+
     def release(self, job: Job) -> None:
         """Note that a job has its row."""
         self._claims.release(job)

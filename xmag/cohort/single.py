@@ -24,7 +24,7 @@ def one_by_one(share: Share, settings: Settings) -> Generator[tuple[Job, CohortR
         for job in jobs:
             start, rows = time.monotonic(), deque[CohortRow]()
             with costs_a_row(job, start, rows.append):
-                rows.append(_row_of(job, share.earlier(job), settings, start))
+                rows.append(_row_of(job, share, settings, start))
             yield job, rows.pop()
 
 
@@ -33,8 +33,9 @@ def skipped_row(job: Job, found: Found) -> CohortRow:
     return CohortRow(slide=job.name, status="skipped", tiles=found.tiles, output=str(job.output))
 
 
-def save(bag: FeatureBag, job: Job, settings: Settings, start: float) -> CohortRow:
+def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
     """Write a slide's bag where it belongs; the row of the slide."""
+    share.check_folder()
     bag.save(settings.out / job.output)
     status: Status = "done" if len(bag) else "empty"
     return CohortRow(
@@ -46,7 +47,8 @@ def save(bag: FeatureBag, job: Job, settings: Settings, start: float) -> CohortR
     )
 
 
-def _row_of(job: Job, found: Found | None, settings: Settings, start: float) -> CohortRow:
+def _row_of(job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
+    found = share.earlier(job)
     with Slide(job.path, mpp=job.mpp) as slide:
         if found is not None and found.is_of(slide.facts, job, settings):
             if is_picture_missing(job, settings):
@@ -63,7 +65,7 @@ def _row_of(job: Job, found: Found | None, settings: Settings, start: float) -> 
             progress=False,
             transform=settings.transform,
         )
-    return save(bag, job, settings, start)
+    return save(bag, job, share, settings, start)
 
 
 def _planned(slide: Slide, settings: Settings) -> tuple[TissueMask | None, TilePlan]:
