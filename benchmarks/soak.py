@@ -80,7 +80,7 @@ def sampled(table: Path, out: Path, encoder: xmag.Encoder, processes: int) -> li
 
 def sample(out: Path) -> dict:
     below = descendants(os.getpid())
-    names = os.listdir(out) if out.is_dir() else []
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
     return {
         "time": time.monotonic(),
         "done": sum(name.endswith(".h5") for name in names),
@@ -101,15 +101,17 @@ def pss(pid: int) -> float:
 
 
 def files(pid: int) -> int:
-    try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return 0
+    return entries(Path(f"/proc/{pid}/fd"))
 
 
 def threads(pid: int) -> int:
+    return entries(Path(f"/proc/{pid}/task"))
+
+
+def entries(folder: Path) -> int:
+    """How many there are; 0 for a process that has just ended."""
     try:
-        return len(os.listdir(f"/proc/{pid}/task"))
+        return len(list(folder.iterdir()))
     except OSError:
         return 0
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xmag.bag import FeatureBag
+from xmag.bag import FeatureBag, NewerBagError
 from xmag.cohort.jobs import Job
 from xmag.cohort.settings import Settings
 from xmag.errors import BagError, MismatchError
@@ -61,15 +61,18 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         return None
     try:
         bag = FeatureBag.load(path)
+    except NewerBagError as error:
+        differences = [str(error)]
     except BagError as error:
         logger.warning("%s is not a valid bag and is made again: %s", job.output, error)
         return None
-    if bag.provenance is None:
-        differences = ["it has no provenance: another program wrote it"]
     else:
-        differences = bag.provenance.differences(expected)
-        if not differences:
-            return Found(len(bag), bag.provenance.record)
+        if bag.provenance is None:
+            differences = ["it has no provenance: another program wrote it"]
+        else:
+            differences = bag.provenance.differences(expected)
+            if not differences:
+                return Found(len(bag), bag.provenance.record)
     if settings.on_mismatch == "redo":
         return None
     raise MismatchError(
