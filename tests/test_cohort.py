@@ -8,10 +8,12 @@ import pytest
 from support.encoders import ColourEncoder
 from support.slides import write_svs
 
+from xmag import provenance
 from xmag.bag import FeatureBag
-from xmag.cohort import extract_cohort
+from xmag.cohort import extract_cohort, settings
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.extract import extract_features
+from xmag.geometry import TileSpec
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def out(tmp_path):
 
 
 def run(slides, out, **options):
-    return extract_cohort(slides, out, model=ColourEncoder(), **{"tissue": None, **options})
+    # In this process, which is sooner started; test_processes.py shows that both do the same.
+    options = {"model": ColourEncoder(), "tissue": None, "processes": 0, **options}
+    return extract_cohort(slides, out, **options)
 
 
 def read_report(out):
@@ -103,9 +107,9 @@ def test_outputs_of_another_model_are_refused_before_any_work_or_redone(folder, 
     (out / "a.h5").unlink()
     other = ColourEncoder(name="others")
     with pytest.raises(MismatchError, match=r"(?s)weights_sha256.*on_mismatch='redo'"):
-        extract_cohort(folder, out, model=other, tissue=None)
+        run(folder, out, model=other)
     assert not (out / "a.h5").exists()
-    report = extract_cohort(folder, out, model=other, tissue=None, on_mismatch="redo")
+    report = run(folder, out, model=other, on_mismatch="redo")
     assert {row.status for row in report} == {"done"}
 
 
@@ -113,6 +117,48 @@ def test_outputs_of_other_plan_parameters_are_told_apart(folder, out):
     run(folder, out)
     with pytest.raises(MismatchError, match="overlap_px"):
         run(folder, out, overlap=4)
+
+
+def test_outputs_of_another_version_spec_precision_or_transform_are_told_apart(
+    folder, out, monkeypatch
+):
+    run(folder, out)
+    exact, half = ColourEncoder(spec=TileSpec(size_px=56, mpp_tolerance=0)), ColourEncoder()
+    half.dtype = "torch.float16"
+    for options, message in (
+        ({"model": exact}, r"tile_spec\.mpp_tolerance: 0 there, 0\.05 here"),
+        ({"model": ColourEncoder(spec=TileSpec(mpp=1.0, size_px=56))}, r"tile_spec\.mpp"),
+        ({"model": half}, "dtype_class: 'half' there, 'fp32' here"),
+        ({"transform": np.flip}, "transform: .*flip"),
+        ({"min_tissue": 0.5}, r"plan\.min_tissue"),
+        ({"tissue": "auto"}, r"plan\.tissue"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            run(folder, out, **options)
+    monkeypatch.setattr(provenance, "PREPROCESSING_VERSION", 99)
+    with pytest.raises(MismatchError, match="preprocessing_version: 99 there, 1 here"):
+        run(folder, out)
+    assert {row.status for row in run(folder, out, on_mismatch="redo")} == {"done"}
+
+
+def test_a_bag_of_a_newer_xmag_is_not_replaced_unasked(folder, out, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr("xmag.bag.SCHEMA_VERSION", 99)
+        run(folder, out)
+    whole = (out / "a.h5").read_bytes()
+    with pytest.raises(MismatchError, match=r"(?s)a\.h5 is there.*schema_version 99"):
+        run(folder, out)
+    assert (out / "a.h5").read_bytes() == whole
+    assert {row.status for row in run(folder, out, on_mismatch="redo")} == {"done"}
+
+
+def test_what_is_expected_is_worked_out_once(folder, out, monkeypatch):
+    run(folder, out)
+    calls = []
+    made = settings.fingerprint_of
+    monkeypatch.setattr(settings, "fingerprint_of", lambda *a: calls.append(a) or made(*a))
+    assert {row.status for row in run(folder, out)} == {"skipped"}
+    assert len(calls) == 1
 
 
 def test_another_slide_under_the_same_name_is_told_apart(folder, out, slide_bytes):
@@ -226,7 +272,7 @@ def test_an_output_folder_that_takes_no_files_is_found_out_before_any_work(folde
             return super().embed(tiles)
 
     with pytest.raises(OutputError, match="out"):
-        extract_cohort(folder, out, model=Watching(), tissue=None)
+        run(folder, out, model=Watching())
     assert seen == []
 
 
@@ -241,7 +287,7 @@ def test_interruption_leaves_what_is_finished_and_its_report(folder, out):
             return super().embed(tiles)
 
     with pytest.raises(KeyboardInterrupt):
-        extract_cohort(folder, out, model=Interrupted(), tissue=None)
+        run(folder, out, model=Interrupted())
     assert [row["status"] for row in read_report(out)] == ["done"]
     assert [row.status for row in run(folder, out)] == ["skipped", "done", "done"]
     assert not [name for _, _, names in os.walk(out) for name in names if "tmp" in name]

@@ -24,7 +24,7 @@ from safetensors.torch import save, save_file
 from support.encoders import ColourEncoder
 from support.hub_server import FakeHub, serve
 from support.models import TINY, random_state
-from support.planted import SECRET, is_planted, plant, plant_image
+from support.patient import SECRET, is_planted, plant, plant_image
 from support.slides import write_svs
 
 from xmag.bag import FeatureBag

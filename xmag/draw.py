@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,37 @@ _RGB_OF_XYZ = np.array(
 )
 """CIE XYZ (D65) to linear sRGB: IEC 61966-2-1."""
 
+OVERLAY_PX = 1600
+"""The longer side of an overlay where the caller does not say."""
 _LEAST_WIDTH_PX = 560
 """Narrower pictures are padded to this, so that what is written below them fits."""
 _SMALLEST_OUTLINED_PX = 5
 """Tiles that look smaller than this are tinted only: outlines would hide everything."""
 _SMALLEST_DROPPED_PX = 24
 """Cells that look smaller than this are drawn only where they are tiles."""
+
+
+class Pictured(Protocol):
+    """What a picture shows: a Slide, or what was kept of one that only others may open."""
+
+    @property
+    def name(self) -> str:
+        """Base name of the file."""
+        ...
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) in level-0 px."""
+        ...
+
+    @property
+    def mpp(self) -> float | None:
+        """µm per level-0 px."""
+        ...
+
+    def thumbnail(self, *, max_px: int) -> Image.Image:
+        """The whole of it, with at most `max_px` px on its longer side."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +88,11 @@ class _Key:
 
 
 def overlay(
-    slide: Slide,
+    slide: Pictured,
     *,
     tissue: TissueMask | None = None,
     plan: TilePlan | None = None,
-    max_px: int = 1600,
+    max_px: int = OVERLAY_PX,
 ) -> Image.Image:
     """The slide's thumbnail with the outline of its tissue and its tiles, as an RGB image.
 
@@ -201,7 +227,7 @@ def _component_colours(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.asarray(np.rint(srgb * 255), np.uint8)
 
 
-def _framed(picture: Image.Image, slide: Slide, keys: Sequence[_Key]) -> Image.Image:
+def _framed(picture: Image.Image, slide: Pictured, keys: Sequence[_Key]) -> Image.Image:
     """The picture above a strip with the slide's name and scale, a scale bar and the legend."""
     width = max(picture.width, _LEAST_WIDTH_PX)
     text_px = max(13, round(width / 80))
@@ -228,7 +254,7 @@ def _framed(picture: Image.Image, slide: Slide, keys: Sequence[_Key]) -> Image.I
     return page
 
 
-def _scale_bar(slide: Slide, width_px: int) -> tuple[float, int]:
+def _scale_bar(slide: Pictured, width_px: int) -> tuple[float, int]:
     """The round length in µm that fills up to a fifth of the picture, and its px; 0 without mpp."""
     if slide.mpp is None:
         return 0.0, 0

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,15 @@ _REMEDIES = {
     errno.EIO: "the disk or the network failed: look at it, then write again",
 }
 _STORAGE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_PLACE_FAILURES = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "ESHUTDOWN",
+        "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+_OLD_S = 24 * 3600
 
 
 @contextmanager
@@ -61,7 +71,7 @@ def atomic_path(
     except OSError as error:
         ours = str(error.filename) in (str(temp), str(final))
         if ours or error.errno in _STORAGE_FAILURES:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         raise
     finally:
         with suppress(OSError):
@@ -82,6 +92,43 @@ def write_bytes(
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8 with its line ends as they are, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    """The error that says why `path` cannot be written, and what to do about it."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
+    told = OutputError(f"cannot write {os.fspath(path)}: {reason}; {remedy}")
+    told.__cause__ = error
+    return told
+
+
+def is_of_the_place(error: BaseException) -> bool:
+    """Whether an OutputError says that nothing can be written there, and not just this one file.
+
+    A full disk is such a case, and so is a network share that is gone.
+    """
+    cause = error.__cause__
+    return (
+        isinstance(error, OutputError)
+        and isinstance(cause, OSError)
+        and cause.errno in _PLACE_FAILURES
+    )
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove what writers that were killed left in a folder; how many files that was.
+
+    Only temporary files of xmag that nobody has written to for a day: a writer needs seconds.
+    """
+    removed = 0
+    with suppress(OSError):
+        for leftover in folder.glob(f".*{_TEMP_SUFFIX}"):
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > _OLD_S:
+                    leftover.unlink()
+                    removed += 1
+    return removed
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -114,9 +161,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
-    return OutputError(f"cannot write {os.fspath(path)}: {reason}; {remedy}")

@@ -38,6 +38,10 @@ _EXPORT_SUFFIXES = {"clam": ".pt", "stamp": ".h5"}
 Layout = Literal["clam", "stamp"]
 
 
+class NewerBagError(BagError):
+    """A bag that a newer xmag wrote: it is whole, but this one cannot read it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class FeatureBag:
     """The embeddings of one slide: row i of `features` belongs to the tile at `coords[i]`.
@@ -109,7 +113,8 @@ class FeatureBag:
         try:
             return _bag(decode(Path(path)))
         except XmagError as error:
-            raise BagError(f"{os.fspath(path)}: {error}") from error
+            kind = NewerBagError if isinstance(error, NewerBagError) else BagError
+            raise kind(f"{os.fspath(path)}: {error}") from error
 
     def export(self, path: str | os.PathLike[str], *, layout: Layout) -> None:
         """Write what other software reads; unlike `save`, it does not keep everything.
@@ -254,7 +259,7 @@ def _bag(content: Content) -> FeatureBag:
         return FeatureBag(_without_batch_axis(features), _without_batch_axis(coords))
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
-        raise BagError(
+        raise NewerBagError(
             f"the file has schema_version {version}, and this xmag reads up to {SCHEMA_VERSION};"
             " upgrade it: pip install --upgrade xmag"
         )

@@ -2,18 +2,18 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 from xmag.cohort.jobs import Job, jobs_of
-from xmag.cohort.pipelined import in_processes
+from xmag.cohort.local import rows_here
 from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
-from xmag.cohort.resume import find_earlier
 from xmag.cohort.settings import Settings
-from xmag.cohort.single import one_by_one
 from xmag.encoder import TileEncoder
+from xmag.errors import MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder
 from xmag.progress import progress_bar
 
@@ -35,6 +35,8 @@ def extract_cohort(
     overlay: bool = False,
     batch_size: int | None = None,
     processes: int | None = None,
+    slide_timeout: float | None = None,
+    memory_limit: int | None = None,
     on_mismatch: Literal["error", "redo"] = "error",
     progress: bool | None = None,
     transform: Transform | None = None,
@@ -43,9 +45,10 @@ def extract_cohort(
 
     Each slide's bag goes to ``out/<path below the slides' common folder>.<format>``;
     ``report.csv`` beside them is kept up to date. A slide that cannot be done becomes a row with
-    its error, and the others go on. Running it again does only what is missing: a bag counts as
-    done if it is valid and was made from the same slide with the same model, tiles and
-    preprocessing.
+    its error, and the others go on; also one that crashes its decoder, as slides are opened and
+    decoded in child processes. Running it again does only what is missing: a bag counts as done if
+    it is valid and was made from the same slide with the same model, tiles and preprocessing. Runs
+    over one folder at the same time share the slides. See docs/reliability.md.
 
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
@@ -61,8 +64,14 @@ def extract_cohort(
         min_tissue: Smallest fraction of a tile's area that is tissue.
         overlay: Also write ``<output>.png``, a thumbnail with the tissue outline and the tiles.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
-        processes: Child processes that decode slides; 0 decodes in this one. By default one a core
-            if the encoder is on CUDA, where decoding is what takes the time, and 0 elsewhere.
+        processes: Child processes that open and decode slides, by default one a core if the encoder
+            is on CUDA, where decoding is what takes the time, and one elsewhere. 0 decodes in this
+            process, which a slide may then crash; Windows has nothing else.
+        slide_timeout: Seconds that decoding a slide may take, without the time that it waits for
+            the model; then its process is killed, and its row says so. None: any time.
+        memory_limit: Bytes that a decoding process may allocate, at least 256 MiB; a slide that
+            needs more becomes a row that says so. On Linux. None: any amount, but where memory runs
+            out for all, these processes go first.
         on_mismatch: What to do with a valid bag that was made with something else: "error" raises
             before any work, "redo" makes it again.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
@@ -71,7 +80,8 @@ def extract_cohort(
     Raises:
         InputError: No slides, a CSV without the column, names that collide, an impossible option.
         MismatchError: Bags in `out` were made with something else (see `on_mismatch`).
-        OutputError: `out` cannot be written to.
+        OutputError: `out` cannot be written to, its disk is full, or it has gone away. What is
+            finished stays, and the same call goes on from there.
     """
     # Before the model, which may have to be fetched.
     jobs = jobs_of(slides, format=format, mpp=mpp)
@@ -84,23 +94,40 @@ def extract_cohort(
         overlay=overlay,
         batch_size=batch_size,
         processes=processes,
+        slide_timeout=slide_timeout,
+        memory_limit=memory_limit,
         on_mismatch=on_mismatch,
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
     with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
-        found = {job: find_earlier(job, settings) for job in jobs}
-        count = settings.processes_for(len(jobs))
-        done = (
-            in_processes(jobs, found, settings, count)
-            if count
-            else one_by_one(jobs, found, settings)
-        )
-        with progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar:
-            for job, row in done:
-                rows[job] = row
-                logger.info("%s: %s %s", row.slide, row.status, row.error)
-                report.update()
-                bar.update()
-                bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
+        try:
+            _fill(rows, rows_here(jobs, settings), report, len(jobs), progress)
+        except MismatchError:
+            raise
+        except OutputError as error:
+            raise OutputError(
+                f"{error}. {len(rows)} of {len(jobs)} slides have their rows; once that is put"
+                " right, the same call goes on from there"
+            ) from error
     return CohortReport(tuple(rows[job] for job in jobs))
+
+
+def _fill(
+    rows: dict[Job, CohortRow],
+    source: Generator[tuple[Job, CohortRow], None, None],
+    report: ReportFile,
+    total: int,
+    progress: bool | None,
+) -> None:
+    """Take in the rows as they come, and tell of them."""
+    with (
+        closing(source) as done,
+        progress_bar(progress, total=total, desc="slides", unit="slide") as bar,
+    ):
+        for job, row in done:
+            rows[job] = row
+            logger.info("%s: %s %s", row.slide, row.status, row.error)
+            report.update()
+            bar.update()
+            bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)

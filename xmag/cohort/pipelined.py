@@ -1,15 +1,15 @@
 """Many slides at once: decoded by child processes, embedded in full batches, saved by threads.
 
 The next slides are opened, masked and decoded while earlier ones are embedded and saved, so that
-neither the cores nor the GPU wait for each other.
+neither the cores nor the GPU wait for each other. This process opens no slide itself.
 """
 
-import logging
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,28 +17,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xmag.cohort.failures import costs_a_row, failed_row
 from xmag.cohort.jobs import Job
+from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
 from xmag.cohort.report import CohortRow
 from xmag.cohort.resume import Found
 from xmag.cohort.settings import Settings
-from xmag.cohort.single import draw_overlay, failed_row, save, skipped_row
+from xmag.cohort.sharing import Share
+from xmag.cohort.single import save, skipped_row
 from xmag.encoder import Encoder, TileStream, pinned
-from xmag.extract import bag_of, default_batch_size, embedded, transformed
+from xmag.errors import XmagWarning
+from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.tiles import (
+    Begun,
     DecodeJob,
     DecodingPool,
+    Earlier,
     Event,
     Failed,
     Filled,
     Finished,
+    Opened,
     Planned,
+    Thumbnail,
     Tiles,
-    reason_of,
+    Warned,
+    default_threads,
 )
-
-logger = logging.getLogger(__name__)
 
 _SLOT_TILES = 64
 """Tiles that travel together from a decoding process: 10 MB, a hundred messages a second."""
@@ -48,35 +55,65 @@ _SAVING_THREADS = 8
 
 
 def in_processes(
-    jobs: Iterable[Job],
-    found: Mapping[Job, Found | None],
-    settings: Settings,
-    processes: int,
-) -> Iterator[tuple[Job, CohortRow]]:
+    share: Share, settings: Settings, processes: int
+) -> Generator[tuple[Job, CohortRow], None, None]:
     """The rows of jobs, each as soon as it is done."""
-    size_px = settings.encoder.tile_spec.size_px
     with (
-        ThreadPoolExecutor(_SAVING_THREADS, "xmag-save") as saving,
-        DecodingPool(processes, slot_tiles=_SLOT_TILES, size_px=size_px) as pool,
+        _threads() as saving,
+        DecodingPool(
+            processes,
+            slot_tiles=_slot_tiles(settings),
+            size_px=settings.encoder.tile_spec.size_px,
+            threads=max(1, default_threads() // processes),
+            limits=settings.limits,
+        ) as pool,
         ExitStack() as stack,
     ):
-        pipeline = _Pipeline(settings, pool, saving, stack)
-        for event in pool.run(pipeline.to_decode(jobs, found)):
-            pipeline.take(event)
-            yield from pipeline.rows(wait=False)
-        pipeline.finish()
-        yield from pipeline.rows(wait=True)
+        pipeline = _Pipeline(share, settings, pool, saving, stack)
+        for jobs in share.rounds():
+            for event in pool.run(pipeline.to_decode(jobs)):
+                pipeline.take(event)
+                yield from pipeline.rows(wait=False)
+            pipeline.finish()
+            yield from pipeline.rows(wait=True)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that save; on an error those that are at it finish, and the rest is left."""
+    pool = ThreadPoolExecutor(_SAVING_THREADS, "xmag-save")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown(wait=True)
+
+
+def _has_stream(encoder: object) -> bool:
+    """Whether batches are made of tiles of several slides, on a GPU."""
+    return isinstance(encoder, Encoder) and encoder.device.type == "cuda"
+
+
+def _slot_tiles(settings: Settings) -> int:
+    """Tiles a slot: what is embedded at once, where batches are not put together here."""
+    if _has_stream(settings.encoder):
+        return _SLOT_TILES
+    return settings.batch_size or min(default_batch_size(settings.encoder), _SLOT_TILES)
 
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A slide whose tiles are on their way."""
+    """A slide that a decoding process has, and what has come of it."""
 
+    number: int
     job: Job
+    found: Found | None
     start: float
-    slide: SlideFacts
-    plan: TilePlan
-    features: NDArray[np.float32]
+    slide: SlideFacts | None = None
+    plan: TilePlan | None = None
+    thumbnail: Thumbnail | None = None
+    features: NDArray[np.float32] | None = None
     landed: int = 0
     all_sent: bool = False
 
@@ -85,62 +122,60 @@ class _Pipeline:
     """Where each slide stands, from its first event to its row."""
 
     def __init__(
-        self, settings: Settings, pool: DecodingPool, saving: ThreadPoolExecutor, stack: ExitStack
+        self,
+        share: Share,
+        settings: Settings,
+        pool: DecodingPool,
+        saving: ThreadPoolExecutor,
+        stack: ExitStack,
     ) -> None:
-        self._settings, self._pool, self._saving = settings, pool, saving
-        self._jobs: dict[int, Job] = {}
+        self._share, self._settings = share, settings
+        self._pool, self._saving = pool, saving
         self._under_way: dict[int, _UnderWay] = {}
-        self._saves: deque[tuple[Job, float, Future[CohortRow]]] = deque()
+        self._numbers = 0
+        self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
         self._rows: deque[tuple[Job, CohortRow]] = deque()
         self._stream: TileStream[int] | None = None  # others than ours are given tiles as they come
         self._is_pinned = False
         encoder = settings.encoder
-        if isinstance(encoder, Encoder) and encoder.device.type == "cuda":
+        if isinstance(encoder, Encoder) and _has_stream(encoder):
             batch_size = settings.batch_size or default_batch_size(encoder)
             self._stream = TileStream(encoder, batch_size=batch_size)
             self._is_pinned = stack.enter_context(pinned(pool.arena.whole))
 
-    def to_decode(
-        self, jobs: Iterable[Job], found: Mapping[Job, Found | None]
-    ) -> Iterator[DecodeJob]:
-        """What the decoding processes are to do; slides that need nothing become rows."""
+    def to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
+        """What the decoding processes are to do."""
         settings = self._settings
-        for number, job in enumerate(jobs):
-            start = time.monotonic()
-            try:
-                row = skipped_row(job, found[job], settings)
-            # Whatever is wrong with one slide is the error of its row, not the end of the others.
-            except Exception as error:
-                logger.debug("%s failed", job.name, exc_info=True)
-                row = failed_row(job, reason_of(error), start)
-            if row is not None:
-                self._rows.append((job, row))
+        for job in jobs:
+            self._numbers += 1
+            slide = _UnderWay(self._numbers, job, None, time.monotonic())
+            self._under_way[slide.number] = slide
+            earlier = None
+            with self._costs_a_row(slide):
+                slide.found = self._share.earlier(job)
+                earlier = _earlier(slide, settings)
+            if slide.number not in self._under_way:
                 continue
-            self._jobs[number] = job
             yield DecodeJob(
-                number=number,
+                number=slide.number,
                 path=str(job.path),
                 mpp=job.mpp,
                 spec=settings.encoder.tile_spec,
                 tissue=settings.tissue,
                 overlap=settings.overlap,
                 min_tissue=settings.min_tissue,
+                thumbnail_px=THUMBNAIL_PX if settings.overlay else None,
+                earlier=earlier,
+                damaged=settings.damaged,
             )
 
     def take(self, event: Event) -> None:
         """Do what an event of the decoding processes calls for."""
-        if isinstance(event, Planned):
-            features = np.empty((len(event.plan), self._settings.encoder.embed_dim), np.float32)
-            self._under_way[event.number] = _UnderWay(
-                self._jobs[event.number], time.monotonic(), event.slide, event.plan, features
-            )
-        elif isinstance(event, Filled):
+        if isinstance(event, Filled):
             self._embed(event)
-        elif isinstance(event, Finished) and event.number in self._under_way:
-            self._under_way[event.number].all_sent = True
-            self._save_if_complete(event.number)
-        elif isinstance(event, Failed):
-            self._fail(event.number, event.reason)
+        elif (slide := self._slide_of(event)) is not None:
+            with self._costs_a_row(slide):
+                self._note(slide, event)
         if self._stream is not None:
             self._collect(self._stream.landed())
 
@@ -151,77 +186,129 @@ class _Pipeline:
 
     def rows(self, *, wait: bool) -> Iterator[tuple[Job, CohortRow]]:
         """The rows that are ready, or with `wait` all that are left."""
+        while self._saves and (wait or self._saves[0][1].done()):
+            slide, save_of = self._saves.popleft()
+            with self._costs_a_row(slide):
+                self._rows.append((slide.job, save_of.result()))
         while self._rows:
             yield self._rows.popleft()
-        while self._saves and (wait or self._saves[0][2].done()):
-            job, start, save_of = self._saves.popleft()
-            try:
-                yield job, save_of.result()
-            # As above: a bag that cannot be made or written costs one row.
-            except Exception as error:
-                logger.debug("%s failed", job.name, exc_info=True)
-                yield job, failed_row(job, reason_of(error), start)
 
-    def _fail(self, number: int, reason: str) -> None:
-        under_way = self._under_way.pop(number, None)
-        start = under_way.start if under_way else time.monotonic()
-        job = self._jobs.pop(number, None)
-        if job is None:
-            return  # its tiles failed here, and now the rest of them there
-        self._rows.append((job, failed_row(job, reason, start)))
+    def _slide_of(self, event: Event) -> _UnderWay | None:
+        """The slide of an event; None where it has failed on this side already."""
+        return self._under_way.get(getattr(event, "number", 0))
+
+    def _costs_a_row(self, slide: _UnderWay) -> AbstractContextManager[None]:
+        return costs_a_row(slide.job, slide.start, partial(self._end, slide))
+
+    def _end(self, slide: _UnderWay, row: CohortRow) -> None:
+        self._under_way.pop(slide.number, None)
+        self._rows.append((slide.job, row))
+
+    def _note(self, slide: _UnderWay, event: Event) -> None:
+        if isinstance(event, Begun):
+            slide.start = time.monotonic()
+        elif isinstance(event, Warned):
+            warnings.warn(event.text, XmagWarning, stacklevel=2)
+        elif isinstance(event, Opened):
+            slide.slide = event.slide
+        elif isinstance(event, Planned):
+            slide.plan, slide.thumbnail = event.plan, event.thumbnail
+            slide.features = np.empty((len(event.plan), self._settings.encoder.embed_dim), "f4")
+        elif isinstance(event, Finished):
+            self._note_all_sent(slide, event.lost)
+        elif isinstance(event, Failed):
+            self._end(slide, failed_row(slide.job, event.reason, slide.start))
+
+    def _note_all_sent(self, slide: _UnderWay, lost: NDArray[np.bool_] | None) -> None:
+        assert slide.slide is not None
+        if lost is not None:
+            assert slide.plan is not None
+            slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
+        found = slide.found
+        if found is None or not found.is_of(slide.slide, slide.job, self._settings):
+            slide.all_sent = True
+            self._save_if_complete(slide)
+        elif slide.thumbnail is None:
+            self._end(slide, skipped_row(slide.job, found))
+        else:
+            del self._under_way[slide.number]
+            self._saves.append((slide, self._saving.submit(self._make_up, slide, found)))
 
     def _embed(self, event: Filled) -> None:
         """Embed the tiles in a slot, at once or in a batch with others, and let go of the slot."""
         transform, release = self._settings.transform, partial(self._pool.release, event.slot)
-        if event.number not in self._under_way:  # it failed with earlier tiles
+        slide = self._slide_of(event)
+        if slide is None:
             release()
             return
         tiles: Tiles = self._pool.tiles(event)
-        try:
+        with self._costs_a_row(slide):
             if transform is not None:
                 # What comes back may be a view of some kind, which torch does not take.
                 tiles = np.require(transformed(tiles.copy(), transform), requirements=["C", "W"])
             if self._stream is None:
-                self._collect([(event.number, embedded(self._settings.encoder, tiles))])
-        # As above: what the user's code makes of one slide's tiles costs one row.
-        except Exception as error:
-            logger.debug("%s failed", self._jobs[event.number].name, exc_info=True)
-            self._fail(event.number, reason_of(error))
-            release()
-            return
-        if self._stream is not None and self._is_pinned and transform is None:
-            self._stream.put(event.number, torch.from_numpy(tiles), on_copied=release)
-            return
-        if self._stream is not None:
-            self._stream.put(event.number, torch.from_numpy(tiles))
+                self._collect([(slide.number, embedded(self._settings.encoder, tiles))])
+        if self._stream is not None and slide.number in self._under_way:
+            if self._is_pinned and transform is None:
+                self._stream.put(slide.number, torch.from_numpy(tiles), on_copied=release)
+                return
+            self._stream.put(slide.number, torch.from_numpy(tiles))
         release()
 
     def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         for number, features in landed:
-            under_way = self._under_way.get(number)
-            if under_way is None:
+            slide = self._under_way.get(number)
+            if slide is None:
                 continue  # the slide failed after these tiles were sent
-            at = under_way.landed
-            under_way.features[at : at + len(features)] = features
-            under_way.landed += len(features)
-            self._save_if_complete(number)
+            assert slide.features is not None
+            slide.features[slide.landed : slide.landed + len(features)] = features
+            slide.landed += len(features)
+            self._save_if_complete(slide)
 
-    def _save_if_complete(self, number: int) -> None:
-        under_way = self._under_way[number]
-        if not under_way.all_sent or under_way.landed < len(under_way.plan):
-            return
-        del self._under_way[number]
-        future = self._saving.submit(self._save, under_way)
-        self._saves.append((under_way.job, under_way.start, future))
+    def _save_if_complete(self, slide: _UnderWay) -> None:
+        assert slide.plan is not None
+        if slide.all_sent and slide.landed == len(slide.plan):
+            del self._under_way[slide.number]
+            self._saves.append((slide, self._saving.submit(self._save, slide)))
 
     def _save(self, done: _UnderWay) -> CohortRow:
+        assert done.features is not None
+        assert done.plan is not None
+        assert done.slide is not None
         settings = self._settings
         bag = bag_of(
-            done.features,
+            done.features[: done.landed],
             done.plan,
             done.slide,
             settings.encoder,
             transform=settings.transform,
+            damaged=settings.damaged,
         )
-        draw_overlay(done.job, settings)
-        return save(bag, done.job, settings, done.start)
+        self._draw(done)
+        return save(bag, done.job, self._share, settings, done.start)
+
+    def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
+        """Draw the picture that was not asked for when the bag was made."""
+        self._draw(slide)
+        return skipped_row(slide.job, found)
+
+    def _draw(self, slide: _UnderWay) -> None:
+        if slide.thumbnail is not None:
+            assert slide.slide is not None
+            assert slide.plan is not None
+            kept = Kept.of(slide.slide, slide.thumbnail)
+            tissue = slide.thumbnail.tissue
+            write_picture(kept, slide.job, self._settings, tissue, slide.plan)
+
+
+def _earlier(slide: _UnderWay, settings: Settings) -> Earlier | None:
+    """What is wanted of a slide that was done before; None if it was not."""
+    if slide.found is None:
+        return None
+    content, mpp = slide.found.of_slide
+    return Earlier(
+        content=None if content is None else dict(content),
+        mpp=mpp,
+        thumbnail=is_picture_missing(slide.job, settings),
+        redo=settings.on_mismatch == "redo",
+    )

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -90,8 +91,11 @@ class ReportFile:
         self._write()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._write()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where the disk is full, the report is the next thing that does not fit: the first error
+        # says more.
+        with nullcontext() if kind is None else suppress(OutputError):
+            self._write()
 
     def update(self) -> None:
         """Write the report, unless that was done a moment ago."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xmag.bag import FeatureBag
+from xmag.bag import FeatureBag, NewerBagError
 from xmag.cohort.jobs import Job
 from xmag.cohort.settings import Settings
 from xmag.errors import BagError, MismatchError
@@ -22,12 +22,17 @@ class Found:
     tiles: int
     record: Mapping[str, Any]
 
+    @property
+    def of_slide(self) -> tuple[Mapping[str, Any] | None, float | None]:
+        """The content of the slide it was made from, and its µm/px."""
+        return self.record["slide"], self.record["scale"]["level0_mpp"]
+
     def is_of(self, slide: SlideFacts, job: Job, settings: Settings) -> bool:
         """Whether it was made from this slide's content, at this scale.
 
         Raises MismatchError if not, unless such bags are to be made again.
         """
-        then = (self.record["slide"], self.record["scale"]["level0_mpp"])
+        then = self.of_slide
         if then == (slide.fingerprint, slide.mpp):
             return True
         if settings.on_mismatch == "redo":
@@ -45,27 +50,38 @@ def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
     return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
 
 
-def find_earlier(job: Job, settings: Settings) -> Found | None:
+def _lost(provenance: Provenance, settings: Settings) -> list[str]:
+    """That tiles of a bag were dropped for damage, where they may not be; a line or none.
+
+    It is no part of the fingerprint: such a bag may be mixed with others, but is not all there is.
+    """
+    lost = provenance.record.get("tiles", {}).get("damaged", 0)
+    return [f"damaged: {lost} tiles dropped there, none here"] if lost and settings.damaged == "error" else []  # fmt: skip
+
+
+def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | None:
     """The valid bag that is there already; None if there is none, or only a broken one.
 
-    Raises MismatchError if it was made with something else and that is not to be redone.
+    `expected` has the fingerprint that a bag made now would have. Raises MismatchError if it was
+    made with something else and that is not to be redone.
     """
     path = settings.out / job.output
     if not path.exists():
         return None
     try:
         bag = FeatureBag.load(path)
+    except NewerBagError as error:
+        differences = [str(error)]
     except BagError as error:
         logger.warning("%s is not a valid bag and is made again: %s", job.output, error)
         return None
-    if bag.provenance is None:
-        differences = ["it has no provenance: another program wrote it"]
     else:
-        differences = bag.provenance.differences(
-            Provenance(fingerprint=settings.fingerprint, record={})
-        )
-        if not differences:
-            return Found(len(bag), bag.provenance.record)
+        if bag.provenance is None:
+            differences = ["it has no provenance: another program wrote it"]
+        else:
+            differences = bag.provenance.differences(expected) + _lost(bag.provenance, settings)
+            if not differences:
+                return Found(len(bag), bag.provenance.record)
     if settings.on_mismatch == "redo":
         return None
     raise MismatchError(

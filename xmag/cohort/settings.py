@@ -8,7 +8,7 @@ from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
 from xmag.plan import check_grid, plan_options
-from xmag.tiles import PROCESSES_SUPPORTED, usable_cores
+from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged, usable_cores
 from xmag.tissue import TISSUE_METHOD
 
 
@@ -24,8 +24,11 @@ class Settings:
     overlay: bool
     batch_size: int | None
     processes: int | None
+    slide_timeout: float | None
+    memory_limit: int | None
     on_mismatch: Literal["error", "redo"]
     transform: Transform | None
+    damaged: Damaged = "error"
 
     def __post_init__(self) -> None:
         if self.tissue not in ("auto", None):
@@ -33,6 +36,7 @@ class Settings:
                 f"tissue is {self.tissue!r}; a cohort takes 'auto' or None (every tile); for a mask"
                 " of your own use extract_features() on each slide"
             )
+        check_damaged(self.damaged)
         check_grid(self.encoder.tile_spec, overlap=self.overlap, min_tissue=self.min_tissue)
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
@@ -46,18 +50,29 @@ class Settings:
             raise InputError(
                 f"processes is {self.processes}, but this system has no decoding processes; use 0"
             )
+        if self.limits != Limits() and (self.processes == 0 or not PROCESSES_SUPPORTED):
+            raise InputError(
+                "slide_timeout and memory_limit hold for decoding processes, and there are none"
+                " here; expected processes to be at least 1, or no limits"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """What a slide may cost."""
+        return Limits(slide_timeout=self.slide_timeout, memory_limit=self.memory_limit)
 
     def processes_for(self, slides: int) -> int:
         """How many decoding processes so many slides get: those asked for, or those that pay.
 
-        One a core where a GPU embeds faster than threads of one process decode; none elsewhere.
+        One a core where a GPU embeds faster than threads of one process decode. Elsewhere one: it
+        keeps up, and a slide that crashes it does not take this process down.
         """
         if self.processes is not None:
             return min(self.processes, slides)
-        on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
-        if not (on_cuda and PROCESSES_SUPPORTED) or slides == 1:
+        if not PROCESSES_SUPPORTED:
             return 0
-        return min(usable_cores(), slides)
+        on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
+        return min(usable_cores(), slides) if on_cuda else 1
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -1,8 +1,22 @@
 """A plan -> a stream of uint8 tile batches. Threads and decoding processes live here alone."""
 
 from xmag.tiles.decoding import Damaged
+from xmag.tiles.messages import (
+    Begun,
+    DecodeJob,
+    Earlier,
+    Event,
+    Failed,
+    Filled,
+    Finished,
+    Idle,
+    Opened,
+    Planned,
+    Thumbnail,
+    Warned,
+)
 from xmag.tiles.processes import SUPPORTED as PROCESSES_SUPPORTED
-from xmag.tiles.processes import DecodingPool, Event, Idle
+from xmag.tiles.processes import DecodingPool, Limits
 from xmag.tiles.threads import (
     Tiles,
     check_damaged,
@@ -11,20 +25,26 @@ from xmag.tiles.threads import (
     read_tiles,
     usable_cores,
 )
-from xmag.tiles.worker import DecodeJob, Failed, Filled, Finished, Planned, reason_of
+from xmag.tiles.worker import reason_of
 
 __all__ = [
     "PROCESSES_SUPPORTED",
+    "Begun",
     "Damaged",
     "DecodeJob",
     "DecodingPool",
+    "Earlier",
     "Event",
     "Failed",
     "Filled",
     "Finished",
     "Idle",
+    "Limits",
+    "Opened",
     "Planned",
+    "Thumbnail",
     "Tiles",
+    "Warned",
     "check_damaged",
     "default_threads",
     "read_rows",

@@ -3,6 +3,7 @@
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ _SPARE = 0.8
 
 
 class Arena:
-    """`slots` pieces of memory of `slot_tiles` tiles each, in a file that has no name any more.
+    """`slots` pieces of memory of `slot_tiles` tiles each, in a file without a name.
 
-    The file lies in shared memory if there is room, else in the temporary folder. Its name is gone
-    before anyone else could see it, so nothing is left however the processes end; those that are to
-    share it inherit its descriptor.
+    The file lies in shared memory if there is room, else in the temporary folder. It has no name,
+    so nothing is left however the processes end; those that are to share it inherit its
+    descriptor.
     """
 
     def __init__(self, *, slots: int, slot_tiles: int, size_px: int, fd: int | None = None) -> None:
@@ -52,8 +53,7 @@ def _unnamed_file(size: int) -> int:
         room = os.statvfs(folder)
         if room.f_bavail * room.f_frsize * _SPARE < size:
             continue
-        fd, name = tempfile.mkstemp(prefix="xmag-", dir=folder)
-        Path(name).unlink()
+        fd = _open_unnamed(folder)
         try:
             # Reserved now: a write to a mapping that the disk has no room for would be fatal.
             os.posix_fallocate(fd, 0, size)
@@ -65,3 +65,13 @@ def _unnamed_file(size: int) -> int:
         f"there is no room for {size / 2**20:.0f} MiB of tiles in {_SHM} or"
         f" {tempfile.gettempdir()}; free some, set TMPDIR to a folder with room, or use processes=0"
     )
+
+
+def _open_unnamed(folder: Path) -> int:
+    """A descriptor of a new file; one without ever a name, where the file system can do that."""
+    if hasattr(os, "O_TMPFILE"):
+        with suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    fd, name = tempfile.mkstemp(prefix="xmag-", dir=folder)
+    Path(name).unlink()
+    return fd

@@ -5,72 +5,44 @@ that uses xmag is imported again, and so nothing is asked of its ``__main__``.
 """
 
 import logging
+import os
 import signal
+import sys
+import threading
+import time
+import warnings
 from collections import deque
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from xmag.errors import XmagError
-from xmag.geometry import TileSpec
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import XmagError, XmagWarning
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
+from xmag.tiles.messages import (
+    Begun,
+    DecodeJob,
+    Failed,
+    Filled,
+    Finished,
+    Free,
+    FromChild,
+    Opened,
+    Planned,
+    Ready,
+    Thumbnail,
+    Warned,
+)
 from xmag.tiles.shared import Arena
-from xmag.tiles.threads import read_tiles
+from xmag.tiles.threads import read_rows
 from xmag.tissue import find_tissue
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeJob:
-    """A slide to plan and decode; `number` comes back with all that belongs to it."""
-
-    number: int
-    path: str
-    mpp: float | None
-    spec: TileSpec
-    tissue: Literal["auto"] | None
-    overlap: int
-    min_tissue: float
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The slide was opened, and these are its tiles."""
-
-    number: int
-    slide: SlideFacts
-    plan: TilePlan
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """`count` tiles of the slide lie in a slot of the arena."""
-
-    number: int
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """All tiles of the slide have been sent."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The slide cannot be done; no more of it will come."""
-
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Free:
-    """A slot may be written to again."""
-
-    slot: int
+_LOOK_FOR_PARENT_S = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 def reason_of(error: BaseException) -> str:
@@ -78,58 +50,184 @@ def reason_of(error: BaseException) -> str:
     return str(error) if isinstance(error, XmagError) else f"{type(error).__name__}: {error}"
 
 
-def main(connection_fd: int, arena_fd: int, arena: dict[str, int], slots: list[int]) -> None:
+def main(
+    connection_fd: int,
+    arena_fd: int,
+    arena: dict[str, int],
+    slots: list[int],
+    *,
+    threads: int,
+    memory_limit: int | None,
+    parent: int,
+) -> None:
     """Work on jobs until the other side hangs up."""
-    # The parent decides when to stop, and does so by hanging up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What tifffile has to say of a file, the error of its row says; stderr is the caller's.
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
-    worker = _Worker(Connection(connection_fd), Arena(fd=arena_fd, **arena), slots)
+    _behave(parent, memory_limit)
+    worker = _Worker(Connection(connection_fd), Arena(fd=arena_fd, **arena), slots, threads)
+    worker.memory_limit = memory_limit
     try:
+        worker.greet()
         while True:
             worker.work()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
+def _behave(parent: int, memory_limit: int | None) -> None:
+    """Arrange this process so that nothing a slide does to it reaches further."""
+    import resource  # not on Windows, where this module is imported but never run
+
+    # The parent decides when to stop, and does so by hanging up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    # A core file would hold pixels of the slide, and lie in the current folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if memory_limit is not None:
+        # What is allocated, and not the address space: that has libraries, the arena, and what
+        # threads reserve in it.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    with suppress(OSError):
+        # Where memory runs out for all, this process goes before the one with the model.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    # What tifffile has to say of a file, the error of its row says; stderr is the caller's.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+
+def _die_with(parent: int) -> None:
+    """Let this process end when `parent` does, even while a decoder hangs."""
+    if sys.platform == "linux":
+        import ctypes
+
+        # At once and by the kernel: a decoder that hangs may hold the GIL.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_FOR_PARENT_S)
+    os._exit(1)
+
+
 class _Worker:
-    def __init__(self, connection: "Connection[Any, Any]", arena: Arena, slots: list[int]) -> None:
-        self._connection, self._arena = connection, arena
+    def __init__(
+        self, connection: "Connection[Any, Any]", arena: Arena, slots: list[int], threads: int
+    ) -> None:
+        self._connection, self._arena, self._threads = connection, arena, threads
         self._free, self._jobs = deque(slots), deque[DecodeJob]()
+        self._sending = threading.Lock()
+        self._number, self._start, self._waited_s = 0, time.monotonic(), 0.0
+        self.memory_limit: int | None = None
+        # Only the caller knows which warnings it wants to see: it gets all that are meant for it.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", XmagWarning)
+        warnings.showwarning = self._warn
+
+    def greet(self) -> None:
+        """Say that the start is over."""
+        self._send(Ready())
 
     def work(self) -> None:
         """Do the next job."""
         while not self._jobs:
             self._receive()
         job = self._jobs.popleft()
+        self._number, self._start, self._waited_s = job.number, time.monotonic(), 0.0
+        self._send(Begun(job.number))
         try:
-            self._decode(job)
+            lost = self._decode(job)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         # Whatever is wrong with one slide is told, and the next one is done.
         except Exception as error:  # noqa: BLE001
-            self._connection.send(Failed(job.number, reason_of(error)))
+            self._send(Failed(job.number, self._reason_of(error)))
         else:
-            self._connection.send(Finished(job.number))
+            self._send(Finished(job.number, lost))
 
-    def _decode(self, job: DecodeJob) -> None:
+    def _decode(self, job: DecodeJob) -> NDArray[np.bool_] | None:
+        """Send all that is wanted of a slide; which of its tiles were lost, if any was."""
         with Slide(job.path, mpp=job.mpp) as slide:
+            self._send(Opened(job.number, slide.facts))
+            tiles, thumbnail = _wanted(job, slide.facts)
+            if not (tiles or thumbnail):
+                return None
             mask = find_tissue(slide) if job.tissue == "auto" else None
             plan = plan_tiles(
                 slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue
             )
-            self._connection.send(Planned(job.number, slide.facts, plan))
-            batch = len(self._arena.slot(0))
-            for _, tiles in read_tiles(slide, plan, batch_size=batch, threads=1):
+            small = None
+            if thumbnail and job.thumbnail_px is not None:
+                small = Thumbnail(
+                    pixels=np.asarray(slide.thumbnail(max_px=job.thumbnail_px).convert("RGB")),
+                    dimensions=slide.dimensions,
+                    tissue=mask,
+                )
+            self._send(Planned(job.number, plan, small))
+            if not tiles:
+                return None
+            return self._send_tiles(slide, plan, job)
+
+    def _send_tiles(
+        self, slide: Slide, plan: TilePlan, job: DecodeJob
+    ) -> NDArray[np.bool_] | None:
+        lost = np.ones(len(plan), np.bool_)
+        batches = read_rows(
+            slide,
+            plan,
+            batch_size=len(self._arena.slot(0)),
+            threads=self._threads,
+            damaged=job.damaged,
+        )
+        with closing(batches):
+            for rows, pixels in batches:
+                lost[rows] = False
                 while not self._free:
                     self._receive()
                 slot = self._free.popleft()
-                self._arena.slot(slot)[: len(tiles)] = tiles
-                self._connection.send(Filled(job.number, slot, len(tiles)))
+                self._arena.slot(slot)[: len(pixels)] = pixels
+                self._send(Filled(job.number, slot, len(pixels)))
+        return lost if lost.any() else None
+
+    def _reason_of(self, error: Exception) -> str:
+        # A thread that gets no stack is told like this.
+        starved = isinstance(error, MemoryError) or "can't start new thread" in str(error)
+        if starved and self.memory_limit is not None:
+            return (
+                f"decoding it took more memory than memory_limit={self.memory_limit:,} bytes; raise"
+                " the limit if the slide is worth it"
+            )
+        return reason_of(error)
+
+    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        self._send(Warned(self._number, str(message)))
+
+    def _send(self, message: FromChild) -> None:
+        """Send a message, with the seconds that the slide has cost so far.
+
+        Waiting for the other side, here or for a slot, is no fault of the slide.
+        """
+        with self._sending:
+            now = time.monotonic()
+            self._connection.send((now - self._start - self._waited_s, message))
+            self._waited_s += time.monotonic() - now
 
     def _receive(self) -> None:
+        now = time.monotonic()
         message = self._connection.recv()
+        self._waited_s += time.monotonic() - now
         if isinstance(message, Free):
             self._free.append(message.slot)
         else:
             self._jobs.append(message)
+
+
+def _wanted(job: DecodeJob, slide: SlideFacts) -> tuple[bool, bool]:
+    """Whether tiles, and whether a thumbnail, are wanted of a slide with these facts."""
+    earlier = job.earlier
+    if earlier is None:
+        return True, job.thumbnail_px is not None
+    if (earlier.content, earlier.mpp) == (slide.fingerprint, slide.mpp):
+        return False, earlier.thumbnail
+    return earlier.redo, earlier.redo and job.thumbnail_px is not None

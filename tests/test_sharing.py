@@ -1,0 +1,181 @@
+"""Two runs over one output folder share its slides, and no claim outlives its run."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+import pytest
+from support.encoders import ColourEncoder
+from support.killing import Trial, rows_of, write_slides
+
+from xmag.bag import FeatureBag
+from xmag.cohort import extract_cohort, locks
+from xmag.cohort.jobs import Job
+from xmag.cohort.locks import Claims
+from xmag.errors import OutputError
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs /proc and POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    work = tmp_path_factory.mktemp("trial")
+    write_slides(work / "slides", 12)
+    return Trial(work / "slides", work, processes=1, pace_s=0.05)
+
+
+@pytest.fixture
+def fresh(trial):
+    yield trial
+    shutil.rmtree(trial.out, ignore_errors=True)
+
+
+def job(name):
+    return Job(path=Path(name), name=name, output=PurePosixPath(f"{name}.h5"), mpp=None)
+
+
+def test_two_runs_do_each_slide_once_and_both_report_all(fresh):
+    """benchmarks/two_runs.py does it twenty times."""
+    runs = [rows_of(process) for process in [fresh.start(), fresh.start()]]
+    done = Counter(row["slide"] for rows in runs for row in rows if row["status"] == "done")
+    assert done == {f"{name}.svs": 1 for name in fresh.names}
+    assert {row["status"] for rows in runs for row in rows} == {"done", "skipped"}
+    assert fresh.lost() == fresh.missing() == []
+    report = (fresh.out / "report.csv").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(",")[0] for line in report]
+    assert names == ["slide", *(f"{name}.svs" for name in fresh.names)]
+    assert not list(fresh.out.glob(".*"))
+
+
+def test_a_run_does_what_a_killed_one_had_claimed(fresh):
+    killed, other = fresh.start(pace_s=0.5), fresh.start()
+    while not list(fresh.out.glob(".*.xmag-lock")):
+        time.sleep(0.01)
+    with killed:
+        killed.kill()
+        killed.communicate()
+    rows = rows_of(other)
+    assert {row["status"] for row in rows} <= {"done", "skipped"}
+    assert fresh.lost() == fresh.missing() == []
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_two_calls_in_threads_of_one_program_share_too(fresh, processes):
+    reports = []
+
+    class Slow(ColourEncoder):
+        def embed(self, tiles):
+            time.sleep(0.05)
+            return super().embed(tiles)
+
+    def run():
+        reports.append(
+            extract_cohort(fresh.slides, fresh.out, model=Slow(), tissue=None, processes=processes)
+        )
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done = Counter(row.slide for report in reports for row in report if row.status == "done")
+    assert done == {f"{name}.svs": 1 for name in fresh.names}
+    assert all(len(report) == 12 for report in reports)
+
+
+def test_what_the_other_run_fails_at_is_tried_here(fresh, tmp_path):
+    """A claim that is dropped without a file was for nothing."""
+    fresh.out.mkdir()
+    name = fresh.names[0]
+    with Claims(fresh.out) as claims:
+        assert claims.take(job(name))
+        run = threading.Timer(1.0, claims.release, [job(name)])
+        run.start()
+        report = extract_cohort(fresh.slides, fresh.out, model=ColourEncoder(), tissue=None)
+        run.join()
+    assert {row.status for row in report} == {"done"}
+    assert len(FeatureBag.load(fresh.path(name))) > 0
+
+
+def test_a_claim_is_one_runs_and_free_again_once_that_ends(tmp_path):
+    with Claims(tmp_path) as one, Claims(tmp_path) as other:
+        assert one.take(job("a"))
+        assert not other.take(job("a"))
+        assert other.take(job("b"))
+        one.release(job("a"))
+        assert other.take(job("a"))
+        assert not one.take(job("a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_program_is_free_at_once(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path, PurePosixPath\n"
+        "from xmag.cohort.locks import Claims; from xmag.cohort.jobs import Job\n"
+        "job = Job(path=Path('a'), name='a', output=PurePosixPath('a.h5'), mpp=None)\n"
+        "with Claims(Path(sys.argv[1])) as claims:\n"
+        "    print(claims.take(job), flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with process, Claims(tmp_path) as claims:
+        assert process.stdout.readline() == "True\n"
+        assert not claims.take(job("a"))
+        process.kill()
+        process.wait()
+        assert len(list(tmp_path.glob(".*.xmag-lock"))) == 1
+        assert claims.take(job("a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_lost_its_name_while_it_was_waited_for_counts_for_nothing(
+    tmp_path, monkeypatch
+):
+    """Two that hold locks on two files of one name would both think that the output is theirs."""
+    with Claims(tmp_path) as first, Claims(tmp_path) as second:
+        assert first.take(job("a"))
+        try_lock = locks._try_lock
+
+        def release_first(fd):
+            monkeypatch.setattr(locks, "_try_lock", try_lock)
+            first.release(job("a"))
+            assert try_lock(fd)
+            assert Claims.take(third, job("a"))
+            return True
+
+        third = Claims(tmp_path)
+        with third:
+            monkeypatch.setattr(locks, "_try_lock", release_first)
+            assert not second.take(job("a"))
+
+
+def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, caplog):
+    def refuse(fd):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(locks, "_try_lock", refuse)
+    with Claims(tmp_path) as one, Claims(tmp_path) as other:
+        assert one.take(job("a"))
+        assert other.take(job("a"))
+    assert "cannot lock files (No locks available)" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_went_away_is_not_made_anew(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with Claims(out) as claims:
+        assert claims.take(job("a"))
+        out.rename(tmp_path / "elsewhere")
+        with pytest.raises(OutputError, match="not there any more"):
+            claims.take(job("b"))
+        out.mkdir()
+        with pytest.raises(OutputError, match="another one than when the cohort began"):
+            claims.take(job("b"))
+    assert list(out.iterdir()) == []

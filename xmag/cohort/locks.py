@@ -1,0 +1,174 @@
+"""Claims on outputs, so that several runs over one folder share the slides.
+
+A claim is a lock that the operating system holds for a process and drops with it, however it ends:
+no claim outlives its run. The lock is on an empty, hidden file beside the output, which is removed
+with the claim; one that a killed run left behind is claimed by nobody, whatever its age.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from xmag.cohort.jobs import Job
+from xmag.errors import OutputError
+from xmag.files import remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = {
+    getattr(errno, name)
+    for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
+    if hasattr(errno, name)
+}
+"""What file systems without locks answer."""
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK):
+                return False
+            raise
+        return True
+
+    def _unlock(fd: int, path: Path) -> None:
+        # An open file cannot be removed there; one that another run has opened since stays.
+        os.close(fd)
+        with suppress(OSError):
+            path.unlink()
+
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(fd: int, path: Path) -> None:
+        # Removed while it is locked: who has it open already finds that it has lost its name.
+        with suppress(OSError):
+            path.unlink()
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # else a fork of this process would keep it
+        os.close(fd)
+
+
+class Claims:
+    """The claims of one run on the outputs in a folder; a context manager that drops them all.
+
+    They also see that the folder is still the one it was: what is written to the empty mount point
+    of a share that went away would fill another disk, and be hidden when the share is back.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._held: dict[Job, tuple[int, Path]] = {}
+        self._identity: tuple[int, int] | None = None
+        self._can_lock = True
+        self._seen: set[Path] = set()
+
+    def __enter__(self) -> Self:
+        self._identity = self._identity_now()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for job in list(self._held):
+            self.release(job)
+
+    def take(self, job: Job) -> bool:
+        """Whether the output of a job is this run's to make; its folder is there then.
+
+        Raises OutputError where the folder is gone, and OSError where it takes no files.
+        """
+        self.check_folder()
+        output = self._out / job.output
+        digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
+        path = output.with_name(f".{digest}.xmag-lock")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fd = self._locked(path)
+        if fd is None:
+            return False
+        self._held[job] = (fd, path)
+        if output.parent not in self._seen:
+            self._seen.add(output.parent)
+            remove_leftovers(output.parent)
+        return True
+
+    def check_folder(self) -> None:
+        """Raise OutputError where the folder is not the one that it was."""
+        if self._identity_now() != self._identity:
+            raise OutputError(
+                f"the output folder {self._out} is not there any more, or is another one than when"
+                " the cohort began; bring it back (is a share not mounted?)"
+            ) from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def release(self, job: Job) -> None:
+        """Drop the claim on a job's output, if there is one."""
+        held = self._held.pop(job, None)
+        if held is not None:
+            _unlock(*held)
+
+    def _identity_now(self) -> tuple[int, int] | None:
+        try:
+            found = self._out.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _locked(self, path: Path) -> int | None:
+        """The descriptor of the locked file at `path`; None while another run has the lock."""
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                with suppress(OSError, AttributeError):
+                    os.fchmod(fd, 0o666)  # whoever may write to the folder may make a claim
+                if not self._lock(fd):
+                    os.close(fd)
+                    return None
+                if not self._can_lock or _is_at(fd, path):
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def _lock(self, fd: int) -> bool:
+        if not self._can_lock:
+            return True
+        try:
+            return _try_lock(fd)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "%s cannot lock files (%s): another run over it would do the same slides again",
+                self._out,
+                error.strerror,
+            )
+            self._can_lock = False
+            return True
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open file still is what the path names."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

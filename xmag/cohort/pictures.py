@@ -1,0 +1,57 @@
+"""The overlay of each slide: its thumbnail with tissue and tiles, beside its bag."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from xmag import draw, files
+from xmag.cohort.jobs import Job
+from xmag.cohort.settings import Settings
+from xmag.plan import TilePlan
+from xmag.slide import SlideFacts
+from xmag.tiles import Thumbnail
+from xmag.tissue import TissueMask
+
+THUMBNAIL_PX = draw.OVERLAY_PX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What is needed of a slide to draw it, when only a decoding process may open it."""
+
+    name: str
+    mpp: float | None
+    dimensions: tuple[int, int]
+    image: Image.Image
+
+    @classmethod
+    def of(cls, slide: SlideFacts, thumbnail: Thumbnail) -> "Kept":
+        """The slide with these facts and this thumbnail."""
+        image = Image.fromarray(thumbnail.pixels)
+        return cls(name=slide.name, mpp=slide.mpp, dimensions=thumbnail.dimensions, image=image)
+
+    def thumbnail(self, *, max_px: int) -> Image.Image:
+        """The thumbnail, which was made with `THUMBNAIL_PX`."""
+        assert max_px == THUMBNAIL_PX
+        return self.image
+
+
+def picture_of(job: Job, settings: Settings) -> Path:
+    """Where the picture of a slide goes."""
+    output = settings.out / job.output
+    return output.with_name(output.name + ".png")
+
+
+def is_picture_missing(job: Job, settings: Settings) -> bool:
+    """Whether pictures are asked for and this one is not there."""
+    return settings.overlay and not picture_of(job, settings).exists()
+
+
+def write_picture(
+    slide: draw.Pictured, job: Job, settings: Settings, tissue: TissueMask | None, plan: TilePlan
+) -> None:
+    """Write the picture of a slide's tissue and tiles."""
+    with files.atomic_path(picture_of(job, settings)) as path:
+        image = draw.overlay(slide, tissue=tissue, plan=plan, max_px=THUMBNAIL_PX)
+        image.save(path, format="PNG")
