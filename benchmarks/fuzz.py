@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py --count 20000 --seed 0 [--target slides] [--json OUT] [--keep FOLDER]
 
-Every case runs in a child process with a limit on time and memory. It has to end in what the file
-holds or in an XmagError; anything else is a finding: another exception, a warning or a line on stderr
-that is not xmag's, a descriptor or thread left over, a crash, a time-out, too much memory. The same
-seed and numbers give the same cases; --keep writes those of findings to a folder.
+Every case runs in a child process with a limit on time and memory. It has to end in what the
+file holds or in an XmagError; anything else is a finding: another exception, a warning or a line
+on stderr that is not xmag's, a descriptor or thread left over, a crash, a time-out, too much
+memory. The same seed and numbers give the same cases; --keep writes those of findings to a folder.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
         findings = [result for result in results if result.is_finding]
         if options.keep:
             _keep(findings, options, originals)
-    report(f"fuzz: {TARGETS[options.target]}", _rows(results), options.json, **_facts(options, results))
+    report(
+        f"fuzz: {TARGETS[options.target]}", _rows(results), options.json, **_facts(options, results)
+    )
     print(f"\n{len(results)} cases in {seconds:.0f} s, {len(findings)} findings")
     _print_kinds(findings)
     sys.exit(1 if findings else 0)

@@ -98,7 +98,8 @@ def five_metres(path: Path) -> None:
 def large_tile(path: Path) -> None:
     tags = {
         256: (LONG, 100_000), 257: (LONG, 100_000), 258: (SHORT, [8] * 3), 259: (SHORT, 8),
-        262: (SHORT, 2), 277: (SHORT, 3), 284: (SHORT, 1), 322: (LONG, 100_000), 323: (LONG, 100_000),
+        262: (SHORT, 2), 277: (SHORT, 3), 284: (SHORT, 1), 322: (LONG, 100_000),
+        323: (LONG, 100_000),
     }  # fmt: skip
     write_pages(path, [Page(tags | resolution_tags(0.25), [zlib.compress(bytes(1000))])])
 
@@ -184,13 +185,25 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "five metres.tif": ("slide", five_metres, r"1311x1311 mm large .* 17000 mm²"),
     "large tile.tif": ("slide", large_tile, r"100000x100000 px; expected at most 67108864 px"),
     "jpeg.tif": ("slide", with_tile("ycbcr420", jpeg_of_2_gb), r"65500x65500 px, the tile 256x256"),
-    "jpeg 2000.tif": ("slide", with_tile("j2k-rgb", jpeg_2000_of_2_gb), r"65500x65500 px .* 256x256"),
+    "jpeg 2000.tif": (
+        "slide",
+        with_tile("j2k-rgb", jpeg_2000_of_2_gb),
+        r"65500x65500 px .* 256x256",
+    ),
     "components.tif": ("slide", with_tile("j2k-rgb", jpeg_2000_of_many_components), r"16384 comp"),
     "webp.tif": ("slide", with_tile("webp", webp_of_1_gb), r"16384x16384 px, the tile 256x256 px"),
-    "deflate.tif": ("slide", with_tile("deflate", lambda _: packed_bombs()[0]), r"should have \d+ by"),
+    "deflate.tif": (
+        "slide",
+        with_tile("deflate", lambda _: packed_bombs()[0]),
+        r"should have \d+ by",
+    ),
     "zstd.tif": ("slide", with_tile("zstd", lambda _: packed_bombs()[1]), r"Destination buffer"),
     "zstd claim.tif": ("slide", with_tile("zstd", lambda _: packed_bombs()[3]), r"damaged"),
-    "lzw.tif": ("slide", with_tile("lzw", lambda _: packed_bombs()[4]), r"more than the 196608 bytes"),
+    "lzw.tif": (
+        "slide",
+        with_tile("lzw", lambda _: packed_bombs()[4]),
+        r"more than the 196608 bytes",
+    ),
     "strip.svs": ("slide", strip_of_3_gb, r"3000000000 bytes .* take \d+ at most"),
     "large.png": ("slide", png_of_12_gb, rf"65500x65500 px.*limit is {Image.MAX_IMAGE_PIXELS} px"),
     "large.jpg": ("slide", jpeg_image_of_12_gb, r"65500x65500 px.*PIL.Image.MAX_IMAGE_PIXELS"),
@@ -199,7 +212,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "header.safetensors": ("bag", safetensors_header(1 << 40, [3, 4]), r"damaged"),
     "shape.safetensors": ("bag", safetensors_header(0, [1 << 20, 1 << 20]), r"damaged"),
     "weights.safetensors": ("weights", safetensors_header(0, [1 << 20, 1 << 20]), r"no whole safe"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

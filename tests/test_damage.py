@@ -1,4 +1,4 @@
-"""One damaged tile, in many ways: an error, or with damaged="drop" fewer tiles; never other pixels."""
+"""One damaged tile, in many ways: an error, or dropped where that is asked; never other pixels."""
 
 import json
 import warnings
@@ -61,8 +61,9 @@ WAYS: dict[str, Damage] = {
 }
 
 UNPROTECTED = {
-    "raw": {"all zeros", "all ones", "noise", "a text"} | {w for w in WAYS if "middle" in w and "cut" not in w},
-}  # fmt: skip
+    "raw": {"all zeros", "all ones", "noise", "a text"}
+    | {way for way in WAYS if "middle" in way and "cut" not in way},
+}
 """Codings without any redundancy, in which such bytes are pixels like others: nothing can tell."""
 
 
@@ -87,9 +88,7 @@ def tiles_of(path: Path, spec: TileSpec, *, damaged: str = "error") -> dict[tupl
         plan = plan_tiles(slide, spec)
         for coords, tiles in read_tiles(slide, plan, batch_size=7, threads=2, damaged=damaged):
             assert len(coords) == len(tiles) > 0
-            found |= {
-                tuple(c): t.tobytes() for c, t in zip(coords.tolist(), tiles, strict=True)
-            }
+            found |= {tuple(c): t.tobytes() for c, t in zip(coords.tolist(), tiles, strict=True)}
     return found
 
 
@@ -155,7 +154,7 @@ def test_a_tile_whose_bytes_lie_elsewhere_is_damaged(
     whole = tiles_of(undamaged["ycbcr420"], SPEC)
     with pytest.raises(DamagedSlideError, match=rf"tile {DAMAGED} "):
         tiles_of(path, SPEC)
-    # The bytes of eight tiles are asked for at once: one that is not there does not cost the others.
+    # The bytes of eight tiles are asked for at once: one that is missing does not cost the others.
     rest = {corner: px for corner, px in whole.items() if not touches(corner, SPEC)}
     assert tiles_of(path, SPEC, damaged="drop") == rest
 
@@ -181,7 +180,7 @@ def test_what_is_dropped_is_counted_in_the_provenance_and_the_plan(tmp_path: Pat
     encoder = ColourEncoder()
     whole = extract_features(path, model=encoder, tissue=None)
     path.write_bytes(data.replace(tile, tile[: len(tile) // 2] + bytes(len(tile) - len(tile) // 2)))
-    with pytest.raises(DamagedSlideError, match="tile 1 .* of level 1 is damaged"):
+    with pytest.raises(DamagedSlideError, match=r"tile 1 .* of level 1 is damaged"):
         extract_features(path, model=encoder, tissue=None)
     with pytest.warns(XmagWarning, match=r"6 of 16 tiles of 'a\.svs' are damaged and left"):
         bag = extract_features(path, model=encoder, tissue=None, damaged="drop")
@@ -217,7 +216,7 @@ def test_a_slide_without_an_undamaged_tile_is_an_error_with_either_policy(tmp_pa
     path = tmp_path / "a.tif"
     write_tiff(path, size=(500, 500), levels=(1,), tile=(512, 512), mpp=1.0)
     damage(path, WAYS["cut in the middle"], tile=0)
-    with pytest.raises(DamagedSlideError, match="all 16 tiles of a.tif are damaged"):
+    with pytest.raises(DamagedSlideError, match=r"all 16 tiles of a\.tif are damaged"):
         extract_features(path, model=ColourEncoder(), tissue=None, damaged="drop")
 
 

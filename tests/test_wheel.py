@@ -31,7 +31,8 @@ def test_the_package_and_nothing_else_is_fine(tmp_path: Path) -> None:
     "extra",
     [
         "tests/test_wheel.py", "xmag/slide/.env", "xmag/notes.txt", "xmag/slide/a.svs",
-        "xmag-0.1.0.data/scripts/run.sh", "evil.pth", "xmag/../evil.py", "xmag/hub/other.safetensors",
+        "xmag-0.1.0.data/scripts/run.sh", "evil.pth", "xmag/../evil.py",
+        "xmag/hub/other.safetensors",
     ],
 )  # fmt: skip
 def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> None:

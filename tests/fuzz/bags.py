@@ -12,8 +12,8 @@ from typing import Any
 import h5py
 import numpy as np
 import safetensors.numpy
-from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 
+from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 from xmag.bag import FeatureBag
 from xmag.bag.formats import Content, encode_h5, encode_safetensors
 from xmag.geometry import TileGeometry
@@ -23,10 +23,28 @@ FINE = "loaded"
 THEIR_PRINTS = r"(?!)"
 THEIR_WARNINGS: tuple[type[Warning], ...] = ()
 _ANY = (flipped, filled, cut, moved, tail, nothing)
-_NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 65_535, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, (1 << 63) - 1, (1 << 64) - 1)  # fmt: skip
+_NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    65_535,
+    1 << 20,
+    (1 << 31) - 1,
+    (1 << 32) - 1,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
 _TEXTS = (
-    "", "{}", "[]", "null", "NaN", "1e999", "[" * 100_000, '{"a":' * 50_000, '"\\ud800"', "\0", "é" * 70_000,
-    '{"fingerprint": {}, "record": {}}', '{"fingerprint": [], "record": 1}', "xmag.FeatureBag", "1", "2",
+    "", "{}", "[]", "null", "NaN", "1e999", "[" * 100_000, '{"a":' * 50_000, '"\\ud800"', "\0",
+    "é" * 70_000,
+    '{"fingerprint": {}, "record": {}}', '{"fingerprint": [], "record": 1}', "xmag.FeatureBag",
+    "1", "2",
     "99999999999999999999999", "-1", "²", '{"size_px": 224}',
 )  # fmt: skip
 
@@ -58,7 +76,9 @@ def seeds() -> dict[str, bytes]:
     ):
         buffer = io.BytesIO()
         with h5py.File(buffer, "w") as file:
-            file.create_dataset("features", data=features[None] if name == "clam.h5" else features, **options)  # fmt: skip
+            file.create_dataset(
+                "features", data=features[None] if name == "clam.h5" else features, **options
+            )
             file.create_dataset("coords", data=coords)
             file["coords"].attrs["patch_size"] = 224
         found[name] = buffer.getvalue()
@@ -67,7 +87,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def _content(bag: FeatureBag, name: str) -> Any:
-    from xmag.bag import _content as content  # noqa: PLC2701 (what `save` writes, as bytes)
+    from xmag.bag import _content as content
 
     return content(bag, name)
 
@@ -92,7 +112,20 @@ def outcome(path: Path) -> str:
     return "loaded"
 
 
-_SIGNATURES = (b"OHDR", b"OCHK", b"TREE", b"HEAP", b"SNOD", b"BTHD", b"FRHP", b"FHDB", b"GCOL", b"FSSE", b"FADB", b"FAHD")  # fmt: skip
+_SIGNATURES = (
+    b"OHDR",
+    b"OCHK",
+    b"TREE",
+    b"HEAP",
+    b"SNOD",
+    b"BTHD",
+    b"FRHP",
+    b"FHDB",
+    b"GCOL",
+    b"FSSE",
+    b"FADB",
+    b"FAHD",
+)
 
 
 def _damaged_h5(data: bytes, rng: Random) -> bytes:
@@ -152,17 +185,17 @@ def _lookup3(key: bytes) -> int:
         x, y, z = struct.unpack_from("<III", key, at)
         a, b, c = (a + x) & mask, (b + y) & mask, (c + z) & mask
         a = ((a - c) & mask) ^ rot(c, 4)
-        c = (c + b) & mask  # noqa: E702
+        c = (c + b) & mask
         b = ((b - a) & mask) ^ rot(a, 6)
-        a = (a + c) & mask  # noqa: E702
+        a = (a + c) & mask
         c = ((c - b) & mask) ^ rot(b, 8)
-        b = (b + a) & mask  # noqa: E702
+        b = (b + a) & mask
         a = ((a - c) & mask) ^ rot(c, 16)
-        c = (c + b) & mask  # noqa: E702
+        c = (c + b) & mask
         b = ((b - a) & mask) ^ rot(a, 19)
-        a = (a + c) & mask  # noqa: E702
+        a = (a + c) & mask
         c = ((c - b) & mask) ^ rot(b, 4)
-        b = (b + a) & mask  # noqa: E702
+        b = (b + a) & mask
         at, length = at + 12, length - 12
     if length:
         x, y, z = struct.unpack("<III", key[at:].ljust(12, b"\0"))
@@ -194,13 +227,32 @@ def damaged_safetensors_header(data: bytes, rng: Random) -> bytes:
     entry = header[rng.choice(names)]
     match rng.randrange(6):
         case 0:
-            entry["shape"] = rng.choice(([], [0], [1 << 40, 1 << 40], [-1, 2], [2.5], entry["shape"][::-1], [1] * 99))  # fmt: skip
+            entry["shape"] = rng.choice(
+                ([], [0], [1 << 40, 1 << 40], [-1, 2], [2.5], entry["shape"][::-1], [1] * 99)
+            )
         case 1:
-            entry["dtype"] = rng.choice(("F64", "BF16", "F16", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U64", "F4", "X", ""))  # fmt: skip
+            entry["dtype"] = rng.choice(
+                (
+                    "F64",
+                    "BF16",
+                    "F16",
+                    "I8",
+                    "BOOL",
+                    "F8_E4M3",
+                    "F8_E5M2",
+                    "C64",
+                    "U64",
+                    "F4",
+                    "X",
+                    "",
+                )
+            )
         case 2:
             entry["data_offsets"] = rng.choice(([0, 0], [0, 1 << 62], [9, 3], [-4, 8], [0], [0, 8]))
         case 3:
-            header["__metadata__"] = rng.choice((None, [], {"format": 1}, {"a": "b" * 999}, {"format": "xmag.FeatureBag"}))  # fmt: skip
+            header["__metadata__"] = rng.choice(
+                (None, [], {"format": 1}, {"a": "b" * 999}, {"format": "xmag.FeatureBag"})
+            )
         case 4:
             del header[rng.choice(names)]
         case _:
@@ -217,16 +269,19 @@ def _hostile(name: str, rng: Random) -> bytes:
 def _hostile_arrays(rng: Random) -> tuple[Any, Any]:
     features = rng.choice(
         (
-            np.zeros((3, 4), np.float32), np.full((3, 4), np.nan, np.float32), np.zeros((0, 4), np.float32),
+            np.zeros((3, 4), np.float32), np.full((3, 4), np.nan, np.float32),
+            np.zeros((0, 4), np.float32),
             np.zeros((3, 4), np.float64), np.full((3, 4), 1e300), np.zeros(3, np.float32),
-            np.zeros((2, 3, 4), np.float32), np.zeros((1, 3, 4), np.float32), np.zeros((), np.float32),
+            np.zeros((2, 3, 4), np.float32), np.zeros((1, 3, 4), np.float32),
+            np.zeros((), np.float32),
             np.zeros((3, 4), np.int8), np.zeros((3, 4), np.bool_), np.zeros((3, 4), np.float16),
             np.zeros((3, 4), np.uint64) + (1 << 63), np.zeros((3, 0), np.float32),
         )
     )  # fmt: skip
     coords = rng.choice(
         (
-            np.zeros((3, 2), np.int64), np.zeros((0, 2), np.int64), np.full((3, 2), 0.5), np.zeros((3, 3)),
+            np.zeros((3, 2), np.int64), np.zeros((0, 2), np.int64), np.full((3, 2), 0.5),
+            np.zeros((3, 3)),
             np.full((3, 2), 1e30), np.zeros((1, 3, 2), np.int32), np.zeros((3, 2), np.uint64) - 1,
         )
     )  # fmt: skip
@@ -274,7 +329,13 @@ def _hostile_h5(rng: Random) -> bytes:
         if kind == 0:  # a whole dataset of the fill value in chunks that do not exist
             file.create_dataset("features", shape=shape, chunks=(1, 4), dtype="f4")
         elif kind == 1:
-            file.create_dataset("features", shape=(1 << 16, 1 << 10), chunks=(1 << 16, 1 << 10), dtype="u1", compression="gzip")  # fmt: skip
+            file.create_dataset(
+                "features",
+                shape=(1 << 16, 1 << 10),
+                chunks=(1 << 16, 1 << 10),
+                dtype="u1",
+                compression="gzip",
+            )
             file["features"].id.write_direct_chunk((0, 0), b"\x78\xda" + bytes(300))
         elif kind == 2:
             file.create_dataset(
@@ -285,9 +346,15 @@ def _hostile_h5(rng: Random) -> bytes:
             layout[:] = h5py.VirtualSource("/tmp/other.h5", "x", shape=(3, 4))
             file.create_virtual_dataset("features", layout)
         elif kind == 4:
-            file["features"] = rng.choice((h5py.ExternalLink("/tmp/other.h5", "/x"), h5py.SoftLink("/features")))  # fmt: skip
+            file["features"] = rng.choice(
+                (h5py.ExternalLink("/tmp/other.h5", "/x"), h5py.SoftLink("/features"))
+            )
         elif kind == 5:
-            file.create_dataset("features", data=np.array(["a", "b"] * 3, dtype=object).reshape(3, 2), dtype=h5py.string_dtype())  # fmt: skip
+            file.create_dataset(
+                "features",
+                data=np.array(["a", "b"] * 3, dtype=object).reshape(3, 2),
+                dtype=h5py.string_dtype(),
+            )
         elif kind == 6:
             file.create_dataset(
                 "features", data=np.zeros((3, 2), np.dtype([("a", "f4"), ("b", "i8")]))

@@ -15,10 +15,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from fuzz.bags import damaged_safetensors_header
-from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 from support.models import TINY, random_state
 
+from fuzz.bags import damaged_safetensors_header
+from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 from xmag.encoder import load_model
 from xmag.hub.registry import SCHEMA, ModelConfig
 from xmag.mil import MILClassifier
@@ -33,16 +33,20 @@ _MOST_PX = 560
 _ANY = (flipped, filled, cut, moved, tail, nothing)
 _MARKER = "executed-by-a-pickle"
 _VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 1, 2, 3, 14, 1 << 20, 1 << 40, 1 << 70, 0.5, 1e308, -1e-9, float("nan"), float("inf"),
-    "", "gelu", "abmil", "mean", "12", [], [1], [1, 2, 3], [[0] * 9] * 9, {}, {"a": 1}, {"name": "abmil", "options": {}},
+    None, True, 0, -1, 1, 2, 3, 14, 1 << 20, 1 << 40, 1 << 70, 0.5, 1e308, -1e-9, float("nan"),
+    float("inf"),
+    "", "gelu", "abmil", "mean", "12", [], [1], [1, 2, 3], [[0] * 9] * 9, {}, {"a": 1},
+    {"name": "abmil", "options": {}},
 )  # fmt: skip
 _GLOBALS = (
     b"torch._utils\n_rebuild_parameter", b"torch\nTensor", b"torch\nSize", b"torch\ndevice",
     b"torch._utils\n_rebuild_sparse_tensor", b"torch._utils\n_rebuild_meta_tensor_no_storage",
-    b"torch._utils\n_rebuild_qtensor", b"torch._tensor\n_rebuild_from_type_v2", b"collections\nCounter",
+    b"torch._utils\n_rebuild_qtensor", b"torch._tensor\n_rebuild_from_type_v2",
+    b"collections\nCounter",
     b"os\nsystem", b"builtins\neval", b"builtins\nexec", b"posix\nsystem", b"subprocess\nPopen",
     b"torch\nload", b"numpy\nload", b"torch.storage\n_load_from_bytes", b"_codecs\nencode",
-    b"torch\nDoubleStorage", b"torch\nBFloat16Storage", b"torch.nn.parameter\nParameter", b"\n", b"x",
+    b"torch\nDoubleStorage", b"torch\nBFloat16Storage", b"torch.nn.parameter\nParameter", b"\n",
+    b"x",
 )  # fmt: skip
 
 
@@ -66,7 +70,8 @@ def seeds() -> dict[str, bytes]:
         torch.manual_seed(0)
         module = aggregator("abmil", in_dim=8, classes=2)
     saved = Saved(
-        state=module.state_dict(), config=aggregator_config(module), kind="abmil", classes=["a", "b"],
+        state=module.state_dict(), config=aggregator_config(module), kind="abmil",
+        classes=["a", "b"],
         in_dim=8, params={"epochs": 2, "lr": 1e-3, "random_state": 0}, class_prior=[0.5, 0.5],
         fingerprint={"weights_sha256": "0" * 64},
         history=[{"epoch": 0, "train_loss": 0.7, "validation_loss": None}], best_epoch=0,
@@ -185,9 +190,15 @@ def _damaged_pickle(data: bytes, rng: Random) -> bytes:
         pass  # a file of torch's older format is several pickles, and bytes that are none
     kind = rng.choice(("int", "int", "global", "opcode", "bytes"))
     if kind == "int":
-        ints = [(at, size) for name, size in (("BININT1", 1), ("BININT2", 2), ("BININT", 4)) for at, _ in places.get(name, ())]  # fmt: skip
+        ints = [
+            (at, size)
+            for name, size in (("BININT1", 1), ("BININT2", 2), ("BININT", 4))
+            for at, _ in places.get(name, ())
+        ]
         for at, size in rng.sample(ints, min(len(ints), rng.choice((1, 2)))):
-            out[at + 1 : at + 1 + size] = rng.choice((bytes(size), b"\xff" * size, b"\xff" * (size - 1) + b"\x7f", rng.randbytes(size)))  # fmt: skip
+            out[at + 1 : at + 1 + size] = rng.choice(
+                (bytes(size), b"\xff" * size, b"\xff" * (size - 1) + b"\x7f", rng.randbytes(size))
+            )
     elif kind == "global" and places.get("GLOBAL"):
         at, argument = rng.choice(places["GLOBAL"])
         out[at + 1 : at + 1 + len(argument)] = rng.choice(_GLOBALS)
@@ -213,7 +224,11 @@ def _malicious(rng: Random) -> bytes:
         case 0:
             return pickle.dumps(content, protocol=rng.choice((0, 2, 4)))
         case 1:
-            return pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps(content, 2)  # fmt: skip
+            return (
+                pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+                + pickle.dumps(1001, 2)
+                + pickle.dumps(content, 2)
+            )
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=rng.random() < 0.7)
     return buffer.getvalue()

@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+
 from fuzz import bags, checkpoints, slides
 from fuzz.streams import packed_bombs
 from fuzz.structure import SIZES, chunks_of
@@ -46,7 +47,9 @@ def _fine(word: str, fine: str) -> str:
 Change = Callable[[bytes], bytes]
 
 
-def _tag(code: int, *, kind: int | None = None, count: int | None = None, value: int | None = None) -> Change:  # fmt: skip
+def _tag(
+    code: int, *, kind: int | None = None, count: int | None = None, value: int | None = None
+) -> Change:
     """Another type, count or (where it lies in the tag itself) value of a tag of the first page."""
 
     def change(data: bytes) -> bytes:
@@ -124,7 +127,10 @@ def _many_scans(stream: bytes) -> bytes:
 def _png_with(*chunks: tuple[bytes, bytes]) -> Change:
     def change(data: bytes) -> bytes:
         packed = b"".join(
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))  # fmt: skip
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
             for kind, content in chunks
         )
         return data[:33] + packed + data[33:]
@@ -241,18 +247,38 @@ CASES: dict[str, tuple[str, Change]] = {
     "tiles nested for ever": ("a.safetensors", _bag({"tiles": "[" * 100_000})),
     "provenance nested for ever": ("a.safetensors", _bag({"provenance": '{"a":' * 50_000})),
     "features in another file": ("a.h5", _h5(_virtual)),
-    "features that are not HDF5": ("a.h5", _h5(lambda f: f.create_dataset("features", (8, 4), "f4", external=[("/etc/passwd", 0, 128)]))),
-    "a link to another file": ("a.h5", _h5(lambda f: f.__setitem__("features", h5py.ExternalLink("/tmp/b.h5", "/x")))),
-    "features that are texts": ("a.h5", _h5(lambda f: f.create_dataset("features", data=["a", "b"], dtype=h5py.string_dtype()))),
-    "features of an EB": ("a.h5", _h5(lambda f: f.create_dataset("features", (1 << 40, 1 << 18), "f4", chunks=(1, 4)))),
+    "features that are not HDF5": (
+        "a.h5",
+        _h5(
+            lambda f: f.create_dataset("features", (8, 4), "f4", external=[("/etc/passwd", 0, 128)])
+        ),
+    ),
+    "a link to another file": (
+        "a.h5",
+        _h5(lambda f: f.__setitem__("features", h5py.ExternalLink("/tmp/b.h5", "/x"))),
+    ),
+    "features that are texts": (
+        "a.h5",
+        _h5(lambda f: f.create_dataset("features", data=["a", "b"], dtype=h5py.string_dtype())),
+    ),
+    "features of an EB": (
+        "a.h5",
+        _h5(lambda f: f.create_dataset("features", (1 << 40, 1 << 18), "f4", chunks=(1, 4))),
+    ),
     "features that unpack to a GB": ("a.h5", _h5(_bomb)),
     "a mean that is a text": ("config.json", _json(mean=["a", "b", "c"])),
     "a deviation of NaN": ("config.json", _json(std=[float("nan")] * 3)),
     "a configuration nested for ever": ("config.json", lambda _: b"[" * 100_000),
-    "a tensor rebuilt as a parameter": ("model.pth", _pickle(_REBUILD, b"ctorch._utils\n_rebuild_parameter\n")),
+    "a tensor rebuilt as a parameter": (
+        "model.pth",
+        _pickle(_REBUILD, b"ctorch._utils\n_rebuild_parameter\n"),
+    ),
     "a tensor rebuilt as a counter": ("model.pth", _pickle(_REBUILD, b"ccollections\nCounter\n")),
-    "a storage that is no type": ("model.pth", _pickle(b"ctorch\nFloatStorage\n", b"ccollections\nCounter\n")),
+    "a storage that is no type": (
+        "model.pth",
+        _pickle(b"ctorch\nFloatStorage\n", b"ccollections\nCounter\n"),
+    ),
     "weights that unpack to 64 MB": ("model.pth", _zip(_inflate, zipfile.ZIP_DEFLATED)),
     "a text of 4 GB": ("legacy.pt", lambda _: b"\x80\x02X\xff\xff\xff\xffabc"),
-}  # fmt: skip
+}
 """By what is wrong: the file that it is wrong with, and how it is made so."""

@@ -6,7 +6,6 @@ from random import Random
 
 from fuzz.streams import damaged_stream
 from fuzz.tiffs import damaged_tiff
-
 from xmag.errors import InputError, XmagError
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles

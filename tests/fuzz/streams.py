@@ -7,11 +7,33 @@ from functools import cache
 from random import Random
 
 import imagecodecs
+
 from fuzz.structure import jpeg2000_segments, jpeg_segments, png_chunks
 
 SIDES = (0, 1, 2, 7, 8, 16, 127, 128, 129, 240, 255, 256, 4096, 30_000, 65_500, 65_535)
 _JPEG_MARKERS = (*range(0xC0, 0xD0), *range(0xD8, 0xE1), 0xED, 0xEE, 0xFE, 0x01, 0x00)
-_J2K_MARKERS = (0x4F, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x90, 0x91, 0x92, 0x93, 0xD9)  # fmt: skip
+_J2K_MARKERS = (
+    0x4F,
+    0x51,
+    0x52,
+    0x53,
+    0x55,
+    0x57,
+    0x58,
+    0x5C,
+    0x5D,
+    0x5E,
+    0x5F,
+    0x60,
+    0x61,
+    0x63,
+    0x64,
+    0x90,
+    0x91,
+    0x92,
+    0x93,
+    0xD9,
+)
 Damage = Callable[[bytes, Random], bytes]
 
 
@@ -66,7 +88,9 @@ def tail(stream: bytes, rng: Random) -> bytes:
 
 def nothing(stream: bytes, rng: Random) -> bytes:
     """Hardly anything is left."""
-    return rng.choice((b"", b"\0", stream[:2], stream[:3], stream[:4], b"\xff" * 9, rng.randbytes(99)))  # fmt: skip
+    return rng.choice(
+        (b"", b"\0", stream[:2], stream[:3], stream[:4], b"\xff" * 9, rng.randbytes(99))
+    )
 
 
 def bomb(_: bytes, rng: Random) -> bytes:
@@ -230,7 +254,7 @@ def _png_header(stream: bytes, rng: Random) -> bytes:
 
 def _png_chunk(stream: bytes, rng: Random) -> bytes:
     """A chunk is gone, doubled, of another type or has other content; its checksum is right."""
-    kind, start, end = rng.choice(list(png_chunks(stream)))
+    _, start, end = rng.choice(list(png_chunks(stream)))
     chunk = bytearray(stream[start:end])
     match rng.randrange(4):
         case 0:

@@ -1,10 +1,27 @@
-"""Where things lie in a TIFF and in the streams of its tiles: what structured damage starts from."""
+"""Where things lie in a TIFF and in the streams of its tiles: where structured damage starts."""
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # fmt: skip
+SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 """Bytes of a value of each TIFF type."""
 
 _OFFSETS, _COUNTS = (324, 273), (325, 279)

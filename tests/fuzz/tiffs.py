@@ -16,26 +16,67 @@ _CODES = (
 )  # fmt: skip
 """Tags that xmag or tifffile look at."""
 _NUMBERS = (
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 64, 127, 128, 240, 255, 256, 4_095, 4_096, 32_767, 50_000, 65_500,
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 64, 127, 128, 240, 255, 256, 4_095, 4_096, 32_767, 50_000,
+    65_500,
     65_535, 65_536, 100_000, 1 << 20, (1 << 24) + 1, 1 << 26, 1 << 28, (1 << 31) - 1, 1 << 31,
     (1 << 32) - 1, 1 << 33, 1 << 40, (1 << 62) + 3, (1 << 63) - 1, (1 << 64) - 1,
 )  # fmt: skip
-_COMPRESSIONS = (0, 1, 2, 5, 6, 7, 8, 32_773, 32_946, 33_003, 33_005, 33_007, 34_712, 34_892, 50_000, 50_001, 50_002, 65_000)  # fmt: skip
+_COMPRESSIONS = (
+    0,
+    1,
+    2,
+    5,
+    6,
+    7,
+    8,
+    32_773,
+    32_946,
+    33_003,
+    33_005,
+    33_007,
+    34_712,
+    34_892,
+    50_000,
+    50_001,
+    50_002,
+    65_000,
+)
 _TEXT_TAGS = (270, 305, 700, 271, 272)
-_TEXT_NUMBERS = ("0", "-1", "1", "1e999", "nan", "inf", "-0.0", "99999999999999999999", "1.5", "", "0x10", "½", "2147483648", "1e-320")  # fmt: skip
+_TEXT_NUMBERS = (
+    "0",
+    "-1",
+    "1",
+    "1e999",
+    "nan",
+    "inf",
+    "-0.0",
+    "99999999999999999999",
+    "1.5",
+    "",
+    "0x10",
+    "½",
+    "2147483648",
+    "1e-320",
+)
+_ENTITIES_OF_ENTITIES = (
+    '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb">'
+    + "".join(f'<!ENTITY {chr(99 + i)} "{("&" + chr(98 + i) + ";") * 10}">' for i in range(9))
+    + "]><OME>&k;</OME>"
+)
 _VENDOR_TEXTS = (
-    "Aperio Image Library v11\r\n1x1|AppMag = 0|MPP = nan", "Aperio", "ImageJ=1.0\nimages=9999999\n",
+    "Aperio Image Library v11\r\n1x1|AppMag = 0|MPP = nan", "Aperio",
+    "ImageJ=1.0\nimages=9999999\n",
     '{"shape": [1, 2, 99999999]}', "<OME></OME>", "<OME><Image/></OME>", "level=0", "<scn/>",
     '<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection/></scn>',
     "DPUfsImport", "<DataObject ObjectType='DPUfsImport'/>", "SCANIMAGE.SI={}", "<MetaData/>",
-    '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb">' + "".join(f'<!ENTITY {chr(99 + i)} "{("&" + chr(98 + i) + ";") * 10}">' for i in range(9)) + "]><OME>&k;</OME>",
+    _ENTITIES_OF_ENTITIES,
     "<OME>" + "<Image>" * 5_000 + "</Image>" * 5_000 + "</OME>", "\0\0\0", "é" * 70_000,
     '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><OME>&x;</OME>',
 )  # fmt: skip
 
 
 class Editor:
-    """A file under way to being damaged. What is appended leaves all mapped places where they are."""
+    """A file on its way to being damaged. What is appended leaves all mapped places as they are."""
 
     def __init__(self, data: bytes) -> None:
         self.pristine = data

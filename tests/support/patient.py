@@ -29,7 +29,9 @@ def plant(data: bytes) -> bytes:
             if entry.code in (270, 700):
                 editor.repoint(entry, _with_secret(data, entry))
     present = {entry.code for entry in editor.map.directories[0].entries}
-    _add_tags(editor, {code: SECRET.encode() + b"\0" for code in _EXTRA_TAGS if code not in present})
+    _add_tags(
+        editor, {code: SECRET.encode() + b"\0" for code in _EXTRA_TAGS if code not in present}
+    )
     return bytes(editor.data)
 
 

@@ -56,7 +56,11 @@ def _lost(provenance: Provenance, settings: Settings) -> list[str]:
     It is no part of the fingerprint: such a bag may be mixed with others, but is not all there is.
     """
     lost = provenance.record.get("tiles", {}).get("damaged", 0)
-    return [f"damaged: {lost} tiles dropped there, none here"] if lost and settings.damaged == "error" else []  # fmt: skip
+    return (
+        [f"damaged: {lost} tiles dropped there, none here"]
+        if lost and settings.damaged == "error"
+        else []
+    )
 
 
 def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | None:

@@ -169,9 +169,7 @@ class _Worker:
                 return None
             return self._send_tiles(slide, plan, job)
 
-    def _send_tiles(
-        self, slide: Slide, plan: TilePlan, job: DecodeJob
-    ) -> NDArray[np.bool_] | None:
+    def _send_tiles(self, slide: Slide, plan: TilePlan, job: DecodeJob) -> NDArray[np.bool_] | None:
         lost = np.ones(len(plan), np.bool_)
         batches = read_rows(
             slide,
