@@ -126,17 +126,17 @@ def test_outputs_of_another_version_spec_precision_or_transform_are_told_apart(
     exact, half = ColourEncoder(spec=TileSpec(size_px=56, mpp_tolerance=0)), ColourEncoder()
     half.dtype = "torch.float16"
     for options, message in (
-        ({"model": exact}, r"tile_spec\.mpp_tolerance: 0 there, 0\.05 here"),
+        ({"model": exact}, r"tile_spec\.mpp_tolerance: 0\.05 there, 0 here"),
         ({"model": ColourEncoder(spec=TileSpec(mpp=1.0, size_px=56))}, r"tile_spec\.mpp"),
-        ({"model": half}, "dtype_class: 'half' there, 'fp32' here"),
+        ({"model": half}, "dtype_class: 'fp32' there, 'half' here"),
         ({"transform": np.flip}, "transform: .*flip"),
-        ({"min_tissue": 0.5}, r"plan\.min_tissue"),
         ({"tissue": "auto"}, r"plan\.tissue"),
+        ({"tissue": "auto", "min_tissue": 0.5}, r"plan\.min_tissue: None there, 0\.5 here"),
     ):
         with pytest.raises(MismatchError, match=message):
             run(folder, out, **options)
     monkeypatch.setattr(provenance, "PREPROCESSING_VERSION", 99)
-    with pytest.raises(MismatchError, match="preprocessing_version: 99 there, 1 here"):
+    with pytest.raises(MismatchError, match="preprocessing_version: 1 there, 99 here"):
         run(folder, out)
     assert {row.status for row in run(folder, out, on_mismatch="redo")} == {"done"}
 

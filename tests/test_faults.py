@@ -61,8 +61,15 @@ def rows_in(out):
         return {row["slide"]: row for row in csv.DictReader(file)}
 
 
+def wait_for_output(out):
+    until = time.monotonic() + 20
+    while not list(out.glob("*.h5")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 class Doing(ColourEncoder):
-    """Does something before it embeds the nth batch."""
+    """Does something before it embeds the nth batch, and is slow from then on."""
 
     def __init__(self, action, *, before):
         super().__init__()
@@ -72,6 +79,8 @@ class Doing(ColourEncoder):
         self.calls += 1
         if self.calls == self.before:
             self.action()
+        elif self.calls > self.before:
+            time.sleep(0.2)
         return super().embed(tiles)
 
 
@@ -111,6 +120,7 @@ def test_a_full_disk_stops_the_cohort_and_leaves_whole_files(slides, disk, proce
     filler = disk / "filler"
 
     def fill():
+        wait_for_output(out)
         with filler.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(b"x" * 4096)
@@ -136,6 +146,7 @@ def test_a_share_that_goes_away_stops_the_cohort_and_is_not_written_beside(
     out, away = tmp_path / "out", tmp_path / "away"
 
     def unmount():
+        wait_for_output(out)
         out.rename(away)
         out.mkdir()  # the empty mount point
 
@@ -154,7 +165,11 @@ def open_to_all():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        for above in (*folder.parents, *Path(__file__).parents, *Path(sys.executable).parents):
+        for above in (
+            *folder.parents,
+            *Path(__file__).parents,
+            *Path(sys.executable).resolve().parents,
+        ):
             if above.stat().st_mode & 0o005 != 0o005:
                 pytest.skip(f"others may not look into {above}")
         yield folder

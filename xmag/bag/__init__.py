@@ -96,8 +96,7 @@ class FeatureBag:
         The file is read back and compared before it gets its name; the same bag gives the same
         bytes. Raises InputError for another suffix and OutputError where it cannot be written.
         """
-        encode, decode = _codec(path)
-        _write(path, encode(_content(self, path)), lambda temp: _same(self, _bag(decode(temp))))
+        save_bag(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FeatureBag":
@@ -176,8 +175,26 @@ def _codec(
     return _CODECS[suffix]
 
 
-def _write(path: str | os.PathLike[str], data: bytes, holds: Callable[[Path], bool]) -> None:
+def save_bag(
+    bag: FeatureBag,
+    path: str | os.PathLike[str],
+    *,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Save a bag; `check` is called just before the file gets its name, and may raise instead."""
+    encode, decode = _codec(path)
+    data = encode(_content(bag, path))
+    _write(path, data, lambda temp: _same(bag, _bag(decode(temp))), check)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    data: bytes,
+    holds: Callable[[Path], bool],
+    check: Callable[[], object] = lambda: None,
+) -> None:
     def validate(temp: Path) -> None:
+        check()
         try:
             if holds(temp):
                 return

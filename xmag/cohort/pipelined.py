@@ -53,6 +53,9 @@ _SLOT_TILES = 64
 _SAVING_THREADS = 8
 """Saving a bag is mostly waiting for the disk to have it, and a disk takes several at once."""
 
+_MOST_SAVES = 2 * _SAVING_THREADS
+"""Bags that may wait to be saved: where the disk is what is slow, all else waits for it."""
+
 
 def in_processes(
     share: Share, settings: Settings, processes: int
@@ -70,12 +73,16 @@ def in_processes(
         ExitStack() as stack,
     ):
         pipeline = _Pipeline(share, settings, pool, saving, stack)
-        for jobs in share.rounds():
-            for event in pool.run(pipeline.to_decode(jobs)):
-                pipeline.take(event)
-                yield from pipeline.rows(wait=False)
-            pipeline.finish()
-            yield from pipeline.rows(wait=True)
+        try:
+            for jobs in share.rounds():
+                for event in pool.run(pipeline.to_decode(jobs)):
+                    pipeline.take(event)
+                    yield from pipeline.rows()
+                pipeline.finish()
+                yield from pipeline.rows(most_saves=0)
+        except KeyboardInterrupt:
+            yield from pipeline.rows_of_begun_saves()
+            raise
 
 
 @contextmanager
@@ -184,14 +191,21 @@ class _Pipeline:
         if self._stream is not None:
             self._collect(self._stream.finish())
 
-    def rows(self, *, wait: bool) -> Iterator[tuple[Job, CohortRow]]:
-        """The rows that are ready, or with `wait` all that are left."""
-        while self._saves and (wait or self._saves[0][1].done()):
+    def rows(self, *, most_saves: int = _MOST_SAVES) -> Iterator[tuple[Job, CohortRow]]:
+        """The rows that are ready; waits until at most so many bags are still to be saved."""
+        while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
             slide, save_of = self._saves.popleft()
             with self._costs_a_row(slide):
                 self._rows.append((slide.job, save_of.result()))
         while self._rows:
             yield self._rows.popleft()
+
+    def rows_of_begun_saves(self) -> Iterator[tuple[Job, CohortRow]]:
+        """The rows of what is saved, or nearly; no other bag is begun."""
+        begun = [(slide.job, save_of) for slide, save_of in self._saves if not save_of.cancel()]
+        for job, save_of in begun:
+            if save_of.exception() is None:
+                yield job, save_of.result()
 
     def _slide_of(self, event: Event) -> _UnderWay | None:
         """The slide of an event; None where it has failed on this side already."""

@@ -83,7 +83,7 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         if bag.provenance is None:
             differences = ["it has no provenance: another program wrote it"]
         else:
-            differences = bag.provenance.differences(expected) + _lost(bag.provenance, settings)
+            differences = expected.differences(bag.provenance) + _lost(bag.provenance, settings)
             if not differences:
                 return Found(len(bag), bag.provenance.record)
     if settings.on_mismatch == "redo":

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Generator
 
-from xmag.bag import FeatureBag
+from xmag.bag import FeatureBag, save_bag
 from xmag.cohort.failures import costs_a_row
 from xmag.cohort.jobs import Job
 from xmag.cohort.pictures import is_picture_missing, write_picture
@@ -36,7 +36,8 @@ def skipped_row(job: Job, found: Found) -> CohortRow:
 def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
     """Write a slide's bag where it belongs; the row of the slide."""
     share.check_folder()
-    bag.save(settings.out / job.output)
+    # Once more when it is written: a share may go away at any time.
+    save_bag(bag, settings.out / job.output, check=share.check_folder)
     status: Status = "done" if len(bag) else "empty"
     return CohortRow(
         slide=job.name,
