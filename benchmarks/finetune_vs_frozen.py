@@ -114,13 +114,24 @@ def embedded(encoder: Encoder, slides: list[TileStore]) -> list[np.ndarray]:
     return [encoder.embed(torch.from_numpy(np.array(s.tiles))).cpu().numpy() for s in slides]
 
 
-def frozen(encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """AUROC on the test slides of the best of the classifiers on frozen embeddings."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best of the runs of one side by validation loss: what it scores, and what it learnt."""
+
+    auroc: float
+    loss: float
+    rate: float
+    classifier: MILClassifier
+    seconds: float
+
+
+def frozen(encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int) -> Found:
+    """The best classifier on embeddings that stay as they are."""
     start = time.perf_counter()
     train, validation, test = (
         embedded(encoder, part) for part in (cohort.train, cohort.validation, cohort.test)
     )
-    best: tuple[float, float, float] | None = None
+    runs = []
     for rate in args.frozen_rates:
         classifier = MILClassifier(
             aggregator="abmil", lr=rate, epochs=args.frozen_epochs, device=encoder.device,
@@ -132,37 +143,42 @@ def frozen(encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int
                 validation, labels_of(cohort.validation), [s.name for s in cohort.validation]
             ),
         )  # fmt: skip
-        loss = min(row["validation_loss"] for row in classifier.history_)
-        score = auroc(cohort.test, classifier.predict_proba(test)[:, 1])
-        best = min(best or (math.inf, 0.0, 0.0), (loss, rate, score))
-    assert best is not None
-    return {"auroc": best[2], "rate": best[1], "s": time.perf_counter() - start}
+        runs.append(
+            Found(
+                auroc=auroc(cohort.test, classifier.predict_proba(test)[:, 1]),
+                loss=min(row["validation_loss"] for row in classifier.history_),
+                rate=rate, classifier=classifier, seconds=time.perf_counter() - start,
+            )
+        )  # fmt: skip
+    return replace(min(runs, key=lambda r: r.loss), seconds=time.perf_counter() - start)
 
 
 def end_to_end(
-    encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int
-) -> dict[str, Any]:
-    """AUROC on the test slides of the best of the fine-tuned encoders and classifiers."""
+    encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int, warm: MILClassifier
+) -> Found:
+    """The best fine-tuned encoder and classifier, the latter begun with what `warm` knows."""
     start = time.perf_counter()
-    best: tuple[float, float, float] | None = None
+    runs = []
     for rate in args.rates:
         settings = Settings(
-            epochs=args.epochs, patience=None, slides_per_step=4, chunk_tiles=args.chunk,
-            learning_rate=rate, classifier_learning_rate=5e-4, layer_decay=0.9, ema=0.9,
+            epochs=args.epochs, patience=None, slides_per_step=2, chunk_tiles=args.chunk,
+            learning_rate=rate, classifier_learning_rate=args.head_rate, layer_decay=0.9, ema=0.95,
         )  # fmt: skip
         result = finetune_slides(
-            cohort.train, labels_of(cohort.train), model=encoder, settings=settings,
-            validation=(cohort.validation, labels_of(cohort.validation)), random_state=seed,
-            progress=False,
+            cohort.train, labels_of(cohort.train), model=encoder, aggregator=warm.aggregator_,
+            settings=settings, validation=(cohort.validation, labels_of(cohort.validation)),
+            random_state=seed, progress=False,
         )  # fmt: skip
-        assert result.best_epoch is not None
-        loss = result.history[result.best_epoch].validation_loss
-        assert loss is not None
+        print([round(row.validation_loss or 0, 3) for row in result.history], flush=True)
         bags = embedded(result.encoder, cohort.test)
-        score = auroc(cohort.test, result.classifier.predict_proba(bags)[:, 1])
-        best = min(best or (math.inf, 0.0, 0.0), (loss, rate, score))
-    assert best is not None
-    return {"auroc": best[2], "rate": best[1], "s": time.perf_counter() - start}
+        runs.append(
+            Found(
+                auroc=auroc(cohort.test, result.classifier.predict_proba(bags)[:, 1]),
+                loss=min(row.validation_loss or 0.0 for row in result.history),
+                rate=rate, classifier=result.classifier, seconds=time.perf_counter() - start,
+            )
+        )  # fmt: skip
+    return replace(min(runs, key=lambda r: r.loss), seconds=time.perf_counter() - start)
 
 
 def task_of(args: argparse.Namespace, strength: float) -> Task:
@@ -183,11 +199,13 @@ def chosen_strength(
     encoder: Encoder, sizes: tuple[int, int, int], args: argparse.Namespace
 ) -> tuple[float, list[dict[str, float]]]:
     """The first strength at which the frozen encoder reaches the aim, and all that were tried."""
-    tried = []
+    tried: list[dict[str, float]] = []
+    if len(args.strengths) == 1:
+        return args.strengths[0], tried
     for strength in args.strengths:
         task = task_of(args, strength)
         found = [
-            frozen(encoder, Cohort.draw(task, sizes, seed, args.device), args, seed)["auroc"]
+            frozen(encoder, Cohort.draw(task, sizes, seed, args.device), args, seed).auroc
             for seed in range(10_000, 10_000 + args.pilots)
         ]
         tried.append({"strength": float(strength), "frozen AUROC": statistics.mean(found)})
@@ -222,6 +240,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--aim", type=float, default=0.7)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4])
     parser.add_argument("--frozen-rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--head-rate", type=float, default=3e-4, help="of the aggregator, tuned")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--frozen-epochs", type=int, default=40)
     parser.add_argument("--chunk", type=int, default=64)
@@ -242,15 +261,17 @@ def main() -> None:
     rows = []
     for seed in range(args.seeds):
         cohort = Cohort.draw(task, sizes, seed=seed, device=args.device)
-        fixed, trained = (f(encoder, cohort, args, seed) for f in (frozen, end_to_end))
+        fixed = frozen(encoder, cohort, args, seed)
+        trained = end_to_end(encoder, cohort, args, seed, fixed.classifier)
         rows.append(
             {
                 "seed": seed,
-                "frozen AUROC": fixed["auroc"],
-                "end to end AUROC": trained["auroc"],
-                "difference": trained["auroc"] - fixed["auroc"],
-                "frozen s": fixed["s"],
-                "end to end s": trained["s"],
+                "frozen AUROC": fixed.auroc,
+                "end to end AUROC": trained.auroc,
+                "difference": trained.auroc - fixed.auroc,
+                "rate": trained.rate,
+                "frozen s": fixed.seconds,
+                "end to end s": trained.seconds,
             }
         )
         print(rows[-1], flush=True)
