@@ -12,6 +12,9 @@ from xmag.errors import XmagWarning
 
 ALL_DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
+_OF_FIT = ", or validation=None, which trains for all epochs and keeps the last weights"
+"""A remedy that the command line does not have."""
+
 
 @contextmanager
 def console(*, verbose: bool) -> Iterator[None]:
@@ -45,6 +48,7 @@ def console(*, verbose: bool) -> Iterator[None]:
 def one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
     text = str(message).replace("on_mismatch='redo'", "--redo")
+    text = text.replace(_OF_FIT, "")
     text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
     return " ".join(text.split())
 

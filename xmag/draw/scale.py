@@ -40,7 +40,7 @@ def colours(percent: NDArray[np.float64]) -> NDArray[np.uint8]:
     at = np.asarray(percent, np.float64) / 100 * (len(_VIRIDIS) - 1)
     places = np.arange(len(_VIRIDIS))
     channels = [np.interp(at, places, channel) for channel in _VIRIDIS.T]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return np.asarray(np.rint(np.stack(channels, axis=-1)), np.uint8)
 
 
 def placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
