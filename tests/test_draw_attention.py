@@ -58,7 +58,7 @@ def test_percentiles_are_mean_ranks_like_those_of_scipy():
 
 def test_the_colours_are_viridis():
     viridis = matplotlib.colormaps["viridis"](np.linspace(0, 1, 101))[:, :3] * 255
-    assert np.abs(colours(np.linspace(0, 100, 101)) - viridis).max() < 2
+    assert np.abs(colours(np.linspace(0, 100, 101)) - viridis).max() < 5
 
 
 def test_each_tile_has_the_colour_of_its_rank_and_the_rest_is_grey():
