@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace) -> int:
     classifier.fit(table.features, table.labels, groups=table.patients)
     classifier.save(args.out)
     write(sys.stdout, f"trained   on {table.counts()}")
-    best = classifier.history_[classifier.best_epoch_ or 0]
+    best = next(row for row in classifier.history_ if row["epoch"] == classifier.best_epoch_)
     write(
         sys.stdout, f"kept      epoch {best['epoch']} of {len(classifier.history_)}: {_seen(best)}"
     )
