@@ -1,63 +1,36 @@
-"""Pictures of what was done to a slide: where tissue and tiles lie, what the embeddings see.
+"""Where tissue and tiles of a slide lie, and what their embeddings see.
 
-Every function returns an image and writes nothing. Colours are those of Okabe and Ito, which
+Colours are those of Okabe and Ito, which
 remain apart for colour-blind readers; kept and dropped tiles also differ in the line's weight.
 """
 
-import math
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.bag import FeatureBag
+from xmag.draw.frame import FAINT, Key, Rgb, box_of, framed
 from xmag.errors import BagError, InputError
 from xmag.plan import TilePlan
 from xmag.slide import Slide
 from xmag.tissue import TissueMask
 
-_RGB = tuple[int, int, int]
-_Box = tuple[int, int, int, int]
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-_TISSUE: _RGB = (230, 159, 0)
-_KEPT: _RGB = (0, 90, 160)
-_DROPPED: dict[str, tuple[str, _RGB]] = {
+_TISSUE: Rgb = (230, 159, 0)
+_KEPT: Rgb = (0, 90, 160)
+_DROPPED: dict[str, tuple[str, Rgb]] = {
     "tissue": ("too little tissue", (196, 196, 196)),
     "border": ("over the border", (213, 94, 0)),
     "roi": ("outside the region of interest", (204, 121, 167)),
 }
-_INK: _RGB = (34, 34, 34)
-_FAINT: _RGB = (105, 105, 105)
-
 _RGB_OF_XYZ = np.array(
     [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
 )
 """CIE XYZ (D65) to linear sRGB: IEC 61966-2-1."""
 
-_LEAST_WIDTH_PX = 560
-"""Narrower pictures are padded to this, so that what is written below them fits."""
 _SMALLEST_OUTLINED_PX = 5
 """Tiles that look smaller than this are tinted only: outlines would hide everything."""
 _SMALLEST_DROPPED_PX = 24
 """Cells that look smaller than this are drawn only where they are tiles."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Key:
-    """One entry of a legend: a square of this look, and what it means.
-
-    With a `second_fill`, that is the look of its right half.
-    """
-
-    text: str
-    line: _RGB
-    fill: _RGB | None = None
-    second_fill: _RGB | None = None
-    thick: bool = True
 
 
 def overlay(
@@ -79,8 +52,8 @@ def overlay(
     keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
     if tissue is not None:
         _draw_outline(picture, tissue, per_level0)
-        keys.insert(0, _Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
-    return _framed(picture, slide, keys)
+        keys.insert(0, Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
+    return framed(picture, slide, keys)
 
 
 def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
@@ -109,21 +82,23 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     draw = ImageDraw.Draw(painted)
     per_level0 = picture.width / slide.dimensions[0]
     for corner, colour in zip(bag.coords, _component_colours(scores), strict=True):
-        draw.rectangle(_box(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist()))
+        draw.rectangle(
+            box_of(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist())
+        )
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
         ends = np.zeros((2, 3))
         ends[:, component] = -1, 1
         low, high = (tuple(c) for c in _component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
-        keys.append(_Key(text=text, line=_FAINT, fill=low, second_fill=high, thick=False))
-    return _framed(Image.blend(picture, painted, 0.7), slide, keys)
+        keys.append(Key(text=text, line=FAINT, fill=low, second_fill=high, thick=False))
+    return framed(Image.blend(picture, painted, 0.7), slide, keys)
 
 
-def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[_Key]:
+def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[Key]:
     """Draws the cells of the grid onto the picture; returns their legend."""
     side = plan.tiles.size_level0
-    kept = [_box(corner, side, per_level0) for corner in plan.coords]
+    kept = [box_of(corner, side, per_level0) for corner in plan.coords]
     tint = picture.copy()
     for box in kept:
         ImageDraw.Draw(tint).rectangle(box, fill=_KEPT)
@@ -136,14 +111,14 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
             continue
         text, line = _DROPPED[reason]
         for corner in corners if side_px >= _SMALLEST_DROPPED_PX else ():
-            draw.rectangle(_box(corner, side, per_level0), outline=line)
-        keys.append(_Key(text=f"{len(corners):,} {text}", line=line, thick=False))
+            draw.rectangle(box_of(corner, side, per_level0), outline=line)
+        keys.append(Key(text=f"{len(corners):,} {text}", line=line, thick=False))
     weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
     for box in kept if side_px >= _SMALLEST_OUTLINED_PX else ():
         draw.rectangle(box, outline=_KEPT, width=weight)
     fill = (215, 225, 240)
     tiles = "tile" if len(plan) == 1 else "tiles"
-    return [_Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
+    return [Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
 
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
@@ -157,14 +132,6 @@ def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -
     weight = max(1, round(max(picture.size) / 530))
     inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
     picture.paste(_TISSUE, (0, 0), ImageChops.subtract(mask, inner))
-
-
-def _box(corner: NDArray[np.int64], side: int, per_level0: float) -> _Box:
-    """The first and last px (left, top, right, bottom) of a tile on the picture."""
-    x, y = (int(v) for v in corner)
-    left, top = round(x * per_level0), round(y * per_level0)
-    right, bottom = round((x + side) * per_level0) - 1, round((y + side) * per_level0) - 1
-    return left, top, max(left, right), max(top, bottom)
 
 
 def _principal_components(
@@ -198,108 +165,3 @@ def _component_colours(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
     linear = linear.clip(0, 1)
     srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     return np.asarray(np.rint(srgb * 255), np.uint8)
-
-
-def _framed(picture: Image.Image, slide: Slide, keys: Sequence[_Key]) -> Image.Image:
-    """The picture above a strip with the slide's name and scale, a scale bar and the legend."""
-    width = max(picture.width, _LEAST_WIDTH_PX)
-    text_px = max(13, round(width / 80))
-    font = ImageFont.load_default(text_px)
-    margin, line_px = text_px, round(1.9 * text_px)
-    scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
-    title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
-    bar_um, bar_px = _scale_bar(slide, picture.width)
-    places, lines = _place_keys(keys, font, width - 2 * margin, first=bar_px + 5 * text_px)
-    height = picture.height + margin + line_px * (1 + lines)
-    page = Image.new("RGB", (width, height), "white")
-    page.paste(picture)
-    draw = ImageDraw.Draw(page)
-    y = picture.height + margin // 2 + line_px // 2
-    room = width - 3 * margin - font.getlength(title)
-    draw.text((margin, y), _shortened(_plain(slide.name), font, room), _INK, font, anchor="lm")
-    draw.text((width - margin, y), title, _FAINT, font, anchor="rm")
-    y += line_px
-    if bar_px:
-        _draw_bar(draw, (margin, y), bar_px, f"{bar_um / 1000:g} mm" if bar_um >= 1000
-                  else f"{bar_um:g} um", font)  # fmt: skip
-    for key, (x, line) in zip(keys, places, strict=True):
-        _draw_key(draw, key, (margin + x, y + line * line_px), font)
-    return page
-
-
-def _scale_bar(slide: Slide, width_px: int) -> tuple[float, int]:
-    """The round length in µm that fills up to a fifth of the picture, and its px; 0 without mpp."""
-    if slide.mpp is None:
-        return 0.0, 0
-    um_per_px = slide.mpp * slide.dimensions[0] / width_px
-    longest = um_per_px * width_px / 5
-    decade = 10.0 ** math.floor(math.log10(longest))
-    length_um = max(step * decade for step in (1, 2, 5) if step * decade <= longest)
-    return length_um, round(length_um / um_per_px)
-
-
-def _draw_bar(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    length_px: int,
-    text: str,
-    font: _Font,
-) -> None:
-    """A bar of `length_px`, centred on the line, with its length written behind it."""
-    x, y = place
-    draw.rectangle((x, y - 2, x + length_px - 1, y + 1), fill=_INK)
-    for end in (x, x + length_px - 2):
-        draw.rectangle((end, y - 6, end + 1, y + 5), fill=_INK)
-    draw.text((x + length_px + 8, y), text, _INK, font, anchor="lm")
-
-
-def _place_keys(
-    keys: Sequence[_Key],
-    font: _Font,
-    room_px: int,
-    *,
-    first: int,
-) -> tuple[list[tuple[int, int]], int]:
-    """Where each entry begins, as px from the left and line, and the number of lines."""
-    places, x, line = [], first, 0
-    for key in keys:
-        length = round(font.getlength(f"mm {key.text}   "))
-        if x + length > room_px and x > 0:
-            x, line = 0, line + 1
-        places.append((x, line))
-        x += length
-    return places, line + 1
-
-
-def _draw_key(
-    draw: ImageDraw.ImageDraw,
-    key: _Key,
-    place: tuple[int, int],
-    font: _Font,
-) -> None:
-    """A square in the entry's look, and its text."""
-    x, y = place
-    half = round(font.getlength("m") * 0.45)
-    square = (x, y - half, x + 2 * half, y + half)
-    draw.rectangle(square, fill=key.fill)
-    if key.second_fill is not None:
-        draw.rectangle((x + half, y - half, x + 2 * half, y + half), fill=key.second_fill)
-    draw.rectangle(square, outline=key.line, width=2 if key.thick else 1)
-    draw.text((x + 2 * half + font.getlength(" ") * 1.5, y), key.text, _INK, font, anchor="lm")
-
-
-def _shortened(name: str, font: _Font, room_px: float) -> str:
-    """The name, its middle left out as far as it has to be to fit."""
-    keep = len(name)
-    short = name
-    while keep > 8 and font.getlength(short) > room_px:
-        keep -= 1
-        short = f"{name[: keep // 2]}...{name[-(keep - keep // 2) :]}"
-    return short
-
-
-def _plain(text: str) -> str:
-    """The text in ASCII: the font that comes with Pillow has neither µ nor letters with accents."""
-    decomposed = unicodedata.normalize("NFKD", text)
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return kept.encode("ascii", "replace").decode("ascii")
