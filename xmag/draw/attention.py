@@ -77,10 +77,10 @@ def gallery(
         edge = tuple(borders[row].tolist())
         draw.rectangle((x, y, x + tile_px - 1, y + tile_px - 1), outline=edge, width=3)
         score = float(attention.scores[row])
-        more = f", {score / mean:.3g}x the mean" if mean > 0 else ""
+        more = f", {score / mean:.2g}x mean" if mean > 0 else ""
         _write_lines(
             draw, (x, y + tile_px + line_px // 2 + 2), line_px, font,
-            (f"{place + 1}.  {score:.3g}{more}", f"at {coords[row][0]:,}, {coords[row][1]:,}"),
+            (f"{place + 1}.  {score:.2g}{more}", f"at {coords[row][0]:,}, {coords[row][1]:,}"),
         )  # fmt: skip
     return page
 
