@@ -43,6 +43,9 @@ def test_probes_never_see_the_patient_left_out() -> None:
     x[~held_out, 0] += np.where(classes[~held_out] == "a", 9, -9)
     x[held_out, 0] += np.where(classes[held_out] == "a", -9, 9)
     found = miniature_scores.hits(x, classes, held_out)
+    # Standardised, the one telling dimension weighs no more than the seven of noise.
+    diluted = found.pop("probe, standardised")
+    assert diluted.mean() <= 0.1
     assert not any(hit.any() for hit in found.values())
 
 
