@@ -101,7 +101,7 @@ def _read_mini(config: object, revision: str | None) -> LoadedModel:
 def _loaded(
     state: dict[str, Tensor], resolved: ResolvedConfig, **identity: str | None
 ) -> LoadedModel:
-    provenance = {
+    provenance: dict[str, Any] = {
         **identity,
         "config": resolved.config.to_dict(),
         "config_source": resolved.source,
