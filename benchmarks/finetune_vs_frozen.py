@@ -35,7 +35,7 @@ from xmag.finetune import Settings, TileStore, finetune_slides
 from xmag.mil import MILClassifier
 
 PILOT_SEED = 10_000
-STRENGTHS = (48.0, 64.0, 80.0, 96.0, 104.0, 112.0, 120.0, 128.0)
+STRENGTHS = (8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0, 64.0, 80.0, 96.0, 104.0, 112.0, 120.0, 128.0)
 PERIODS_PX = (13, 19, 31, 53, 97, 211)
 STAIN = ((105.0, 70.0, 150.0), (242.0, 241.0, 243.0), (225.0, 150.0, 190.0))
 """RGB of nuclei, gaps and stroma."""
