@@ -226,7 +226,10 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many cohorts")
+    parser.add_argument(
+        "--first-seed", type=int, default=100, help="of the cohorts; no recipe was tried on these"
+    )
     parser.add_argument("--train", type=int, default=40, help="slides")
     parser.add_argument("--validation", type=int, default=20, help="slides")
     parser.add_argument("--test", type=int, default=60, help="slides")
@@ -258,7 +261,7 @@ def main() -> None:
     strength, tried = chosen_strength(encoder, sizes, args)
     task = task_of(args, strength)
     rows = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         cohort = Cohort.draw(task, sizes, seed=seed, device=args.device)
         fixed = frozen(encoder, cohort, args, seed)
         trained = end_to_end(encoder, cohort, args, seed, fixed.classifier)
