@@ -182,11 +182,6 @@ def test_a_stream_gives_every_batch_in_order(encoder: Encoder) -> None:
         assert np.array_equal(features, encoder.embed(tiles).numpy())
 
 
-def test_a_stream_without_room_for_a_tile_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(InputError, match="batch_size is 0; expected at least 1"):
-        next(encoder.embed_stream([(np.zeros((1, 2), np.int64), random_tiles(1))], batch_size=0))
-
-
 def test_a_stream_takes_batches_only_as_they_are_wanted(encoder: Encoder) -> None:
     taken = []
 

@@ -31,10 +31,6 @@ Transform = Callable[[Tiles], Tiles]
 TissueChoice = TissueMask | Literal["auto"] | None
 """Where tiles are wanted: "auto" finds the tissue, None takes every tile."""
 
-_MOST_TILES_AT_ONCE = 64
-"""Tiles on their way to a GPU together: the fewer, the sooner the first is there, and the less new
-memory is asked of the system. Batches are put together on the GPU."""
-
 
 def extract_features(
     slide: Slide | str | PathLike[str],
@@ -120,14 +116,11 @@ def embed_plan(
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
     if batch_size is None:
         batch_size = default_batch_size(encoder)
-    at_once = batch_size
-    if isinstance(encoder, Encoder) and encoder.device.type == "cuda":
-        at_once = min(batch_size, _MOST_TILES_AT_ONCE)
-    batches = read_tiles(slide, plan, batch_size=at_once)
+    batches = read_tiles(slide, plan, batch_size=batch_size)
     with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
         done = 0
         changed = ((coords, transformed(tiles, transform)) for coords, tiles in batches)
-        for vectors in _embed(encoder, changed, batch_size):
+        for vectors in _embed(encoder, changed):
             features[done : done + len(vectors)] = vectors
             done += len(vectors)
             bar.update(len(vectors))
@@ -221,11 +214,10 @@ def embedded(encoder: TileEncoder, tiles: Tiles) -> NDArray[np.float32]:
 
 
 def _embed(
-    encoder: TileEncoder, batches: Iterable[tuple[Coords, Tiles]], batch_size: int
+    encoder: TileEncoder, batches: Iterable[tuple[Coords, Tiles]]
 ) -> Iterator[NDArray[np.float32]]:
     if isinstance(encoder, Encoder):
-        stream = encoder.embed_stream(batches, batch_size=batch_size)
-        yield from (features for _, features in stream)
+        yield from (features for _, features in encoder.embed_stream(batches))
     else:
         yield from (embedded(encoder, tiles) for _, tiles in batches)
 

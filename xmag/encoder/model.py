@@ -164,21 +164,14 @@ class Encoder:
         return _usable(tokens[:, 0]), _usable(tokens[:, first:])
 
     def embed_stream(
-        self,
-        batches: Iterable[tuple[NDArray[np.int64], Tiles]],
-        *,
-        batch_size: int | None = None,
+        self, batches: Iterable[tuple[NDArray[np.int64], Tiles]]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yields (coords, embeddings float32 (B, D)) for each (coords, tiles), in the same order.
 
         On CUDA the next batches are copied and submitted while earlier ones compute; results come a
-        few batches late. `batch_size` tiles are embedded at once, however many come together; by
-        default as many as come first. A batch that does not fit into GPU memory is halved until it
-        does, and so are those after it; ModelError where a single tile does not fit. Elsewhere
-        tiles are embedded as they come.
+        few batches late. A batch that does not fit into GPU memory is halved until it does, and so
+        are those after it; ModelError where a single tile does not fit.
         """
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}; expected at least 1, or None")
         if self._device.type != "cuda":
             for coords, tiles in batches:
                 yield coords, self.embed(tiles).cpu().numpy()
@@ -186,7 +179,8 @@ class Encoder:
         stream: TileStream[NDArray[np.int64]] | None = None
         for coords, tiles in batches:
             checked = self._checked(tiles)
-            stream = stream or TileStream(self, batch_size=batch_size or max(len(checked), 1))
+            # The first batch is as large as any but the last.
+            stream = stream or TileStream(self, batch_size=max(len(checked), 1))
             stream.put(coords, checked)
             yield from stream.landed()
         if stream is not None:
