@@ -1,12 +1,16 @@
 """What speed does to embeddings: scaled decoding, the resampling kernel, half precision.
 
     python benchmarks/fidelity.py SLIDE... [--model xmag-mini] [--tiles 256] [--device cpu]
-                                  [--json OUT]
+                                  [--json OUT] [--jpeg-json OUT]
 
 Each tile is read and embedded in several ways. The error of a way is the distance between its
 embedding of a tile and the reference's, as a fraction of the median distance between the reference
 embeddings of neighbouring tiles, those that share an edge. (Subtracting the mean embedding from all
 of them changes no distance.) The reference decodes in full, averages boxes and computes in float32.
+
+A second table says which way of decoding is nearer to the truth: the same tiles are encoded as JPEG
+4:2:0 at twice and four times the model's scale, and decoded in full and at 1/2 or 1/4. Here the
+reference is the pixels before they were encoded, box-averaged.
 """
 
 import argparse
@@ -17,15 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from common import report
 from numpy.typing import NDArray
 
 from xmag import Encoder, Slide, find_tissue, load_model, plan_tiles
 from xmag.geometry import Resample
+from xmag.slide.codecs import box_average
 from xmag.slide.pixels import read_box
 
 Tiles = NDArray[np.uint8]
 Embeddings = NDArray[np.float32]
+
+JPEG_QUALITIES = (75, 90)
 
 
 def main() -> None:
@@ -37,11 +45,12 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=256, help="of each slide, at most")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--jpeg-json", type=Path, help="of the second table")
     args = parser.parse_args()
     exact, half = (
         load_model(args.model, device=args.device, dtype=dtype) for dtype in ("float32", "bfloat16")
     )
-    rows = []
+    rows, jpeg_rows = [], []
     for path in args.slides:
         with Slide(path) as slide:
             mpp = nominal_mpp(slide, exact)
@@ -51,7 +60,14 @@ def main() -> None:
                 where = {"slide": path.stem, "level": f"{slide.level_downsamples[level] * mpp:g}"}
                 for errors in level_errors(field, level, reduction, exact, half):
                     rows.append(where | {"tiles": len(field.coords)} | errors)
+            for reduction in (2, 4):
+                for quality in JPEG_QUALITIES:
+                    jpeg_rows += [
+                        {"slide": path.stem} | errors
+                        for errors in jpeg_errors(field, reduction, quality, exact)
+                    ]
     report("fidelity", rows, args.json, model=dict(exact.provenance))
+    report("to the pixels before JPEG 4:2:0", jpeg_rows, args.jpeg_json)
 
 
 def nominal_mpp(slide: Slide, encoder: Encoder) -> float:
@@ -81,9 +97,12 @@ class Field:
     side: int
     size_px: int
 
-    def read(self, level: int, reduction: int, kernel: Resample) -> Tiles:
-        """The tiles from a level decoded at 1/`reduction`, uint8 (N, S, S, 3)."""
-        size = (self.size_px, self.size_px)
+    def read(self, level: int, reduction: int, kernel: Resample, finer: int = 1) -> Tiles:
+        """The tiles from a level decoded at 1/`reduction`, uint8 (N, S, S, 3).
+
+        With `finer` they have so many times the px, for the same field.
+        """
+        size = (finer * self.size_px, finer * self.size_px)
 
         def tile(corner: NDArray[np.int64]) -> Tiles:
             x, y = corner.tolist()
@@ -139,6 +158,38 @@ def level_errors(
         yield {
             "way": way,
             "grey levels": float(np.abs(tiles.astype(int) - full).mean()),
+            "median %": 100 * float(np.median(error)),
+            "95th %": 100 * float(np.percentile(error, 95)),
+        }
+
+
+def jpeg_errors(
+    field: Field, reduction: int, quality: int, exact: Encoder
+) -> Iterator[dict[str, Any]]:
+    """The errors of full and of scaled decoding, against the pixels that a JPEG was made of."""
+    finer = field.read(0, 1, "area", reduction)
+    streams = [
+        simplejpeg.encode_jpeg(tile, quality=quality, colorsubsampling="420") for tile in finer
+    ]
+    size = {"min_width": field.size_px, "min_height": field.size_px}
+    original = np.stack([box_average(tile, reduction) for tile in finer])
+    ways = {
+        "in full, box-averaged": [
+            box_average(simplejpeg.decode_jpeg(s), reduction) for s in streams
+        ],
+        f"at 1/{reduction}": [
+            simplejpeg.decode_jpeg(s, min_factor=reduction, **size) for s in streams
+        ],
+    }
+    reference = embed(exact, original)
+    between = field.neighbour_distance(reference)
+    for way, decoded in ways.items():
+        tiles = np.stack(decoded)
+        error = np.linalg.norm(embed(exact, tiles) - reference, axis=1) / between
+        yield {
+            "quality": quality,
+            "decoded": way,
+            "mean shift": float((tiles.astype(int) - original).mean()),
             "median %": 100 * float(np.median(error)),
             "95th %": 100 * float(np.percentile(error, 95)),
         }

@@ -52,3 +52,20 @@ def test_fine_tuning_and_again(tmp_path: Path) -> None:
         "model.safetensors", "config.json", "classifier.safetensors", "classifier.json",
     }  # fmt: skip
     assert _run(*command) == printed
+
+
+def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
+    make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path]
+    subprocess.run([*make, "--slides", "12", "--size", "3800", "2900"], check=True, timeout=100)
+    printed = _run(
+        "classify_cohort.py", tmp_path / "cohort.csv", tmp_path / "out", "--folds", "3",
+        "--epochs", "30",
+    )  # fmt: skip
+    assert "| AUROC of tumour" in printed
+    report = xmag.evaluate.Report.load(tmp_path / "out" / "evaluation")
+    assert len(report.results[0].rows) == 12
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "features", "evaluation", "classifier", "00-heatmap.png", "00-gallery.png", "00.geojson",
+        "02-heatmap.png", "02-gallery.png", "02.geojson",
+    }  # fmt: skip
+    assert "02.svs: tumour" in printed

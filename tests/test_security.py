@@ -243,7 +243,8 @@ def test_nothing_is_written_outside_the_output_folder(watched: tuple[Path, list[
         kind, _, path = line.partition(" ")
         if kind in ("child", "NETWORK"):
             continue
-        assert path.startswith(allowed) or line == "open /dev/shm", line
+        # A decoding process asks to be the first to go where memory runs out.
+        assert path.startswith(allowed) or path in ("/dev/shm", "/proc/self/oom_score_adj"), line
     for name in ("home", "cwd"):
         assert list((root / name).iterdir()) == [], name
     # PyTorch makes a folder for its compiler when something is trained, and leaves it empty.

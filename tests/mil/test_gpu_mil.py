@@ -43,7 +43,8 @@ def on_gpu(name: str = "abmil", **params: object) -> MILClassifier:
 def test_it_learns_in_every_precision(dtype: str) -> None:
     train = planted_cohort(60, seed=0, dim=16, tiles=50)
     test = planted_cohort(100, seed=1, dim=16, tiles=50)
-    classifier = on_gpu(dtype=dtype, lr=2e-3, epochs=100)
+    small = {"embed_dim": 32, "attention_dim": 16}  # as in test_mil_planted.py
+    classifier = on_gpu(dtype=dtype, lr=2e-3, epochs=100, aggregator_options=small)
     classifier.fit(train.bags, train.labels, groups=train.patients)
     assert {p.dtype for p in classifier.aggregator_.parameters()} == {torch.float32}
     scores = classifier.predict_proba(test.bags)[:, 1]

@@ -23,10 +23,10 @@ def test_training_and_saving_leave_the_process_as_it_was(settle: str, tmp_path: 
     {settle}
     before = state()
     from xmag.mil import MILClassifier
-    for name in ("abmil", "transmil"):
+    for name, option in (("abmil", "attention_dim"), ("transmil", "landmarks")):
         clf = MILClassifier(
             aggregator=name, epochs=2, device="cpu", random_state=0,
-            aggregator_options={{"embed_dim": 8}},
+            aggregator_options={{"embed_dim": 8, option: 4}},
         )
         clf.fit(bags, [0, 1] * 6, groups=range(12)).predict(bags)
         clf.attention(bags[0])
@@ -42,9 +42,10 @@ def test_training_and_saving_leave_the_process_as_it_was(settle: str, tmp_path: 
 
 def test_one_classifier_predicts_in_8_threads() -> None:
     cohort = planted_cohort(12, tiles=40, dim=8)
-    classifier = MILClassifier(epochs=1, random_state=0, device="cpu").fit(
-        cohort.bags, cohort.labels, groups=cohort.patients
-    )
+    options = {"embed_dim": 64, "attention_dim": 32}
+    classifier = MILClassifier(
+        aggregator_options=options, epochs=1, random_state=0, device="cpu"
+    ).fit(cohort.bags, cohort.labels, groups=cohort.patients)
     alone = classifier.predict_proba(cohort.bags)
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda _: classifier.predict_proba(cohort.bags), range(8)))

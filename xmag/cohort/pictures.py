@@ -5,15 +5,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from xmag import draw, files
+from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.cohort.settings import Settings
+from xmag.draw.frame import Pictured
+from xmag.draw.overview import OVERLAY_PX, overlay
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.tiles import Thumbnail
 from xmag.tissue import TissueMask
 
-THUMBNAIL_PX = draw.OVERLAY_PX
+THUMBNAIL_PX = OVERLAY_PX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,9 @@ def is_picture_missing(job: Job, settings: Settings) -> bool:
 
 
 def write_picture(
-    slide: draw.Pictured, job: Job, settings: Settings, tissue: TissueMask | None, plan: TilePlan
+    slide: Pictured, job: Job, settings: Settings, tissue: TissueMask | None, plan: TilePlan
 ) -> None:
     """Write the picture of a slide's tissue and tiles."""
     with files.atomic_path(picture_of(job, settings)) as path:
-        image = draw.overlay(slide, tissue=tissue, plan=plan, max_px=THUMBNAIL_PX)
+        image = overlay(slide, tissue=tissue, plan=plan, max_px=THUMBNAIL_PX)
         image.save(path, format="PNG")

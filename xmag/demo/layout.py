@@ -76,8 +76,8 @@ def smooth_noise(
     return np.asarray(noise / max(noise.std(), 1e-12), np.float32)
 
 
-def make_layout(size: tuple[int, int], seed: int) -> Layout:
-    """The layout of a slide of `size` (width, height) level-0 px."""
+def make_layout(size: tuple[int, int], seed: int, *, tumour: bool = True) -> Layout:
+    """The layout of a slide of `size` (width, height) level-0 px, with nests of tumour or none."""
     rng = np.random.default_rng(seed)
     width_um, height_um = size[0] * SLIDE_MPP, size[1] * SLIDE_MPP
     shape = math.ceil(height_um / MAP_MPP) + 1, math.ceil(width_um / MAP_MPP) + 1
@@ -99,6 +99,8 @@ def make_layout(size: tuple[int, int], seed: int) -> Layout:
     )
     core = fragments[0] - 0.09 * extent + 0.8 * region
     nest = np.minimum(np.where(which == 0, core, _FAR_UM), 16 * (noise(38) + 0.45))
+    if not tumour:
+        nest = np.full_like(nest, _FAR_UM)
     gland, lumen, columnar = _glands(
         rng, x_um, y_um, np.where((fat > -40) | (nest > -30), _FAR_UM, tissue)
     )

@@ -77,12 +77,12 @@ class Picture:
         return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box)) + noise
 
 
-def make_picture(size: tuple[int, int], seed: int) -> Picture:
+def make_picture(size: tuple[int, int], seed: int, *, tumour: bool = True) -> Picture:
     """The picture of a slide of `size` (width, height) level-0 px: the same for the same seed."""
     rng = np.random.default_rng((seed, 1))
     square = (_SWATCH, _SWATCH)
     return Picture(
-        layout=make_layout(size, seed),
+        layout=make_layout(size, seed, tumour=tumour),
         fibres=smooth_noise(rng, square, (2.2, 42)),
         strands=smooth_noise(rng, square, (3.0, 60)),
         fibrils=smooth_noise(rng, square, (1.0, 30)),

@@ -44,19 +44,24 @@ class _Block:
 
 
 def write_demo_slide(
-    path: str | os.PathLike[str], *, size: tuple[int, int] = DEMO_SIZE, seed: int = 0
+    path: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] = DEMO_SIZE,
+    seed: int = 0,
+    tumour: bool = True,
 ) -> Path:
     """The path of a synthetic slide, written there: 40x, 0.25 µm/px, Aperio layout, H&E-like.
 
-    `size` is (width, height) in level-0 px. The same `size` and `seed` give the same file. Raises
-    InputError for a size that a slide cannot have, OutputError where `path` cannot be written.
+    `size` is (width, height) in level-0 px. The same arguments give the same file. Without
+    `tumour`, glands and stroma lie where its nests would. Raises InputError for a size that a slide
+    cannot have, OutputError where `path` cannot be written.
     """
     if min(size) < 1024 or max(size) > 60_000:
         raise InputError(
             f"the demo slide cannot be {size[0]}x{size[1]} px; expected 1,024 to 60,000 px a side"
         )
     with atomic_path(path) as temporary:
-        rows = _make_blocks(make_picture(size, seed), size)
+        rows = _make_blocks(make_picture(size, seed, tumour=tumour), size)
         with tifffile.TiffWriter(temporary) as tiff:
             _write_pages(tiff, size, rows)
     return Path(path)

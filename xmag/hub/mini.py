@@ -6,4 +6,4 @@ Its model card is docs/models.md. The weights are stored in float16, and compute
 from pathlib import Path
 
 MINI_WEIGHTS = Path(__file__).with_name("mini.safetensors")
-MINI_SHA256 = "77bf3e1ab76ec1ffc30f1c8da6898eced822e7b5c357aa0220a6bf178ba1ff1a"
+MINI_SHA256 = "7c70c6c0caf86dca66cfea67a9de99532cb88ea82f298902753d45ea0f77ac4e"

@@ -94,6 +94,8 @@ class Decoding:
     ) -> None:
         self._reader, self._scale, self._damaged = reader, scale, damaged
         self.lost = np.zeros(len(windows.start), np.bool_)
+        # Asked once, because looking for the methods of a protocol is slow.
+        self._tile_reader = reader if isinstance(reader, TileReader) else None
         self._level = reader.levels[scale.level]
         self._windows, self._batch_size = windows, batch_size
         count = len(windows.start)
@@ -117,8 +119,8 @@ class Decoding:
 
     def decode(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         """Read and decode the source tiles of a run, and copy them into `batches`."""
-        if isinstance(self._reader, TileReader):
-            self._decode_tiles(self._reader, run, batches)
+        if self._tile_reader is not None:
+            self._decode_tiles(self._tile_reader, run, batches)
         else:
             self._read_windows(run, batches)
 
@@ -177,7 +179,7 @@ class Decoding:
                 self.lost[tile] = True
 
     def _cut_runs(self) -> list[Run]:
-        if isinstance(self._reader, TileReader):
+        if self._tile_reader is not None:
             source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
         else:
             # Without source tiles to share, a wanted tile is its own source.
@@ -187,7 +189,7 @@ class Decoding:
         sources, first = np.unique(source, return_index=True)
         ends = np.append(first[1:], len(source))
         runs, step = [], _RUN_TILES
-        if isinstance(self._reader, TileReader):
+        if self._tile_reader is not None:
             step = tiles_at_once(self._level, _RUN_TILES)
         for at in range(0, len(sources), step):
             these = slice(at, at + step)
@@ -250,6 +252,12 @@ def in_order(decoding: Decoding, pool: Executor, *, ahead: int) -> Iterator[Pixe
                 if touched not in batches:
                     batches[touched] = decoding.new_batch(touched)
             pending.append((number, pool.submit(decoding.decode, run, batches)))
+        due = []
         while pending and pending[0][0] <= last:
-            pending.popleft()[1].result()
+            due.append(pending.popleft()[1])
+        if due:
+            # Sleeps once a batch: each time it woke it would take the GIL from a decoding thread.
+            due[-1].exception()
+        for done in due:
+            done.result()
         yield batches.pop(batch) if batch in batches else decoding.new_batch(batch)

@@ -1,0 +1,237 @@
+"""The commands around a classifier: train, predict, evaluate, heatmap, distill."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xmag import draw
+from xmag.bag import FeatureBag
+from xmag.cli import main
+from xmag.demo import write_demo_slide
+from xmag.evaluate import Report
+from xmag.mil import MILClassifier
+
+
+def write_cohort(folder, *, patients=10, seed=0):
+    """Features of two slides a patient, half of them tumours with an own tile, and their CSV."""
+    rng = np.random.default_rng(seed)
+    (folder / "features" / "a").mkdir(parents=True)
+    lines = ["slide,label,patient"]
+    for number in range(2 * patients):
+        tumour = number // 2 % 2
+        features = rng.normal(size=(12, 8)).astype(np.float32)
+        features[0, :4] += 4 * tumour
+        bag = FeatureBag(features=features, coords=np.zeros((12, 2), np.int64))
+        bag.save(folder / "features" / "a" / f"{number}.h5")
+        lines.append(
+            f"/data/slides/a/{number}.svs,{'tumour' if tumour else 'normal'},p{number // 2}"
+        )
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def classifier(cohort):
+    out = cohort / "classifier"
+    args = ["train", cohort / "cohort.csv", "--features", cohort / "features", "-o", out]
+    assert main([*map(str, args), "--epochs", "15", "--seed", "3"]) == 0
+    return out
+
+
+def lines_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help_of_the_commands_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom xmag.cli import main\n"
+        "for c in ('train', 'predict', 'evaluate', 'heatmap', 'distill'): main([c, '--help'])\n"
+        "print([m for m in ('torch', 'numpy', 'PIL', 'tqdm', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_train_makes_the_classifier_that_python_makes(cohort, classifier):
+    rows = lines_of(cohort / "cohort.csv")
+    files = [cohort / "features" / "a" / f"{number}.h5" for number in range(len(rows))]
+    mine = MILClassifier(epochs=15, random_state=3, progress=False)
+    mine.fit(files, [r["label"] for r in rows], groups=[r["patient"] for r in rows])
+    loaded = MILClassifier.load(classifier)
+    np.testing.assert_array_equal(loaded.predict_proba(files), mine.predict_proba(files))
+
+
+def test_predict_writes_what_the_classifier_says(cohort, classifier, tmp_path, capsys):
+    out = tmp_path / "predictions.csv"
+    args = ["predict", cohort / "cohort.csv", "--features", cohort / "features"]
+    assert main([*map(str, [*args, "--classifier", classifier, "-o", out])]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = lines_of(out)
+    files = [cohort / "features" / "a" / f"{number}.h5" for number in range(20)]
+    expected = MILClassifier.load(classifier)
+    for row, label, values in zip(
+        rows, expected.predict(files), expected.predict_proba(files), strict=True
+    ):
+        assert row["prediction"] == label
+        shown = [float(row["probability normal"]), float(row["probability tumour"])]
+        assert shown == pytest.approx(values.tolist(), abs=1e-6)
+    assert rows[3]["slide"] == "/data/slides/a/3.svs"
+    assert printed[3].startswith(f"/data/slides/a/3.svs: {rows[3]['prediction']} (normal 0.")
+    assert printed[-1] == f"20 slides; see {out}"
+
+
+def test_predict_takes_feature_files_as_they_are(cohort, classifier, capsys):
+    files = [cohort / "features" / "a" / f"{number}.h5" for number in (0, 2)]
+    assert main(["predict", *map(str, files), "--classifier", str(classifier)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in printed] == ["0.h5", "2.h5"]
+
+
+def test_evaluate_cross_validates_and_saves_the_report(cohort, tmp_path, capsys):
+    args = ["evaluate", cohort / "cohort.csv", "--features", cohort / "features", "-o", tmp_path]
+    assert main([*map(str, args), "--folds", "2", "--repeats", "2", "--epochs", "5"]) == 0
+    printed = capsys.readouterr().out
+    report = Report.load(tmp_path)
+    assert str(report) in printed
+    assert len(report.folds) == 4
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"report.json", "roc.png", "confusion.png"}
+
+
+def test_evaluate_of_an_external_cohort_trains_nothing(cohort, classifier, tmp_path, capsys):
+    write_cohort(tmp_path, patients=6, seed=9)
+    args = ["evaluate", tmp_path / "cohort.csv", "--features", tmp_path / "features"]
+    args += ["-o", tmp_path / "out", "--classifier", classifier]
+    assert main([*map(str, args)]) == 0
+    result = Report.load(tmp_path / "out").results[0]
+    files = [tmp_path / "features" / "a" / f"{number}.h5" for number in range(12)]
+    expected = MILClassifier.load(classifier).predict_proba(files)
+    np.testing.assert_allclose(result.scores[np.argsort(result.rows)], expected)
+    assert result.tested_on == "cohort"
+    args += ["--folds", "3"]
+    assert main([*map(str, args)]) == 2
+    assert "--folds and --repeats are for cross-validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide,label\na/1.svs,x\n", "expected the column 'patient' too"),
+        ("slide,label,patient\n", "has no rows"),
+        ("slide,label,patient\na/1.svs,,p\n", "line 2 of 'c.csv' has no label"),
+        ("slide,label,patient\na/99.svs,x,p\n", "extract them first: xmag extract"),
+        ("slide,label,patient\na/1.svs,x,p\nb/a/1.svs,y,q\n", "expected each slide once"),
+        ("slide,label,patient,features\na/1.svs,x,p,no.h5\n", "which 'c.csv' names for 'a/1.svs'"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_status_2(cohort, tmp_path, text, message, capsys):
+    (tmp_path / "c.csv").write_text(text)
+    args = ["train", str(tmp_path / "c.csv"), "--features", str(cohort / "features")]
+    assert main([*args, "-o", str(tmp_path / "m")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_features_may_be_named_in_the_table(cohort, classifier, tmp_path, capsys):
+    name = cohort / "features" / "a" / "1.h5"
+    (tmp_path / "c.csv").write_text(f"slide,features\nany,{name}\n")
+    assert main(["predict", str(tmp_path / "c.csv"), "--classifier", str(classifier)]) == 0
+    assert capsys.readouterr().out.startswith("any: ")
+    (tmp_path / "c.csv").write_text("slide\nany\n")
+    assert main(["predict", str(tmp_path / "c.csv"), "--classifier", str(classifier)]) == 2
+    assert "give --features" in capsys.readouterr().err
+
+
+def test_ids_and_bare_names_find_their_features(cohort, classifier, tmp_path, capsys):
+    args = ["--features", str(cohort / "features" / "a"), "--classifier", str(classifier)]
+    (tmp_path / "c.csv").write_text("slide,id\nelsewhere/x.svs,4\n../y/5,\n6.svs,\n")
+    assert main(["predict", str(tmp_path / "c.csv"), *args]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_too_few_patients_are_told_in_the_words_of_the_command_line(cohort, tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("slide,label,patient\na/0.svs,x,p\na/1.svs,y,q\n")
+    args = ["train", str(tmp_path / "c.csv"), "--features", str(cohort / "features")]
+    assert main([*args, "-o", str(tmp_path / "m")]) == 2
+    err = capsys.readouterr().err
+    assert "give more" in err
+    assert "validation=" not in err
+
+
+def test_a_folder_without_a_classifier_is_status_1(cohort, tmp_path, capsys):
+    file = str(cohort / "features" / "a" / "1.h5")
+    assert main(["predict", file, "--classifier", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("xmag: error: ")
+
+
+@pytest.fixture(scope="module")
+def on_slides(tmp_path_factory):
+    """Slides, their features by xmag-mini, and a classifier of these."""
+    folder = tmp_path_factory.mktemp("slides")
+    for number in range(2):
+        write_demo_slide(folder / f"{number}.svs", size=(4000, 3000), seed=number)
+    args = ["extract", folder, "-o", folder / "features", "--model", "xmag-mini"]
+    assert main([*map(str, args)]) == 0
+    bags = [FeatureBag.load(folder / "features" / f"{number}.h5") for number in range(2)]
+    clf = MILClassifier(epochs=1, random_state=0, progress=False)
+    clf.fit(bags, ["a", "b"], groups=["p", "q"], validation=None)
+    clf.save(folder / "classifier")
+    return folder
+
+
+def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path, capsys):
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["-o", tmp_path / "x.png", "--gallery", "--geojson"]
+    assert main([*map(str, args)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("0.svs: ")
+    names = ["x.png", "x-gallery.png", "x.geojson"]
+    assert printed[1:] == [f"written   {tmp_path / name}" for name in names]
+    clf = MILClassifier.load(on_slides / "classifier")
+    attention = clf.attention(on_slides / "features" / "0.h5")
+    found = json.loads((tmp_path / "x.geojson").read_text())
+    weights = [f["properties"]["measurements"]["Attention"] for f in found["features"]]
+    np.testing.assert_allclose(weights, attention.scores, rtol=1e-3)
+    from xmag.slide import Slide
+
+    with Slide(on_slides / "0.svs") as slide:
+        expected = np.asarray(draw.heatmap(slide, attention), int)
+    with Image.open(tmp_path / "x.png") as image:
+        assert np.abs(np.asarray(image, int) - expected).max() <= 1
+
+
+def test_heatmap_of_given_features_needs_no_encoder(on_slides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["--features", on_slides / "features" / "0.h5"]
+    assert main([*map(str, args)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0-heatmap.png"]
+    assert main([*map(str, args), "--model", "xmag-mini"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_heatmap_of_the_features_of_another_slide_is_status_2(on_slides, cohort, tmp_path, capsys):
+    write_demo_slide(tmp_path / "small.svs", size=(3000, 2000))
+    args = ["heatmap", tmp_path / "small.svs", "--classifier", on_slides / "classifier"]
+    args += ["--features", on_slides / "features" / "0.h5", "-o", tmp_path / "x.png"]
+    assert main([*map(str, args)]) == 2
+    assert "give the slide that the features were made from" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_distill_without_its_file_is_status_2(tmp_path, capsys):
+    assert main(["distill", str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr().err.startswith("xmag: error: ")

@@ -1,0 +1,193 @@
+import json
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import rankdata
+from shapely.geometry import box, shape
+from support.fake_reader import FakeTileReader
+
+from xmag import draw
+from xmag.draw.scale import colours, percentiles
+from xmag.errors import BagError, InputError
+from xmag.geometry import TileGeometry, polygons_from_geojson
+from xmag.mil import Attention
+from xmag.slide import Slide
+
+SIDE = 200
+
+
+def noise_slide(width=1600, height=1200, *, seed=0):
+    """Blocks of 8 px, each of one colour, at 1 µm/px."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    pixels = blocks.repeat(8, 0).repeat(8, 1)
+    return Slide.from_reader(FakeTileReader(pixels, mpp=1.0), name="noise.svs")
+
+
+def attention_of(scores, coords, *, overlap_px=0, size=(1600, 1200)):
+    tiles = TileGeometry(
+        size_px=SIDE // 2, mpp=2.0, size_level0=SIDE, overlap_px=overlap_px, level0_mpp=1.0,
+        level0_size=size,
+    )  # fmt: skip
+    return Attention(
+        scores=np.asarray(scores, np.float32), coords=np.asarray(coords, np.int64).reshape(-1, 2),
+        kind="softmax", tiles=tiles,
+    )  # fmt: skip
+
+
+def some_attention(count=12, seed=3):
+    rng = np.random.default_rng(seed)
+    cells = rng.permutation(8 * 6)[:count]
+    coords = np.stack([cells % 8, cells // 8], 1) * SIDE
+    weights = rng.dirichlet(np.ones(count))
+    return attention_of(weights, coords)
+
+
+def test_percentiles_are_mean_ranks_like_those_of_scipy():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 9, 50).astype(np.float32)
+    expected = 100 * (rankdata(scores) - 1) / 49
+    np.testing.assert_allclose(percentiles(scores), expected)
+    assert percentiles(np.array([0.3], np.float32)).tolist() == [50]
+    assert percentiles(np.full(4, 0.25, np.float32)).tolist() == [50] * 4
+    assert percentiles(np.empty(0, np.float32)).shape == (0,)
+
+
+def test_the_colours_are_viridis():
+    viridis = matplotlib.colormaps["viridis"](np.linspace(0, 1, 101))[:, :3] * 255
+    assert np.abs(colours(np.linspace(0, 100, 101)) - viridis).max() < 5
+
+
+def test_each_tile_has_the_colour_of_its_rank_and_the_rest_is_grey():
+    slide, attention = noise_slide(), some_attention()
+    picture = np.asarray(draw.heatmap(slide, attention, max_px=800), float)[:600, :800]
+    grey = np.asarray(slide.thumbnail(max_px=800).convert("L"), float)
+    grey = np.repeat((0.8 * grey + 0.2 * 255)[..., None], 3, 2)
+    expected = grey.copy()
+    ranks = 100 * (rankdata(attention.scores) - 1) / 11
+    for (x, y), colour in zip(attention.coords // 2, colours(ranks), strict=True):
+        window = slice(y, y + 100), slice(x, x + 100)
+        expected[window] = 0.4 * grey[window] + 0.6 * colour
+    assert np.abs(picture - expected).max() <= 1.5
+
+
+def test_where_tiles_overlap_the_mean_of_their_ranks_is_shown():
+    slide = Slide.from_reader(FakeTileReader(np.full((400, 800, 3), 200, np.uint8)), name="a.svs")
+    attention = attention_of(
+        [0.1, 0.2, 0.7], [(0, 0), (100, 0), (400, 0)], overlap_px=50, size=(800, 400)
+    )
+    picture = np.asarray(draw.heatmap(slide, attention, max_px=800), float)
+    grey = 0.8 * 200 + 0.2 * 255
+    for x, rank in ((50, 0), (150, 25), (250, 50), (450, 100)):
+        expected = 0.4 * grey + 0.6 * colours(np.array(rank))
+        assert np.abs(picture[100, x] - expected).max() <= 1.5
+
+
+def test_a_heatmap_without_tiles_is_the_slide_in_grey():
+    slide = noise_slide()
+    picture = np.asarray(draw.heatmap(slide, attention_of([], []), max_px=400))[:300, :400]
+    assert (picture == picture[..., :1]).all()
+
+
+def test_the_legend_tells_unequal_weights_from_equal_ones():
+    coords = [(x * SIDE, 0) for x in range(8)]
+    slide = noise_slide()
+    flat = draw.heatmap(slide, attention_of(np.arange(8) + 100, coords))
+    sharp = draw.heatmap(slide, attention_of(2.0 ** np.arange(8), coords))
+    flat, sharp = np.asarray(flat), np.asarray(sharp)
+    assert (flat[:1200] == sharp[:1200]).all()  # the ranks are the same
+    assert (flat[1200:] != sharp[1200:]).any()
+
+
+def test_the_gallery_shows_the_tiles_with_most_attention_first():
+    slide, attention = noise_slide(), some_attention()
+    picture = np.asarray(draw.gallery(slide, attention, count=4, tile_px=100), int)
+    order = np.argsort(-attention.scores)[:4]
+    shown = _places(picture, slide, attention)
+    first_row = sorted(shown, key=lambda place: (place[1], place[0]))
+    assert [tile for *_, tile in first_row] == order.tolist()
+
+
+def _places(picture, slide, attention):
+    """(x, y, tile) of every tile that is shown, found by looking for its pixels."""
+    found = []
+    for tile, (x, y) in enumerate(attention.coords):
+        pixels = slide.read_region((int(x), int(y)), (100, 100), mpp=2.0).astype(int)[4:-4, 4:-4]
+        windows = np.lib.stride_tricks.sliding_window_view(picture[..., 0], (1, 92))[:, :, 0]
+        same = np.argwhere((windows == pixels[0, :, 0]).all(-1))
+        found += [
+            (int(col), int(row), tile) for row, col in same
+            if (picture[row : row + 92, col : col + 92] == pixels).all()
+        ]  # fmt: skip
+    return found
+
+
+def test_a_gallery_of_more_tiles_than_there_are_shows_all():
+    slide, attention = noise_slide(), some_attention(count=3)
+    picture = np.asarray(draw.gallery(slide, attention, count=50, tile_px=100), int)
+    assert sorted(tile for *_, tile in _places(picture, slide, attention)) == [0, 1, 2]
+
+
+def test_a_gallery_without_tiles_is_a_title():
+    picture = draw.gallery(noise_slide(), attention_of([], []))
+    assert isinstance(picture, Image.Image)
+    assert picture.height < 100
+
+
+def test_geojson_has_the_tiles_as_detections_in_level_0_px():
+    attention = some_attention()
+    found = json.loads(json.dumps(draw.attention_geojson(attention)))
+    assert found["type"] == "FeatureCollection"
+    assert len(found["features"]) == len(attention)
+    ranks = 100 * (rankdata(attention.scores) - 1) / 11
+    for feature, (x, y), score, rank in zip(
+        found["features"], attention.coords, attention.scores, ranks, strict=True
+    ):
+        assert feature["type"] == "Feature"
+        assert shape(feature["geometry"]).equals(box(x, y, x + SIDE, y + SIDE))
+        ring = feature["geometry"]["coordinates"][0]
+        assert ring[0] == ring[-1]
+        properties = feature["properties"]
+        assert properties["objectType"] == "detection"
+        assert properties["measurements"]["Attention"] == pytest.approx(score)
+        assert properties["measurements"]["Attention rank"] == pytest.approx(rank, abs=0.01)
+        low, high = map(int, properties["classification"]["name"].split()[-1].split("-"))
+        assert low <= rank <= high
+        assert len(properties["classification"]["color"]) == 3
+    assert len(polygons_from_geojson(found)) == len(attention)
+
+
+@pytest.mark.parametrize("missing", ["coords", "tiles"])
+def test_attention_of_a_bag_without_places_is_refused(missing):
+    attention = replace(some_attention(), **{missing: None})
+    for function in (
+        lambda a: draw.heatmap(noise_slide(), a),
+        lambda a: draw.gallery(noise_slide(), a),
+        draw.attention_geojson,
+    ):
+        with pytest.raises(BagError, match=f"{missing} is None"):
+            function(attention)
+
+
+def test_attention_of_another_slide_is_refused():
+    other = noise_slide(800, 800)
+    for function in (draw.heatmap, draw.gallery):
+        with pytest.raises(InputError, match="give the slide that the features were made from"):
+            function(other, some_attention())
+
+
+def test_scores_that_are_not_one_finite_number_a_tile_are_refused():
+    attention = some_attention()
+    bad = np.where(np.arange(12) == 5, np.nan, attention.scores).astype(np.float32)
+    for scores in (attention.scores[:-1], bad):
+        with pytest.raises(InputError, match="one finite number for each tile"):
+            draw.attention_geojson(replace(attention, scores=scores))
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"count": 2.5}, {"tile_px": 10}])
+def test_a_gallery_of_a_senseless_size_is_refused(options):
+    with pytest.raises(InputError, match="expected an int from"):
+        draw.gallery(noise_slide(), some_attention(), **options)

@@ -1,0 +1,64 @@
+"""What a command says: on which stream, in which words, with which exit status."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from xmag.errors import XmagWarning
+
+ALL_DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+_OF_FIT = ", or validation=None, which trains for all epochs and keeps the last weights"
+"""A remedy that the command line does not have."""
+
+
+@contextmanager
+def console(*, verbose: bool) -> Iterator[None]:
+    """Warnings as one line each, and the log where it is asked for; all is undone at the end."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, XmagWarning):
+            write(sys.stderr, f"xmag: warning: {one_line(message)}")
+
+    logger = logging.getLogger("xmag")
+    # What tifffile says of a damaged file would come twice: it is in the error as well.
+    loggers = (logger, logging.getLogger("tifffile"))
+    level = logger.level
+    handler = logging.StreamHandler(sys.stderr) if verbose else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", XmagWarning)
+        warnings.showwarning = show
+        for each in loggers:
+            each.addHandler(handler)
+        if verbose:
+            logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            for each in loggers:
+                each.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def one_line(message: object) -> str:
+    """The message without line ends, its remedies in the words of the command line."""
+    text = str(message).replace("on_mismatch='redo'", "--redo")
+    text = text.replace(_OF_FIT, "")
+    text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
+    return " ".join(text.split())
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun in singular or plural."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Writes a line; what the stream's encoding lacks (a µ, an odd file name) is escaped."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -1,0 +1,144 @@
+"""The commands on slides: info, extract, demo."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xmag.cli.arguments import Commands, add_model, add_mpp
+from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
+from xmag.errors import InputError
+
+if TYPE_CHECKING:
+    from xmag.slide import Slide
+
+_EXTRACT_EPILOG = """\
+Features, and report.csv, are written below DIR at the paths that the slides have below their common
+folder. What is there already is kept, so that the same command goes on where it was stopped.
+
+examples:
+  xmag extract a.svs b.svs -o features
+  xmag extract slides/ -o features --model xmag-mini --format safetensors
+  xmag extract scan.tif -o features --mpp 0.25
+"""
+
+
+def add_commands(commands: Commands) -> None:
+    """Add info, extract and demo to the commands."""
+    info = commands.add_parser("info", help="show what a slide holds", allow_abbrev=False)
+    info.add_argument("slide", metavar="SLIDE", help="a slide file")
+    info.set_defaults(run=_info)
+
+    extract = commands.add_parser(
+        "extract", help="extract the features of slides", epilog=_EXTRACT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    extract.add_argument(
+        "slides", metavar="SLIDE", nargs="+", help="slide files; or one folder; or one CSV file"
+    )
+    extract.add_argument("-o", "--out", metavar="DIR", required=True, help="where to write")
+    add_model(extract)
+    extract.add_argument("--format", choices=("h5", "safetensors"), default="h5")
+    extract.add_argument("--overlay", action="store_true", help="also draw tissue and tiles (.png)")
+    extract.add_argument(
+        "--redo", action="store_true", help="replace features that were made differently"
+    )
+    extract.set_defaults(run=_extract)
+
+    demo = commands.add_parser("demo", help="run the main job on a small slide", allow_abbrev=False)
+    demo.add_argument(
+        "slide", metavar="SLIDE", nargs="?", help="your slide (default: one that is made)"
+    )
+    demo.add_argument("-o", "--out", metavar="DIR", default="demo", help="default: demo")
+    demo.set_defaults(run=_demo)
+    for command in (info, extract, demo):
+        add_mpp(command)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from xmag.slide import Slide
+
+    with Slide(args.slide, mpp=args.mpp) as slide:
+        for label, value in _info_lines(slide):
+            write(sys.stdout, f"{label:<10}{value}")
+    return ALL_DONE
+
+
+def _info_lines(slide: "Slide") -> Iterator[tuple[str, str]]:
+    """What there is to know of a slide, as (label, value)."""
+    from xmag.errors import SlideScaleError
+    from xmag.geometry import TileSpec
+
+    width, height = slide.dimensions
+    mpp = slide.mpp
+    yield "slide", slide.name
+    yield "format", slide.format
+    if mpp is None:
+        yield "size", f"{width:,} x {height:,} px"
+        yield "scale", "unknown: give --mpp"
+    else:
+        yield (
+            "size",
+            f"{width:,} x {height:,} px, {width * mpp / 1e3:.3g} x {height * mpp / 1e3:.3g} mm",
+        )
+        yield "scale", f"{mpp:.4g} µm/px ({slide.mpp_source})"
+    label = "levels"
+    for level, (size, by) in enumerate(
+        zip(slide.level_dimensions, slide.level_downsamples, strict=True)
+    ):
+        scale = "" if mpp is None else f", {mpp * by:.4g} µm/px"
+        yield label, f"{level}: {size[0]:,} x {size[1]:,} px, 1/{by:.4g}{scale}"
+        label = ""
+    spec = TileSpec()
+    if mpp is None:
+        return
+    try:
+        scale_read = slide.scale_for(spec)
+    except SlideScaleError as error:
+        yield f"{spec.mpp:g} µm/px", f"cannot be read: {error}"
+        return
+    decoded = f"level {scale_read.level}"
+    if scale_read.reduction > 1:
+        decoded += f" decoded at 1/{scale_read.reduction}"
+    how = (
+        f"as it is, {scale_read.mpp:.4g} µm/px" if scale_read.factor == 1.0
+        else f"{scale_read.decoded_mpp:.4g} µm/px, resampled"
+    )  # fmt: skip
+    yield f"{spec.mpp:g} µm/px", f"read from {decoded}, {how}"
+
+
+def _extract(args: argparse.Namespace) -> int:
+    slides: list[str] = args.slides
+    if len(slides) > 1:
+        for slide in slides:
+            if Path(slide).is_dir() or slide.lower().endswith(".csv"):
+                raise InputError(
+                    f"{slide} is given beside other slides; expected slide files, or one folder, or"
+                    " one CSV file"
+                )
+    from xmag.cohort import extract_cohort
+
+    report = extract_cohort(
+        slides if len(slides) > 1 else slides[0],
+        args.out,
+        model=args.model,
+        format=args.format,
+        mpp=args.mpp,
+        overlay=args.overlay,
+        on_mismatch="redo" if args.redo else "error",
+    )
+    for row in report:
+        done = f"{counted(row.tiles, 'tile')}, {row.seconds:.1f} s"
+        write(sys.stdout, f"{row.status:<8}{row.slide}: {one_line(row.error) or done}")
+    report_path = Path(args.out) / "report.csv"
+    counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
+    write(sys.stdout, f"{counted(len(report), 'slide')}: {counts}; see {report_path}")
+    return FAILED if report.failed else ALL_DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from xmag.demo import run_demo
+
+    write(sys.stdout, run_demo(args.out, slide=args.slide, mpp=args.mpp).summary)
+    return ALL_DONE

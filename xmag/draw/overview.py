@@ -1,0 +1,170 @@
+"""Where tissue and tiles of a slide lie, and what their embeddings see.
+
+Colours are those of Okabe and Ito, which
+remain apart for colour-blind readers; kept and dropped tiles also differ in the line's weight.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from xmag.bag import FeatureBag
+from xmag.draw.frame import FAINT, Key, Pictured, Rgb, box_of, framed
+from xmag.errors import BagError, InputError
+from xmag.plan import TilePlan
+from xmag.slide import Slide
+from xmag.tissue import TissueMask
+
+_TISSUE: Rgb = (230, 159, 0)
+_KEPT: Rgb = (0, 90, 160)
+_DROPPED: dict[str, tuple[str, Rgb]] = {
+    "tissue": ("too little tissue", (196, 196, 196)),
+    "border": ("over the border", (213, 94, 0)),
+    "roi": ("outside the region of interest", (204, 121, 167)),
+    "damaged": ("damaged", (0, 0, 0)),
+}
+_RGB_OF_XYZ = np.array(
+    [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+)
+"""CIE XYZ (D65) to linear sRGB: IEC 61966-2-1."""
+
+OVERLAY_PX = 1600
+"""The longer side of an overlay where the caller does not say."""
+_SMALLEST_OUTLINED_PX = 5
+"""Tiles that look smaller than this are tinted only: outlines would hide everything."""
+_SMALLEST_DROPPED_PX = 24
+"""Cells that look smaller than this are drawn only where they are tiles."""
+
+
+def overlay(
+    slide: Pictured,
+    *,
+    tissue: TissueMask | None = None,
+    plan: TilePlan | None = None,
+    max_px: int = OVERLAY_PX,
+) -> Image.Image:
+    """The slide's thumbnail with the outline of its tissue and its tiles, as an RGB image.
+
+    The thumbnail is at most `max_px` on its longer side and begins at the image's top-left
+    corner; below it stand the slide's name, a scale bar (where the scale is known) and a legend.
+    Tiles of the plan have a blue outline, cells that it dropped a thin one, by reason. The tissue
+    is outlined in orange; the line lies inside of it.
+    """
+    picture = slide.thumbnail(max_px=max_px).convert("RGB")
+    per_level0 = picture.width / slide.dimensions[0]
+    keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
+    if tissue is not None:
+        _draw_outline(picture, tissue, per_level0)
+        keys.insert(0, Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
+    return framed(picture, slide, keys)
+
+
+def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
+    """The slide in grey with each tile coloured by its embedding, as an RGB image.
+
+    Tiles of similar colour have similar embeddings: the first principal component of the bag's
+    features runs from blue to yellow, the second from dark to light, the third from green to
+    magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
+    percentile. The colours of two slides cannot be compared. Raises BagError where the bag does
+    not say how large its tiles are, and InputError where it belongs to another canvas.
+    """
+    if bag.tiles is None:
+        raise BagError(
+            "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
+            " drawn; use one that extract_features made"
+        )
+    if tuple(bag.tiles.level0_size) != tuple(slide.dimensions):
+        raise InputError(
+            f"the bag was made on a canvas of {bag.tiles.level0_size} px, but {slide.name!r} has"
+            f" {slide.dimensions} px; give the slide that the bag was made from"
+        )
+    picture = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.2)
+    scores, shares = _principal_components(np.asarray(bag.features, np.float64))
+    painted = picture.copy()
+    draw = ImageDraw.Draw(painted)
+    per_level0 = picture.width / slide.dimensions[0]
+    for corner, colour in zip(bag.coords, _component_colours(scores), strict=True):
+        draw.rectangle(
+            box_of(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist())
+        )
+    keys = []
+    for component, share in enumerate(shares if len(bag) else ()):
+        ends = np.zeros((2, 3))
+        ends[:, component] = -1, 1
+        low, high = (tuple(c) for c in _component_colours(ends).tolist())
+        text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
+        keys.append(Key(text=text, line=FAINT, fill=low, second_fill=high, thick=False))
+    return framed(Image.blend(picture, painted, 0.7), slide, keys)
+
+
+def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[Key]:
+    """Draws the cells of the grid onto the picture; returns their legend."""
+    side = plan.tiles.size_level0
+    kept = [box_of(corner, side, per_level0) for corner in plan.coords]
+    tint = picture.copy()
+    for box in kept:
+        ImageDraw.Draw(tint).rectangle(box, fill=_KEPT)
+    picture.paste(Image.blend(picture, tint, 0.09))
+    draw = ImageDraw.Draw(picture)
+    side_px = side * per_level0
+    keys = []
+    for reason, corners in plan.dropped.items():
+        if not len(corners):
+            continue
+        text, line = _DROPPED[reason]
+        for corner in corners if side_px >= _SMALLEST_DROPPED_PX else ():
+            draw.rectangle(box_of(corner, side, per_level0), outline=line)
+        keys.append(Key(text=f"{len(corners):,} {text}", line=line, thick=False))
+    weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
+    for box in kept if side_px >= _SMALLEST_OUTLINED_PX else ():
+        draw.rectangle(box, outline=_KEPT, width=weight)
+    fill = (215, 225, 240)
+    tiles = "tile" if len(plan) == 1 else "tiles"
+    return [Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
+
+
+def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
+    """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
+    if not tissue.mask.size:
+        return
+    mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
+    per_mask = tissue.downsample * per_level0
+    size = max(1, round(mask.width * per_mask)), max(1, round(mask.height * per_mask))
+    mask = mask.resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    weight = max(1, round(max(picture.size) / 530))
+    inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
+    picture.paste(_TISSUE, (0, 0), ImageChops.subtract(mask, inner))
+
+
+def _principal_components(
+    features: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N, 3) scores of the first three components in [-1, 1]; (3,) shares of the variance."""
+    if len(features) == 0:
+        return np.zeros((0, 3)), np.zeros(3)
+    centred = features - features.mean(0)
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    variances, axes = variances[::-1][:3].clip(0), axes[:, ::-1][:, :3]
+    # The sign of a component is arbitrary: without a rule, a picture could change with the CPU.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    scores = centred @ axes
+    low, high = np.percentile(scores, (2, 98), axis=0)
+    varies = high - low > 1e-9
+    unit = 2 * (scores - low) / np.where(varies, high - low, 1) - 1
+    scores = np.where(varies, unit.clip(-1, 1), 0)
+    missing = 3 - scores.shape[1]
+    total = max(float((centred**2).sum()), 1e-300)
+    return np.pad(scores, ((0, 0), (0, missing))), np.pad(variances, (0, missing)) / total
+
+
+def _component_colours(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """uint8 (N, 3) sRGB of (N, 3) scores: CIELAB's b, L and a (D65; IEC 61966-2-1)."""
+    blue_yellow, lightness, green_magenta = scores.T
+    y = (65 + 20 * lightness + 16) / 116
+    f = np.stack([y + 45 * green_magenta / 500, y, y - 55 * blue_yellow / 200], axis=1)
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    linear = (xyz * (0.95047, 1.0, 1.08883)) @ _RGB_OF_XYZ.T
+    linear = linear.clip(0, 1)
+    srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    return np.asarray(np.rint(srgb * 255), np.uint8)
