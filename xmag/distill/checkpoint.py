@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xmag.distill.step import Trainer
 from xmag.errors import MismatchError, OutputError
-from xmag.files import atomic_path
+from xmag.tensors import write_tensors
 
 SCHEMA, SCHEMA_VERSION = "xmag-distillation", 1
 _HEADER = "xmag"
@@ -63,14 +62,7 @@ def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
         **{name: getattr(state, name) for name in _IN_HEADER},
     }
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with atomic_path(path) as temporary:
-            save_file(ready, temporary, metadata={_HEADER: json.dumps(about)})
-    except SafetensorError as error:  # how its writer reports a full disk
-        raise OutputError(
-            f"{path} cannot be written ({error}): free some space there, or write elsewhere. What"
-            " was there before is untouched; the same call goes on from it"
-        ) from error
+    write_tensors(path, ready, metadata={_HEADER: json.dumps(about)})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

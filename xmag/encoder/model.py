@@ -12,15 +12,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xmag.devices import full_precision, resolve_device, resolve_dtype
 from xmag.encoder.stream import TileStream
 from xmag.errors import InputError, ModelError
-from xmag.files import atomic_path, write_text
+from xmag.files import write_text
 from xmag.geometry import TileSpec
 from xmag.hub.registry import SCHEMA, ModelConfig
+from xmag.tensors import write_tensors
 from xmag.vit import ViT
 
 _logger = logging.getLogger(__name__)
@@ -208,8 +208,7 @@ class Encoder:
         state = {key: t.detach().cpu().contiguous() for key, t in self.vit.state_dict().items()}
         about = {key: self._provenance.get(key) for key in ("name", "terms", "trained", "lineage")}
         config = {"format": SCHEMA, **about, **self._config.to_dict()}
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", state, metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _checked(self, tiles: Tiles) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xmag.errors import MismatchError, OutputError, WeightsError, XmagWarning
-from xmag.files import atomic_path
 from xmag.finetune.training import Epoch, Progress, Trainer
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance
+from xmag.tensors import write_tensors
 from xmag.training import Ranks
 
 _logger = logging.getLogger(__name__)
@@ -95,8 +94,7 @@ def save_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {key: t.detach().to("cpu", copy=True) for key, t in _tensors(trainer)}
     metadata = {"format": _FORMAT, "header": json.dumps(header, allow_nan=False)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(path, tensors, metadata=metadata)
 
 
 def load_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> bool:
