@@ -2,20 +2,19 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
+from xmag.cohort.executors import Engine, Executor, share_of
 from xmag.cohort.jobs import Job, jobs_of
-from xmag.cohort.pipelined import in_processes
+from xmag.cohort.local import rows_here
 from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
-from xmag.cohort.resume import find_earlier
 from xmag.cohort.settings import Settings
-from xmag.cohort.single import one_by_one
 from xmag.encoder import TileEncoder
 from xmag.extract import Transform, resolve_encoder
 from xmag.progress import progress_bar
+from xmag.urls import place_of
 
 __all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]
 
@@ -38,6 +37,9 @@ def extract_cohort(
     on_mismatch: Literal["error", "redo"] = "error",
     progress: bool | None = None,
     transform: Transform | None = None,
+    executor: Executor | Callable[[], Executor] | None = None,
+    shards: int | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> CohortReport:
     """The report of extracting the features of many slides into a folder.
 
@@ -47,12 +49,17 @@ def extract_cohort(
     done if it is valid and was made from the same slide with the same model, tiles and
     preprocessing.
 
+    With `executor` the slides are done by workers, in this machine or others, each of which takes
+    a part of them at a time. What a lost worker had finished stays; what it had not becomes a row
+    with status "lost", unless `executor` is a function that makes an executor: then a new one does
+    the rest. Models travel to workers by name, so that they must be able to load it.
+
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
             has a column ``slide`` (relative paths start at the CSV's folder) and optionally
             ``mpp`` (µm/px of level 0, where the file's own is missing or wrong) and ``id`` (names
-            the output instead of the path).
-        out: The folder to write to; made if it is not there.
+            the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
+        out: The folder to write to, or the URL of one in a store; made if it is not there.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         format: "h5" or "safetensors".
         tissue: "auto" finds the tissue of each slide, None takes every tile.
@@ -66,18 +73,31 @@ def extract_cohort(
         on_mismatch: What to do with a valid bag that was made with something else: "error" raises
             before any work, "redo" makes it again.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
-        transform: Applied to each batch of tiles, for instance to normalise stains.
+        transform: Applied to each batch of tiles, for instance to normalise stains. With `executor`
+            a function at the top of a module that workers can import.
+        executor: What runs functions elsewhere: an object whose `submit` returns something with
+            `done()` and `result()`, or a function without arguments that makes one. See
+            docs/clusters.md.
+        shards: Into how many parts the slides are cut for `executor`; by default at least 16, and
+            at most 64 slides each.
+        shard: ``(i, n)`` does the i-th of n shares of the slides alone, from 0 on, and reports to
+            ``report-<i>-of-<n>.csv``: for n processes that do not know of each other.
 
     Raises:
         InputError: No slides, a CSV without the column, names that collide, an impossible option.
-        MismatchError: Bags in `out` were made with something else (see `on_mismatch`).
+        MismatchError: Bags in `out` were made with something else (see `on_mismatch`). With
+            `executor` it may come after other workers have begun.
+        ModelError: The model cannot be loaded; with `executor`, not by its name.
         OutputError: `out` cannot be written to.
     """
     # Before the model, which may have to be fetched.
-    jobs = jobs_of(slides, format=format, mpp=mpp)
+    jobs, report_name = jobs_of(slides, format=format, mpp=mpp), REPORT_NAME
+    if shard is not None:
+        jobs, report_name = share_of(jobs, shard)
+    engine = None if executor is None else Engine(executor, shards=shards, model=model)
     settings = Settings(
-        encoder=resolve_encoder(model),
-        out=Path(out),
+        encoder=resolve_encoder(model) if engine is None else engine.encoder,
+        out=place_of(out),
         tissue=tissue,
         overlap=overlap,
         min_tissue=min_tissue,
@@ -88,14 +108,8 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
-    with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
-        found = {job: find_earlier(job, settings) for job in jobs}
-        count = settings.processes_for(len(jobs))
-        done = (
-            in_processes(jobs, found, settings, count)
-            if count
-            else one_by_one(jobs, found, settings)
-        )
+    with ReportFile(settings.out / report_name, jobs, rows) as report:
+        done = rows_here(jobs, settings) if engine is None else engine.rows(jobs, settings)
         with progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar:
             for job, row in done:
                 rows[job] = row

@@ -119,7 +119,7 @@ class _Pipeline:
             self._jobs[number] = job
             yield DecodeJob(
                 number=number,
-                path=str(job.path),
+                path=job.path,
                 mpp=job.mpp,
                 spec=settings.encoder.tile_spec,
                 tissue=settings.tissue,

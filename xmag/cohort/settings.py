@@ -1,7 +1,6 @@
 """What is the same for every slide of a cohort."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from xmag.encoder import TileEncoder
@@ -10,6 +9,7 @@ from xmag.extract import Transform, fingerprint_of
 from xmag.plan import check_grid, plan_options
 from xmag.tiles import PROCESSES_SUPPORTED, usable_cores
 from xmag.tissue import TISSUE_METHOD
+from xmag.urls import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class Settings:
     """What is the same for every slide of a cohort."""
 
     encoder: TileEncoder
-    out: Path
+    out: Place
     tissue: Literal["auto"] | None
     overlap: int
     min_tissue: float

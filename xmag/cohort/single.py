@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from xmag import draw, files
 from xmag.bag import FeatureBag
@@ -16,6 +15,7 @@ from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import reason_of
 from xmag.tissue import TissueMask, find_tissue
+from xmag.urls import Place
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _planned(slide: Slide, settings: Settings) -> tuple[TissueMask | None, TileP
     return mask, plan
 
 
-def _picture_of(job: Job, settings: Settings) -> Path:
+def _picture_of(job: Job, settings: Settings) -> Place:
     output = settings.out / job.output
     return output.with_name(output.name + ".png")
 

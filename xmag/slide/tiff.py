@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
@@ -11,6 +12,7 @@ from xmag.errors import DamagedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs
 from xmag.slide.layouts import PageLevel, TiffLayout, find_layout, page_size, whole_factor
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
+from xmag.slide.remote import RemoteSource
 from xmag.slide.source import ByteSource, LocalSource
 
 _MAX_TILE_PX = 1 << 26
@@ -27,15 +29,15 @@ _PARSE_ERRORS = (
 
 
 class TiffReader:
-    """A TileReader over the pages of one TIFF file."""
+    """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
-    def __init__(self, path: Path, *, region: int | None = None) -> None:
+    def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
         try:
             self._open(path, region)
         except XmagError as error:
             raise type(error)(f"{path.name}: {error}") from error
 
-    def _open(self, path: Path, region: int | None) -> None:
+    def _open(self, path: Path | RemoteSource, region: int | None) -> None:
         layout = _read_layout(path, region)
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
@@ -49,13 +51,13 @@ class TiffReader:
         self._lengths = [stored.page.databytecounts for stored in layout.levels]
         for number, level in enumerate(self.levels):
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
-        self._source: ByteSource = LocalSource(path)
+        self.source: ByteSource = LocalSource(path) if isinstance(path, Path) else path
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those without any."""
         offsets, lengths = self._offsets[level], self._lengths[level]
         chunks = iter(
-            self._source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
+            self.source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
         )
         return [next(chunks) if lengths[i] else None for i in indices]
 
@@ -65,13 +67,24 @@ class TiffReader:
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
-        self._source.close()
+        self.source.close()
 
 
-def _read_layout(path: Path, region: int | None) -> TiffLayout:
+def _read_layout(path: Path | RemoteSource, region: int | None) -> TiffLayout:
     """The pages of the slide in the file, which is closed again."""
+    if isinstance(path, Path):
+        return _parse(path, region)
+    file = path.file()
     try:
-        with TiffFile(path) as tiff:
+        return _parse(cast(BinaryIO, file), region)
+    finally:
+        if file.failure is not None:
+            raise file.failure
+
+
+def _parse(file: Path | BinaryIO, region: int | None) -> TiffLayout:
+    try:
+        with TiffFile(file) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise DamagedSlideError(

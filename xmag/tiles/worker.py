@@ -18,6 +18,7 @@ from xmag.slide import Slide, SlideFacts
 from xmag.tiles.shared import Arena
 from xmag.tiles.threads import read_tiles
 from xmag.tissue import find_tissue
+from xmag.urls import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class DecodeJob:
     """A slide to plan and decode; `number` comes back with all that belongs to it."""
 
     number: int
-    path: str
+    path: str | Place
     mpp: float | None
     spec: TileSpec
     tissue: Literal["auto"] | None
