@@ -160,7 +160,8 @@ class Url:
     def files_below(self) -> list["Url"]:
         """Every file below it, in order. Raises what the store does; see `told`."""
         store, path = self.store()
-        return [Url(store.unstrip_protocol(found)) for found in sorted(store.find(path))]
+        start = len(path.rstrip("/")) + 1
+        return [self / found[start:] for found in sorted(store.find(path))]
 
     @property
     def _bare(self) -> str:
