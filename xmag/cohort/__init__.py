@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from os import PathLike
 from typing import Literal
 
@@ -108,13 +109,16 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
-    with ReportFile(settings.out / report_name, jobs, rows) as report:
-        done = rows_here(jobs, settings) if engine is None else engine.rows(jobs, settings)
-        with progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar:
-            for job, row in done:
-                rows[job] = row
-                logger.info("%s: %s %s", row.slide, row.status, row.error)
-                report.update()
-                bar.update()
-                bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
+    run = rows_here if engine is None else engine.rows
+    with (
+        ReportFile(settings.out / report_name, jobs, rows) as report,
+        closing(run(jobs, settings)) as done,
+        progress_bar(progress, total=len(jobs), desc="slides", unit="slide") as bar,
+    ):
+        for job, row in done:
+            rows[job] = row
+            logger.info("%s: %s %s", row.slide, row.status, row.error)
+            report.update()
+            bar.update()
+            bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
     return CohortReport(tuple(rows[job] for job in jobs))

@@ -7,7 +7,8 @@ ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's.
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from xmag.cohort.jobs import Job
 from xmag.cohort.models import ModelName, by_name
 from xmag.cohort.report import CohortRow
 from xmag.cohort.settings import Settings
-from xmag.cohort.shards import MARKER, Shard, ShardStatus, run_shard
+from xmag.cohort.shards import MARKER, Shard, ShardStatus, run_shard, transform_name
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, MismatchError, XmagError
 from xmag.urls import Place, Url
@@ -36,6 +37,9 @@ _REMOTE_STATUS_EVERY_S = 10.0
 _LEAST_SHARDS = 16
 _MOST_SLIDES = 64
 """Slides in a shard: few enough to share the work evenly, and enough to keep batches full."""
+
+_ASKING_THREADS = 16
+"""Asking a store for the size of an object is waiting, and stores answer many at once."""
 
 _DONE_WEIGHT = 0.01
 """Work of a slide whose output is there already, as a part of doing it."""
@@ -63,7 +67,7 @@ class Engine:
         shards: int | None,
         model: TileEncoder | str | None,
     ) -> None:
-        if not (isinstance(executor, Executor) or callable(executor)):
+        if _is_factory(executor) and not callable(executor):
             raise InputError(
                 f"executor is a {type(executor).__name__}; expected an object with submit(), such"
                 " as a ProcessPoolExecutor, or a function that makes one"
@@ -73,12 +77,15 @@ class Engine:
         self._executor, self._shards = executor, shards
         self._model, self.encoder = by_name(model)
 
-    def rows(self, jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, CohortRow]]:
+    def rows(
+        self, jobs: Sequence[Job], settings: Settings
+    ) -> Generator[tuple[Job, CohortRow], None, None]:
         """The rows of jobs, each soon after its worker has done it.
 
         Raises MismatchError where workers find outputs that were made with something else, or
         compute in different dtypes, and what stopped every shard if none did anything.
         """
+        transform_name(settings.transform)  # whether it has one, before any work
         settings = replace(settings, out=_absolute(settings.out))
         with _run_folder(settings.out) as run:
             left = {n: replace(job, path=_absolute(job.path)) for n, job in enumerate(jobs)}
@@ -88,7 +95,7 @@ class Engine:
                     pieces = cohort.pieces(self._shards, is_retry=attempt > 0)
                     for number, row in cohort.round(executor, pieces):
                         yield jobs[number], row
-                if not left or isinstance(self._executor, Executor):
+                if not left or not _is_factory(self._executor):
                     break
                 logger.warning("%d slides are left after a worker was lost", len(left))
             cohort.raise_if_nothing_ran()
@@ -118,7 +125,9 @@ class _Cohort:
         numbers = [number for number in self.left if number not in suspects]
         if shards is None:
             shards = max(_LEAST_SHARDS, -(-len(numbers) // _MOST_SLIDES))
-        work = [_work_of(self.left[number], self.settings.out) for number in numbers]
+        with ThreadPoolExecutor(_ASKING_THREADS, "xmag-size") as pool:
+            out = self.settings.out
+            work = list(pool.map(lambda number: _work_of(self.left[number], out), numbers))
         found = [[numbers[i] for i in share] for share in shares(work, shards)]
         # Alone and last: if one of them takes its worker down again, the others are done.
         return found + [[number] for number in suspects]
@@ -279,6 +288,11 @@ def _work_of(job: Job, out: Place) -> float:
     return size * (_DONE_WEIGHT if is_there else 1.0)
 
 
+def _is_factory(engine: object) -> bool:
+    """Whether it makes executors; a class of them does, too."""
+    return isinstance(engine, type) or not isinstance(engine, Executor)
+
+
 @contextmanager
 def _run_folder(out: Place) -> Iterator[Place]:
     """A folder for the status files of a run, which tells workers that somebody waits for them."""
@@ -294,10 +308,10 @@ def _run_folder(out: Place) -> Iterator[Place]:
 @contextmanager
 def _opened(engine: Executor | Callable[[], Executor]) -> Iterator[Executor]:
     """The executor that was given, or one of the factory's, which is shut down again."""
-    if isinstance(engine, Executor):
-        yield engine
+    if not _is_factory(engine):
+        yield engine  # type: ignore[misc]  # a factory has no submit
         return
-    executor = engine()
+    executor = engine()  # type: ignore[operator]
     if not isinstance(executor, Executor):
         raise InputError(
             f"executor made a {type(executor).__name__}; expected a function that returns an object"

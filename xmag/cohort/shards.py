@@ -9,9 +9,10 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -43,14 +44,7 @@ class Shard:
     run: Place
     jobs: tuple[Job, ...]
     model: ModelName
-    out: Place
-    tissue: Literal["auto"] | None
-    overlap: int
-    min_tissue: float
-    overlay: bool
-    batch_size: int | None
-    processes: int | None
-    on_mismatch: Literal["error", "redo"]
+    options: Mapping[str, Any]
     transform: str | None
 
     @classmethod
@@ -64,19 +58,13 @@ class Shard:
         run: Place,
     ) -> "Shard":
         """The shard of some jobs of a cohort with these settings."""
+        plain = {field.name for field in fields(Settings)} - {"encoder", "transform"}
         return cls(
             number=number,
             run=run,
             jobs=tuple(jobs),
             model=model,
-            out=settings.out,
-            tissue=settings.tissue,
-            overlap=settings.overlap,
-            min_tissue=settings.min_tissue,
-            overlay=settings.overlay,
-            batch_size=settings.batch_size,
-            processes=settings.processes,
-            on_mismatch=settings.on_mismatch,
+            options={name: getattr(settings, name) for name in sorted(plain)},
             transform=transform_name(settings.transform),
         )
 
@@ -136,27 +124,28 @@ def _run(shard: Shard) -> Iterator[ShardStatus]:
     """How far the shard is, each time that a slide of it is done."""
     if not _is_awaited(shard):
         raise OutputError(
-            f"this worker does not see the output folder {shard.out} of the program that started"
-            " it, or that program has ended; write to a folder that all machines share, under the"
-            " same path, or to a store such as s3://"
+            f"this worker does not see the output folder {shard.run.parent} of the program that"
+            " started it, or that program has ended; write to a folder that all machines share,"
+            " under the same path, or to a store such as s3://"
         )
     # An engine may have started the same shard before, and lost that worker.
     before = ShardStatus.read(shard.status)
     indices = {job: index for index, job in enumerate(shard.jobs)}
     rows = [(index, row) for index, row in before.rows]
-    done = {index for index, _ in rows}
-    left = [job for index, job in enumerate(shard.jobs) if index not in done]
+    known = {index for index, _ in rows}
+    left = [job for index, job in enumerate(shard.jobs) if index not in known]
     settings = _settings_of(shard)
     kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
     yield ShardStatus(rows=tuple(rows), dtype_class=kind)
     looked_at = time.monotonic()
-    for job, row in rows_here(left, settings):
-        rows.append((indices[job], row))
-        yield ShardStatus(rows=tuple(rows), dtype_class=kind)
-        if time.monotonic() - looked_at > _LOOK_EVERY_S:
-            if not _is_awaited(shard):
-                return
-            looked_at = time.monotonic()
+    with closing(rows_here(left, settings)) as done:
+        for job, row in done:
+            rows.append((indices[job], row))
+            yield ShardStatus(rows=tuple(rows), dtype_class=kind)
+            if time.monotonic() - looked_at > _LOOK_EVERY_S:
+                if not _is_awaited(shard):
+                    return
+                looked_at = time.monotonic()
 
 
 def _is_awaited(shard: Shard) -> bool:
@@ -165,21 +154,14 @@ def _is_awaited(shard: Shard) -> bool:
 
 
 def _settings_of(shard: Shard) -> Settings:
-    processes = shard.processes
-    if processes is None and torch.cuda.device_count() > 1:
+    options = dict(shard.options)
+    if options["processes"] is None and torch.cuda.device_count() > 1:
         # The other GPUs of this host have workers of their own, and the cores are for all.
-        processes = max(1, usable_cores() // torch.cuda.device_count())
+        options["processes"] = max(1, usable_cores() // torch.cuda.device_count())
     return Settings(
         encoder=shard.model.load(claimed_device()),
-        out=shard.out,
-        tissue=shard.tissue,
-        overlap=shard.overlap,
-        min_tissue=shard.min_tissue,
-        overlay=shard.overlay,
-        batch_size=shard.batch_size,
-        processes=processes,
-        on_mismatch=shard.on_mismatch,
         transform=None if shard.transform is None else _imported(shard.transform),
+        **options,
     )
 
 
