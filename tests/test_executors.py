@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,6 +33,7 @@ from xmag.cohort.gpus import claim
 from xmag.cohort.jobs import jobs_of
 from xmag.cohort.settings import Settings
 from xmag.errors import InputError, MismatchError, ModelError, OutputError, WeightsError
+from xmag.urls import Url
 
 SLIDES = ("a.svs", "b.svs", "broken.svs", "site/c.svs", "site/d.svs", "site/e.svs")
 STATUSES = ["done", "done", "failed", "done", "done", "done"]
@@ -162,6 +164,19 @@ def test_each_slide_is_reported_while_its_shard_goes_on(folder, model, out):
         next(rows)
         assert len(list(out.rglob("*.h5"))) < 4
         assert len(list(rows)) == len(SLIDES) - 1
+
+
+def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
+    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(executors, "_REMOTE_STATUS_EVERY_S", 0.05)
+    store = fsspec.filesystem("memory")
+    with ThreadPoolExecutor(1) as pool:
+        out = Url("memory://stopped")
+        rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
+        next(rows)
+        rows.close()
+    assert 1 <= len(store.glob("/stopped/**/*.h5")) <= 3
+    store.rm("/stopped", recursive=True)
 
 
 def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, monkeypatch):

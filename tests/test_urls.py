@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import traceback
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -178,6 +179,16 @@ def test_bags_are_loaded_from_a_server_without_leaving_a_copy(tmp_path, monkeypa
     with serve_folder(tmp_path) as server:
         assert np.array_equal(FeatureBag.load(f"{server.url}/a.h5").features, bag.features)
     assert not list(temporary.iterdir())
+
+
+def test_secrets_do_not_come_with_an_error(tmp_path):
+    with serve_folder(tmp_path) as server:
+        host = server.url.removeprefix("http://")
+        for status in (403, 404, 500):
+            server.status = status
+            with pytest.raises(BagError) as caught:
+                FeatureBag.load(f"http://me:{SECRET}@{host}/a.h5?signature={SECRET}")
+            assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_outputs_mirror_the_common_folder_of_urls_and_of_paths(tmp_path):

@@ -1,6 +1,5 @@
 """Slides at URLs: the same pixels, few bytes more than needed, and servers that misbehave."""
 
-import io
 import logging
 import pickle
 import sys
@@ -14,6 +13,7 @@ from support.encoders import ColourEncoder
 from support.range_server import serve_folder
 from support.slides import write_svs
 from support.tiff import Page, write_pages
+from support.vendor_slides import write_ndpi, write_ome, write_philips, write_scn, write_ventana
 
 import xmag
 from xmag.errors import (
@@ -149,9 +149,11 @@ def test_the_file_object_reads_as_the_file_does(folder, server):
             assert there.tell() == here.tell()
         assert there.seek(100) == here.seek(100)
         assert there.read() == here.read()
-        buffer = io.BytesIO(bytes(10)).getbuffer()
+        buffer = np.zeros(5, np.uint16)  # tifffile reads into arrays of any type
         there.seek(199_995)
         assert there.readinto(buffer) == 5
+        here.seek(199_995)
+        assert bytes(buffer)[:5] == here.read()
         with pytest.raises(ValueError, match="no offset -1"):
             there.seek(-1)
     assert server.bytes_sent == 200_000
@@ -229,6 +231,32 @@ def test_a_failure_while_tiles_are_read_is_an_error_and_no_pixel_is_made_up(serv
         server.status = 503
         with pytest.raises(SlideError, match="HTTP 503"):
             extract_features(slide, model=ColourEncoder(), tissue=None)
+
+
+@pytest.mark.parametrize("write", [write_ndpi, write_ome, write_philips, write_scn, write_ventana])
+def test_slides_of_all_makes_are_read_the_same_way(tmp_path, write):
+    write(tmp_path / "slide.tif")
+    with serve_folder(tmp_path) as server:
+        there = xmag.Slide(f"{server.url}/slide.tif", mpp=0.5, region=0)
+        here = xmag.Slide(tmp_path / "slide.tif", mpp=0.5, region=0)
+        with there, here:
+            assert there.reader.levels == here.reader.levels
+            assert there.format == here.format
+            assert np.array_equal(there.thumbnail(max_px=200), here.thumbnail(max_px=200))
+
+
+def test_no_failure_while_directories_are_read_is_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_BLOCK_BYTES", 512)
+    monkeypatch.setattr(remote, "_HEAD_BYTES", 512)
+    write_ndpi(tmp_path / "slide.tif")
+    with serve_folder(tmp_path) as server:
+        xmag.Slide(f"{server.url}/slide.tif").close()
+        opening = len(server.requests)
+        for number in range(1, opening + 1):
+            server.requests, server.failing_request = [], number
+            with pytest.raises(SlideError, match="answers HTTP 400"):
+                xmag.Slide(f"{server.url}/slide.tif")
+        assert opening > 5
 
 
 def test_a_failure_while_directories_are_read_is_not_taken_for_a_damaged_file(folder, server):

@@ -21,6 +21,8 @@ class RangeServer:
     """Answer everything with this status."""
     failures: int = 0
     """Answer so many requests with status 503 before the first good answer."""
+    failing_request: int | None = None
+    """Answer that request, counted from 1, with status 400."""
     missing_bytes: int = 0
     """Leave so many bytes off the end of each answer, which says that they are there."""
     short_ranges: bool = False
@@ -75,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
         if state.failures > 0:
             state.failures -= 1
             self._answer(503, b"busy")
+        elif len(state.requests) == state.failing_request:
+            self._answer(400, b"as told")
         elif state.status is not None:
             self._answer(state.status, b"as told")
         elif state.token is not None and f"signature={state.token}" not in query:
