@@ -7,6 +7,7 @@ lost takes nothing finished with it.
 
 import importlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from xmag.extract import Transform
 from xmag.provenance import dtype_class
 from xmag.tiles import usable_cores
 from xmag.urls import Place, retold
+
+logger = logging.getLogger(__name__)
 
 MARKER = "run.json"
 """There for as long as somebody waits for the shards of a run."""
@@ -114,10 +117,18 @@ def run_shard(shard: Shard) -> ShardStatus:
     status = ShardStatus()
     try:
         for status in _run(shard):
-            files.write_text(shard.status, status.to_json())
+            _tell(shard, status)
     except XmagError as error:
         return replace(status, error=error)
     return status
+
+
+def _tell(shard: Shard, status: ShardStatus) -> None:
+    """Write the status, which work does not depend on: what is done is in its files."""
+    try:
+        files.write_text(shard.status, status.to_json())
+    except OutputError as error:
+        logger.warning("a status cannot be written: %s", error)
 
 
 def _run(shard: Shard) -> Iterator[ShardStatus]:
