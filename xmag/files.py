@@ -3,18 +3,24 @@
 The bytes go to a temporary file in the same folder, to the disk (fsync), through a check, and only
 then under the final name (os.replace). A run that is killed leaves the old file, or none, and
 perhaps a temporary one: hidden, unique, ending in ``.xmag-tmp``, never read, safe to delete.
+
+A URL is written to from a temporary file of this machine, checked there, and read back: whole or
+not at all where the store keeps that promise, as object stores do.
 """
 
 import errno
 import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from xmag.errors import OutputError
+from xmag.errors import OutputError, XmagError
+from xmag.urls import Place, Url, place_of, retold
 
 _TEMP_SUFFIX = ".xmag-tmp"
 
@@ -45,7 +51,7 @@ _OLD_S = 24 * 3600
 
 @contextmanager
 def atomic_path(
-    path: str | os.PathLike[str], *, validate: Callable[[Path], object] | None = None
+    path: str | os.PathLike[str] | Url, *, validate: Callable[[Path], object] | None = None
 ) -> Iterator[Path]:
     """A temporary path to write to; what is there at the end becomes `path`, whole or not at all.
 
@@ -56,7 +62,12 @@ def atomic_path(
     symbolic link is written through. Raises OutputError where the path cannot be written, and
     leaves what was there before untouched on every error.
     """
-    final = Path(os.path.realpath(path))
+    place = place_of(path)
+    if isinstance(place, Url):
+        with _uploaded(place, validate) as temp:
+            yield temp
+        return
+    final = Path(os.path.realpath(place))
     temp = final.parent / f".{os.getpid()}-{secrets.token_hex(8)}{_TEMP_SUFFIX}"
     try:
         if final.is_dir():
@@ -71,7 +82,7 @@ def atomic_path(
     except OSError as error:
         ours = str(error.filename) in (str(temp), str(final))
         if ours or error.errno in _STORAGE_FAILURES:
-            raise cannot_write(path, error) from error
+            raise cannot_write(place, error) from error
         raise
     finally:
         with suppress(OSError):
@@ -79,7 +90,7 @@ def atomic_path(
 
 
 def write_bytes(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Url,
     data: bytes,
     *,
     validate: Callable[[Path], object] | None = None,
@@ -89,16 +100,16 @@ def write_bytes(
         file.write(data)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str] | Url, text: str) -> None:
     """Write `text` to `path` as UTF-8 with its line ends as they are, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def cannot_write(path: str | os.PathLike[str], error: OSError) -> OutputError:
+def cannot_write(path: Place, error: OSError) -> OutputError:
     """The error that says why `path` cannot be written, and what to do about it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
-    told = OutputError(f"cannot write {os.fspath(path)}: {reason}; {remedy}")
+    told = OutputError(f"cannot write {path}: {reason}; {remedy}")
     told.__cause__ = error
     return told
 
@@ -135,6 +146,66 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of everything in a file, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(place: Place) -> None:
+    """Make a folder and those above it, if they are not there; stores need none.
+
+    Raises OutputError where that cannot be done.
+    """
+    if isinstance(place, Url):
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the output folder {place} cannot be made: {error.strerror}; name another one"
+        ) from error
+
+
+@contextmanager
+def local_copy(place: Place, kind: type[XmagError]) -> Iterator[Path]:
+    """A path of this machine with the content of a file: itself, or a copy that goes away.
+
+    Raises `kind` where a URL cannot be read.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    with retold(kind, place):
+        data = place.read()
+    with _temporary_folder() as folder:
+        copy = folder / "copy"
+        copy.write_bytes(data)
+        yield copy
+
+
+def remove_folder(place: Place) -> None:
+    """Remove a folder of xmag's own and the files in it, as far as that can be done."""
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)
+        return
+    with suppress(XmagError), retold(OutputError, place):
+        for url in place.files_below():
+            url.remove()
+
+
+@contextmanager
+def _uploaded(url: Url, validate: Callable[[Path], object] | None) -> Iterator[Path]:
+    with _temporary_folder() as folder:
+        temp = folder / "new"
+        temp.touch()
+        yield temp
+        if validate is not None:
+            validate(temp)
+        with retold(OutputError, url):
+            url.write(temp.read_bytes())
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _create(temp: Path) -> None:

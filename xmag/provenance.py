@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -142,12 +142,27 @@ def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(str(size).encode())
-        for offset in _sample_offsets(size):
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE_BLOCK_BYTES))
-    return {"name": path.name, "size_bytes": size, "content_sample_sha256": digest.hexdigest()}
+
+        def read(blocks: list[tuple[int, int]]) -> Iterator[bytes]:
+            for offset, length in blocks:
+                file.seek(offset)
+                yield file.read(length)
+
+        return content_fingerprint(path.name, os.fstat(file.fileno()).st_size, read)
+
+
+def content_fingerprint(
+    name: str, size: int, read: Callable[[list[tuple[int, int]]], Iterable[bytes]]
+) -> dict[str, Any]:
+    """The fingerprint of a file of this name and size; `read` gives the bytes of (offset, length).
+
+    See `file_fingerprint`.
+    """
+    blocks = [(at, min(_SAMPLE_BLOCK_BYTES, size - at)) for at in _sample_offsets(size)]
+    digest = hashlib.sha256(str(size).encode())
+    for block in read(blocks):
+        digest.update(block)
+    return {"name": name, "size_bytes": size, "content_sample_sha256": digest.hexdigest()}
 
 
 def _sample_offsets(size: int) -> list[int]:

@@ -21,9 +21,10 @@ from xmag.bag.formats import (
     encode_safetensors,
 )
 from xmag.errors import BagError, InputError, OutputError, XmagError
-from xmag.files import write_bytes
+from xmag.files import local_copy, write_bytes
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
+from xmag.urls import Place, Url, place_of
 
 SCHEMA_VERSION = 1
 """Of the files; changes when an older xmag could no longer read them."""
@@ -90,32 +91,35 @@ class FeatureBag:
         # Arrays come out of a pickle writable; going through the constructor mends that.
         return FeatureBag, (self.features, self.coords, self.provenance, self.tiles)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.
 
         The file is read back and compared before it gets its name; the same bag gives the same
-        bytes. Raises InputError for another suffix and OutputError where it cannot be written.
+        bytes. `path` may be a URL, such as "s3://bucket/slide.h5". Raises InputError for another
+        suffix and OutputError where it cannot be written.
         """
         save_bag(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "FeatureBag":
+    def load(cls, path: str | os.PathLike[str] | Url) -> "FeatureBag":
         """The bag in an ``.h5`` or ``.safetensors`` file: one that `save` wrote, or a foreign one.
 
         A foreign file has the datasets `features`, (N, D) or (1, N, D), and `coords`, as CLAM and
         TRIDENT write them; its bag has neither provenance nor tiles. Raises InputError for another
         suffix, and BagError for a file that is damaged, incomplete, or of a newer schema.
         """
-        _, decode = _codec(path)
-        if not Path(path).is_file():
-            raise BagError(f"there is no file {os.fspath(path)!r}; give the path of a feature file")
-        try:
-            return _bag(decode(Path(path)))
-        except XmagError as error:
-            kind = NewerBagError if isinstance(error, NewerBagError) else BagError
-            raise kind(f"{os.fspath(path)}: {error}") from error
+        place = place_of(path)
+        _, decode = _codec(place)
+        if isinstance(place, Path) and not place.is_file():
+            raise BagError(f"there is no file {str(place)!r}; give the path of a feature file")
+        with local_copy(place, BagError) as local:
+            try:
+                return _bag(decode(local))
+            except XmagError as error:
+                kind = NewerBagError if isinstance(error, NewerBagError) else BagError
+                raise kind(f"{place}: {error}") from error
 
-    def export(self, path: str | os.PathLike[str], *, layout: Layout) -> None:
+    def export(self, path: str | os.PathLike[str] | Url, *, layout: Layout) -> None:
         """Write what other software reads; unlike `save`, it does not keep everything.
 
         Layout "clam" is a ``.pt`` with the features as a float32 tensor (N, D), which CLAM looks
@@ -125,16 +129,17 @@ class FeatureBag:
         """
         if layout not in _EXPORT_SUFFIXES:
             raise InputError(f"layout is {layout!r}; expected one of {sorted(_EXPORT_SUFFIXES)}")
-        if Path(path).suffix != _EXPORT_SUFFIXES[layout]:
+        place = place_of(path)
+        if place.suffix != _EXPORT_SUFFIXES[layout]:
             raise InputError(
-                f"cannot export layout {layout!r} to {os.fspath(path)!r}; expected a path that ends"
+                f"cannot export layout {layout!r} to {str(place)!r}; expected a path that ends"
                 f" in {_EXPORT_SUFFIXES[layout]!r}"
             )
         if layout == "clam":
             data, holds = encode_clam(self.features), holds_clam
         else:
             data, holds = _stamp(self), holds_stamp
-        _write(path, data, lambda temp: holds(temp, self.features))
+        _write(place, data, lambda temp: holds(temp, self.features))
 
 
 def _lossless(values: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
@@ -164,12 +169,12 @@ def _require_rows(fits: NDArray[np.bool_], array: NDArray[Any], name: str, expec
 
 
 def _codec(
-    path: str | os.PathLike[str],
+    path: Place,
 ) -> tuple[Callable[[Content], bytes], Callable[[Path], Content]]:
-    suffix = Path(path).suffix
+    suffix = path.suffix
     if suffix not in _CODECS:
         raise InputError(
-            f"{os.fspath(path)!r} ends in {suffix!r}; expected '.h5' or '.safetensors' (for other"
+            f"{str(path)!r} ends in {suffix!r}; expected '.h5' or '.safetensors' (for other"
             " layouts there is export)"
         )
     return _CODECS[suffix]
@@ -177,18 +182,19 @@ def _codec(
 
 def save_bag(
     bag: FeatureBag,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Url,
     *,
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Save a bag; `check` is called just before the file gets its name, and may raise instead."""
-    encode, decode = _codec(path)
-    data = encode(_content(bag, path))
-    _write(path, data, lambda temp: _same(bag, _bag(decode(temp))), check)
+    place = place_of(path)
+    encode, decode = _codec(place)
+    data = encode(_content(bag, place))
+    _write(place, data, lambda temp: _same(bag, _bag(decode(temp))), check)
 
 
 def _write(
-    path: str | os.PathLike[str],
+    path: Place,
     data: bytes,
     holds: Callable[[Path], bool],
     check: Callable[[], object] = lambda: None,
@@ -202,7 +208,7 @@ def _write(
         except (XmagError, OSError, RuntimeError, ValueError) as error:
             reason = str(error)
         raise OutputError(
-            f"what was written to {os.fspath(path)} does not read back the same ({reason}); the"
+            f"what was written to {path} does not read back the same ({reason}); the"
             " disk or the memory of this machine fails: write elsewhere"
         )
 
@@ -218,7 +224,7 @@ def _same(bag: FeatureBag, other: FeatureBag) -> bool:
     )
 
 
-def _content(bag: FeatureBag, path: str | os.PathLike[str]) -> Content:
+def _content(bag: FeatureBag, path: Place) -> Content:
     header = {"format": _FORMAT, "schema_version": str(SCHEMA_VERSION)}
     if bag.provenance is not None:
         header["provenance"] = bag.provenance.to_json()
@@ -243,13 +249,13 @@ def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, s
     return digest.hexdigest()
 
 
-def _trident_attributes(bag: FeatureBag, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _trident_attributes(bag: FeatureBag, path: Place) -> dict[str, Any]:
     """What TRIDENT writes on `coords`; magnifications are 10 / mpp, and not rounded."""
     tiles = bag.tiles
     if tiles is None:
         return {}
     width, height = tiles.level0_size
-    slide_name = _recorded(bag, "slide") or os.fspath(path)
+    slide_name = _recorded(bag, "slide") or path.name
     return {
         "patch_size": tiles.size_px,
         "patch_size_level0": tiles.size_level0,

@@ -2,12 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
+from xmag.cohort.executors import Engine, Executor, share_of
 from xmag.cohort.jobs import Job, jobs_of
 from xmag.cohort.local import rows_here
 from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
@@ -16,6 +16,8 @@ from xmag.encoder import TileEncoder
 from xmag.errors import MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder
 from xmag.progress import progress_bar
+from xmag.tiles import Damaged
+from xmag.urls import place_of
 
 __all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]
 
@@ -37,9 +39,13 @@ def extract_cohort(
     processes: int | None = None,
     slide_timeout: float | None = None,
     memory_limit: int | None = None,
+    damaged: Damaged = "error",
     on_mismatch: Literal["error", "redo"] = "error",
     progress: bool | None = None,
     transform: Transform | None = None,
+    executor: Executor | Callable[[], Executor] | None = None,
+    shards: int | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> CohortReport:
     """The report of extracting the features of many slides into a folder.
 
@@ -50,12 +56,17 @@ def extract_cohort(
     it is valid and was made from the same slide with the same model, tiles and preprocessing. Runs
     over one folder at the same time share the slides. See docs/reliability.md.
 
+    With `executor` the slides are done by workers, in this machine or others, each of which takes
+    a part of them at a time. What a lost worker had finished stays; what it had not becomes a row
+    with status "lost", unless `executor` is a function that makes an executor: then a new one does
+    the rest. Models travel to workers by name, so that they must be able to load it.
+
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
             has a column ``slide`` (relative paths start at the CSV's folder) and optionally
             ``mpp`` (µm/px of level 0, where the file's own is missing or wrong) and ``id`` (names
-            the output instead of the path).
-        out: The folder to write to; made if it is not there.
+            the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
+        out: The folder to write to, or the URL of one in a store; made if it is not there.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         format: "h5" or "safetensors".
         tissue: "auto" finds the tissue of each slide, None takes every tile.
@@ -72,22 +83,37 @@ def extract_cohort(
         memory_limit: Bytes that a decoding process may allocate, at least 256 MiB; a slide that
             needs more becomes a row that says so. On Linux. None: any amount, but where memory runs
             out for all, these processes go first.
+        damaged: What becomes of a slide some of whose tiles are damaged: "error" is its row, "drop"
+            leaves those tiles out, with a warning, and counts them in the provenance.
         on_mismatch: What to do with a valid bag that was made with something else: "error" raises
             before any work, "redo" makes it again.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
-        transform: Applied to each batch of tiles, for instance to normalise stains.
+        transform: Applied to each batch of tiles, for instance to normalise stains. With `executor`
+            a function at the top of a module that workers can import.
+        executor: What runs functions elsewhere: an object whose `submit` returns something with
+            `done()` and `result()`, or a function without arguments that makes one. See
+            docs/clusters.md.
+        shards: Into how many parts the slides are cut for `executor`; by default at least 16, and
+            at most 64 slides each.
+        shard: ``(i, n)`` does the i-th of n shares of the slides alone, from 0 on, and reports to
+            ``report-<i>-of-<n>.csv``: for n processes that do not know of each other.
 
     Raises:
         InputError: No slides, a CSV without the column, names that collide, an impossible option.
-        MismatchError: Bags in `out` were made with something else (see `on_mismatch`).
+        MismatchError: Bags in `out` were made with something else (see `on_mismatch`). With
+            `executor` it may come after other workers have begun.
+        ModelError: The model cannot be loaded; with `executor`, not by its name.
         OutputError: `out` cannot be written to, its disk is full, or it has gone away. What is
             finished stays, and the same call goes on from there.
     """
     # Before the model, which may have to be fetched.
-    jobs = jobs_of(slides, format=format, mpp=mpp)
+    jobs, report_name = jobs_of(slides, format=format, mpp=mpp), REPORT_NAME
+    if shard is not None:
+        jobs, report_name = share_of(jobs, shard)
+    engine = None if executor is None else Engine(executor, shards=shards, model=model)
     settings = Settings(
-        encoder=resolve_encoder(model),
-        out=Path(out),
+        encoder=resolve_encoder(model) if engine is None else engine.encoder,
+        out=place_of(out),
         tissue=tissue,
         overlap=overlap,
         min_tissue=min_tissue,
@@ -96,13 +122,15 @@ def extract_cohort(
         processes=processes,
         slide_timeout=slide_timeout,
         memory_limit=memory_limit,
+        damaged=damaged,
         on_mismatch=on_mismatch,
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
-    with ReportFile(settings.out / REPORT_NAME, jobs, rows) as report:
+    run = rows_here if engine is None else engine.rows
+    with ReportFile(settings.out / report_name, jobs, rows) as report:
         try:
-            _fill(rows, rows_here(jobs, settings), report, len(jobs), progress)
+            _fill(rows, run(jobs, settings), report, len(jobs), progress)
         except MismatchError:
             raise
         except OutputError as error:

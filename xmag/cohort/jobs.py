@@ -10,15 +10,16 @@ from pathlib import Path, PurePosixPath
 from xmag.errors import InputError
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
+from xmag.urls import Place, Url, common_parts, place_of, retold
 
 FORMATS = ("h5", "safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A slide to do: its path, the name it has in the report, and where its bag goes."""
+    """A slide to do: where it lies, the name it has in the report, and where its bag goes."""
 
-    path: Path
+    path: Place
     name: str
     output: PurePosixPath
     mpp: float | None
@@ -34,38 +35,57 @@ def jobs_of(
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; expected one of {list(FORMATS)}")
     mpp = checked_mpp(mpp)
-    if isinstance(slides, str | PathLike):
-        path = Path(slides)
-        if path.suffix.lower() == ".csv":
-            entries, root = _entries_of_csv(path, mpp), None
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and is_slide_path(p))
-            entries, root = [_Entry(p, None, mpp) for p in found], path
+    root: Place | None = None
+    if isinstance(slides, str | PathLike | Url):
+        place = place_of(slides)
+        if place.suffix.lower() == ".csv":
+            entries = _entries_of_csv(place, mpp)
+        elif (found := _slides_below(place)) is not None:
+            entries, root = [_Entry(p, None, mpp) for p in found], place
         else:
-            entries, root = [_Entry(path, None, mpp)], None
+            entries = [_Entry(place, None, mpp)]
     else:
-        entries, root = [_Entry(Path(p), None, mpp) for p in slides], None
+        entries = [_Entry(place_of(p), None, mpp) for p in slides]
     if not entries:
         raise InputError(
-            f"no slides in {str(slides)!r}; expected a folder with slides, a CSV file with a column"
-            " 'slide', or a list of paths"
+            f"no slides in {_shown(slides)!r}; expected a folder with slides, a CSV file with a"
+            " column 'slide', or a list of paths"
         )
-    if root is None:
-        root = _common_folder([entry.path for entry in entries])
-    jobs = [_job(entry, root, format) for entry in entries]
+    names = _names([entry.path for entry in entries], root)
+    jobs = [_job(entry, name, format) for entry, name in zip(entries, names, strict=True)]
     _refuse_collisions(jobs)
     return jobs
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    path: Path
+    path: Place
     id: str | None
     mpp: float | None
 
 
-def _entries_of_csv(path: Path, mpp: float | None) -> list[_Entry]:
+def _slides_below(place: Place) -> Sequence[Place] | None:
+    """The slides in a folder, in order; None where it is not one."""
+    if isinstance(place, Path):
+        if not place.is_dir():
+            return None
+        return sorted(p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
+    if is_slide_path(place):
+        return None
+    with retold(InputError, place):
+        return [url for url in place.files_below() if is_slide_path(url)]
+
+
+def _shown(slides: object) -> str:
+    return str(place_of(slides)) if isinstance(slides, str | PathLike) else str(slides)
+
+
+def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
     """The rows of a cohort CSV; the paths in it are relative to its folder."""
+    if isinstance(path, Url):
+        raise InputError(
+            f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
+        )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -99,18 +119,40 @@ def _entries_of_csv(path: Path, mpp: float | None) -> list[_Entry]:
                 f"line {line} of {path.name!r} has mpp {row['mpp']!r}; expected µm per level-0 px"
                 " with a decimal point, such as 0.25, or nothing"
             ) from error
-        entries.append(_Entry(path.parent / row["slide"], row.get("id") or None, own_mpp))
+        slide = place_of(row["slide"])
+        slide = path.parent / slide if isinstance(slide, Path) else slide
+        entries.append(_Entry(slide, row.get("id") or None, own_mpp))
     return entries
 
 
-def _common_folder(paths: Sequence[Path]) -> Path:
-    return Path(os.path.commonpath([path.absolute().parent for path in paths]))
+def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
+    """The path of each slide below the folder that they share, those at URLs among themselves."""
+    paths = [place for place in places if isinstance(place, Path)]
+    urls = [place for place in places if isinstance(place, Url)]
+    if isinstance(root, Path) or not paths:
+        folder = root
+    else:
+        folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    depth = len([p for p in root.parts if p]) if isinstance(root, Url) else common_parts(urls)
+    return [
+        _below_url(place, depth) if isinstance(place, Url) else _below(place, folder)
+        for place in places
+    ]
 
 
-def _job(entry: _Entry, root: Path, format: str) -> Job:
-    below = PurePosixPath(
-        os.path.relpath(entry.path.absolute(), root.absolute()).replace("\\", "/")
-    )
+def _below(path: Path, folder: Place | None) -> PurePosixPath:
+    assert isinstance(folder, Path)
+    return PurePosixPath(os.path.relpath(path.absolute(), folder.absolute()).replace("\\", "/"))
+
+
+def _below_url(url: Url, depth: int) -> PurePosixPath:
+    parts = [part for part in url.parts[depth:] if part]
+    if not parts or {".", ".."} & set(parts) or any("\\" in part for part in parts):
+        raise InputError(f"the URL {url} names no file by a plain path; give it without '..'")
+    return PurePosixPath(*parts)
+
+
+def _job(entry: _Entry, below: PurePosixPath, format: str) -> Job:
     if entry.id is None:
         output = below.with_name(f"{below.stem}.{format}")
     elif {"/", "\\", "\0"} & set(entry.id) or entry.id in (".", ".."):

@@ -65,6 +65,33 @@ else:
         os.close(fd)
 
 
+class Unclaimed:
+    """What `Claims` is for a store, which has no locks: every output is this run's to make.
+
+    Two runs over one URL do the same slides, and each file is whole, from one run or the other.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def take(self, job: Job) -> bool:
+        """True."""
+        del job
+        return True
+
+    def check_folder(self) -> None:
+        """Nothing: a store that is gone says so when it is written to."""
+
+    def release(self, job: Job) -> None:
+        """Nothing."""
+
+    def tidy(self, job: Job) -> None:
+        """Nothing."""
+
+
 class Claims:
     """The claims of one run on the outputs in a folder; a context manager that drops them all.
 
@@ -98,9 +125,7 @@ class Claims:
         Raises OutputError where the folder is gone, and OSError where it takes no files.
         """
         self.check_folder()
-        output = self._out / job.output
-        digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
-        path = output.with_name(f".{digest}.xmag-lock")
+        output, path = self._out / job.output, self._path(job)
         output.parent.mkdir(parents=True, exist_ok=True)
         fd = self._locked(path)
         if fd is None:
@@ -124,6 +149,17 @@ class Claims:
         held = self._held.pop(job, None)
         if held is not None:
             _unlock(*held)
+
+    def tidy(self, job: Job) -> None:
+        """Remove the claim on an output that a killed run left behind when it was there."""
+        with suppress(OSError):
+            if self._path(job).exists() and self.take(job):
+                self.release(job)
+
+    def _path(self, job: Job) -> Path:
+        output = self._out / job.output
+        digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
+        return output.with_name(f".{digest}.xmag-lock")
 
     def _identity_now(self) -> tuple[int, int] | None:
         try:

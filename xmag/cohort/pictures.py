@@ -1,7 +1,6 @@
 """The overlay of each slide: its thumbnail with tissue and tiles, beside its bag."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
@@ -14,6 +13,7 @@ from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.tiles import Thumbnail
 from xmag.tissue import TissueMask
+from xmag.urls import Place
 
 THUMBNAIL_PX = OVERLAY_PX
 
@@ -39,7 +39,7 @@ class Kept:
         return self.image
 
 
-def picture_of(job: Job, settings: Settings) -> Path:
+def picture_of(job: Job, settings: Settings) -> Place:
     """Where the picture of a slide goes."""
     output = settings.out / job.output
     return output.with_name(output.name + ".png")

@@ -165,7 +165,7 @@ class _Pipeline:
                 continue
             yield DecodeJob(
                 number=slide.number,
-                path=str(job.path),
+                path=job.path,
                 mpp=job.mpp,
                 spec=settings.encoder.tile_spec,
                 tissue=settings.tissue,

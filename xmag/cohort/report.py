@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.errors import OutputError
+from xmag.urls import Place
 
-Status = Literal["done", "skipped", "empty", "failed"]
+Status = Literal["done", "skipped", "empty", "failed", "lost"]
 
 REPORT_NAME = "report.csv"
 _REPORT_EVERY_S = 2.0
@@ -27,8 +27,8 @@ class CohortRow:
     """What became of one slide.
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
-    written) or "failed" (`error` says why). `output` is relative to the output folder, `seconds` is
-    0 for what was skipped.
+    written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
+    is relative to the output folder, `seconds` is 0 for what was skipped.
     """
 
     slide: str
@@ -56,6 +56,11 @@ class CohortReport(Sequence[CohortRow]):
         """The rows of slides that could not be done."""
         return tuple(row for row in self.rows if row.status == "failed")
 
+    @property
+    def lost(self) -> tuple[CohortRow, ...]:
+        """The rows of slides whose worker was lost: the same command again does them."""
+        return tuple(row for row in self.rows if row.status == "lost")
+
     def counts(self) -> dict[str, int]:
         """How many slides have each status."""
         return dict(Counter(row.status for row in self.rows))
@@ -75,18 +80,12 @@ class CohortReport(Sequence[CohortRow]):
 class ReportFile:
     """Keeps ``report.csv`` up to date while the rows come in, and complete at the end."""
 
-    def __init__(self, path: Path, jobs: Sequence[Job], rows: Mapping[Job, CohortRow]) -> None:
+    def __init__(self, path: Place, jobs: Sequence[Job], rows: Mapping[Job, CohortRow]) -> None:
         self._path, self._jobs, self._rows = path, jobs, rows
         self._written_at = -math.inf
 
     def __enter__(self) -> "ReportFile":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"the output folder {self._path.parent} cannot be made: {error.strerror}; name"
-                " another one"
-            ) from error
+        files.make_folder(self._path.parent)
         # Written before any work, so that a folder that takes no files is found out at once.
         self._write()
         return self

@@ -1,7 +1,6 @@
 """What is the same for every slide of a cohort."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from xmag.encoder import TileEncoder
@@ -10,6 +9,7 @@ from xmag.extract import Transform, fingerprint_of
 from xmag.plan import check_grid, plan_options
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged, usable_cores
 from xmag.tissue import TISSUE_METHOD
+from xmag.urls import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class Settings:
     """What is the same for every slide of a cohort."""
 
     encoder: TileEncoder
-    out: Path
+    out: Place
     tissue: Literal["auto"] | None
     overlap: int
     min_tissue: float
@@ -26,9 +26,9 @@ class Settings:
     processes: int | None
     slide_timeout: float | None
     memory_limit: int | None
+    damaged: Damaged
     on_mismatch: Literal["error", "redo"]
     transform: Transform | None
-    damaged: Damaged = "error"
 
     def __post_init__(self) -> None:
         if self.tissue not in ("auto", None):
@@ -72,7 +72,7 @@ class Settings:
         if not PROCESSES_SUPPORTED:
             return 0
         on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
-        return min(usable_cores(), slides) if on_cuda else 1
+        return min(usable_cores(), slides) if on_cuda else min(1, slides)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from xmag import files
 from xmag.cohort.jobs import Job
-from xmag.cohort.locks import Claims
+from xmag.cohort.locks import Claims, Unclaimed
 from xmag.cohort.resume import Found, find_earlier
 from xmag.cohort.settings import Settings
 from xmag.errors import OutputError
@@ -32,7 +33,8 @@ class Share:
         self._jobs, self._settings = jobs, settings
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
         self._found = {job: find_earlier(job, settings, self._expected) for job in jobs}
-        self._claims = Claims(settings.out)
+        out = settings.out
+        self._claims = Claims(out) if isinstance(out, Path) else Unclaimed()
         self._refused: dict[Job, OutputError] = {}
 
     def __enter__(self) -> Self:
@@ -87,7 +89,11 @@ class Share:
     def _takeable(self, jobs: Sequence[Job], postponed: list[Job]) -> Iterator[Job]:
         for job in jobs:
             try:
-                is_ours = self._writes_nothing(job) or self._claims.take(job)
+                if self._writes_nothing(job):
+                    self._claims.tidy(job)
+                    is_ours = True
+                else:
+                    is_ours = self._claims.take(job)
             except OSError as error:
                 told = files.cannot_write(self._settings.out / job.output, error)
                 if files.is_of_the_place(told):

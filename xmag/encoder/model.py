@@ -198,6 +198,12 @@ class Encoder:
         other._run = torch.compile(self._forward, dynamic=False)
         return other
 
+    def named(self, name: str) -> "Encoder":
+        """The same encoder with another name in its provenance; both share their weights."""
+        other = copy.copy(self)
+        other._provenance = MappingProxyType({**self._provenance, "name": name})
+        return other
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json, which `load_model(directory)` reads.
 

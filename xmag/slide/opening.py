@@ -1,4 +1,4 @@
-"""A path -> the reader for what lies there."""
+"""A path or URL -> the reader for what lies there."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.openslide import OpenSlideReader
 from xmag.slide.reader import SlideReader
+from xmag.slide.remote import RemoteSource
 from xmag.slide.tiff import TiffReader
+from xmag.urls import Place, Url
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DICOM_MAGIC_AT_128 = b"DICM"
@@ -16,7 +18,7 @@ _DICOM_MAGIC_AT_128 = b"DICM"
 _SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
 
 
-def is_slide_path(path: Path) -> bool:
+def is_slide_path(path: Place) -> bool:
     """Whether a file in a folder looks like a slide by its name.
 
     Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
@@ -24,12 +26,14 @@ def is_slide_path(path: Path) -> bool:
     return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
 
 
-def open_reader(path: Path, region: int | None) -> SlideReader:
+def open_reader(path: Place, region: int | None) -> SlideReader:
     """The reader for the slide at `path`.
 
     Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
     but is not installed, InputError for a wrong `region`.
     """
+    if isinstance(path, Url):
+        return _open_remote(path, region)
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
         try:
@@ -49,6 +53,23 @@ def open_reader(path: Path, region: int | None) -> SlideReader:
             f"{path.name} is not a slide that xmag knows: neither TIFF, PNG nor JPEG. If it is one"
             ' that OpenSlide reads, run pip install "xmag[openslide]"'
         ) from error
+
+
+def _open_remote(url: Url, region: int | None) -> SlideReader:
+    source = RemoteSource(url)
+    try:
+        if source.head.startswith(_TIFF_MAGIC):
+            return TiffReader(source, region=region)
+        reason = "it is no TIFF"
+    except NeedsOpenSlideError:
+        reason = "only OpenSlide reads its kind of TIFF"
+    except BaseException:
+        source.close()
+        raise
+    source.close()
+    raise UnsupportedSlideError(
+        f"{url} cannot be read by byte ranges: {reason}. Download it, and open the local file"
+    )
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -13,11 +13,13 @@ from PIL import Image
 
 from xmag.errors import ClosedSlideError, InputError
 from xmag.geometry import ReadScale, TileSpec, choose_scale
-from xmag.provenance import file_fingerprint
+from xmag.provenance import content_fingerprint, file_fingerprint
 from xmag.slide.opening import open_reader
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
+from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
+from xmag.urls import Place, Url, place_of
 
 _ROUNDING = 1e-6
 
@@ -41,7 +43,8 @@ class Slide:
     again.
 
     Args:
-        path: the slide file.
+        path: the slide file, or the URL of one ("https://...", "s3://..."), which is then read by
+            byte ranges and not copied.
         mpp: µm per level-0 px; overrides what the file says.
         region: which scan, where a file holds several.
 
@@ -55,10 +58,15 @@ class Slide:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, mpp: float | None = None, region: int | None = None
+        self,
+        path: str | os.PathLike[str] | Url,
+        *,
+        mpp: float | None = None,
+        region: int | None = None,
     ) -> None:
         given = checked_mpp(mpp)
-        self._path: Path | None = Path(path).absolute()
+        place = place_of(path)
+        self._path: Place | None = place.absolute() if isinstance(place, Path) else place
         self._region = region
         reader = open_reader(self._path, region)
         try:
@@ -132,7 +140,21 @@ class Slide:
         """What tells this file from others (name, size, content); None without a file."""
         if self._path is None:
             return None
-        return file_fingerprint(self._path)
+        if isinstance(self._path, Path):
+            return file_fingerprint(self._path)
+        source = self._remote
+        assert source is not None
+        return content_fingerprint(source.name, source.size, source.read_many)
+
+    @property
+    def bytes_fetched(self) -> int | None:
+        """Bytes that came over the network so far; None for a file of this machine."""
+        return None if self._remote is None else self._remote.bytes_fetched
+
+    @property
+    def _remote(self) -> RemoteSource | None:
+        source = getattr(self._reader, "source", None)
+        return source if isinstance(source, RemoteSource) else None
 
     @property
     def facts(self) -> SlideFacts:
@@ -250,7 +272,7 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
 
 def _reopen(
     cls: type[Slide],
-    source: SlideReader | tuple[Path, int | None],
+    source: SlideReader | tuple[Place, int | None],
     name: str,
     mpp: float | None,
     mpp_source: str,

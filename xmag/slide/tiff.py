@@ -2,9 +2,10 @@
 
 import math
 import struct
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
@@ -20,6 +21,7 @@ from xmag.slide.layouts import (
     whole_factor,
 )
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
+from xmag.slide.remote import RemoteSource
 from xmag.slide.source import ByteSource, LocalSource
 
 _MAX_TILE_PX = 1 << 26
@@ -51,18 +53,18 @@ _PARSE_ERRORS = (
 
 
 class TiffReader:
-    """A TileReader over the pages of one TIFF file."""
+    """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
-    def __init__(self, path: Path, *, region: int | None = None) -> None:
+    def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
         try:
             self._open(path, region)
         except XmagError as error:
             raise type(error)(f"{path.name}: {error}") from error
 
-    def _open(self, path: Path, region: int | None) -> None:
-        with path.open("rb") as file:
+    def _open(self, path: Path | RemoteSource, region: int | None) -> None:
+        with _opened(path) as file:
             self._size = file.seek(0, 2)
-            layout = _read_layout(file, region, is_ndpi=path.suffix == ".ndpi")
+            layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
         codings = [_coding(stored.page) for stored in layout.levels]
@@ -77,7 +79,7 @@ class TiffReader:
         for number, level in enumerate(self.levels):
             _check_sizes(number, level)
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
-        self._source: ByteSource = LocalSource(path)
+        self.source: ByteSource = LocalSource(path) if isinstance(path, Path) else path
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those without any."""
@@ -91,7 +93,7 @@ class TiffReader:
                     f" tile take {most} at most; it is truncated or damaged: copy it again"
                 )
         chunks = iter(
-            self._source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
+            self.source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
         )
         return [next(chunks) if lengths[i] else None for i in indices]
 
@@ -101,7 +103,22 @@ class TiffReader:
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
-        self._source.close()
+        self.source.close()
+
+
+@contextmanager
+def _opened(path: Path | RemoteSource) -> Iterator[BinaryIO]:
+    """The file as a stream; what went wrong on the way to a remote one comes before all else."""
+    if isinstance(path, Path):
+        with path.open("rb") as local:
+            yield local
+        return
+    remote = path.file()
+    try:
+        yield cast(BinaryIO, remote)
+    finally:
+        if remote.failure is not None:
+            raise remote.failure
 
 
 def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:

@@ -13,6 +13,7 @@ from xmag.slide import SlideFacts
 from xmag.slide.reader import Pixels
 from xmag.tiles.decoding import Damaged
 from xmag.tissue import TissueMask
+from xmag.urls import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class DecodeJob:
     """
 
     number: int
-    path: str
+    path: str | Place
     mpp: float | None
     spec: TileSpec
     tissue: Literal["auto"] | None

@@ -1,0 +1,563 @@
+"""Cohorts on executors: the same files, one report, and what a lost worker costs: nothing."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import fields, replace
+from itertools import product
+from operator import itemgetter
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import transforms
+from support.encoders import ColourEncoder
+from support.models import TINY, random_encoder
+from support.slides import texture, write_svs
+
+import xmag
+from xmag.bag import FeatureBag
+from xmag.cohort import executors, extract_cohort, shards
+from xmag.cohort.executors import Engine, shares
+from xmag.cohort.gpus import claim
+from xmag.cohort.jobs import jobs_of
+from xmag.cohort.settings import Settings
+from xmag.errors import InputError, MismatchError, ModelError, OutputError, WeightsError
+from xmag.urls import Url
+
+SLIDES = ("a.svs", "b.svs", "broken.svs", "site/c.svs", "site/d.svs", "site/e.svs")
+STATUSES = ["done", "done", "failed", "done", "done", "done"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("slides")
+    (root / "site").mkdir()
+    base = texture(2900, 950)
+    for number, name in enumerate(SLIDES):
+        pixels = base[:, : 950 + 380 * number]
+        write_svs(root / name, pixels=pixels, mpp=0.5, power=20, levels=(1, 4))
+    (root / "broken.svs").write_bytes(b"II*\0 is no slide")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a model, which any worker can load."""
+    saved = tmp_path_factory.mktemp("model")
+    random_encoder(TINY).save(saved)
+    return str(saved)
+
+
+@pytest.fixture(scope="module")
+def local(folder, model, tmp_path_factory):
+    """The outputs of the same cohort without an executor."""
+    out = tmp_path_factory.mktemp("local")
+    extract_cohort(folder, out, model=model, tissue=None)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(executors, "_STATUS_EVERY_S", 0.05)
+    monkeypatch.setattr(executors, "_POLL_S", 0.02)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def save(encoder, folder):
+    folder.mkdir(exist_ok=True)
+    encoder.save(folder)
+
+
+def run(slides, out, executor, **options):
+    return extract_cohort(slides, out, executor=executor, **{"tissue": None, **options})
+
+
+def assert_equal(out, local):
+    """The same files with the same content, but for when and through what they were made."""
+    found = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    assert found == {path.relative_to(local) for path in local.rglob("*") if path.is_file()}
+    for name in found:
+        if name.suffix != ".h5":
+            continue
+        ours, theirs = FeatureBag.load(out / name), FeatureBag.load(local / name)
+        assert len(ours) > 0
+        assert np.array_equal(ours.features, theirs.features)
+        assert np.array_equal(ours.coords, theirs.coords)
+        fingerprints = [dict(bag.provenance.fingerprint) for bag in (ours, theirs)]
+        for fingerprint in fingerprints:
+            fingerprint.pop("transform")
+        assert fingerprints[0] == fingerprints[1]
+        assert ours.provenance.record["model"] == theirs.provenance.record["model"]
+
+
+class Changing(ThreadPoolExecutor):
+    """Threads whose shards arrive changed, as they would on machines that differ."""
+
+    def __init__(self, change):
+        super().__init__(1)
+        self._change, self._count = change, 0
+
+    def submit(self, function, shard):
+        self._count += 1
+        return super().submit(function, self._change(shard, self._count))
+
+
+def test_threads_write_the_same_files_and_one_report(folder, model, local, out):
+    before = (dict(os.environ), multiprocessing.get_start_method(allow_none=True))
+    with ThreadPoolExecutor(2) as pool:
+        report = run(folder, out, pool, model=model)
+    assert [row.slide for row in report] == list(SLIDES)
+    assert [row.status for row in report] == STATUSES
+    assert "broken.svs" in report[2].error
+    assert_equal(out, local)
+    assert (dict(os.environ), multiprocessing.get_start_method(allow_none=True)) == before
+    lines = (out / "report.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == STATUSES
+
+
+def test_running_again_does_only_what_is_missing(folder, model, local, out):
+    with ThreadPoolExecutor(2) as pool:
+        run(folder, out, pool, model=model)
+        (out / "site/d.h5").unlink()
+        stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
+        report = run(folder, out, pool, model=model)
+    assert [row.status for row in report] == [
+        "skipped", "skipped", "failed", "skipped", "done", "skipped",
+    ]  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_relative_paths_mean_the_same_in_workers(folder, model, local, out, monkeypatch):
+    monkeypatch.chdir(out.parent)
+
+    def elsewhere(shard, count):
+        assert all(job.path.is_absolute() for job in shard.jobs)
+        assert shard.options["out"].is_absolute()
+        assert Path(shard.model.path_or_name).is_absolute()
+        return shard
+
+    slides = os.path.relpath(folder)
+    with Changing(elsewhere) as pool:
+        run(slides, "out", pool, model=os.path.relpath(model))
+    record = FeatureBag.load(out / "a.h5").provenance.record
+    assert record["model"]["name"] == os.path.relpath(model)
+
+
+def test_each_slide_is_reported_while_its_shard_goes_on(folder, model, out):
+    with ThreadPoolExecutor(1) as pool:
+        rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=1)
+        next(rows)
+        assert len(list(out.rglob("*.h5"))) < 4
+        assert len(list(rows)) == len(SLIDES) - 1
+
+
+def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
+    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(executors, "_REMOTE_STATUS_EVERY_S", 0.05)
+    store = fsspec.filesystem("memory")
+    with ThreadPoolExecutor(1) as pool:
+        out = Url("memory://stopped")
+        rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
+        next(rows)
+        rows.close()
+    assert 1 <= len(store.glob("/stopped/**/*.h5")) <= 3
+    store.rm("/stopped", recursive=True)
+
+
+def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, monkeypatch):
+    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    with ThreadPoolExecutor(1) as pool:
+        rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
+        next(rows)
+        rows.close()
+    assert 1 <= len(list(out.rglob("*.h5"))) <= 3
+    assert not list(out.glob(".*"))
+
+
+def rows_of(folder, out, pool, model, *, shards, transform):
+    """The rows of an engine, one by one, as extract_cohort takes them."""
+    engine = Engine(pool, shards=shards, model=model)
+    jobs = jobs_of(folder, format="h5", mpp=None)
+    options = {"encoder": engine.encoder, "out": out, "transform": transform, "processes": 0}
+    options |= {"overlap": 0, "min_tissue": 0.25, "overlay": False, "on_mismatch": "error"}
+    options |= {"damaged": "error"}
+    settings = Settings(**{field.name: options.get(field.name) for field in fields(Settings)})
+    return engine.rows(jobs, settings)
+
+
+def test_without_a_factory_what_a_broken_engine_had_not_done_is_lost(folder, model, out, local):
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    report = run(folder, out, pool, model=model)
+    assert {row.status for row in report} == {"lost"}
+    assert report.lost == tuple(report)
+    assert "run the same again" in report[0].error
+    assert [row.status for row in extract_cohort(folder, out, model=model, tissue=None)] == STATUSES
+    assert_equal(out, local)
+
+
+def test_a_broken_engine_is_made_again_but_not_for_ever(folder, model, out, local, caplog):
+    caplog.set_level(logging.WARNING, "xmag")
+    made = []
+
+    def make(*, broken):
+        made.append(ThreadPoolExecutor(1))
+        if broken(len(made)):
+            made[-1].shutdown()
+        return made[-1]
+
+    report = run(folder, out, lambda: make(broken=lambda count: count < 3), model=model)
+    assert [row.status for row in report] == STATUSES
+    assert len(made) == 3
+    assert all(pool._shutdown for pool in made)
+    assert_equal(out, local)
+    made.clear()
+    report = run(folder, out / "2", lambda: make(broken=lambda count: True), model=model)
+    assert {row.status for row in report} == {"lost"}
+    assert len(made) == 4
+
+
+def test_what_stops_one_shard_fails_its_slides_and_the_others_are_done(folder, model, out):
+    def change(shard, count):
+        return replace(shard, transform="nowhere:transform") if count == 1 else shard
+
+    with Changing(change) as pool:
+        report = run(folder, out, pool, model=model, transform=transforms.same, shards=3)
+    failed = [row for row in report if "cannot import the transform nowhere:transform" in row.error]
+    assert len(failed) == 2
+    assert len(report.failed) <= 3
+    assert sum(row.status == "done" for row in report) >= 3
+
+
+def test_what_stops_every_shard_is_raised(folder, model, out, tmp_path):
+    with (
+        Changing(lambda shard, count: replace(shard, run=tmp_path / "elsewhere")) as pool,
+        pytest.raises(OutputError, match="does not see the output folder"),
+    ):
+        run(folder, out, pool, model=model)
+    assert not list(out.rglob("*.h5"))
+
+
+def test_an_engine_that_starts_a_shard_again_gets_the_same_rows(folder, model, out):
+    def twice(shard, count):
+        assert shards.run_shard(shard).error is None
+        return shard
+
+    with Changing(twice) as pool:
+        report = run(folder, out, pool, model=model, shards=1)
+    assert [row.status for row in report] == STATUSES
+
+
+def test_a_model_travels_by_name_and_never_as_weights(folder, model, out, local):
+    seen = []
+
+    def change(shard, count):
+        import pickle
+
+        seen.append(len(pickle.dumps(shard)))
+        return pickle.loads(pickle.dumps(shard))
+
+    encoder = xmag.load_model(model, device="cpu")
+    with Changing(change) as pool:
+        run(folder, out, pool, model=encoder)
+    weights = (Path(model) / "model.safetensors").stat().st_size
+    assert max(seen) < 10_000 < weights
+    assert_equal(out, local)
+
+
+def test_an_unsaved_encoder_is_refused_with_a_remedy_that_works(folder, out, tmp_path):
+    encoder = random_encoder(TINY, seed=5)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ModelError, match=r"encoder\.save\(folder\).*model=folder"):
+            run(folder, out, pool, model=encoder)
+        with pytest.raises(ModelError, match="ColourEncoder, which workers cannot load"):
+            run(folder, out, pool, model=ColourEncoder())
+        with pytest.raises(InputError, match="model is a int"):
+            run(folder, out, pool, model=3)
+        assert not out.exists()
+        save(encoder, tmp_path / "saved")
+        report = run(folder, out, pool, model=str(tmp_path / "saved"))
+    assert [row.status for row in report] == STATUSES
+
+
+def test_an_encoder_whose_file_was_replaced_is_refused(folder, out, tmp_path):
+    save(random_encoder(TINY, seed=1), tmp_path / "saved")
+    encoder = xmag.load_model(tmp_path / "saved", device="cpu")
+    save(random_encoder(TINY, seed=2), tmp_path / "saved")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ModelError, match="with the same weights"):
+        run(folder, out, pool, model=encoder)
+
+
+def test_workers_compare_the_hash_of_what_they_loaded(folder, out, tmp_path):
+    save(random_encoder(TINY, seed=1), tmp_path / "saved")
+
+    def make():
+        save(random_encoder(TINY, seed=2), tmp_path / "saved")
+        return ThreadPoolExecutor(1)
+
+    with pytest.raises(WeightsError, match=r"another weights on this machine.*copy the model here"):
+        run(folder, out, make, model=str(tmp_path / "saved"))
+    assert not list(out.rglob("*.h5"))
+
+
+def test_a_given_config_and_dtype_travel_with_the_model(folder, out, tmp_path):
+    save(random_encoder(TINY), tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").unlink()
+    encoder = xmag.load_model(tmp_path / "saved", config=TINY, device="cpu", dtype="bfloat16")
+    with ThreadPoolExecutor(1) as pool:
+        report = run(folder, out, pool, model=encoder)
+    assert [row.status for row in report] == STATUSES
+    fingerprint = FeatureBag.load(out / "a.h5").provenance.fingerprint
+    assert fingerprint["dtype_class"] == "half"
+
+
+def test_workers_that_compute_in_different_dtypes_are_told_apart(folder, model, out):
+    def change(shard, count):
+        dtype = "float32" if count % 2 else "bfloat16"
+        return replace(shard, model=replace(shard.model, dtype=dtype))
+
+    with Changing(change) as pool, pytest.raises(MismatchError, match="some workers compute in"):
+        run(folder, out, pool, model=model)
+
+
+def test_outputs_of_another_model_are_refused_or_redone(folder, model, out, tmp_path):
+    save(random_encoder(TINY, seed=3), tmp_path / "other")
+    with ThreadPoolExecutor(1) as pool:
+        run(folder, out, pool, model=str(tmp_path / "other"))
+        with pytest.raises(MismatchError, match="weights_sha256"):
+            run(folder, out, pool, model=model)
+        report = run(folder, out, pool, model=model, on_mismatch="redo")
+    assert [row.status for row in report] == STATUSES
+
+
+def test_a_transform_has_to_be_one_that_workers_can_import(folder, model, out):
+    def inner(tiles):
+        return tiles
+
+    with ThreadPoolExecutor(1) as pool:
+        for transform in (inner, lambda tiles: tiles, Recolour()):
+            with pytest.raises(InputError, match="cannot be imported by workers"):
+                run(folder, out, pool, model=model, transform=transform)
+        run(folder, out, pool, model=model, transform=transforms.same)
+    fingerprint = FeatureBag.load(out / "a.h5").provenance.fingerprint
+    assert fingerprint["transform"] == "support.transforms.same"
+
+
+class Recolour:
+    def __call__(self, tiles):
+        return tiles
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": 3}, "executor is a int"),
+        ({"executor": lambda: 3}, "executor made a int"),
+        ({"executor": ThreadPoolExecutor, "shards": 0}, "shards is 0"),
+        ({"shard": (2, 2)}, r"shard is \(2, 2\); expected \(i, n\)"),
+        ({"shard": 3}, "shard is 3"),
+    ],
+)
+def test_impossible_options_are_refused(folder, model, out, options, message):
+    with pytest.raises(InputError, match=message):
+        extract_cohort(folder, out, model=model, tissue=None, **options)
+
+
+def test_a_class_of_executors_makes_them(folder, model, out):
+    report = run(folder, out, ThreadPoolExecutor, model=model)
+    assert [row.status for row in report] == STATUSES
+
+
+def test_shares_by_index_cover_the_cohort_without_overlap(folder, model, local, out):
+    seen = []
+    for index in range(3):
+        report = extract_cohort(folder, out, model=model, tissue=None, shard=(index, 3))
+        seen += [row.slide for row in report]
+        assert (out / f"report-{index}-of-3.csv").is_file()
+    assert sorted(seen) == list(SLIDES)
+    assert not (out / "report.csv").exists()
+    assert len(extract_cohort(folder, out, model=model, tissue=None, shard=(7, 9))) == 0
+    for path in out.glob("report-*"):
+        path.unlink()
+    extract_cohort(folder, out, model=model, tissue=None)
+    assert_equal(out, local)
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=40), st.integers(1, 12))
+def test_shares_hold_everything_once_and_none_is_empty(work, count):
+    found = shares(work, count)
+    assert sorted(index for share in found for index in share) == list(range(len(work)))
+    assert all(found)
+    assert len(found) == min(count, len(work))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 3))
+def test_the_largest_share_is_near_the_best_there_is(work, count):
+    largest = max(sum(work[i] for i in share) for share in shares(work, count))
+    best = min(
+        max(sum(w for w, to in zip(work, choice, strict=True) if to == n) for n in range(count))
+        for choice in product(range(count), repeat=len(work))
+    )
+    assert largest <= best * 4 / 3
+
+
+def test_devices_are_claimed_evenly_and_let_go_of(tmp_path):
+    devices = ["gpu-0", "GPU-1a/b"]
+    held = [claim(devices, tmp_path) for _ in range(5)]
+    assert [index for index, _ in held] == [0, 1, 0, 1, 0]
+    os.close(held[1][1])
+    index, file = claim(devices, tmp_path)
+    assert index == 1
+    for open_file in [file, *(file for n, (_, file) in enumerate(held) if n != 1)]:
+        os.close(open_file)
+
+
+def test_a_killed_process_lets_go_of_its_device(tmp_path):
+    code = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from xmag.cohort.gpus import claim
+        print(claim(["gpu-0", "gpu-1"], Path(sys.argv[1]))[0], flush=True)
+        time.sleep(60)
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "0\n"
+        index, file = claim(["gpu-0", "gpu-1"], tmp_path)
+        assert index == 1
+        process.kill()
+        process.wait()
+    again, other = claim(["gpu-0", "gpu-1"], tmp_path)
+    assert again == 0
+    os.close(file)
+    os.close(other)
+
+
+def spawned():
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """Where the calls of `killing_the_third` are counted."""
+    folder = tmp_path / "calls"
+    folder.mkdir()
+    monkeypatch.setenv("XMAG_TEST_CALLS", str(folder))
+    return folder
+
+
+def test_a_killed_pool_process_loses_nothing_that_was_finished(folder, model, local, out, calls):
+    options = {"model": model, "transform": transforms.killing_the_third, "processes": 0}
+    with spawned() as pool:
+        report = run(folder, out, pool, shards=1, **options)
+    statuses = [row.status for row in report]
+    assert statuses == ["done", "done", "failed", "lost", "lost", "lost"]
+    assert "BrokenProcessPool" in report[3].error
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
+    assert len(stamps) == 2
+    again = extract_cohort(folder, out, tissue=None, **options)
+    assert [row.status for row in again] == [
+        "skipped", "skipped", "failed", "done", "done", "done",
+    ]  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert_equal(out, local)
+
+
+def test_a_killed_pool_is_made_again_and_finishes(folder, model, local, out, calls):
+    options = {"transform": transforms.killing_the_third, "processes": 0, "shards": 2}
+    report = run(folder, out, spawned, model=model, **options)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+@pytest.fixture(scope="module")
+def dask_client():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_dask_writes_the_same_files(folder, model, local, out, dask_client):
+    report = run(folder, out, dask_client.get_executor(), model=model)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_a_killed_dask_worker_loses_nothing(folder, model, local, out, dask_client):
+    (pid,) = dask_client.run(os.getpid).values()
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not list(out.rglob("*.h5")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = run(
+        folder, out, dask_client.get_executor(), model=model, transform=transforms.slowly, shards=1
+    )
+    killer.join()
+    assert killed
+    # The worker may have written a bag, and died before it could say so.
+    assert [row.status.replace("skipped", "done") for row in report] == STATUSES
+    assert_equal(out, local)
+    assert set(dask_client.run(os.getpid).values()) != {pid}
+
+
+def test_submitit_writes_the_same_files(folder, model, local, out, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    # Its jobs are fresh interpreters, which are to find this xmag.
+    monkeypatch.setenv("PYTHONPATH", str(Path(xmag.__file__).parents[1]))
+    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
+    report = run(folder, out, executor, model=model, shards=2)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_mpi_writes_the_same_files(folder, model, local, out):
+    futures = pytest.importorskip("mpi4py.futures")
+    with futures.MPIPoolExecutor(1) as pool:
+        report = run(folder, out, pool, model=model)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_statuses_are_plain_json(folder, model, out):
+    seen = []
+
+    def peek(shard, count):
+        status = shards.run_shard(shard)
+        seen.append((json.loads(shard.status.read_text()), status))
+        return shard
+
+    with Changing(peek) as pool:
+        run(folder, out, pool, model=model, shards=1)
+    ((text, status),) = seen
+    assert [row["status"] for _, row in sorted(text["rows"], key=itemgetter(0))] == STATUSES
+    assert shards.ShardStatus.from_json(status.to_json()) == status

@@ -1,0 +1,88 @@
+"""Which GPU a worker takes, where a host has several and nobody gave it one."""
+
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from xmag.errors import ModelError
+
+_lock = threading.Lock()
+_held: dict[str, int] = {}
+"""The device this process has claimed, and the open lock file that says so to the others."""
+
+
+def claimed_device() -> str:
+    """The device that this process computes on, its own as far as there are enough.
+
+    Of several CUDA devices that it may see (CUDA_VISIBLE_DEVICES) it takes the one that the fewest
+    other workers of this host have taken, for as long as it lives: "cuda:1". With one or none
+    there is nothing to choose: "auto". Raises ModelError in a process that cannot use CUDA.
+    """
+    count = torch.cuda.device_count()
+    if count:
+        _require_cuda()
+    if count < 2:
+        return "auto"
+    with _lock:
+        if not _held:
+            index, file = claim(_names(count), Path(tempfile.gettempdir()))
+            _held[f"cuda:{index}"] = file
+        return next(iter(_held))
+
+
+def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
+    """The index of the device that the fewest processes hold, and the file that holds it.
+
+    A claim is a lock on an empty file in `folder`, which the system lets go of when the process
+    ends, however it ends. `devices` are names that mean the same device in every process.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    taken = 0
+    while True:
+        for index, device in enumerate(devices):
+            name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
+            file = os.open(
+                folder / f"xmag-{user}-{name}-{taken}.lock", os.O_CREAT | os.O_RDWR, 0o600
+            )
+            if _locked(file):
+                return index, file
+            os.close(file)
+        taken += 1
+
+
+def _locked(file: int) -> bool:
+    """Whether this process could lock an open file, at once."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _names(count: int) -> list[str]:
+    """Names of the visible devices: what CUDA_VISIBLE_DEVICES calls them, else their numbers."""
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    named = visible if len(visible) >= count and all(visible[:count]) else map(str, range(count))
+    return [f"gpu-{name}" for name, _ in zip(named, range(count), strict=False)]
+
+
+def _require_cuda() -> None:
+    try:
+        torch.cuda.current_device()
+    except RuntimeError as error:
+        raise ModelError(
+            f"this worker cannot use its GPU ({str(error).splitlines()[0]}); if the executor forks,"
+            ' give it another start method: ProcessPoolExecutor(2, mp_context=get_context("spawn"))'
+        ) from error

@@ -1,0 +1,254 @@
+"""Where files lie: paths of this machine, and URLs of the stores that fsspec knows.
+
+A URL may carry a password or a signature. What is shown of one, in messages, reports, logs and
+provenance, has neither: ``str(url)`` leaves them out, and errors of the libraries below, which
+name whole URLs, are told anew.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from xmag.errors import InputError, MissingExtraError, OutputError, XmagError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_MANGLED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\](?![/\\])")
+
+_HTTP = ("http", "https")
+_WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
+"""Stores where an object appears under its name when all of it is there, and never before."""
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Url:
+    """The URL of a file or folder in a store. Has the few parts of a Path that xmag uses."""
+
+    text: str
+    """All of it, with what must not be shown."""
+
+    def __str__(self) -> str:
+        path = "/".join(self.parts)
+        return f"{self.scheme}://{path}"
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
+
+    @property
+    def scheme(self) -> str:
+        """The protocol in lower case, such as "s3"."""
+        return self.text.partition("://")[0].lower()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The host or bucket without credentials, then the segments of the path, decoded."""
+        rest = self.text.partition("://")[2].partition("?")[0]
+        if self.scheme in _HTTP:
+            rest = rest.partition("#")[0]
+        host, *segments = rest.split("/")
+        if self.scheme in _HTTP:
+            segments = [_decoded(segment) for segment in segments]
+        return (host.rpartition("@")[2], *segments)
+
+    @property
+    def name(self) -> str:
+        """The last segment that is not empty."""
+        return next((part for part in reversed(self.parts) if part), "")
+
+    @property
+    def suffix(self) -> str:
+        """What the name ends in, from its last dot."""
+        return PurePath(self.name).suffix
+
+    @property
+    def parent(self) -> "Url":
+        """The folder it lies in."""
+        head, _, _ = self._bare.rstrip("/").rpartition("/")
+        return Url(head + self._query)
+
+    def __truediv__(self, below: object) -> "Url":
+        return Url(f"{self._bare.rstrip('/')}/{below}{self._query}")
+
+    def with_name(self, name: str) -> "Url":
+        """Another file beside it."""
+        return self.parent / name
+
+    def exists(self) -> bool:
+        """Whether something lies there. Raises OutputError where the store does not say."""
+        with retold(OutputError, self):
+            store, path = self.store()
+            return bool(store.exists(path))
+
+    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
+        """Nothing: stores have no folders, or make them as they are written to."""
+
+    def store(self) -> tuple[Any, str]:
+        """(fsspec filesystem, its name for the path).
+
+        Raises MissingExtraError where a package is missing, InputError for an unknown protocol.
+        """
+        extra = _EXTRAS.get(self.scheme, "remote")
+        try:
+            from fsspec.core import url_to_fs
+
+            # Other machines write there too: what was listed once may be out of date.
+            store, path = url_to_fs(self.text, use_listings_cache=False)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{self} needs packages that are not installed ({error}); run"
+                f' pip install "xmag[{extra}]"'
+            ) from None
+        except ValueError as error:
+            if "rotocol" not in str(error):
+                raise
+            raise InputError(
+                f"{self} has the protocol {self.scheme!r}, which fsspec does not know; expected"
+                " https://, s3://, gs:// or another of its"
+            ) from None
+        return store, str(path)
+
+    def size(self) -> int:
+        """Its length in bytes. Raises what the store does; see `told`."""
+        store, path = self.store()
+        facts = store.info(path)
+        if facts.get("type") == "directory":
+            raise IsADirectoryError
+        return int(facts["size"])
+
+    def read(self) -> bytes:
+        """All of its bytes. Raises what the store does; see `told`."""
+        store, path = self.store()
+        return bytes(store.cat_file(path))
+
+    def write(self, data: bytes) -> None:
+        """Put `data` there, so that no other reader sees a part of it, and read it back.
+
+        For `xmag.files` alone. Raises what the store does, and OSError where it reads back
+        otherwise.
+        """
+        if self.scheme in _HTTP:
+            raise InputError(
+                f"{self} cannot be written to: HTTP servers only give files. Write to a folder, or"
+                " to a store such as s3:// or gs://"
+            )
+        store, path = self.store()
+        if self.scheme in _WHOLE_PUTS:
+            store.pipe_file(path, data)
+        else:
+            folder = path.rpartition("/")[0]
+            store.makedirs(folder, exist_ok=True)
+            temp = f"{folder}/.{os.getpid()}-{os.urandom(8).hex()}.xmag-tmp"
+            store.pipe_file(temp, data)
+            store.mv(temp, path)
+        if store.cat_file(path) != data:
+            store.rm_file(path)
+            raise OSError("what was written reads back differently")
+
+    def remove(self) -> None:
+        """Remove the file, if it is there."""
+        store, path = self.store()
+        if store.exists(path):
+            store.rm_file(path)
+
+    def files_below(self) -> list["Url"]:
+        """Every file below it, in order. Raises what the store does; see `told`."""
+        store, path = self.store()
+        start = len(path.rstrip("/")) + 1
+        return [self / found[start:] for found in sorted(store.find(path))]
+
+    @property
+    def _bare(self) -> str:
+        return self.text.partition("?")[0]
+
+    @property
+    def _query(self) -> str:
+        return self.text[len(self._bare) :]
+
+
+Place = Path | Url
+"""Where a file lies."""
+
+
+def place_of(path: str | os.PathLike[str] | Url) -> Place:
+    """The place that a path or a URL names; "file://" is a path like any other.
+
+    Raises InputError for a URL that went through pathlib, which makes another one of it.
+    """
+    if isinstance(path, Url):
+        return path
+    text = os.fspath(path)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        if _MANGLED.match(text) and not Path(text).exists():
+            raise InputError(
+                f"{_MANGLED.match(text)[0]}... looks like a URL that lost a slash, as pathlib.Path"  # type: ignore[index]
+                " makes of them; give URLs as str"
+            )
+        return Path(text)
+    if scheme[1].lower() == "file":
+        parts = urlsplit(text)
+        return Path(url2pathname(unquote(parts.path) if os.name != "nt" else parts.path))
+    return Url(text)
+
+
+@contextmanager
+def retold(kind: type[XmagError], place: object) -> Iterator[None]:
+    """A context whose errors, but for xmag's own, become `kind` with the words of `told`."""
+    try:
+        yield
+    except XmagError:
+        raise
+    # fsspec's stores raise what their libraries do: there is no common base.
+    except Exception as error:  # noqa: BLE001
+        raise kind(told(error, place)) from None
+
+
+def told(error: BaseException, place: object) -> str:
+    """What went wrong at a URL and what to do, without a word of the library's own message.
+
+    That may name the whole URL, with its signature.
+    """
+    status = getattr(error, "status", None)
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        words = "does not exist; check the URL"
+    elif isinstance(error, IsADirectoryError):
+        words = "is a folder; expected a file"
+    elif isinstance(error, PermissionError) or status in (401, 403):
+        words = (
+            f"refuses access{f' (HTTP {status})' if status else ''}; check the credentials for that"
+            " store, or whether the link has expired"
+        )
+    elif isinstance(error, TimeoutError):
+        words = "gave no answer in time; check the network, then try again"
+    elif isinstance(status, int):
+        words = f"answers HTTP {status}; try again later, or ask whoever runs that server"
+    elif "NoCredentialsError" in kinds:
+        words = "needs credentials, and none are set up; configure them for that store"
+    else:
+        words = f"cannot be reached or used ({kinds[0]}); check the network, then try again"
+    return f"{place} {words}"
+
+
+def common_parts(urls: Sequence[Url]) -> int:
+    """How many leading parts all the folders of `urls` share."""
+    folders = [url.parts[:-1] for url in urls]
+    shared = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def _decoded(segment: str) -> str:
+    """A segment without percent escapes, unless it would then be more than a name."""
+    name = unquote(segment)
+    return segment if {"/", "\\", "\0"} & set(name) or name in (".", "..") else name
