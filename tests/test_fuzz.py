@@ -17,6 +17,10 @@ COUNTS = {"slides": 250, "bags": 250, "checkpoints": 100}
 """How many cases of each kind run here; benchmarks/fuzz.py runs tens of thousands."""
 
 
+FOUND = (27430, 32430, 38930, 48198, 48537, 55791, 68977, 80713)
+"""Cases of slides, with seed 0, that were findings once, one of each kind."""
+
+
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of undamaged files, by what they are; "regressions" has all of them."""
@@ -40,6 +44,12 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(
     # Where nearly all is read, or nearly nothing, the damage tests little.
     fine = outcomes["read"] + outcomes["loaded"]
     assert 0.05 < fine / len(results) < 0.8, outcomes
+
+
+def test_cases_that_were_findings_are_none_any_more(originals: dict[str, Path]) -> None:
+    results = list(pool.run("slides", originals["slides"], FOUND))
+    assert not [result for result in results if result.is_finding]
+    assert {result.outcome for result in results} == {"DamagedSlideError"}
 
 
 def test_what_the_fuzzer_found_is_refused(originals: dict[str, Path]) -> None:

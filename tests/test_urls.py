@@ -46,6 +46,8 @@ def memory():
 @pytest.fixture(scope="module")
 def s3():
     """A local server that speaks S3, with an empty bucket called "bucket"."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
     code = (
         "import sys, time; from moto.server import ThreadedMotoServer;"
         " s = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False); s.start();"

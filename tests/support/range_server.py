@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 
 @dataclass
 class RangeServer:
@@ -48,6 +50,7 @@ class RangeServer:
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[RangeServer]:
     """The files of a folder at `url`, on a free port of this machine."""
+    pytest.importorskip("aiohttp", reason="fsspec reads from HTTP servers with it")
     state = RangeServer(folder)
     handler = type("Handler", (_Handler,), {"state": state})
     server = _Server(("127.0.0.1", 0), handler)

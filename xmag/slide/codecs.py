@@ -122,6 +122,8 @@ class _JpegDecoder:
             )
         except ValueError as error:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
+        except KeyError:
+            raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
         pixels = box_average(pixels, reduction // scale)
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
 

@@ -59,6 +59,8 @@ class _Tag:
     kind: int
     count: int
     value_at: int
+    high: int = 0
+    """What Hamamatsu adds: bits 32 to 63 of the value, or of where it lies."""
 
     @property
     def size(self) -> int:
@@ -139,8 +141,9 @@ def _directory(
     length = struct.calcsize(entry)
     room = layout.inline
     entries = _read(file, first, count * length)
+    high = _high_words(file, layout, first + count * length, count)
     tags = [
-        _Tag(code, kind, values, first + number * length + length - room)
+        _Tag(code, kind, values, first + number * length + length - room, high[number])
         for number, (code, kind, values, _) in enumerate(struct.iter_unpack(entry, entries))
     ]
     for tag in tags:
@@ -159,6 +162,13 @@ def _directory(
     return tags, int.from_bytes(pointer, "little" if layout.order == "<" else "big")
 
 
+def _high_words(file: BinaryIO, layout: _Layout, end: int, count: int) -> tuple[int, ...]:
+    """The high half of each tag, which Hamamatsu writes behind the pointer after the tags."""
+    if not (layout.offset == "Q" and layout.tag == "HHII"):
+        return (0,) * count
+    return _unpacked(file, end + 8, f"{layout.order}{count}I")
+
+
 def _check_kind(tag: _Tag, directory: int) -> None:
     """Raise DamagedSlideError where a tag that counts is not of whole numbers, or of too many."""
     one = tag.code in _ONE_NUMBER
@@ -174,7 +184,8 @@ def _check_kind(tag: _Tag, directory: int) -> None:
 
 def _check_starts(file: BinaryIO, layout: _Layout, tag: _Tag) -> None:
     """Raise DamagedSlideError where the header of an NDPI's JPEG would be megabytes long."""
-    at = tag.value_at if tag.size <= layout.inline else _pointer(file, layout, tag)
+    # tifffile takes even a single value for where it lies.
+    at = _pointer(file, layout, tag)
     first = int.from_bytes(_read(file, at, _SIZES.get(tag.kind, 1)), "little")
     most = _MAX_JPEG_HEADER if tag.code == _NDPI_STARTS else 0
     if tag.kind not in _OFFSET_FORMATS or first > most:
@@ -202,7 +213,8 @@ def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[
 
 def _pointer(file: BinaryIO, layout: _Layout, tag: _Tag) -> int:
     """Where the values of a tag are that are too many to lie in it."""
-    return _unpacked(file, tag.value_at, layout.order + ("Q" if layout.inline == 8 else "I"))[0]
+    at = _unpacked(file, tag.value_at, layout.order + ("Q" if layout.inline == 8 else "I"))[0]
+    return at | tag.high << 32
 
 
 def _read(file: BinaryIO, at: int, length: int) -> bytes:

@@ -27,6 +27,8 @@ _PROGRESSION, _LAYERS, _TRANSFORM, _LEVELS, _WAVELET = 5, slice(6, 8), 8, 9, 13
 _LRCP, _RLCP, _RPCL = 0, 1, 2
 _SIZ_END = 42
 _MAX_COMPONENTS = 4
+_CHROMA_STEPS = {(1, 1), (2, 1), (2, 2)}
+"""px from one sample to the next, across and down, in chroma that OpenJPEG makes RGB of."""
 _MAX_TILES = 4096
 _PRECINCTS = 14
 _MOST_ZEROS, _SPARE_ZEROS = 4096, 128
@@ -80,6 +82,12 @@ def _check_extent(stream: bytes, size: tuple[int, int]) -> None:
             f"its JPEG 2000 is {width}x{height} px of {count} components in tiles of"
             f" {tile_x}x{tile_y} px, the tile {size[0]}x{size[1]} px"
         )
+    if len(stream) < _SIZ_END + 3 * count:
+        raise DamagedSlideError("its JPEG 2000 stream is truncated")
+    steps = [tuple(stream[at + 1 : at + 3]) for at in range(_SIZ_END, _SIZ_END + 3 * count, 3)]
+    chroma = steps[1:3]
+    if {steps[0], *steps[3:]} != {(1, 1)} or len(set(chroma)) > 1 or set(chroma) - _CHROMA_STEPS:
+        raise DamagedSlideError(f"its JPEG 2000 has components with a sample every {steps} px")
     across, down = -(-(x - tile_left) // tile_x), -(-(y - tile_top) // tile_y)
     if not 0 < across * down <= _MAX_TILES:
         raise DamagedSlideError(

@@ -13,7 +13,7 @@ from xmag.errors import (
 )
 from xmag.slide.codecs import over_white
 from xmag.slide.layouts import whole_factor
-from xmag.slide.reader import Level, Pixels, ScaleMetadata
+from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
 
 SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
@@ -47,6 +47,9 @@ class OpenSlideReader:
             ) from error
         except openslide.OpenSlideError as error:
             raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
+        except DamagedSlideError as error:
+            self.close()
+            raise DamagedSlideError(f"{path.name}: {error}") from None
 
     def _read_facts(self) -> None:
         """All that is asked of the slide but pixels: after a failure it answers nothing more."""
@@ -54,6 +57,8 @@ class OpenSlideReader:
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self._downsamples = self._slide.level_downsamples
         self.levels = _levels(self._slide.level_dimensions, self._downsamples)
+        for number, level in enumerate(self.levels):
+            check_size(number, level)
         x, y = (_float(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.metadata = ScaleMetadata(
             mpp=(x, y) if x and y else None,
@@ -91,9 +96,13 @@ def _levels(
 ) -> tuple[Level, ...]:
     """OpenSlide's levels, their downsamples whole where their sizes allow it."""
     return tuple(
-        Level(size=size, downsample=float(whole_factor(sizes[0], size) or downsample))
+        Level(size=size, downsample=float(_whole(sizes[0], size) or downsample))
         for size, downsample in zip(sizes, downsamples, strict=True)
     )
+
+
+def _whole(base: tuple[int, int], size: tuple[int, int]) -> int | None:
+    return whole_factor(base, size) if min(*base, *size) > 0 else None
 
 
 def _float(text: str | None) -> float | None:

@@ -5,12 +5,18 @@ tiles and the pixels in them. It neither knows nor decides a scale: `Slide` and 
 Readers whose format hides its tiles (OpenSlide, plain images) offer `read_region` instead.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xmag.errors import DamagedSlideError
+
+_MAX_SIDE = 1 << 32
+"""px; TIFF counts no further."""
 
 Pixels = NDArray[np.uint8]
 """uint8 RGB pixels, shape (height, width, 3)."""
@@ -54,6 +60,21 @@ class Level:
         """Rows of tiles in the stored image."""
         assert self.tile_size is not None
         return -(-self.stored[1] // self.tile_size[1])
+
+
+def check_size(number: int, level: Level) -> None:
+    """Raise DamagedSlideError where the sizes of a level make no sense."""
+    sides = (*level.size, *level.stored, *(abs(o) + 1 for o in level.origin))
+    if not (
+        all(0 < side < _MAX_SIDE for side in sides)
+        and math.isfinite(level.downsample)
+        and level.downsample >= 1
+    ):
+        raise DamagedSlideError(
+            f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
+            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times"
+            " smaller than the first; it is damaged: copy it again"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

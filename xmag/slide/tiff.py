@@ -20,7 +20,7 @@ from xmag.slide.layouts import (
     page_size,
     whole_factor,
 )
-from xmag.slide.reader import Level, Pixels, ScaleMetadata
+from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
 from xmag.slide.remote import RemoteSource
 from xmag.slide.source import ByteSource, LocalSource
 
@@ -30,7 +30,6 @@ _MAX_JPEG_2000_TILE_PX = 1 << 24
 """OpenJPEG takes 24 bytes a px."""
 _SPARE_TILE_BYTES = 1 << 16
 """What the bytes of a small tile may take beyond twice its pixels."""
-_MAX_SIDE = 1 << 32
 _MAX_LEVEL_PX = 1 << 40
 """A square of a million px; the largest scans are a tenth of that."""
 
@@ -43,10 +42,12 @@ _ESSENTIAL_TAGS = frozenset(
 """Tags without which tifffile would take the pixels for others than they are."""
 
 _UNASSOCIATED_ALPHA = 2
+_SEPARATE_PLANES = 2
 
 _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
     AttributeError, ZeroDivisionError,
+    RuntimeError,
     ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """What tifffile may raise on a directory that makes no sense."""
@@ -77,7 +78,7 @@ class TiffReader:
         self._offsets = [stored.page.dataoffsets for stored in layout.levels]
         self._lengths = [stored.page.databytecounts for stored in layout.levels]
         for number, level in enumerate(self.levels):
-            _check_sizes(number, level)
+            check_size(number, level)
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
         self.source: ByteSource = LocalSource(path) if isinstance(path, Path) else path
 
@@ -137,6 +138,7 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
                 layout = find_layout(pages, region)
             except NeedsOpenSlideError:
                 for number, page in enumerate(pages):
+                    _check_tags(number, page, codes)
                     _check_memory(number, page)
                 raise
             for number, level in enumerate(layout.levels):
@@ -157,7 +159,7 @@ def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> N
     lost = (codes.get(page.offset, frozenset()) & _ESSENTIAL_TAGS) - {tag.code for tag in page.tags}
     if lost:
         raise DamagedSlideError(
-            f"the directory of level {number} has tags {sorted(lost)} of a type or a place that"
+            f"directory {number} of its levels has tags {sorted(lost)} of a type or a place that"
             " makes no sense; it is damaged: copy it again"
         )
 
@@ -181,6 +183,8 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
             f" extra samples {page.extrasamples}; xmag reads RGB, RGBA and YCbCr with interleaved"
             " samples"
         )
+    if not isinstance(page.jpegtables, bytes | None):
+        raise DamagedSlideError("its JPEG tables are no bytes; it is damaged: copy it again")
     width, height, rows = _tile_size(page)
     return codecs.TileCoding(
         compression=int(page.compression),
@@ -215,8 +219,20 @@ def _tile_size(page: TiffPage) -> tuple[int, int, int]:
 
 
 def _check_memory(number: int, page: TiffPage) -> None:
-    """Raise where tiles are too large for OpenSlide: it ends the process where memory is short."""
+    """Raise where tiles are too large for OpenSlide: it ends the process where memory is short.
+
+    Or where there are fewer or more of them than the page has room for: it reads beside the list.
+    """
     width, height, _ = _tile_size(page)
+    if page.is_tiled:
+        expected = -(-page.imagewidth // width) * -(-page.imagelength // height)
+        expected *= page.samplesperpixel if page.planarconfig == _SEPARATE_PLANES else 1
+        if not len(page.dataoffsets) == len(page.databytecounts) == expected:
+            raise DamagedSlideError(
+                f"page {number} of {page.imagewidth}x{page.imagelength} px needs {expected} tiles,"
+                f" but lists {len(page.dataoffsets)} offsets and {len(page.databytecounts)}"
+                " lengths; it is damaged: copy it again"
+            )
     most = 2 * width * height * page.samplesperpixel + _SPARE_TILE_BYTES
     if max(page.databytecounts, default=0) > most:
         raise DamagedSlideError(
@@ -245,21 +261,6 @@ def _downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
         return math.nan
     factor = whole_factor(base, size)
     return float(factor or (base[0] / size[0] + base[1] / size[1]) / 2)
-
-
-def _check_sizes(number: int, level: Level) -> None:
-    """Raise DamagedSlideError where the sizes of a level make no sense."""
-    sides = (*level.size, *level.stored, *(abs(o) + 1 for o in level.origin))
-    if not (
-        all(0 < side < _MAX_SIDE for side in sides)
-        and math.isfinite(level.downsample)
-        and level.downsample >= 1
-    ):
-        raise DamagedSlideError(
-            f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
-            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times"
-            " smaller than the first; it is damaged: copy it again"
-        )
 
 
 def _check_tiles(number: int, level: Level, offsets: int, lengths: int) -> None:
