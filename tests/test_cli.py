@@ -57,6 +57,8 @@ def test_version_is_that_of_the_package(capsys):
         ["extract", "a.svs", "-o", "out", "--format", "csv"],
         ["info", "a.svs", "--mpp", "fine"],
         ["extract", "a.svs", "--over", "-o", "out"],
+        ["extract", "a.svs", "-o", "out", "--shard", "4/4"],
+        ["extract", "a.svs", "-o", "out", "--damaged", "white"],
     ],
 )
 def test_wrong_use_is_status_2_with_the_usage(args, capsys):
@@ -126,6 +128,38 @@ def test_a_scale_that_makes_no_sense_is_status_2_before_any_work(slides, tmp_pat
     assert main(args) == 2
     assert capsys.readouterr().err.startswith("xmag: error: mpp is 896")
     assert not (tmp_path / "o").exists()
+
+
+def test_extract_does_its_share_and_says_where_its_report_is(slides, tmp_path, capsys):
+    args = ["extract", str(slides), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    assert main([*args, "--shard", "0/3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("done    a.svs: ")
+    assert out.endswith(f"1 slide: 1 done; see {tmp_path / 'o' / 'report-0-of-3.csv'}\n")
+    assert (tmp_path / "o" / "report-0-of-3.csv").is_file()
+
+
+def test_extract_stops_a_slide_that_takes_too_long(slides, tmp_path, capsys):
+    args = ["extract", str(slides / "a.svs"), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    assert main([*args, "--slide-timeout", "0.001"]) == 1
+    assert "took longer than --slide-timeout 0.001 s and was stopped" in capsys.readouterr().out
+
+
+def test_extract_leaves_damaged_tiles_out_where_it_may(slides, tmp_path, capsys):
+    path = tmp_path / "a.svs"
+    data = (slides / "a.svs").read_bytes()
+    with xmag.Slide(slides / "a.svs") as slide:
+        plan = xmag.plan_tiles(slide, xmag.TileSpec(), tissue=xmag.find_tissue(slide))
+        assert plan.coords.tolist() == [[0, 0], [1792, 0]]
+        (first,) = slide.reader.read_tile_bytes(plan.scale.level, [0])
+    path.write_bytes(data.replace(first, first[: len(first) // 2].ljust(len(first), b"\0")))
+    args = ["extract", str(path), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    assert main(args) == 1
+    assert "is damaged" in capsys.readouterr().out
+    assert main([*args, "--damaged", "drop"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("done    a.svs: 1 tile, ")
+    assert "left out, as --damaged drop asks for" in said.err
 
 
 def test_messages_name_the_option_and_not_the_argument(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -15,7 +16,8 @@ from support.fake_reader import FakeRegionReader, FakeTileReader, noise
 from support.slides import texture, write_svs, write_tiff
 
 from xmag.bag import FeatureBag
-from xmag.errors import DamagedSlideError, InputError, XmagWarning
+from xmag.cohort import CohortRow, extract_cohort
+from xmag.errors import DamagedSlideError, InputError, MismatchError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import TilePlan, plan_tiles
@@ -197,6 +199,39 @@ def test_what_is_dropped_is_counted_in_the_provenance_and_the_plan(tmp_path: Pat
     assert not bag.provenance.differences(whole.provenance)
     bag.save(out)
     assert FeatureBag.load(out).provenance == bag.provenance
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_cohort_drops_damaged_tiles_only_where_it_may(tmp_path: Path, processes: int) -> None:
+    path, out = tmp_path / "a.svs", tmp_path / "out"
+    write_svs(path, size=(2000, 1900), levels=(1, 4))
+    with Slide(path) as slide:
+        tile = slide.reader.read_tile_bytes(1, [1])[0]
+    cut = tile[: len(tile) // 2] + bytes(len(tile) - len(tile) // 2)
+    path.write_bytes(path.read_bytes().replace(tile, cut))
+
+    def run(**options: Any) -> CohortRow:
+        options |= {"model": ColourEncoder(), "tissue": None, "processes": processes}
+        row: CohortRow = extract_cohort(path, out, **options)[0]
+        return row
+
+    refused = run()
+    assert refused.status == "failed"
+    assert "of level 1 is damaged" in refused.error
+    with pytest.warns(XmagWarning, match=r"6 of 16 tiles of 'a\.svs' are damaged and left"):
+        dropped = run(damaged="drop")
+    assert (dropped.status, dropped.tiles) == ("done", 10)
+    bag = FeatureBag.load(out / "a.h5")
+    assert bag.provenance is not None
+    assert bag.provenance.record["tiles"]["damaged"] == 6
+    with pytest.warns(XmagWarning, match="damaged and left out"):
+        expected = extract_features(path, model=ColourEncoder(), tissue=None, damaged="drop")
+    np.testing.assert_array_equal(bag.features, expected.features)
+    np.testing.assert_array_equal(bag.coords, expected.coords)
+    assert run(damaged="drop").status == "skipped"
+    with pytest.raises(MismatchError, match="damaged: 6 tiles dropped there, none here"):
+        run()
+    assert run(on_mismatch="redo").status == "failed"
 
 
 def test_dropping_changes_nothing_where_nothing_is_damaged(tmp_path: Path) -> None:

@@ -33,7 +33,14 @@ from xmag.cohort.executors import Engine, shares
 from xmag.cohort.gpus import claim
 from xmag.cohort.jobs import jobs_of
 from xmag.cohort.settings import Settings
-from xmag.errors import InputError, MismatchError, ModelError, OutputError, WeightsError
+from xmag.errors import (
+    InputError,
+    MismatchError,
+    ModelError,
+    OutputError,
+    WeightsError,
+    XmagWarning,
+)
 from xmag.urls import Url
 
 SLIDES = ("a.svs", "b.svs", "broken.svs", "site/c.svs", "site/d.svs", "site/e.svs")
@@ -85,7 +92,9 @@ def save(encoder, folder):
 
 
 def run(slides, out, executor, **options):
-    return extract_cohort(slides, out, executor=executor, **{"tissue": None, **options})
+    # Without decoding processes, which start in their time; Dask's test has one.
+    options = {"tissue": None, "processes": 0, **options}
+    return extract_cohort(slides, out, executor=executor, **options)
 
 
 def assert_equal(out, local):
@@ -141,6 +150,26 @@ def test_running_again_does_only_what_is_missing(folder, model, local, out):
         "skipped", "skipped", "failed", "skipped", "done", "skipped",
     ]  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_limits_and_what_becomes_of_damage_travel_to_workers(folder, model, out):
+    path = folder.parent / "damaged" / "a.svs"
+    path.parent.mkdir(exist_ok=True)
+    write_svs(path, size=(1900, 950), mpp=0.5, power=20, levels=(1,))
+    with xmag.Slide(path) as slide:
+        tile = slide.reader.read_tile_bytes(0, [0])[0]
+    path.write_bytes(
+        path.read_bytes().replace(tile, tile[: len(tile) // 2].ljust(len(tile), b"\0"))
+    )
+    options = {"damaged": "drop", "slide_timeout": 60.0, "memory_limit": 1 << 30, "processes": 1}
+    seen = []
+    with Changing(lambda shard, _: seen.append(shard.options) or shard) as pool:
+        assert [row.status for row in run(path, out, pool, model=model)] == ["failed"]
+        with pytest.warns(XmagWarning, match="damaged and left out"):
+            (row,) = run(path, out, pool, model=model, **options)
+    assert row.status == "done"
+    assert FeatureBag.load(out / "a.h5").provenance.record["tiles"]["damaged"] > 0
+    assert {name: seen[-1][name] for name in options} == options
 
 
 def test_relative_paths_mean_the_same_in_workers(folder, model, local, out, monkeypatch):
@@ -501,7 +530,7 @@ def dask_client():
 
 
 def test_dask_writes_the_same_files(folder, model, local, out, dask_client):
-    report = run(folder, out, dask_client.get_executor(), model=model)
+    report = run(folder, out, dask_client.get_executor(), model=model, processes=1)
     assert [row.status for row in report] == STATUSES
     assert_equal(out, local)
 

@@ -48,7 +48,8 @@ def console(*, verbose: bool) -> Iterator[None]:
 def one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
     text = str(message).replace("on_mismatch='redo'", "--redo")
-    text = text.replace(_OF_FIT, "")
+    text = text.replace(_OF_FIT, "").replace("damaged='drop'", "--damaged drop")
+    text = text.replace("slide_timeout=", "--slide-timeout ")
     text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
     return " ".join(text.split())
 

@@ -21,6 +21,7 @@ examples:
   xmag extract a.svs b.svs -o features
   xmag extract slides/ -o features --model xmag-mini --format safetensors
   xmag extract scan.tif -o features --mpp 0.25
+  xmag extract slides.csv -o s3://bucket/features --shard 0/4
 """
 
 
@@ -44,6 +45,17 @@ def add_commands(commands: Commands) -> None:
     extract.add_argument(
         "--redo", action="store_true", help="replace features that were made differently"
     )
+    extract.add_argument(
+        "--damaged", choices=("error", "drop"), default="error",
+        help="what becomes of a slide with damaged tiles: it fails (default), or loses those tiles",
+    )  # fmt: skip
+    extract.add_argument(
+        "--slide-timeout", metavar="S", type=float, help="seconds that decoding a slide may take"
+    )
+    extract.add_argument(
+        "--shard", metavar="I/N", type=_shard,
+        help="do every N-th slide alone, from the I-th on, counted from 0: for N machines",
+    )  # fmt: skip
     extract.set_defaults(run=_extract)
 
     demo = commands.add_parser("demo", help="run the main job on a small slide", allow_abbrev=False)
@@ -108,6 +120,13 @@ def _info_lines(slide: "Slide") -> Iterator[tuple[str, str]]:
     yield f"{spec.mpp:g} µm/px", f"read from {decoded}, {how}"
 
 
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; expected I/N such as 0/4 or 3/4")
+    return int(index), int(count)
+
+
 def _extract(args: argparse.Namespace) -> int:
     slides: list[str] = args.slides
     if len(slides) > 1:
@@ -118,6 +137,8 @@ def _extract(args: argparse.Namespace) -> int:
                     " one CSV file"
                 )
     from xmag.cohort import extract_cohort
+    from xmag.cohort.report import report_name
+    from xmag.urls import place_of
 
     report = extract_cohort(
         slides if len(slides) > 1 else slides[0],
@@ -127,11 +148,14 @@ def _extract(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         overlay=args.overlay,
         on_mismatch="redo" if args.redo else "error",
+        damaged=args.damaged,
+        slide_timeout=args.slide_timeout,
+        shard=args.shard,
     )
     for row in report:
         done = f"{counted(row.tiles, 'tile')}, {row.seconds:.1f} s"
         write(sys.stdout, f"{row.status:<8}{row.slide}: {one_line(row.error) or done}")
-    report_path = Path(args.out) / "report.csv"
+    report_path = place_of(args.out) / report_name(args.shard)
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
     write(sys.stdout, f"{counted(len(report), 'slide')}: {counts}; see {report_path}")
     return FAILED if report.failed else ALL_DONE

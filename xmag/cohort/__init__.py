@@ -10,7 +10,7 @@ from typing import Literal
 from xmag.cohort.executors import Engine, Executor, share_of
 from xmag.cohort.jobs import Job, jobs_of
 from xmag.cohort.local import rows_here
-from xmag.cohort.report import REPORT_NAME, CohortReport, CohortRow, ReportFile
+from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
 from xmag.errors import MismatchError, OutputError
@@ -107,9 +107,9 @@ def extract_cohort(
             finished stays, and the same call goes on from there.
     """
     # Before the model, which may have to be fetched.
-    jobs, report_name = jobs_of(slides, format=format, mpp=mpp), REPORT_NAME
+    jobs = jobs_of(slides, format=format, mpp=mpp)
     if shard is not None:
-        jobs, report_name = share_of(jobs, shard)
+        jobs = share_of(jobs, shard)
     engine = None if executor is None else Engine(executor, shards=shards, model=model)
     settings = Settings(
         encoder=resolve_encoder(model) if engine is None else engine.encoder,
@@ -128,7 +128,7 @@ def extract_cohort(
     )
     rows: dict[Job, CohortRow] = {}
     run = rows_here if engine is None else engine.rows
-    with ReportFile(settings.out / report_name, jobs, rows) as report:
+    with ReportFile(settings.out / report_name(shard), jobs, rows) as report:
         try:
             _fill(rows, run(jobs, settings), report, len(jobs), progress)
         except MismatchError:

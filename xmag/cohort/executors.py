@@ -265,8 +265,8 @@ def shares(work: Sequence[float], count: int) -> list[list[int]]:
     return [sorted(share) for share in found]
 
 
-def share_of(jobs: list[Job], shard: tuple[int, int]) -> tuple[list[Job], str]:
-    """The jobs that fall to share i of n, for ``shard=(i, n)``, and the name of their report.
+def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
+    """The jobs that fall to share i of n, for ``shard=(i, n)``.
 
     Every n-th of them, by place in the list alone, so that machines that do not talk to each other
     agree. Raises InputError where there is no such share.
@@ -278,7 +278,7 @@ def share_of(jobs: list[Job], shard: tuple[int, int]) -> tuple[list[Job], str]:
         valid = False
     if not valid:
         raise InputError(f"shard is {shard!r}; expected (i, n) with i from 0 to n - 1")
-    return jobs[index::count], f"report-{index}-of-{count}.csv"
+    return jobs[index::count]
 
 
 def _absolute(place: Place) -> Place:

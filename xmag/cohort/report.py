@@ -77,6 +77,11 @@ class CohortReport(Sequence[CohortRow]):
         return out.getvalue()
 
 
+def report_name(shard: tuple[int, int] | None) -> str:
+    """What the report of a cohort, or of share i of n of one, is called."""
+    return REPORT_NAME if shard is None else f"report-{shard[0]}-of-{shard[1]}.csv"
+
+
 class ReportFile:
     """Keeps ``report.csv`` up to date while the rows come in, and complete at the end."""
 
