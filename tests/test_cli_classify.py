@@ -13,7 +13,10 @@ from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.cli import main
 from xmag.demo import write_demo_slide
+from xmag.encoder import load_model
 from xmag.evaluate import Report
+from xmag.extract import extract_features
+from xmag.finetune import Settings, finetune_slides
 from xmag.mil import MILClassifier
 
 
@@ -230,6 +233,30 @@ def test_heatmap_of_the_features_of_another_slide_is_status_2(on_slides, cohort,
     assert main([*map(str, args)]) == 2
     assert "give the slide that the features were made from" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_heatmap_takes_the_encoder_that_was_fine_tuned_with_the_classifier(
+    on_slides, tmp_path, capsys
+):
+    settings = Settings(epochs=1, ema=None, augmentation=None)
+    slides = [on_slides / f"{number}.svs" for number in range(2)]
+    tuned = finetune_slides(
+        slides, ["a", "b"], groups=["p", "q"], model=load_model("xmag-mini", device="cpu"),
+        validation=None, settings=settings, progress=False,
+    )  # fmt: skip
+    tuned.save(tmp_path / "tuned")
+    args = ["heatmap", on_slides / "0.svs", "--classifier", tmp_path / "tuned"]
+    assert main([*map(str, args), "-o", str(tmp_path / "x.png"), "--geojson"]) == 0
+    bag = extract_features(slides[0], model=tuned.encoder, progress=False)
+    a, b = tuned.classifier.predict_proba([bag])[0]
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"(a {a:.3f}, b {b:.3f})")
+    found = json.loads((tmp_path / "x.geojson").read_text())["features"]
+    weights = [feature["properties"]["measurements"]["Attention"] for feature in found]
+    np.testing.assert_allclose(weights, tuned.classifier.attention(bag).scores, rtol=1e-3)
+    # Features of the encoder as it was are refused.
+    args += ["--features", on_slides / "features" / "0.h5", "-o", tmp_path / "y.png"]
+    assert main([*map(str, args)]) != 0
+    assert not (tmp_path / "y.png").exists()
 
 
 def test_distill_without_its_file_is_status_2(tmp_path, capsys):

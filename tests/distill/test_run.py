@@ -11,6 +11,7 @@ from support.models import TINY, random_vit
 from support.slides import texture, write_svs
 
 import xmag
+from xmag.cli import main
 from xmag.distill.run import run_config
 from xmag.encoder import Encoder
 from xmag.errors import InputError, MismatchError, SlideScaleError
@@ -85,6 +86,20 @@ def test_a_student_is_distilled_from_slides(folder: Path, tmp_path: Path) -> Non
     assert str(tmp_path) not in (tmp_path / "run" / "model" / "distillation.json").read_text()
     again = run_config(config_of(folder, tmp_path, text), progress=False)
     assert again.validation == summary.validation
+
+
+def test_the_command_says_what_it_would_do_and_then_does_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder, tmp_path)
+    assert main(["distill", str(config), "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "site 'a': 2 slides, 8 regions" in planned
+    assert "nothing was written" in planned
+    assert list(tmp_path.iterdir()) == [config]
+    assert main(["distill", str(config)]) == 0
+    assert str(tmp_path / "run" / "model") in capsys.readouterr().out
+    assert xmag.load_model(tmp_path / "run" / "model", device="cpu").embed_dim == 32
 
 
 @pytest.mark.parametrize("keep", ["no", "plain", "augmented"])
