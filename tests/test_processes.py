@@ -251,8 +251,9 @@ def alive(pid):
 def test_children_end_with_the_program_however_it_ends(folder, tmp_path, how):
     program = tmp_path / "program.py"
     program.write_text(
-        "import subprocess, sys, time\n"
+        "import signal, time\n"
         "from xmag.tiles import DecodingPool\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with DecodingPool(2, slot_tiles=8, size_px=56) as pool:\n"
         "    print(*(child.process.pid for child in pool._children), flush=True)\n"
         "    time.sleep(60)\n"

@@ -279,6 +279,8 @@ def main(
 
 
 if __name__ == "__main__":
+    # What starts tests in the background may have them ignore Ctrl-C, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         print(json.dumps(list(main(**json.loads(sys.argv[1])))))
     except KeyboardInterrupt:
