@@ -169,6 +169,12 @@ def _bomb(file: Any) -> None:
     file["features"].id.write_direct_chunk((0, 0), packed)
 
 
+def _short_chunk(file: Any) -> None:
+    shape = (3, 4)
+    file.create_dataset("features", shape=shape, chunks=shape, dtype="f4", fletcher32=True)
+    file["features"].id.write_direct_chunk((0, 0), b"\0\0")
+
+
 def _json(**changes: Any) -> Change:
     return lambda data: json.dumps({**json.loads(data), **changes}).encode()
 
@@ -266,6 +272,7 @@ CASES: dict[str, tuple[str, Change]] = {
         _h5(lambda f: f.create_dataset("features", (1 << 40, 1 << 18), "f4", chunks=(1, 4))),
     ),
     "features that unpack to a GB": ("a.h5", _h5(_bomb)),
+    "a chunk shorter than its checksum": ("a.h5", _h5(_short_chunk)),
     "a mean that is a text": ("config.json", _json(mean=["a", "b", "c"])),
     "a deviation of NaN": ("config.json", _json(std=[float("nan")] * 3)),
     "a configuration nested for ever": ("config.json", lambda _: b"[" * 100_000),

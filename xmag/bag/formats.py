@@ -22,6 +22,7 @@ from xmag.errors import BagError
 
 _MOST_UNPACKED = 50
 """Features of compressed files take 1 to 3 times their bytes, coords up to 10 times."""
+_CHECKSUM_BYTES = 4
 _SPARE_BYTES = 1 << 24
 
 HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
@@ -118,11 +119,17 @@ def _dataset(file: h5py.File, name: str, most: int) -> NDArray[Any]:
 
 
 def _is_whole(dataset: h5py.Dataset) -> bool:
-    """Whether all of it is in the file: where nothing was written, HDF5 would read zeros."""
+    """Whether all of it is in the file: where nothing was written, HDF5 would read zeros.
+
+    It would read beside a chunk that has no room for its checksum.
+    """
     if dataset.chunks is None:
         return bool(dataset.id.get_storage_size() == dataset.nbytes)
     grid = (-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-    return bool(dataset.id.get_num_chunks() == math.prod(grid))
+    sizes: list[int] = []
+    dataset.id.chunk_iter(lambda chunk: sizes.append(chunk.size))
+    least = _CHECKSUM_BYTES if dataset.fletcher32 else 0
+    return len(sizes) == math.prod(grid) and min(sizes, default=1) > least
 
 
 def encode_safetensors(content: Content) -> bytes:
