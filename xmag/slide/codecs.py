@@ -31,9 +31,9 @@ _BAND_PX = 1 << 20
 _LOST_BYTES = 512
 """A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _MAX_SCANS = 200
+"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _SCAN = re.compile(rb"\xff\xda")
 """How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
-"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
