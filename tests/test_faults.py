@@ -1,6 +1,7 @@
 """What is around a cohort fails: it is interrupted, the disk is full, a share or slide is gone."""
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -296,6 +297,7 @@ def open_files():
 @either_way
 def test_after_a_cohort_nothing_is_left_open(slides, tmp_path, processes):
     def state():
+        gc.collect()  # what earlier tests left to it
         return open_files(), threading.active_count(), descendants(os.getpid())
 
     run(slides / "000.svs", tmp_path / "warm up", processes=processes)
