@@ -21,6 +21,7 @@ PositionRule = Literal["offset", "size", "size_antialias"]
 Mlp = Literal["gelu", "swiglu"]
 
 _MAX_DEPTH = 1_000
+_MAX_SIZE = 1 << 20
 """Blocks are made one by one before weights are compared with them."""
 _HISTORICAL_OFFSET = 0.1
 """Added to the wanted grid before the division: DINOv2's guard against rounding, part of it."""
@@ -63,6 +64,12 @@ class ViTConfig:
             )
         if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
             raise InputError(f"ViTConfig.eps is {self.eps!r}; expected a positive number")
+        largest = max(self.width, self.heads, self.hidden, self.patch_px, self.position_grid)
+        if max(largest, self.registers) > _MAX_SIZE:
+            raise InputError(
+                f"ViTConfig has a size of {max(largest, self.registers)}; expected at most"
+                f" {_MAX_SIZE}"
+            )
         if self.depth > _MAX_DEPTH:
             raise InputError(f"ViTConfig.depth is {self.depth}; expected at most {_MAX_DEPTH}")
         if self.width % self.heads:

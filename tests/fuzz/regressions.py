@@ -179,6 +179,10 @@ def _json(**changes: Any) -> Change:
     return lambda data: json.dumps({**json.loads(data), **changes}).encode()
 
 
+def _json_vit(**changes: Any) -> Change:
+    return lambda data: _json(vit={**json.loads(data)["vit"], **changes})(data)
+
+
 def _zip(change: Callable[[dict[str, bytes]], object], packing: int = zipfile.ZIP_STORED) -> Change:
     def changed(data: bytes) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -275,6 +279,7 @@ CASES: dict[str, tuple[str, Change]] = {
     "a chunk shorter than its checksum": ("a.h5", _h5(_short_chunk)),
     "a mean that is a text": ("config.json", _json(mean=["a", "b", "c"])),
     "a deviation of NaN": ("config.json", _json(std=[float("nan")] * 3)),
+    "a width beyond 64 bits": ("config.json", _json_vit(width=1 << 70)),
     "a configuration nested for ever": ("config.json", lambda _: b"[" * 100_000),
     "a tensor rebuilt as a parameter": (
         "model.pth",

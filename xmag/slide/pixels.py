@@ -269,5 +269,7 @@ def _paste(window: Pixels, tile: Pixels, at: tuple[int, int]) -> None:
     x, y = at
     right = min(x + tile.shape[1], window.shape[1])
     bottom = min(y + tile.shape[0], window.shape[0])
+    if right <= 0 or bottom <= 0:
+        return  # without its padding, the tile ends before the window
     into = window[max(y, 0) : bottom, max(x, 0) : right]
     into[:] = tile[max(-y, 0) : bottom - y, max(-x, 0) : right - x]
