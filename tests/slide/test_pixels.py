@@ -1,5 +1,7 @@
 """Windows out of tiles, tiles out of nothing, and the two kernels."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -113,6 +115,18 @@ def test_damage_names_the_tile():
         DamagedSlideError, match=r"tile 6 \(row 1, column 2\) of level 0.*end early"
     ):
         read_level(reader, 0, 1, (0, 0), (64, 64))
+
+
+def test_a_window_of_many_tiles_is_the_same_and_leaves_no_thread():
+    pixels = noise(320, 320)
+    reader = FakeTileReader(pixels, tile=(16, 16))
+    before = threading.active_count()
+    assert np.array_equal(read_level(reader, 0, 1, (0, 0), (320, 320)), pixels)
+    assert dict(reader.decoded) == dict.fromkeys(range(400), 1)
+    broken = FakeTileReader(pixels, tile=(16, 16), damaged=[387, 41, 206])
+    with pytest.raises(DamagedSlideError, match=r"tile 41 \(row 2, column 1\)"):
+        read_level(broken, 0, 1, (0, 0), (320, 320))
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(

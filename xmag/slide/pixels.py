@@ -1,7 +1,9 @@
 """Pixels of windows: tiles decoded, put together and resampled."""
 
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
@@ -21,6 +23,10 @@ _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
 _MOST_TILES_AT_ONCE = 256
+_MANY_TILES = 64
+"""From so many on a window is decoded by several threads: it is most of what finding tissue takes,
+and no tile of the slide is decoded before."""
+_MOST_THREADS = 4
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
@@ -39,7 +45,8 @@ def read_level(
     tiles = cast(TileReader, reader)
     window = np.full((size[1], size[0], 3), _WHITE, np.uint8)
     shape = reader.levels[level]
-    for run in _runs(shape, _tile_rows(shape, reduction, xy, size)):
+
+    def paste(run: range) -> None:
         for index, data in zip(run, tiles.read_tile_bytes(level, run), strict=True):
             if data is None:
                 tile = empty_tile(tiles, level, index, reduction)
@@ -48,6 +55,16 @@ def read_level(
             left, top, _, _ = _tile_box(shape, index)
             at = (left // reduction - xy[0], top // reduction - xy[1])
             _paste(window, _without_padding(tile, shape, index, reduction), at)
+
+    runs = list(_runs(shape, _tile_rows(shape, reduction, xy, size)))
+    threads = min(_MOST_THREADS, len(runs), os.cpu_count() or 1)
+    if threads > 1 and sum(map(len, runs)) >= _MANY_TILES:
+        with ThreadPoolExecutor(threads, thread_name_prefix="xmag-window") as pool:
+            for _ in pool.map(paste, runs):
+                pass
+    else:
+        for run in runs:
+            paste(run)
     return window
 
 

@@ -1,4 +1,7 @@
-"""A plan -> a stream of uint8 tile batches. Threads and decoding processes live here alone."""
+"""A plan -> a stream of uint8 tile batches.
+
+Decoding processes live here alone, and threads too, but for those that decode a large window.
+"""
 
 from xmag.tiles.decoding import Damaged
 from xmag.tiles.messages import (
