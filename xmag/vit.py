@@ -52,9 +52,10 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid"):
-            if not (isinstance(value := getattr(self, name), int) and value > 0):
+            # type and not isinstance: True is an int, and 1, but no size to torch.
+            if not (type(value := getattr(self, name)) is int and value > 0):
                 raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
-        if not (isinstance(self.registers, int) and self.registers >= 0):
+        if not (type(self.registers) is int and self.registers >= 0):
             raise InputError(
                 f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on"
             )

@@ -280,6 +280,7 @@ CASES: dict[str, tuple[str, Change]] = {
     "a mean that is a text": ("config.json", _json(mean=["a", "b", "c"])),
     "a deviation of NaN": ("config.json", _json(std=[float("nan")] * 3)),
     "a width beyond 64 bits": ("config.json", _json_vit(width=1 << 70)),
+    "a size that is true": ("config.json", _json_vit(hidden=True)),
     "a configuration nested for ever": ("config.json", lambda _: b"[" * 100_000),
     "a tensor rebuilt as a parameter": (
         "model.pth",
