@@ -74,7 +74,8 @@ def atomic_path(
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final))
         _create(temp)
         yield temp
-        _sync_file(temp)
+        with _blamed_on(place):
+            _sync_file(temp)
         if validate is not None:
             validate(temp)
         temp.replace(final)
@@ -96,8 +97,18 @@ def write_bytes(
     validate: Callable[[Path], object] | None = None,
 ) -> None:
     """Write `data` to `path`, whole or not at all; see `atomic_path`."""
-    with atomic_path(path, validate=validate) as temp, temp.open("wb") as file:
+    place = place_of(path)
+    with atomic_path(place, validate=validate) as temp, _blamed_on(place), temp.open("wb") as file:
         file.write(data)
+
+
+@contextmanager
+def _blamed_on(place: Place) -> Iterator[None]:
+    """Errors of writing and syncing name no file, and are no others than of this place."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(place, error) from error
 
 
 def write_text(path: str | os.PathLike[str] | Url, text: str) -> None:
@@ -176,7 +187,13 @@ def local_copy(place: Place, kind: type[XmagError]) -> Iterator[Path]:
         data = place.read()
     with _temporary_folder() as folder:
         copy = folder / "copy"
-        copy.write_bytes(data)
+        try:
+            copy.write_bytes(data)
+        except OSError as error:
+            raise kind(
+                f"{place} cannot be copied to {tempfile.gettempdir()} ({error.strerror}): free some"
+                " space there, or set TMPDIR"
+            ) from error
         yield copy
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from xmag.bag.exports import encode_clam, encode_stamp, holds_clam, holds_stamp
 from xmag.bag.formats import (
     Content,
+    ForeignBagError,
+    UnreadableBagError,
     damaged,
     decode_h5,
     decode_safetensors,
@@ -112,12 +114,15 @@ class FeatureBag:
         _, decode = _codec(place)
         if isinstance(place, Path) and not place.is_file():
             raise BagError(f"there is no file {str(place)!r}; give the path of a feature file")
-        with local_copy(place, BagError) as local:
+        with local_copy(place, UnreadableBagError) as local:
+            is_ours = True
             try:
-                return _bag(decode(local))
+                content = decode(local)
+                is_ours = "format" in content.header
+                return _bag(content)
             except XmagError as error:
-                kind = NewerBagError if isinstance(error, NewerBagError) else BagError
-                raise kind(f"{place}: {error}") from error
+                kind = type(error) if isinstance(error, BagError) else BagError
+                raise (kind if is_ours else ForeignBagError)(f"{place}: {error}") from error
 
     def export(self, path: str | os.PathLike[str] | Url, *, layout: Layout) -> None:
         """Write what other software reads; unlike `save`, it does not keep everything.

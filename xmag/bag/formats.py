@@ -4,9 +4,11 @@ Both hold the arrays `features` and `coords`, and a header of short texts. Files
 memory and written by `xmag.files`, so that a full disk is met there, and in one way only.
 """
 
+import errno
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,18 @@ _MOST_UNPACKED = 50
 _CHECKSUM_BYTES = 4
 _SPARE_BYTES = 1 << 24
 
+_NOT_READ = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+"""What the system answers about files that may be whole: closed to us, locked, out of reach."""
+
 HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
+
+
+class ForeignBagError(BagError):
+    """A whole file that another program wrote, and that is no bag."""
+
+
+class UnreadableBagError(BagError):
+    """A file that may hold a whole bag, but that cannot be read now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +91,12 @@ def decode_h5(path: Path) -> Content:
             header = {key: _attribute(file, key) for key in HEADER_KEYS if key in file.attrs}
             most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
             return Content(
-                features=_dataset(file, "features", most),
-                coords=_dataset(file, "coords", most),
+                features=_dataset(file, "features", most, is_ours="format" in header),
+                coords=_dataset(file, "coords", most, is_ours="format" in header),
                 header=header,
             )
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
-        raise damaged(error) from error
+        raise _kept_from(error) or damaged(error) from error
 
 
 def _attribute(file: h5py.File, key: str) -> str:
@@ -95,14 +108,14 @@ def _attribute(file: h5py.File, key: str) -> str:
     return text
 
 
-def _dataset(file: h5py.File, name: str, most: int) -> NDArray[Any]:
+def _dataset(file: h5py.File, name: str, most: int, *, is_ours: bool) -> NDArray[Any]:
     """The values of a dataset that lies in this file and takes at most `most` bytes."""
     link = file.get(name, getlink=True)
     if not (link is None or isinstance(link, h5py.HardLink)):
         raise ValueError(f"{name!r} lies in another file or under another name")
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
-        raise _missing(name, list(file))
+        raise _missing(name, list(file), is_ours=is_ours)
     if dataset.is_virtual or dataset.external:
         raise ValueError(f"the values of {name!r} lie in other files")
     if dataset.dtype.kind not in "iuf":
@@ -154,17 +167,17 @@ def decode_safetensors(path: Path) -> Content:
     """The content of a safetensors file, ours or a foreign one; BagError where it is damaged."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
+            names, header = list(file.keys()), file.metadata() or {}
             for name in ("features", "coords"):
                 if name not in names:
-                    raise _missing(name, names)
+                    raise _missing(name, names, is_ours="format" in header)
             return Content(
                 features=file.get_tensor("features"),
                 coords=file.get_tensor("coords"),
-                header={k: v for k, v in (file.metadata() or {}).items() if k in HEADER_KEYS},
+                header={k: v for k, v in header.items() if k in HEADER_KEYS},
             )
     except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
-        raise damaged(error) from error
+        raise _kept_from(error) or damaged(error) from error
 
 
 def damaged(reason: object) -> BagError:
@@ -175,7 +188,18 @@ def damaged(reason: object) -> BagError:
     )
 
 
-def _missing(name: str, found: list[str]) -> BagError:
-    return BagError(
+def _kept_from(error: Exception) -> UnreadableBagError | None:
+    """The error for a file that the system does not let anyone read now; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in _NOT_READ:
+        return None
+    return UnreadableBagError(
+        f"the file cannot be read ({os.strerror(error.errno)}); see who may read it, and who has it"
+        " open"
+    )
+
+
+def _missing(name: str, found: list[str], *, is_ours: bool) -> BagError:
+    kind = BagError if is_ours else ForeignBagError
+    return kind(
         f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' and 'coords'"
     )

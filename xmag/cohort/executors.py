@@ -19,9 +19,16 @@ from xmag.cohort.jobs import Job
 from xmag.cohort.models import ModelName, by_name
 from xmag.cohort.report import CohortRow
 from xmag.cohort.settings import Settings
-from xmag.cohort.shards import MARKER, Shard, ShardStatus, run_shard, transform_name
+from xmag.cohort.shards import (
+    MARKER,
+    Shard,
+    ShardStatus,
+    read_status,
+    run_shard,
+    transform_name,
+)
 from xmag.encoder import TileEncoder
-from xmag.errors import InputError, MismatchError, OutputError, XmagError
+from xmag.errors import InputError, MismatchError, XmagError
 from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)
@@ -172,7 +179,7 @@ class _Cohort:
                 yield from self._take(self._end_of(future, shard, piece), piece)
             if time.monotonic() - looked_at > every_s:
                 for _, shard, piece in list(futures.values()):
-                    yield from self._take(_status_of(shard), piece)
+                    yield from self._take(read_status(shard), piece)
                 looked_at = time.monotonic()
             if futures and not ended:
                 time.sleep(_POLL_S)
@@ -184,13 +191,15 @@ class _Cohort:
         # Each engine has its own way to say that a worker is gone.
         except Exception as error:  # noqa: BLE001
             self._lose(error)
-            status = _status_of(shard)
+            status = read_status(shard)
             if status.dtype_class is not None:  # it had begun
                 done = {index for index, _ in status.rows}
                 missing = [n for index, n in enumerate(piece) if index not in done]
                 self.suspects.update(missing[:1])
             return status
-        if isinstance(status.error, MismatchError):
+        if status.error is not None and (
+            status.is_fatal or isinstance(status.error, MismatchError)
+        ):
             raise status.error
         if status.error is None:
             return status
@@ -239,15 +248,6 @@ class _Cohort:
         """Raise what stopped the shards, if that was all that came of them."""
         if self.errors and not self.has_rows and not self.left:
             raise self.errors[0]
-
-
-def _status_of(shard: Shard) -> ShardStatus:
-    """What its status file says; nothing where it cannot be read just now."""
-    try:
-        return ShardStatus.read(shard.status)
-    except OutputError as error:
-        logger.warning("a status cannot be read: %s", error)
-        return ShardStatus()
 
 
 def shares(work: Sequence[float], count: int) -> list[list[int]]:

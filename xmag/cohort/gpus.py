@@ -1,5 +1,7 @@
 """Which GPU a worker takes, where a host has several and nobody gave it one."""
 
+import errno
+import logging
 import os
 import sys
 import tempfile
@@ -10,6 +12,8 @@ from pathlib import Path
 import torch
 
 from xmag.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _held: dict[str, int] = {}
@@ -39,24 +43,35 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
     """The index of the device that the fewest processes hold, and the file that holds it.
 
     A claim is a lock on an empty file in `folder`, which the system lets go of when the process
-    ends, however it ends. `devices` are names that mean the same device in every process.
+    ends, however it ends. `devices` are names that mean the same device in every process. Raises
+    ModelError where no file can be made there.
     """
     user = os.getuid() if hasattr(os, "getuid") else 0
     taken = 0
     while True:
         for index, device in enumerate(devices):
             name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
-            file = os.open(
-                folder / f"xmag-{user}-{name}-{taken}.lock", os.O_CREAT | os.O_RDWR, 0o600
-            )
-            if _locked(file):
-                return index, file
+            path = folder / f"xmag-{user}-{name}-{taken}.lock"
+            try:
+                file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            except OSError as error:
+                raise ModelError(
+                    f"no lock can be made in {folder} ({error.strerror}), by which workers share"
+                    " the GPUs; set TMPDIR to a folder that can be written to"
+                ) from error
+            try:
+                if _locked(file):
+                    return index, file
+            except OSError as error:
+                # Without locks nobody knows what the others take: chance has to do.
+                logger.warning("no files can be locked in %s (%s)", folder, error.strerror)
+                return os.getpid() % len(devices), file
             os.close(file)
         taken += 1
 
 
 def _locked(file: int) -> bool:
-    """Whether this process could lock an open file, at once."""
+    """Whether this process could lock an open file, at once; OSError where there are no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -66,8 +81,10 @@ def _locked(file: int) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
     return True
 
 

@@ -132,7 +132,7 @@ def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
     if isinstance(root, Path) or not paths:
         folder = root
     else:
-        folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        folder = Path(os.path.commonpath([_absolute(path).parent for path in paths]))
     depth = len([p for p in root.parts if p]) if isinstance(root, Url) else common_parts(urls)
     return [
         _below_url(place, depth) if isinstance(place, Url) else _below(place, folder)
@@ -140,9 +140,14 @@ def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
     ]
 
 
+def _absolute(path: Path) -> Path:
+    """The path from the root, without `..`, which would lead out of the output folder."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
+
+
 def _below(path: Path, folder: Place | None) -> PurePosixPath:
     assert isinstance(folder, Path)
-    return PurePosixPath(os.path.relpath(path.absolute(), folder.absolute()).replace("\\", "/"))
+    return PurePosixPath(os.path.relpath(path, folder).replace("\\", "/"))
 
 
 def _below_url(url: Url, depth: int) -> PurePosixPath:

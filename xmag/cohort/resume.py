@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xmag.bag import FeatureBag, NewerBagError
+from xmag.bag.formats import ForeignBagError, UnreadableBagError
 from xmag.cohort.jobs import Job
 from xmag.cohort.settings import Settings
-from xmag.errors import BagError, MismatchError
+from xmag.errors import BagError, MismatchError, OutputError
 from xmag.provenance import Provenance
 from xmag.slide import SlideFacts
 
@@ -56,6 +57,8 @@ def _lost(provenance: Provenance, settings: Settings) -> list[str]:
     It is no part of the fingerprint: such a bag may be mixed with others, but is not all there is.
     """
     lost = provenance.record.get("tiles", {}).get("damaged", 0)
+    if (provenance.record.get("plan") or {}).get("roi_sha256"):
+        return ["roi: a part of the slide there, all of it here"]
     return (
         [f"damaged: {lost} tiles dropped there, none here"]
         if lost and settings.damaged == "error"
@@ -67,15 +70,18 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
     """The valid bag that is there already; None if there is none, or only a broken one.
 
     `expected` has the fingerprint that a bag made now would have. Raises MismatchError if it was
-    made with something else and that is not to be redone.
+    made with something else, another program among that, and that is not to be redone; OutputError
+    if there is a file that cannot be read now, which may be anything.
     """
     path = settings.out / job.output
     if not path.exists():
         return None
     try:
         bag = FeatureBag.load(path)
-    except NewerBagError as error:
+    except (NewerBagError, ForeignBagError) as error:
         differences = [str(error)]
+    except UnreadableBagError as error:
+        raise OutputError(f"what is there already is not replaced unread: {error}") from error
     except BagError as error:
         logger.warning("%s is not a valid bag and is made again: %s", job.output, error)
         return None

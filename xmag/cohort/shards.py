@@ -81,12 +81,14 @@ class Shard:
 class ShardStatus:
     """How far a shard is: the rows of its jobs, by their index in it.
 
-    `dtype_class` is what its model computes in. `error` is what stopped all of it.
+    `dtype_class` is what its model computes in. `error` is what stopped all of it, and `is_fatal`
+    whether that would stop every other shard too, as a full disk does.
     """
 
     rows: tuple[tuple[int, CohortRow], ...] = ()
     dtype_class: str | None = None
     error: XmagError | None = None
+    is_fatal: bool = False
 
     def to_json(self) -> str:
         """The same as text, without `error`, which goes another way."""
@@ -109,6 +111,15 @@ class ShardStatus:
             return cls.from_json(path.read_text(encoding="utf-8"))
 
 
+def read_status(shard: Shard) -> ShardStatus:
+    """What its status file says; nothing where it cannot be read just now."""
+    try:
+        return ShardStatus.read(shard.status)
+    except (OutputError, OSError, ValueError) as error:
+        logger.warning("a status cannot be read: %s", error)
+        return ShardStatus()
+
+
 def run_shard(shard: Shard) -> ShardStatus:
     """What became of the slides of a shard: the function that workers are given.
 
@@ -119,7 +130,8 @@ def run_shard(shard: Shard) -> ShardStatus:
         for status in _run(shard):
             _tell(shard, status)
     except XmagError as error:
-        return replace(status, error=error)
+        # A pickle loses what an error comes from, which says how far it reaches.
+        return replace(status, error=error, is_fatal=files.is_of_the_place(error))
     return status
 
 
@@ -140,7 +152,7 @@ def _run(shard: Shard) -> Iterator[ShardStatus]:
             " under the same path, or to a store such as s3://"
         )
     # An engine may have started the same shard before, and lost that worker.
-    before = ShardStatus.read(shard.status)
+    before = read_status(shard)
     indices = {job: index for index, job in enumerate(shard.jobs)}
     rows = [(index, row) for index, row in before.rows]
     known = {index for index, _ in rows}
@@ -154,7 +166,7 @@ def _run(shard: Shard) -> Iterator[ShardStatus]:
             rows.append((indices[job], row))
             yield ShardStatus(rows=tuple(rows), dtype_class=kind)
             if time.monotonic() - looked_at > _LOOK_EVERY_S:
-                if not _is_awaited(shard):
+                if not _is_awaited_still(shard):
                     return
                 looked_at = time.monotonic()
 
@@ -162,6 +174,14 @@ def _run(shard: Shard) -> Iterator[ShardStatus]:
 def _is_awaited(shard: Shard) -> bool:
     with retold(OutputError, shard.run):
         return (shard.run / MARKER).exists()
+
+
+def _is_awaited_still(shard: Shard) -> bool:
+    try:
+        return _is_awaited(shard)
+    except OutputError as error:
+        logger.warning("whether this shard is still wanted cannot be seen just now: %s", error)
+        return True
 
 
 def _settings_of(shard: Shard) -> Settings:

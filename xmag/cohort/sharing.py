@@ -12,7 +12,7 @@ from xmag.cohort.jobs import Job
 from xmag.cohort.locks import Claims, Unclaimed
 from xmag.cohort.resume import Found, find_earlier
 from xmag.cohort.settings import Settings
-from xmag.errors import OutputError
+from xmag.errors import MismatchError, OutputError
 from xmag.provenance import Provenance
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,12 @@ class Share:
         """Look at what is there; raises MismatchError before any work, see `find_earlier`."""
         self._jobs, self._settings = jobs, settings
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
-        self._found = {job: find_earlier(job, settings, self._expected) for job in jobs}
+        self._found: dict[Job, Found | None] = {}
         out = settings.out
         self._claims = Claims(out) if isinstance(out, Path) else Unclaimed()
         self._refused: dict[Job, OutputError] = {}
+        for job in jobs:
+            self._found[job] = self._looked_at(job)
 
     def __enter__(self) -> Self:
         self._claims.__enter__()
@@ -85,6 +87,16 @@ class Share:
         if found is None:
             found = self._found[job] = find_earlier(job, self._settings, self._expected)
         return found
+
+    def _looked_at(self, job: Job) -> Found | None:
+        """What is there before any work; a file that cannot be read now costs its own row."""
+        try:
+            return find_earlier(job, self._settings, self._expected)
+        except MismatchError:
+            raise
+        except OutputError as error:
+            self._refused[job] = error
+            return None
 
     def _takeable(self, jobs: Sequence[Job], postponed: list[Job]) -> Iterator[Job]:
         for job in jobs:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from xmag.errors import XmagError
 from xmag.tiles.messages import DecodeJob, Free, FromChild
 from xmag.tiles.shared import Arena
 
@@ -34,9 +36,9 @@ def _launched(
         f"import sys; sys.path.insert(0, {root!r}); from {module} import main;"
         f" {call.format(fd=theirs.fileno())}"
     )
-    with theirs:
+    with theirs, _told(ours):
         process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-P", "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), *fds),
@@ -46,6 +48,19 @@ def _launched(
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
     return process, Connection(ours.detach())
+
+
+@contextmanager
+def _told(ours: socket.socket) -> Iterator[None]:
+    """XmagError where the system starts no process."""
+    try:
+        yield
+    except OSError as error:
+        ours.close()
+        raise XmagError(
+            f"no process to decode slides can be started ({error.strerror}); with processes=0"
+            " slides are decoded in this process"
+        ) from error
 
 
 def start_child(

@@ -185,10 +185,10 @@ class DecodingPool:
         except GoneError:
             return self._replace(index, child.end())
         if isinstance(message, Ready):
-            child.has_started, self._failed_starts = True, 0
+            child.has_started = True
             return None
         if isinstance(message, Begun):
-            child.begun = True
+            child.begun, self._failed_starts = True, 0
         elif isinstance(message, Filled):
             self._lent.add(message.slot)
         elif isinstance(message, Finished | Failed):
@@ -209,7 +209,7 @@ class DecodingPool:
         A slide that it had not begun is not the reason, and is done by the other.
         """
         dead = self._children[index]
-        if not dead.has_started:
+        if not dead.begun:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:
                 raise XmagError(

@@ -56,7 +56,7 @@ def _unnamed_file(size: int) -> int:
         fd = _open_unnamed(folder)
         try:
             # Reserved now: a write to a mapping that the disk has no room for would be fatal.
-            os.posix_fallocate(fd, 0, size)
+            _reserve(fd, size)
         except OSError:
             os.close(fd)
             continue
@@ -65,6 +65,17 @@ def _unnamed_file(size: int) -> int:
         f"there is no room for {size / 2**20:.0f} MiB of tiles in {_SHM} or"
         f" {tempfile.gettempdir()}; free some, set TMPDIR to a folder with room, or use processes=0"
     )
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the room for so many bytes; OSError where there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+        return
+    # macOS has no such call.
+    block = bytes(1 << 20)
+    for at in range(0, size, len(block)):
+        os.pwrite(fd, block[: size - at], at)
 
 
 def _open_unnamed(folder: Path) -> int:

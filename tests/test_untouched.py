@@ -1,0 +1,177 @@
+"""What lies in an output folder or beside the slides: neither lost nor run, and nothing beside."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from support.encoders import ColourEncoder
+from support.slides import write_svs
+
+from xmag import files
+from xmag.bag import FeatureBag
+from xmag.cohort import extract_cohort, gpus, single
+from xmag.errors import BagError, MismatchError, ModelError, OutputError, XmagError
+from xmag.extract import extract_features
+from xmag.geometry import TileSpec
+from xmag.plan import plan_tiles
+from xmag.slide import Slide
+from xmag.tiles import DecodeJob, DecodingPool, shared
+
+
+class Spec(TileSpec):
+    """One that decoding processes cannot import."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("slides")
+    for name in ("a", "b"):
+        write_svs(root / f"{name}.svs", size=(2000, 1500), mpp=0.25)
+    return root
+
+
+def run(slides, out, **options):
+    options = {"model": ColourEncoder(), "tissue": None, "processes": 0, **options}
+    return extract_cohort(slides, out, **options)
+
+
+@pytest.mark.parametrize("datasets", [{"coords": 1}, {"feats": 1}, {"features": 3, "coords": 1}])
+def test_a_file_of_another_program_is_not_replaced_unasked(folder, tmp_path, datasets):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        for name, dims in datasets.items():
+            file[name] = np.full((2,) * dims, np.nan)
+    before = path.read_bytes()
+    with pytest.raises(MismatchError, match=r"a\.h5 is there already"):
+        run(folder, tmp_path)
+    assert path.read_bytes() == before
+    assert [row.status for row in run(folder, tmp_path, on_mismatch="redo")] == ["done"] * 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
+def test_a_bag_that_is_locked_costs_its_row_and_stays(folder, tmp_path):
+    run(folder, tmp_path)
+    path = tmp_path / "a.h5"
+    before = path.stat().st_ino
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BagError, match="who has it open"):
+            FeatureBag.load(path)
+        report = run(folder, tmp_path)
+    assert [row.status for row in report] == ["failed", "skipped"]
+    assert "is not replaced unread" in report[0].error
+    assert path.stat().st_ino == before
+    assert [row.status for row in run(folder, tmp_path)] == ["skipped"] * 2
+
+
+def test_a_bag_of_a_part_of_the_slide_is_not_the_slides(folder, tmp_path):
+    encoder = ColourEncoder()
+    with Slide(folder / "a.svs") as slide:
+        ring = [[0, 0], [1000, 0], [1000, 1500], [0, 1500], [0, 0]]
+        roi = {"type": "Polygon", "coordinates": [ring]}
+        plan = plan_tiles(slide, encoder.tile_spec, roi=roi)
+        extract_features(slide, plan=plan, model=encoder).save(tmp_path / "a.h5")
+    with pytest.raises(MismatchError, match="roi: a part of the slide there"):
+        run(folder, tmp_path)
+
+
+def test_paths_with_dots_write_nothing_beside_the_output_folder(folder, tmp_path):
+    for name, place in (("a", "lists"), ("b", "site")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.svs").write_bytes((folder / f"{name}.svs").read_bytes())
+    (tmp_path / "lists" / "c.csv").write_text("slide\na.svs\n../site/b.svs\n")
+    report = run(tmp_path / "lists" / "c.csv", tmp_path / "out")
+    assert [row.output for row in report] == ["lists/a.h5", "site/b.h5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lists", "out", "site"]
+    assert sorted(path.name for path in (tmp_path / "site").iterdir()) == ["b.svs"]
+
+
+def test_a_full_disk_in_a_worker_stops_all_of_them(folder, tmp_path, monkeypatch):
+    save, saved = single.save, []
+
+    def full(*arguments):
+        if saved:
+            raise files.cannot_write(tmp_path, OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
+        saved.append(save(*arguments))
+        return saved[0]
+
+    monkeypatch.setattr(single, "save", full)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OutputError, match="quota"):
+        run(folder, tmp_path, model="xmag-mini", executor=pool, shards=2)
+
+
+def test_python_files_beside_the_slides_are_not_run(folder, tmp_path):
+    for name in ("numpy.py", "random.py", "xmag.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from support.encoders import ColourEncoder\n"
+        "from xmag.cohort import extract_cohort\n"
+        "report = extract_cohort(sys.argv[1], 'out', model=ColourEncoder(), tissue=None,"
+        " processes=1)\n"
+        "assert [row.status for row in report] == ['done'] * 2, list(report)\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, str(folder), str(root), str(root / "tests")],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_told_with_its_name(
+    tmp_path, monkeypatch, number
+):
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*x\.csv") as caught:
+        files.write_text(tmp_path / "x.csv", "text")
+    assert files.is_of_the_place(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_shared_where_the_system_reserves_no_files(monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    arena = shared.Arena(slots=2, slot_tiles=3, size_px=224)
+    assert os.fstat(arena.fd).st_size >= arena.whole.nbytes == 2 * 3 * 224 * 224 * 3
+    arena.whole[:] = 7
+    arena.close()
+
+
+def test_children_that_die_before_they_begin_are_not_started_for_ever(folder, capfd):
+    job = DecodeJob(
+        number=1, path=str(folder / "a.svs"), mpp=None, spec=Spec(size_px=56), tissue=None,
+        overlap=0, min_tissue=0.25,
+    )  # fmt: skip
+    with (
+        DecodingPool(1, slot_tiles=8, size_px=56) as pool,
+        pytest.raises(XmagError, match="do not start"),
+    ):
+        list(pool.run([job]))
+    capfd.readouterr()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
+def test_gpus_are_taken_without_locks_where_there_are_none(tmp_path, monkeypatch, caplog):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    index, file = gpus.claim(["gpu-0", "gpu-1"], tmp_path)
+    os.close(file)
+    assert index == os.getpid() % 2
+    assert "no files can be locked" in caplog.text
+    with pytest.raises(ModelError, match="set TMPDIR"):
+        gpus.claim(["gpu-0"], tmp_path / "none")
