@@ -140,10 +140,10 @@ def test_a_lock_that_lost_its_name_while_it_was_waited_for_counts_for_nothing(
     """Two that hold locks on two files of one name would both think that the output is theirs."""
     with Claims(tmp_path) as first, Claims(tmp_path) as second:
         assert first.take(job("a"))
-        try_lock = locks._try_lock
+        try_lock = locks.try_lock
 
         def release_first(fd):
-            monkeypatch.setattr(locks, "_try_lock", try_lock)
+            monkeypatch.setattr(locks, "try_lock", try_lock)
             first.release(job("a"))
             assert try_lock(fd)
             assert Claims.take(third, job("a"))
@@ -151,7 +151,7 @@ def test_a_lock_that_lost_its_name_while_it_was_waited_for_counts_for_nothing(
 
         third = Claims(tmp_path)
         with third:
-            monkeypatch.setattr(locks, "_try_lock", release_first)
+            monkeypatch.setattr(locks, "try_lock", release_first)
             assert not second.take(job("a"))
 
 
@@ -159,7 +159,7 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, caplog):
     def refuse(fd):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(locks, "_try_lock", refuse)
+    monkeypatch.setattr(locks, "try_lock", refuse)
     with Claims(tmp_path) as one, Claims(tmp_path) as other:
         assert one.take(job("a"))
         assert other.take(job("a"))

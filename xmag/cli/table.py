@@ -1,12 +1,11 @@
 """A cohort as a table: slides, labels and patients from a CSV, and the feature file of each."""
 
-import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from xmag.errors import InputError
+from xmag.tables import read_csv
 
 _SUFFIXES = (".h5", ".safetensors", ".pt")
 
@@ -54,20 +53,7 @@ def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Ta
 
 
 def _rows(path: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except OSError as error:
-        raise InputError(
-            f"the CSV file {os.fspath(path)!r} cannot be read: {error.strerror}; check the path"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"the CSV file {path.name!r} is no text in UTF-8 with commas ({error}); save it as"
-            " CSV UTF-8"
-        ) from error
+    columns, rows = read_csv(path)
     if missing := [name for name in wanted if name not in columns]:
         alone = " (where each slide is a patient of its own, repeat the slide there)"
         raise InputError(

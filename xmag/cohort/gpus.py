@@ -1,9 +1,7 @@
 """Which GPU a worker takes, where a host has several and nobody gave it one."""
 
-import errno
 import logging
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from xmag.cohort.locks import try_lock
 from xmag.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
                     " the GPUs; set TMPDIR to a folder that can be written to"
                 ) from error
             try:
-                if _locked(file):
+                if try_lock(file):
                     return index, file
             except OSError as error:
                 # Without locks nobody knows what the others take: chance has to do.
@@ -68,24 +67,6 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
                 return os.getpid() % len(devices), file
             os.close(file)
         taken += 1
-
-
-def _locked(file: int) -> bool:
-    """Whether this process could lock an open file, at once; OSError where there are no locks."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
 
 
 def _names(count: int) -> list[str]:

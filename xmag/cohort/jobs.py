@@ -1,6 +1,5 @@
 """What a cohort is made of: which slides, and which file each one's bag goes to."""
 
-import csv
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from xmag.errors import InputError
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
+from xmag.tables import read_csv
 from xmag.urls import Place, Url, common_parts, place_of, retold
 
 FORMATS = ("h5", "safetensors")
@@ -86,20 +86,7 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
         raise InputError(
             f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
         )
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except OSError as error:
-        raise InputError(
-            f"the CSV file {os.fspath(path)!r} cannot be read: {error.strerror}; check the path"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"the CSV file {path.name!r} is no text in UTF-8 with commas ({error}); save it as"
-            " CSV UTF-8"
-        ) from error
+    columns, rows = read_csv(path)
     if "slide" not in columns:
         raise InputError(
             f"the CSV file {path.name!r} has the columns {columns}; expected a column 'slide' (and"

@@ -31,7 +31,8 @@ _NO_LOCKS = {
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(fd: int) -> bool:
+    def try_lock(fd: int) -> bool:
+        """Whether an open file could be locked, at once; OSError where there are no locks."""
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except OSError as error:
@@ -49,7 +50,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _try_lock(fd: int) -> bool:
+    def try_lock(fd: int) -> bool:
+        """Whether an open file could be locked, at once; OSError where there are no locks."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -189,7 +191,7 @@ class Claims:
         if not self._can_lock:
             return True
         try:
-            return _try_lock(fd)
+            return try_lock(fd)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

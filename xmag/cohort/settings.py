@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
 from xmag.plan import check_grid, plan_options
-from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged, usable_cores
+from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place
 

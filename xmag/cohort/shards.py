@@ -24,10 +24,10 @@ from xmag.cohort.local import rows_here
 from xmag.cohort.models import ModelName
 from xmag.cohort.report import CohortRow
 from xmag.cohort.settings import Settings
+from xmag.cores import usable_cores
 from xmag.errors import InputError, OutputError, XmagError
 from xmag.extract import Transform
 from xmag.provenance import dtype_class
-from xmag.tiles import usable_cores
 from xmag.urls import Place, retold
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag.cores import usable_cores
 from xmag.distill.curriculum import Curriculum
 from xmag.distill.lessons import KeptLesson, Lesson, check_lessons
 from xmag.distill.loader import Group, LowViews, RegionLoader
@@ -247,8 +248,5 @@ def reading_threads(loader: LoaderSettings, device: torch.device) -> int:
 
 
 def _cores_of_a_rank() -> int:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_CORES, cores // sharing))
+    return max(1, min(_MOST_CORES, usable_cores() // sharing))

@@ -1,7 +1,6 @@
 """Pixels of windows: tiles decoded, put together and resampled."""
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
@@ -57,7 +57,7 @@ def read_level(
             _paste(window, _without_padding(tile, shape, index, reduction), at)
 
     runs = list(_runs(shape, _tile_rows(shape, reduction, xy, size)))
-    threads = min(_MOST_THREADS, len(runs), os.cpu_count() or 1)
+    threads = min(_MOST_THREADS, len(runs), usable_cores())
     if threads > 1 and sum(map(len, runs)) >= _MANY_TILES:
         with ThreadPoolExecutor(threads, thread_name_prefix="xmag-window") as pool:
             for _ in pool.map(paste, runs):

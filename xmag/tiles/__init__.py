@@ -26,7 +26,6 @@ from xmag.tiles.threads import (
     default_threads,
     read_rows,
     read_tiles,
-    usable_cores,
 )
 from xmag.tiles.worker import reason_of
 
@@ -53,5 +52,4 @@ __all__ = [
     "read_rows",
     "read_tiles",
     "reason_of",
-    "usable_cores",
 ]

@@ -1,6 +1,5 @@
 """Plan -> batches, with threads in this process: what works anywhere, at no start-up cost."""
 
-import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
@@ -9,6 +8,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, InputError
 from xmag.geometry import TileSpec
 from xmag.plan import Coords, TilePlan
@@ -69,13 +69,6 @@ def read_rows(
 def default_threads() -> int:
     """Decoding threads where the caller names none: one a core this process may use, at most 8."""
     return min(_MOST_THREADS, usable_cores())
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _with_coords(
