@@ -26,8 +26,8 @@ from xmag.tiles import (
     Filled,
     Finished,
     Planned,
+    arena,
     read_tiles,
-    shared,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -131,7 +131,7 @@ def test_children_do_not_import_torch(folder):
 
 
 def test_without_shared_memory_a_mapped_file_does(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(shared, "_SHM", tmp_path / "nowhere")
+    monkeypatch.setattr(arena, "_SHM", tmp_path / "nowhere")
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         tiles = 0
         for event in pool.run([job(0, folder / "0.svs")]):

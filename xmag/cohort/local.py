@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from xmag.cohort.jobs import Job
-from xmag.cohort.pipelined import in_processes
+from xmag.cohort.loop import in_processes
 from xmag.cohort.report import CohortRow
 from xmag.cohort.settings import Settings
 from xmag.cohort.sharing import Share

@@ -3,8 +3,9 @@
 Decoding processes live here alone, and threads too, but for those that decode a large window.
 """
 
-from xmag.tiles.decoding import Damaged
-from xmag.tiles.messages import (
+from xmag.tiles.children import SUPPORTED as PROCESSES_SUPPORTED
+from xmag.tiles.children import DecodingPool, Limits
+from xmag.tiles.decoder import (
     Begun,
     DecodeJob,
     Earlier,
@@ -18,9 +19,8 @@ from xmag.tiles.messages import (
     Thumbnail,
     Warned,
 )
-from xmag.tiles.processes import SUPPORTED as PROCESSES_SUPPORTED
-from xmag.tiles.processes import DecodingPool, Limits
-from xmag.tiles.threads import (
+from xmag.tiles.decoding import Damaged
+from xmag.tiles.stream import (
     Tiles,
     check_damaged,
     default_threads,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xmag.errors import XmagError
-from xmag.tiles.messages import DecodeJob, Free, FromChild
-from xmag.tiles.shared import Arena
+from xmag.tiles.arena import Arena
+from xmag.tiles.decoder import DecodeJob, Free, FromChild
 
 _DIES_S = 2.0
 """Seconds that a process gets to be gone after SIGKILL; one that waits for a dead disk is not."""

@@ -21,10 +21,10 @@ from xmag.errors import DamagedSlideError, SlideError, XmagError
 from xmag.geometry import TileSpec
 from xmag.plan import Coords
 from xmag.slide import Slide
+from xmag.tiles.arena import Arena
 from xmag.tiles.child import end_children, how_it_ended, start_child
 from xmag.tiles.places import read_places
-from xmag.tiles.shared import Arena
-from xmag.tiles.threads import Tiles
+from xmag.tiles.stream import Tiles
 
 _OPEN_SLIDES = 80
 """Slides that a child keeps open."""

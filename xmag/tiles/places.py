@@ -9,7 +9,7 @@ from xmag.geometry import TileSpec
 from xmag.plan import Coords
 from xmag.slide import Slide
 from xmag.tiles.decoding import Decoding, windows_of
-from xmag.tiles.threads import Tiles, finished
+from xmag.tiles.stream import Tiles, finished
 
 
 def read_places(

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from xmag.errors import XmagError, XmagWarning
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles.messages import (
+from xmag.tiles.arena import Arena
+from xmag.tiles.decoder import (
     Begun,
     DecodeJob,
     Failed,
@@ -37,8 +38,7 @@ from xmag.tiles.messages import (
     Thumbnail,
     Warned,
 )
-from xmag.tiles.shared import Arena
-from xmag.tiles.threads import read_rows
+from xmag.tiles.stream import read_rows
 from xmag.tissue import find_tissue
 
 _LOOK_FOR_PARENT_S = 1.0

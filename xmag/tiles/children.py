@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Self
 
 from xmag.errors import InputError, XmagError
+from xmag.tiles.arena import Arena
 from xmag.tiles.child import Child, GoneError
-from xmag.tiles.messages import Begun, DecodeJob, Event, Failed, Filled, Finished, Free, Idle, Ready
-from xmag.tiles.shared import Arena
-from xmag.tiles.threads import Tiles
+from xmag.tiles.decoder import Begun, DecodeJob, Event, Failed, Filled, Finished, Free, Idle, Ready
+from xmag.tiles.stream import Tiles
 
 SUPPORTED = os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
 """Whether this program can start a Python, and hand sockets and memory to it as is done here."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from xmag.errors import OutputError
-from xmag.tiles.threads import Tiles
+from xmag.tiles.stream import Tiles
 
 _SHM = Path("/dev/shm")
 _SPARE = 0.8
