@@ -20,10 +20,10 @@ from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import (
     PROCESSES_SUPPORTED,
+    Decoded,
     DecodeJob,
     DecodingPool,
     Failed,
-    Filled,
     Finished,
     Planned,
     arena,
@@ -79,9 +79,9 @@ def test_tiles_are_those_that_threads_read_and_no_process_is_left(folder):
         for event in pool.run(job(i, path) for i, path in enumerate(paths)):
             if isinstance(event, Planned):
                 plans[event.number] = event.plan
-            elif isinstance(event, Filled):
-                found.setdefault(event.number, []).append(pool.tiles(event).copy())
-                pool.release(event.slot)
+            elif isinstance(event, Decoded):
+                found.setdefault(event.number, []).append(event.tiles.copy())
+                event.release()
     assert children() == []
     for number, path in enumerate(paths):
         with Slide(path) as slide:
@@ -96,7 +96,7 @@ def test_slots_that_are_never_released_stop_the_children_but_nothing_else(folder
     with DecodingPool(1, slot_tiles=1, size_px=56) as pool:
         events = pool.run([job(0, folder / "4.svs")])
         filled = [event for event, _ in zip(events, range(30), strict=False)]
-        assert sum(isinstance(event, Filled) for event in filled) == 3
+        assert sum(isinstance(event, Decoded) for event in filled) == 3
     assert children() == []
 
 
@@ -106,8 +106,8 @@ def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_pa
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         jobs = [job(0, folder / "0.svs"), job(1, tmp_path / "stuck.svs"), job(2, folder / "1.svs")]
         for event in pool.run(jobs):
-            if isinstance(event, Filled):
-                pool.release(event.slot)
+            if isinstance(event, Decoded):
+                event.release()
             elif isinstance(event, Finished | Failed):
                 outcome[event.number] = event
                 if event.number == 0:
@@ -123,9 +123,9 @@ def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_pa
 def test_children_do_not_import_torch(folder):
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         for event in pool.run([job(0, folder / "0.svs")]):
-            if isinstance(event, Filled):
+            if isinstance(event, Decoded):
                 maps = Path(f"/proc/{children()[0]}/maps").read_text()
-                pool.release(event.slot)
+                event.release()
     assert "simplejpeg" in maps
     assert "torch" not in maps
 
@@ -135,9 +135,9 @@ def test_without_shared_memory_a_mapped_file_does(folder, monkeypatch, tmp_path)
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         tiles = 0
         for event in pool.run([job(0, folder / "0.svs")]):
-            if isinstance(event, Filled):
-                tiles += event.count
-                pool.release(event.slot)
+            if isinstance(event, Decoded):
+                tiles += len(event.tiles)
+                event.release()
     assert tiles == 12
 
 

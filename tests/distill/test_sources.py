@@ -22,9 +22,7 @@ from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideEr
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import PROCESSES_SUPPORTED, read_tiles
-from xmag.tiles.place_processes import PlacePool, Places
-from xmag.tiles.places import read_places
+from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, read_places, read_tiles
 
 in_processes = pytest.mark.skipif(not PROCESSES_SUPPORTED, reason="needs POSIX")
 LANCZOS = TileSpec(mpp=0.5, size_px=896, resample="lanczos")

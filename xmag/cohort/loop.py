@@ -1,30 +1,31 @@
-"""Many slides at once: decoded by child processes, embedded in full batches, saved by threads.
+"""The loop of a cohort: slides decoded ahead, embedded in full batches, saved by threads.
 
-The next slides are opened, masked and decoded while earlier ones are embedded and saved, so that
-neither the cores nor the GPU wait for each other. This process opens no slide itself.
+The next slides are opened, masked and decoded, by child processes or by this one, while earlier
+ones are embedded and saved, so that neither the cores nor the GPU wait for each other. All that
+touches the stream of the encoder, claims and rows happens in the one thread that runs the loop.
 """
 
+import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xmag.cohort.failures import costs_a_row, failed_row
+from xmag import files
+from xmag.bag import save_bag
 from xmag.cohort.jobs import Job
 from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
 from xmag.cohort.report import CohortRow
 from xmag.cohort.resume import Found
 from xmag.cohort.settings import Settings
 from xmag.cohort.sharing import Share
-from xmag.cohort.single import save, skipped_row
 from xmag.encoder import Encoder, TileStream, pinned
 from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
@@ -32,20 +33,23 @@ from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.tiles import (
     Begun,
+    Decoded,
     DecodeJob,
     DecodingPool,
     Earlier,
     Event,
     Failed,
-    Filled,
     Finished,
     Opened,
     Planned,
     Thumbnail,
-    Tiles,
     Warned,
+    decode_here,
     default_threads,
+    reason_of,
 )
+
+logger = logging.getLogger(__name__)
 
 _SLOT_TILES = 64
 """Tiles that travel together from a decoding process: 10 MB, a hundred messages a second."""
@@ -56,37 +60,27 @@ _SAVING_THREADS = 8
 _MOST_SAVES = 2 * _SAVING_THREADS
 """Bags that may wait to be saved: where the disk is what is slow, all else waits for it."""
 
+_Row = tuple[Job, CohortRow]
 
-def in_processes(
-    share: Share, settings: Settings, processes: int
-) -> Generator[tuple[Job, CohortRow], None, None]:
-    """The rows of jobs, each as soon as it is done."""
-    with (
-        _threads() as saving,
-        DecodingPool(
-            processes,
-            slot_tiles=_slot_tiles(settings),
-            size_px=settings.encoder.tile_spec.size_px,
-            threads=max(1, default_threads() // processes),
-            limits=settings.limits,
-        ) as pool,
-        ExitStack() as stack,
-    ):
-        pipeline = _Pipeline(share, settings, pool, saving, stack)
-        try:
-            for jobs in share.rounds():
-                for event in pool.run(pipeline.to_decode(jobs)):
-                    pipeline.take(event)
-                    yield from pipeline.rows()
-                pipeline.finish()
-                yield from pipeline.rows(most_saves=0)
-        except KeyboardInterrupt:
-            yield from pipeline.rows_of_begun_saves()
-            raise
+
+def rows_of(jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
+    """The rows of jobs, each as soon as it is done.
+
+    Raises MismatchError before any work, see `find_earlier`; OutputError where nothing more can be
+    written.
+    """
+    processes = settings.processes_for(len(jobs))
+    with Share(jobs, settings) as share, ExitStack() as stack:
+        loop = _Loop(share, settings, processes, stack)
+        # However the caller stops: all ends with this call, and not with its last trace.
+        rows = stack.enter_context(closing(loop.rows()))
+        for job, row in rows:
+            share.release(job)
+            yield job, row
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def _saving_threads() -> Iterator[ThreadPoolExecutor]:
     """Threads that save; on an error those that are at it finish, and the rest is left."""
     pool = ThreadPoolExecutor(_SAVING_THREADS, "xmag-save")
     try:
@@ -97,26 +91,14 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
     pool.shutdown(wait=True)
 
 
-def _has_stream(encoder: object) -> bool:
-    """Whether batches are made of tiles of several slides, on a GPU."""
-    return isinstance(encoder, Encoder) and encoder.device.type == "cuda"
-
-
-def _slot_tiles(settings: Settings) -> int:
-    """Tiles a slot: what is embedded at once, where batches are not put together here."""
-    if _has_stream(settings.encoder):
-        return _SLOT_TILES
-    return settings.batch_size or min(default_batch_size(settings.encoder), _SLOT_TILES)
-
-
 @dataclass(slots=True)
 class _UnderWay:
-    """A slide that a decoding process has, and what has come of it."""
+    """A slide that is being decoded, embedded or saved, and what there is of it so far."""
 
     number: int
     job: Job
-    found: Found | None
     start: float
+    found: Found | None = None
     slide: SlideFacts | None = None
     plan: TilePlan | None = None
     thumbnail: Thumbnail | None = None
@@ -125,37 +107,65 @@ class _UnderWay:
     all_sent: bool = False
 
 
-class _Pipeline:
+class _Loop:
     """Where each slide stands, from its first event to its row."""
 
-    def __init__(
-        self,
-        share: Share,
-        settings: Settings,
-        pool: DecodingPool,
-        saving: ThreadPoolExecutor,
-        stack: ExitStack,
-    ) -> None:
+    def __init__(self, share: Share, settings: Settings, processes: int, stack: ExitStack) -> None:
         self._share, self._settings = share, settings
-        self._pool, self._saving = pool, saving
+        self._saving = stack.enter_context(_saving_threads())
+        encoder = settings.encoder
+        on_cuda = isinstance(encoder, Encoder) and encoder.device.type == "cuda"
+        batch_size = settings.batch_size or default_batch_size(encoder)
+        # Batches are made of tiles of several slides on a GPU; others are given them as they come.
+        self._chunk = _SLOT_TILES if on_cuda else min(batch_size, _SLOT_TILES)
+        self._pool: DecodingPool | None = None
+        self._is_pinned = False
+        if processes:
+            self._pool = stack.enter_context(
+                DecodingPool(
+                    processes,
+                    slot_tiles=self._chunk,
+                    size_px=encoder.tile_spec.size_px,
+                    threads=max(1, default_threads() // processes),
+                    limits=settings.limits,
+                )
+            )
+            if on_cuda:
+                self._is_pinned = stack.enter_context(pinned(self._pool.arena.whole))
+        self._stream: TileStream[int] | None = None
+        if on_cuda:
+            assert isinstance(encoder, Encoder)
+            self._stream = TileStream(encoder, batch_size=batch_size)
         self._under_way: dict[int, _UnderWay] = {}
         self._numbers = 0
         self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
-        self._rows: deque[tuple[Job, CohortRow]] = deque()
-        self._stream: TileStream[int] | None = None  # others than ours are given tiles as they come
-        self._is_pinned = False
-        encoder = settings.encoder
-        if isinstance(encoder, Encoder) and _has_stream(encoder):
-            batch_size = settings.batch_size or default_batch_size(encoder)
-            self._stream = TileStream(encoder, batch_size=batch_size)
-            self._is_pinned = stack.enter_context(pinned(pool.arena.whole))
+        self._done: deque[_Row] = deque()
 
-    def to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
-        """What the decoding processes are to do."""
+    def rows(self) -> Generator[_Row, None, None]:
+        """The rows of the jobs of the share."""
+        try:
+            for jobs in self._share.rounds():
+                for event in self._events(self._to_decode(jobs)):
+                    self._take(event)
+                    yield from self._ready_rows(_MOST_SAVES)
+                if self._stream is not None:
+                    self._collect(self._stream.finish())
+                yield from self._ready_rows(0)
+        except KeyboardInterrupt:
+            yield from self._rows_of_begun_saves()
+            raise
+
+    def _events(self, jobs: Iterable[DecodeJob]) -> Iterator[Event]:
+        if self._pool is None:
+            return decode_here(jobs, batch_size=self._chunk)
+        return self._pool.run(jobs)
+
+    def _to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
+        """The work of a decoder for each job that another run has not done by now."""
         settings = self._settings
         for job in jobs:
             self._numbers += 1
-            slide = _UnderWay(self._numbers, job, None, time.monotonic())
+            slide = _UnderWay(self._numbers, job, time.monotonic())
             self._under_way[slide.number] = slide
             earlier = None
             with self._costs_a_row(slide):
@@ -176,47 +186,40 @@ class _Pipeline:
                 damaged=settings.damaged,
             )
 
-    def take(self, event: Event) -> None:
-        """Do what an event of the decoding processes calls for."""
-        if isinstance(event, Filled):
-            self._embed(event)
-        elif (slide := self._slide_of(event)) is not None:
+    @contextmanager
+    def _costs_a_row(self, slide: _UnderWay) -> Iterator[None]:
+        """Make whatever goes wrong inside the failed row of a slide, and go on.
+
+        Only what would go wrong with all the others is raised: a disk that is full, or gone.
+        """
+        try:
+            yield
+        # Users' encoders and transforms, and libraries at damaged files, raise anything.
+        except Exception as error:
+            if files.is_of_the_place(error):
+                raise
+            logger.debug("%s failed", slide.job.name, exc_info=True)
+            self._fail(slide, reason_of(error))
+
+    def _fail(self, slide: _UnderWay, reason: str) -> None:
+        seconds = time.monotonic() - slide.start
+        row = CohortRow(slide=slide.job.name, status="failed", seconds=seconds, error=reason)
+        self._end(slide, row)
+
+    def _end(self, slide: _UnderWay, row: CohortRow) -> None:
+        self._under_way.pop(slide.number, None)
+        self._done.append((slide.job, row))
+
+    def _take(self, event: Event) -> None:
+        """Do what an event of a decoder calls for."""
+        slide = self._under_way.get(getattr(event, "number", 0))  # none: it failed on this side
+        if isinstance(event, Decoded):
+            self._embed(slide, event)
+        elif slide is not None:
             with self._costs_a_row(slide):
                 self._note(slide, event)
         if self._stream is not None:
             self._collect(self._stream.landed())
-
-    def finish(self) -> None:
-        """Wait for the embeddings that are still on their way."""
-        if self._stream is not None:
-            self._collect(self._stream.finish())
-
-    def rows(self, *, most_saves: int = _MOST_SAVES) -> Iterator[tuple[Job, CohortRow]]:
-        """The rows that are ready; waits until at most so many bags are still to be saved."""
-        while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
-            slide, save_of = self._saves.popleft()
-            with self._costs_a_row(slide):
-                self._rows.append((slide.job, save_of.result()))
-        while self._rows:
-            yield self._rows.popleft()
-
-    def rows_of_begun_saves(self) -> Iterator[tuple[Job, CohortRow]]:
-        """The rows of what is saved, or nearly; no other bag is begun."""
-        begun = [(slide.job, save_of) for slide, save_of in self._saves if not save_of.cancel()]
-        for job, save_of in begun:
-            if save_of.exception() is None:
-                yield job, save_of.result()
-
-    def _slide_of(self, event: Event) -> _UnderWay | None:
-        """The slide of an event; None where it has failed on this side already."""
-        return self._under_way.get(getattr(event, "number", 0))
-
-    def _costs_a_row(self, slide: _UnderWay) -> AbstractContextManager[None]:
-        return costs_a_row(slide.job, slide.start, partial(self._end, slide))
-
-    def _end(self, slide: _UnderWay, row: CohortRow) -> None:
-        self._under_way.pop(slide.number, None)
-        self._rows.append((slide.job, row))
 
     def _note(self, slide: _UnderWay, event: Event) -> None:
         if isinstance(event, Begun):
@@ -231,7 +234,7 @@ class _Pipeline:
         elif isinstance(event, Finished):
             self._note_all_sent(slide, event.lost)
         elif isinstance(event, Failed):
-            self._end(slide, failed_row(slide.job, event.reason, slide.start))
+            self._fail(slide, event.reason)
 
     def _note_all_sent(self, slide: _UnderWay, lost: NDArray[np.bool_] | None) -> None:
         assert slide.slide is not None
@@ -243,19 +246,17 @@ class _Pipeline:
             slide.all_sent = True
             self._save_if_complete(slide)
         elif slide.thumbnail is None:
-            self._end(slide, skipped_row(slide.job, found))
+            self._end(slide, _skipped_row(slide.job, found))
         else:
             del self._under_way[slide.number]
             self._saves.append((slide, self._saving.submit(self._make_up, slide, found)))
 
-    def _embed(self, event: Filled) -> None:
-        """Embed the tiles in a slot, at once or in a batch with others, and let go of the slot."""
-        transform, release = self._settings.transform, partial(self._pool.release, event.slot)
-        slide = self._slide_of(event)
+    def _embed(self, slide: _UnderWay | None, event: Decoded) -> None:
+        """Embed tiles, at once or in a batch with others, and release their memory."""
+        transform, tiles = self._settings.transform, event.tiles
         if slide is None:
-            release()
+            event.release()
             return
-        tiles: Tiles = self._pool.tiles(event)
         with self._costs_a_row(slide):
             if transform is not None:
                 # What comes back may be a view of some kind, which torch does not take.
@@ -264,10 +265,11 @@ class _Pipeline:
                 self._collect([(slide.number, embedded(self._settings.encoder, tiles))])
         if self._stream is not None and slide.number in self._under_way:
             if self._is_pinned and transform is None:
-                self._stream.put(slide.number, torch.from_numpy(tiles), on_copied=release)
+                on_copied = event.release
+                self._stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
                 return
             self._stream.put(slide.number, torch.from_numpy(tiles))
-        release()
+        event.release()
 
     def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         for number, features in landed:
@@ -285,11 +287,28 @@ class _Pipeline:
             del self._under_way[slide.number]
             self._saves.append((slide, self._saving.submit(self._save, slide)))
 
+    def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
+        """The rows that are ready; waits until at most so many bags are still to be saved."""
+        while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
+            slide, save = self._saves.popleft()
+            with self._costs_a_row(slide):
+                self._done.append((slide.job, save.result()))
+        while self._done:
+            yield self._done.popleft()
+
+    def _rows_of_begun_saves(self) -> Iterator[_Row]:
+        """The rows of what is saved, or nearly; no other bag is begun."""
+        begun = [(slide.job, save) for slide, save in self._saves if not save.cancel()]
+        for job, save in begun:
+            if save.exception() is None:
+                yield job, save.result()
+
     def _save(self, done: _UnderWay) -> CohortRow:
+        """The row of a slide whose picture and bag are written now, in a thread that saves."""
         assert done.features is not None
         assert done.plan is not None
         assert done.slide is not None
-        settings = self._settings
+        settings, share, job = self._settings, self._share, done.job
         bag = bag_of(
             done.features[: done.landed],
             done.plan,
@@ -299,12 +318,21 @@ class _Pipeline:
             damaged=settings.damaged,
         )
         self._draw(done)
-        return save(bag, done.job, self._share, settings, done.start)
+        share.check_folder()
+        # Once more when it is written: a share may go away at any time.
+        save_bag(bag, settings.out / job.output, check=share.check_folder)
+        return CohortRow(
+            slide=job.name,
+            status="done" if len(bag) else "empty",
+            tiles=len(bag),
+            seconds=time.monotonic() - done.start,
+            output=str(job.output),
+        )
 
     def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
-        """Draw the picture that was not asked for when the bag was made."""
+        """The row of a slide whose bag is there, and whose picture alone is written now."""
         self._draw(slide)
-        return skipped_row(slide.job, found)
+        return _skipped_row(slide.job, found)
 
     def _draw(self, slide: _UnderWay) -> None:
         if slide.thumbnail is not None:
@@ -315,8 +343,12 @@ class _Pipeline:
             write_picture(kept, slide.job, self._settings, tissue, slide.plan)
 
 
+def _skipped_row(job: Job, found: Found) -> CohortRow:
+    return CohortRow(slide=job.name, status="skipped", tiles=found.tiles, output=str(job.output))
+
+
 def _earlier(slide: _UnderWay, settings: Settings) -> Earlier | None:
-    """What is wanted of a slide that was done before; None if it was not."""
+    """The slide as it was done before, and what is wanted of it now; None if it was not done."""
     if slide.found is None:
         return None
     content, mpp = slide.found.of_slide

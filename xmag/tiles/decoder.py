@@ -1,18 +1,25 @@
-"""What this process and its decoding processes say to each other."""
+"""Decoding a whole slide: one generator of events, for a child process and for this one.
 
-from collections.abc import Mapping
+The events are also what a decoding process and the one that started it say to each other.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag.errors import XmagError
 from xmag.geometry import TileSpec
-from xmag.plan import TilePlan
-from xmag.slide import SlideFacts
+from xmag.plan import TilePlan, plan_tiles
+from xmag.slide import Slide, SlideFacts
 from xmag.slide.reader import Pixels
+from xmag.tiles.arena import Tiles
 from xmag.tiles.decoding import Damaged
-from xmag.tissue import TissueMask
+from xmag.tiles.stream import default_threads, read_rows
+from xmag.tissue import TissueMask, find_tissue
 from xmag.urls import Place
 
 
@@ -50,20 +57,8 @@ class DecodeJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Free:
-    """A slot may be written to again."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The child has started, and takes jobs."""
-
-
-@dataclass(frozen=True, slots=True)
 class Begun:
-    """The child is at this slide: if it dies now, of this one."""
+    """The decoder is at this slide: if it dies now, of this one."""
 
     number: int
 
@@ -95,7 +90,7 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """These are the slide's tiles."""
+    """The slide's tiles are planned, and will follow in order."""
 
     number: int
     plan: TilePlan
@@ -103,12 +98,12 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
-    """`count` tiles of the slide lie in a slot of the arena."""
+class Decoded:
+    """The next tiles of the slide, uint8 (B, S, S, 3), valid until `release` is called."""
 
     number: int
-    slot: int
-    count: int
+    tiles: Tiles
+    release: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,76 @@ class Idle:
     """Nothing happened for a moment: time to look whether slots can be released."""
 
 
-Event = Begun | Warned | Opened | Planned | Filled | Finished | Failed | Idle
-"""What the user of a DecodingPool gets to see."""
+Event = Begun | Warned | Opened | Planned | Decoded | Finished | Failed | Idle
+"""An event of a decoder. Those of a job come in order, and end in Finished or Failed."""
 
-FromChild = Ready | Begun | Warned | Opened | Planned | Filled | Finished | Failed
+
+def reason_of(error: BaseException) -> str:
+    """An error as a person reads it in a report."""
+    return str(error) if isinstance(error, XmagError) else f"{type(error).__name__}: {error}"
+
+
+def decode_here(jobs: Iterable[DecodeJob], *, batch_size: int) -> Generator[Event]:
+    """The events of jobs that are decoded in this process, one after the other."""
+    for job in jobs:
+        yield from decode(job, batch_size=batch_size, threads=default_threads())
+
+
+def decode(
+    job: DecodeJob,
+    *,
+    batch_size: int,
+    threads: int,
+    told: Callable[[Exception], str] = reason_of,
+) -> Generator[Event]:
+    """The events of one job; whatever is wrong with its slide ends them with what `told` says."""
+    yield Begun(job.number)
+    try:
+        yield from _events(job, batch_size, threads)
+    # Libraries raise anything at damaged files, and the next slide has to be done all the same.
+    except Exception as error:  # noqa: BLE001
+        yield Failed(job.number, told(error))
+
+
+def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
+    lost = None
+    with Slide(job.path, mpp=job.mpp) as slide:
+        yield Opened(job.number, slide.facts)
+        wants_tiles, wants_thumbnail = _wanted(job, slide.facts)
+        if wants_tiles or wants_thumbnail:
+            mask = find_tissue(slide) if job.tissue == "auto" else None
+            plan = plan_tiles(
+                slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue
+            )
+            small = _thumbnail(slide, mask, job.thumbnail_px) if wants_thumbnail else None
+            yield Planned(job.number, plan, small)
+            if wants_tiles:
+                lost = np.ones(len(plan), np.bool_)
+                batches = read_rows(
+                    slide, plan, batch_size=batch_size, threads=threads, damaged=job.damaged
+                )
+                with closing(batches):
+                    for rows, tiles in batches:
+                        lost[rows] = False
+                        yield Decoded(job.number, tiles, _nothing)
+    yield Finished(job.number, lost if lost is not None and lost.any() else None)
+
+
+def _nothing() -> None:
+    """Release tiles that are their holder's to keep."""
+
+
+def _thumbnail(slide: Slide, mask: TissueMask | None, max_px: int | None) -> Thumbnail:
+    assert max_px is not None
+    pixels = np.asarray(slide.thumbnail(max_px=max_px).convert("RGB"))
+    return Thumbnail(pixels=pixels, dimensions=slide.dimensions, tissue=mask)
+
+
+def _wanted(job: DecodeJob, slide: SlideFacts) -> tuple[bool, bool]:
+    """Whether tiles, and whether a thumbnail, are wanted of a slide with these facts."""
+    earlier = job.earlier
+    if earlier is None:
+        return True, job.thumbnail_px is not None
+    if (earlier.content, earlier.mpp) == (slide.fingerprint, slide.mpp):
+        return False, earlier.thumbnail
+    return earlier.redo, earlier.redo and job.thumbnail_px is not None
