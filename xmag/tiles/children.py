@@ -443,15 +443,15 @@ class PlacePool(_Pool):
     def __init__(self, processes: int, *, slot_tiles: int, size_px: int) -> None:
         super().__init__(processes, slot_tiles, size_px, 1, None)
         self.slot_tiles = slot_tiles
-        self._all: dict[int, _Process] = {}
+        self._children: dict[int, _Process] = {}
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         try:
             for slot in range(processes):
-                self._all[slot] = self.start([slot])
+                self._children[slot] = self.start([slot])
         except BaseException:
             self.close()
             raise
-        for slot in self._all:
+        for slot in self._children:
             self._free.put(slot)
 
     def read(self, places: Places, into: Tiles) -> None:
@@ -474,7 +474,7 @@ class PlacePool(_Pool):
             ) from gone
         except BaseException:
             # Interrupted while the child still works: its answer must not reach the next call.
-            self._all[slot].kill()
+            self._children[slot].kill()
             self._replace(slot)
             raise
         finally:
@@ -483,7 +483,7 @@ class PlacePool(_Pool):
             raise error
 
     def _asked(self, slot: int, places: Places, into: Tiles) -> XmagError | None:
-        child = self._all[slot]
+        child = self._children[slot]
         child.send(places)
         while isinstance(answer := child.receive(), Ready):
             pass
@@ -494,14 +494,14 @@ class PlacePool(_Pool):
 
     def _replace(self, slot: int) -> str:
         """Start another child in the place of one that died; how that died."""
-        how = self._all[slot].end()
-        self._all[slot] = self.start([slot])
+        how = self._children[slot].end()
+        self._children[slot] = self.start([slot])
         return how
 
     def close(self) -> None:
         """Kill the children, and see every one end. Closing twice is fine."""
-        for child in self._all.values():
+        for child in self._children.values():
             child.kill()
             child.connection.close()
-        self._all.clear()
+        self._children.clear()
         super().close()
