@@ -32,22 +32,7 @@ def write_philips(
     padded = tuple(-(-side // tile) * tile for side in size)
     base = np.full((padded[1], padded[0], 3), 255, np.uint8)
     base[: size[1], : size[0]] = texture(*size)
-    spacings = "".join(
-        '<DataObject ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING"'
-        f' Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">"{mpp * k / 1e3:.9f}"'
-        f' "{mpp * k / 1e3:.9f}"</Attribute></DataObject>'
-        for k in levels
-    )
-    xml = (
-        '<?xml version="1.0" encoding="UTF-8" ?>\n<DataObject ObjectType="DPUfsImport">'
-        '<Attribute Name="PIM_DP_SCANNED_IMAGES" PMSVR="IDataObjectArray"><Array>'
-        '<DataObject ObjectType="DPScannedImage">'
-        '<Attribute Name="PIM_DP_IMAGE_TYPE" PMSVR="IString">WSI</Attribute>'
-        '<Attribute Name="DICOM_PIXEL_SPACING" PMSVR="IDoubleArray">'
-        f'"{mpp / 1e3:.9f}" "{mpp / 1e3:.9f}"</Attribute>'
-        '<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE" PMSVR="IDataObjectArray"><Array>'
-        f"{spacings}</Array></Attribute></DataObject></Array></Attribute></DataObject>"
-    )
+    xml = philips_xml(levels, mpp)
     pages = []
     for number, k in enumerate(levels):
         scaled = shrunk(base, k)
@@ -68,6 +53,26 @@ def write_philips(
     pages.append(strip_page(texture(90, 60, seed=4), description="Macro", subfiletype=1))
     write_pages(path, pages)
     return base
+
+
+def philips_xml(levels: Sequence[int], mpp: float) -> str:
+    """The description of the first page, which gives the px spacing of each level."""
+    spacings = "".join(
+        '<DataObject ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING"'
+        f' Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">"{mpp * k / 1e3:.9f}"'
+        f' "{mpp * k / 1e3:.9f}"</Attribute></DataObject>'
+        for k in levels
+    )
+    return (
+        '<?xml version="1.0" encoding="UTF-8" ?>\n<DataObject ObjectType="DPUfsImport">'
+        '<Attribute Name="PIM_DP_SCANNED_IMAGES" PMSVR="IDataObjectArray"><Array>'
+        '<DataObject ObjectType="DPScannedImage">'
+        '<Attribute Name="PIM_DP_IMAGE_TYPE" PMSVR="IString">WSI</Attribute>'
+        '<Attribute Name="DICOM_PIXEL_SPACING" PMSVR="IDoubleArray">'
+        f'"{mpp / 1e3:.9f}" "{mpp / 1e3:.9f}"</Attribute>'
+        '<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE" PMSVR="IDataObjectArray"><Array>'
+        f"{spacings}</Array></Attribute></DataObject></Array></Attribute></DataObject>"
+    )
 
 
 def write_scn(
@@ -192,6 +197,7 @@ def write_ndpi(
     levels: Sequence[int] = (1, 4),
     restart_px: int = 320,
     z_planes: int = 1,
+    tags: dict[int, tuple[int, object]] | None = None,
 ):
     """A Hamamatsu NDPI: each level one JPEG cut into tiles by restart markers; returns the base."""
     base = texture(*size)
@@ -201,6 +207,8 @@ def write_ndpi(
             scaled = shrunk(base, factor)
             pages.append(_ndpi_page(scaled, mpp * factor, power / factor, restart_px, z))
     macro = _ndpi_page(texture(320, 240, seed=5), 8.0, -1.0, 320, 0)
+    for written in pages:
+        written.tags |= tags or {}
     write_pages(path, [*pages, macro], ndpi=True)
     return base
 
