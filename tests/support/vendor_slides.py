@@ -139,14 +139,18 @@ def write_ventana(
     *,
     grid: tuple[int, int] = (6, 4),
     tile: int = 256,
-    mpp: float = 0.25,
+    mpp: float | None = 0.25,
+    power: float | None = 40,
     levels: Sequence[int] = (1, 2, 4),
     overlap: int = 0,
+    resolution: tuple[float, int] | None = None,
 ):
     """A Ventana BIF of `grid` tiles that overlap by `overlap` px; returns their pixels."""
     columns, rows = grid
     base = texture(columns * tile, rows * tile)
-    iscan = f'<iScan Magnification="40" ScanRes="{mpp}" UnitNumber="1"/>'
+    said = "" if power is None else f'Magnification="{power:g}" '
+    said += "" if mpp is None else f'ScanRes="{mpp}" '
+    iscan = f'<iScan {said}UnitNumber="1"/>'
 
     def number(column: int, row: int) -> int:
         from_below = rows - 1 - row
@@ -182,6 +186,8 @@ def write_ventana(
     for level, factor in enumerate(levels):
         description = f"level={level} mag={40 / factor:g} quality=90"
         tags = {700: (UNDEFINED, encoding.encode())} if level == 0 else {}
+        if resolution is not None:
+            tags |= resolution_tags(*resolution)
         scaled = shrunk(base, factor)
         pages.append(page(scaled, tile=(tile, tile), description=description, tags=tags))
     write_pages(path, pages, big=True)
