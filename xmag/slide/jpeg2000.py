@@ -50,10 +50,10 @@ def decode(
 
     It may not be larger than `size` (width, height): OpenJPEG takes memory for what it says it is.
 
-    With `ycbcr`, components are YCbCr without the stream saying so, and become RGB (unless it names
-    a colour transform: then what OpenJPEG gives is RGB): from YCbCr `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
-    grey levels off that. Raises DamagedSlideError where the stream is cut, and what imagecodecs
-    raises.
+    With `ycbcr`, components are YCbCr without the stream saying so, and become RGB: from YCbCr
+    `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
+    grey levels off that. A stream that names a colour transform is RGB all the same. Raises
+    DamagedSlideError where the stream is cut, and what imagecodecs raises.
     """
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:

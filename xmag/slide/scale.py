@@ -101,8 +101,8 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
     if nominal is not None:
         seen = "" if found.mpp is None else f" as {_said(found)} is none,"
         warnings.warn(
-            f"{name} gives no usable µm/px,{seen} only an objective power of {power:g}; {nominal:.4g}"
-            " µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
+            f"{name} gives no usable µm/px,{seen} only an objective power of {power:g};"
+            f" {nominal:.4g} µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
             XmagWarning,
             stacklevel=3,
         )
