@@ -86,7 +86,7 @@ REFUSED = {
     "absurd scale.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=896, power=None),
         SlideScaleError,
-        "does not say how large its pixels are.*mpp=",
+        r"says 896 µm/px \(Aperio MPP\).*between 0\.05 and 20.*mpp=",
     ),
     "coarse.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=2.2, power=None),

@@ -31,7 +31,7 @@ from xmag.morphology import (
 )
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
-from xmag.slide.scale import check_area, known_mpp
+from xmag.slide.scale import check_area
 
 _Field = NDArray[np.float32]
 
@@ -160,7 +160,7 @@ class TissueMask:
                 " downsample=, method=)"
             )
         method = {"name": name, "parameters": {}}
-        mpp = known_mpp(slide.mpp, slide.name) * downsample
+        mpp = slide.known_mpp() * downsample
         return cls(mask=array, mpp=mpp, downsample=downsample, method=method)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -229,7 +229,7 @@ def find_tissue(
     sizes = {"min_area_mm2": min_area_mm2, "max_hole_mm2": max_hole_mm2, "close_um": close_um}
     _check_positive(mpp=mpp)
     _check_positive(or_zero=True, **sizes)
-    level0_mpp = known_mpp(slide.mpp, slide.name)
+    level0_mpp = slide.known_mpp()
     check_area(slide.dimensions, level0_mpp, slide.name)
     downsample = mpp / level0_mpp
     width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)

@@ -1,5 +1,6 @@
 """What only OpenSlide reads, through the optional packages of `xmag[openslide]`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from xmag.errors import (
     DamagedSlideError,
     InputError,
     MissingExtraError,
+    SlideError,
     UnsupportedSlideError,
 )
 from xmag.slide.codecs import over_white
@@ -47,13 +49,14 @@ class OpenSlideReader:
             ) from error
         except openslide.OpenSlideError as error:
             raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
-        except DamagedSlideError as error:
+        except SlideError as error:
             self.close()
-            raise DamagedSlideError(f"{path.name}: {error}") from None
+            raise type(error)(f"{path.name}: {error}") from None
 
     def _read_facts(self) -> None:
         """All that is asked of the slide but pixels: after a failure it answers nothing more."""
         properties = self._slide.properties
+        check_brightfield(properties)
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self._downsamples = self._slide.level_downsamples
         self.levels = _levels(self._slide.level_dimensions, self._downsamples)
@@ -89,6 +92,14 @@ class OpenSlideReader:
 
     def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[Path]]:
         return OpenSlideReader, (self._path,)
+
+
+def check_brightfield(properties: Mapping[str, str]) -> None:
+    """Raise UnsupportedSlideError where OpenSlide shows fluorescence as if it were colour."""
+    if "FLUORESCENCE" in properties.get("mirax.GENERAL.SLIDE_TYPE", ""):
+        raise UnsupportedSlideError(
+            "its scanner says that it is fluorescence; xmag reads brightfield scans in colour"
+        )
 
 
 def _levels(

@@ -112,13 +112,17 @@ class Slide:
 
     @property
     def mpp(self) -> float | None:
-        """µm per level-0 px; None where neither the file nor the caller says."""
+        """µm per level-0 px; None where neither the file nor the caller gives any that can be."""
         return self._mpp
 
     @property
     def mpp_source(self) -> str:
         """Where `mpp` comes from, such as "Aperio MPP", "given" or "objective power"."""
         return self._mpp_source
+
+    def known_mpp(self) -> float:
+        """`mpp`; SlideScaleError, with what the file says, where it is None."""
+        return known_mpp(self._mpp, self._reader.metadata, self._name)
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -172,7 +176,7 @@ class Slide:
 
         Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
         """
-        mpp = known_mpp(self._mpp, self._name)
+        mpp = self.known_mpp()
         check_area(self.dimensions, mpp, self._name)
         levels = self._reader.levels
         return choose_scale(
@@ -195,7 +199,7 @@ class Slide:
         (x, y), (width, height) = _whole("xy", xy), _whole("size", size)
         if width < 1 or height < 1:
             raise InputError(f"size is {size}; expected a width and height of at least 1 px")
-        ratio = 1.0 if mpp is None else checked_scale(mpp) / known_mpp(self._mpp, self._name)
+        ratio = 1.0 if mpp is None else checked_scale(mpp) / self.known_mpp()
         box = (x, y, x + width * ratio, y + height * ratio)
         edges = (*self.dimensions,)
         if x < 0 or y < 0 or any(box[2 + i] > edges[i] * (1 + _ROUNDING) for i in (0, 1)):

@@ -68,7 +68,8 @@ class TiffReader:
             layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        codings = [_coding(stored.page) for stored in layout.levels]
+        aperio = layout.format == "aperio"
+        codings = [_coding(stored.page, aperio=aperio) for stored in layout.levels]
         self.levels: tuple[Level, ...] = tuple(
             _level(stored, layout.levels[0].size, coding)
             for stored, coding in zip(layout.levels, codings, strict=True)
@@ -164,7 +165,7 @@ def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> N
         )
 
 
-def _coding(page: TiffPage) -> codecs.TileCoding:
+def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
     """How the tiles of `page` are stored; UnsupportedSlideError where they are not 8-bit RGB."""
     dtype = page.dtype
     if dtype is None or dtype.name != "uint8" or page.samplesperpixel not in (3, 4):
@@ -195,6 +196,7 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
         predictor=int(page.predictor),
         jpeg_tables=page.jpegtables,
         jpeg_header=page.jpegheader,
+        aperio=aperio,
     )
 
 
