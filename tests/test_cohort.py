@@ -2,6 +2,8 @@
 
 import csv
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -316,3 +318,99 @@ def test_an_empty_folder_is_refused(tmp_path, out):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="no slides"):
         run(tmp_path / "none", out)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("format", ["h5", "safetensors"])
+def test_names_that_are_not_utf8_are_done_like_any_other(
+    tmp_path, out, slide_bytes, processes, format
+):
+    folder = tmp_path / "slides"
+    below = folder / os.fsdecode(b"sit\xe9")
+    below.mkdir(parents=True)
+    for path in (below / os.fsdecode(b"caf\xe9.svs"), folder / "b.svs"):
+        path.write_bytes(slide_bytes)
+    (folder / os.fsdecode(b"empty\xff.svs")).touch()
+    options = {"overlay": True, "processes": processes, "format": format}
+    report = run(folder, out, **options)
+    assert {row.slide: row.status for row in report} == {
+        "b.svs": "done", "empty%FF.svs": "failed", "sit%E9/caf%E9.svs": "done"
+    }  # fmt: skip
+    for row in read_report(out):
+        assert row["status"] == "failed" or (out / row["output"]).is_file()
+    bag = FeatureBag.load(out / "sit%E9" / f"caf%E9.{format}")
+    assert bag.provenance.record["slide"]["name"] == "caf%E9.svs"
+    assert (out / "sit%E9" / f"caf%E9.{format}.png").is_file()
+    again = run(folder, out, **options)
+    assert [row.status for row in again] == ["skipped", "failed", "skipped"]
+    for path in out.rglob("*"):
+        os.fsencode(path).decode("utf-8")
+    (folder / "sit%E9").mkdir()
+    (folder / "sit%E9" / "caf%E9.svs").write_bytes(slide_bytes)
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(folder, out, **options)
+
+
+def test_a_shard_of_names_that_are_not_utf8_is_done_by_workers(tmp_path, out, slide_bytes):
+    path = tmp_path / os.fsdecode(b"caf\xe9.svs")
+    path.write_bytes(slide_bytes)
+    with ThreadPoolExecutor(1) as pool:
+        report = extract_cohort(
+            [path], out, model="xmag-mini", executor=pool, processes=0, tissue=None
+        )
+    # Too small for a tile of 5x.
+    assert [(row.slide, row.status) for row in report] == [("caf%E9.svs", "empty")]
+
+
+def test_no_cell_of_a_report_runs_in_a_spreadsheet(folder, tmp_path, out, slide_bytes):
+    starts = ("=", "+", "-", "@", "\t", "\r")
+    for number, start in enumerate(starts):
+        (folder / f"{start}cmd|{number}!A1.svs").write_bytes(slide_bytes)
+    (folder / "=broken.svs").write_bytes(b"II*\0" + bytes(40))
+    report = run(folder, out)
+    assert all(row.status == "done" for row in report if "cmd" in row.slide)
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(starts)]
+    assert "'=cmd|0!A1.svs" in cells
+    assert "'=cmd|0!A1.h5" in cells
+    assert any(cell.startswith("'=broken.svs") for cell in cells)
+    # Numbers are numbers.
+    assert [int(row["tiles"]) for row in read_report(out)] == [row.tiles for row in report]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("CAF\u00c9", "cafe\u0301"),
+        ("A", "a"),
+        ("\uac00", "\u1100\u1161"),
+        ("\u1fb3", "\u1fbc"),
+    ],
+)
+def test_ids_that_some_file_system_takes_for_one_are_refused(folder, out, one, other):
+    text = f"slide,id\na.svs,{one}\nsite/b.svs,{other}\n"
+    (folder / "slides.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(folder / "slides.csv", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CON", "nul", "Aux.1", "com1", "LPT\u00b9", "prn .x", "conin$", "a:b", "a?", "a|b", "a<b",
+     'a"b', "a*", "a\x1fb", "a/b", "a\\b", "..", "."],
+)  # fmt: skip
+def test_ids_that_windows_reserves_are_refused(folder, out, name):
+    with (folder / "slides.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("slide", "id"), ("a.svs", name)])
+    with pytest.raises(InputError, match="is not a file name on every system"):
+        run(folder / "slides.csv", out)
+
+
+@pytest.mark.parametrize("name", ["CONTROL-1", "com10", "console", "nul-2", "T12.3.", "a b", "ä"])
+def test_ids_that_only_look_reserved_are_taken(folder, out, name):
+    (folder / "slides.csv").write_text(f"slide,id\na.svs,{name}\n", encoding="utf-8")
+    assert [row.output for row in run(folder / "slides.csv", out)] == [f"{name}.h5"]

@@ -190,12 +190,16 @@ def save_bag(
     path: str | os.PathLike[str] | Url,
     *,
     check: Callable[[], object] = lambda: None,
+    inside: Place | None = None,
 ) -> None:
-    """Save a bag; `check` is called just before the file gets its name, and may raise instead."""
+    """Save a bag; `check` is called just before the file gets its name, and may raise instead.
+
+    `inside` is the folder that a symbolic link may not lead out of.
+    """
     place = place_of(path)
     encode, decode = _codec(place)
     data = encode(_content(bag, place))
-    _write(place, data, lambda temp: _same(bag, _bag(decode(temp))), check)
+    _write(place, data, lambda temp: _same(bag, _bag(decode(temp))), check, inside)
 
 
 def _write(
@@ -203,6 +207,7 @@ def _write(
     data: bytes,
     holds: Callable[[Path], bool],
     check: Callable[[], object] = lambda: None,
+    inside: Place | None = None,
 ) -> None:
     def validate(temp: Path) -> None:
         check()
@@ -217,7 +222,7 @@ def _write(
             " disk or the memory of this machine fails: write elsewhere"
         )
 
-    write_bytes(path, data, validate=validate)
+    write_bytes(path, data, validate=validate, inside=inside)
 
 
 def _same(bag: FeatureBag, other: FeatureBag) -> bool:

@@ -4,11 +4,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.cohort.report import CohortRow
 from xmag.tiles import reason_of
+from xmag.urls import readable, without_folder
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +18,9 @@ logger = logging.getLogger(__name__)
 def failed_row(job: Job, reason: str, start: float) -> CohortRow:
     """The row of a slide that could not be done; `start` is on the monotonic clock."""
     seconds = time.monotonic() - start
-    return CohortRow(slide=job.name, status="failed", seconds=seconds, error=reason)
+    if isinstance(job.path, Path):
+        reason = without_folder(reason, job.path)
+    return CohortRow(slide=job.name, status="failed", seconds=seconds, error=readable(reason))
 
 
 @contextmanager

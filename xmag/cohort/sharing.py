@@ -10,6 +10,7 @@ from typing import Self
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.cohort.locks import Claims, Unclaimed
+from xmag.cohort.pictures import refuse_foreign_picture
 from xmag.cohort.resume import Found, find_earlier
 from xmag.cohort.settings import Settings
 from xmag.errors import MismatchError, OutputError
@@ -86,7 +87,17 @@ class Share:
         found = self._found[job]
         if found is None:
             found = self._found[job] = find_earlier(job, self._settings, self._expected)
+        if found is None:
+            self._check_room(job)
         return found
+
+    def _check_room(self, job: Job) -> None:
+        """Raise OutputError where what is to be written for a job would replace another's file."""
+        out = self._settings.out
+        if isinstance(out, Path):
+            files.linked_to(out / job.output, out)
+        if self._settings.overlay:
+            refuse_foreign_picture(job, self._settings)
 
     def _looked_at(self, job: Job) -> Found | None:
         """What is there before any work; a file that cannot be read now costs its own row."""

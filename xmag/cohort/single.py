@@ -37,7 +37,7 @@ def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: flo
     """Write a slide's bag where it belongs; the row of the slide."""
     share.check_folder()
     # Once more when it is written: a share may go away at any time.
-    save_bag(bag, settings.out / job.output, check=share.check_folder)
+    save_bag(bag, settings.out / job.output, check=share.check_folder, inside=settings.out)
     status: Status = "done" if len(bag) else "empty"
     return CohortRow(
         slide=job.name,

@@ -166,7 +166,7 @@ def _digest(case: Any) -> bytes | None:
     if isinstance(case, str | os.PathLike):
         path = Path(case)
         if not path.is_file():
-            return os.fspath(case).encode()
+            return os.fsencode(case)
         if path.suffix not in _BAG_SUFFIXES:
             return files.sha256_of(path).encode()
         case = FeatureBag.load(path)

@@ -16,6 +16,7 @@ from xmag.errors import (
 from xmag.slide.codecs import over_white
 from xmag.slide.layouts import whole_factor
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
+from xmag.urls import without_folder
 
 SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
@@ -42,13 +43,17 @@ class OpenSlideReader:
         try:
             self._slide = openslide.OpenSlide(path)
             self._read_facts()
-        except openslide.OpenSlideUnsupportedFormatError as error:
+        # Without their causes: those name the folders, which do not belong into logs of cohorts.
+        except openslide.OpenSlideUnsupportedFormatError:
             raise UnsupportedSlideError(
                 f"{path.name} is not a slide that xmag or OpenSlide knows; docs/formats.md lists"
                 " the formats"
-            ) from error
+            ) from None
         except openslide.OpenSlideError as error:
-            raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
+            raise DamagedSlideError(
+                f"OpenSlide cannot open {path.name}: {without_folder(str(error), path)}. Copy the"
+                " file again, with those that belong to it"
+            ) from None
         except SlideError as error:
             self.close()
             raise type(error)(f"{path.name}: {error}") from None
@@ -81,8 +86,8 @@ class OpenSlideReader:
         except self._errors as error:
             raise DamagedSlideError(
                 f"OpenSlide cannot read {size} px at {corner} of level {level} of {self._name}:"
-                f" {error}. Copy the file again"
-            ) from error
+                f" {without_folder(str(error), self._path)}. Copy the file again"
+            ) from None
         return over_white(np.asarray(region))
 
     def close(self) -> None:

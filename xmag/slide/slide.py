@@ -19,7 +19,7 @@ from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
-from xmag.urls import Place, Url, place_of
+from xmag.urls import Place, Url, place_of, readable
 
 _ROUNDING = 1e-6
 
@@ -86,7 +86,7 @@ class Slide:
 
     def _set(self, reader: SlideReader, name: str, mpp: float | None, mpp_source: str) -> None:
         self._reader = reader
-        self._name = name
+        self._name = readable(name)
         self._mpp = mpp
         self._mpp_source = mpp_source
         self._closed = False
