@@ -28,7 +28,7 @@ def slides(tmp_path_factory):
 def run(*args, **env):
     return subprocess.run(
         [sys.executable, "-m", "xmag", *map(str, args)], capture_output=True, text=True,
-        encoding="utf-8", env={**os.environ, **env}, timeout=100, check=False,
+        encoding="utf-8", env={**os.environ, **env}, timeout=800, check=False,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -224,6 +225,31 @@ def test_heatmap_of_given_features_needs_no_encoder(on_slides, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["0-heatmap.png"]
     assert main([*map(str, args), "--model", "xmag-mini"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_heatmap_takes_features_of_other_software_as_far_as_they_say_where_tiles_lie(
+    on_slides, tmp_path, capsys
+):
+    bag = FeatureBag.load(on_slides / "features" / "0.h5")
+    bag.export(tmp_path / "stamp.h5", layout="stamp")
+    with h5py.File(tmp_path / "stamp.h5", "r+") as file:
+        del file.attrs["tiles"]  # which STAMP does not write
+    with (
+        h5py.File(on_slides / "features" / "0.h5") as ours,
+        h5py.File(tmp_path / "trident.h5", "w") as theirs,
+    ):
+        theirs["features"], theirs["coords"] = ours["features"][:], ours["coords"][:]
+        theirs["coords"].attrs.update(ours["coords"].attrs)
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    for name in ("trident", "stamp"):
+        out = tmp_path / f"{name}.png"
+        assert main([*map(str, args), f"--features={out.with_suffix('.h5')}", f"-o{out}"]) == 0
+        assert out.is_file()
+    bag.export(tmp_path / "clam.pt", layout="clam")
+    out = tmp_path / "clam.png"
+    assert main([*map(str, args), f"--features={tmp_path / 'clam.pt'}", f"-o{out}"]) == 1
+    assert "does not say where its tiles lie (coords is None)" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_heatmap_of_the_features_of_another_slide_is_status_2(on_slides, cohort, tmp_path, capsys):

@@ -273,7 +273,7 @@ def test_a_read_only_output_folder_is_said_before_any_work(tmp_path):
         drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"]
         command = [*drop, *command]
     done = subprocess.run(
-        [*command, "--model", "xmag-mini"], capture_output=True, text=True, check=False, timeout=100
+        [*command, "--model", "xmag-mini"], capture_output=True, text=True, check=False, timeout=800
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

@@ -245,7 +245,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     }
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", JOB, str(slide), str(root / "out")],
-        capture_output=True, text=True, timeout=110, cwd=root / "cwd", env=environment, check=False,
+        capture_output=True, text=True, timeout=800, cwd=root / "cwd", env=environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (result.stdout, result.stderr) == ("", "")

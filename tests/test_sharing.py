@@ -121,7 +121,7 @@ def test_the_lock_of_a_killed_program_is_free_at_once(tmp_path):
         "from xmag.cohort.locks import Claims; from xmag.cohort.jobs import Job\n"
         "job = Job(path=Path('a'), name='a', output=PurePosixPath('a.h5'), mpp=None)\n"
         "with Claims(Path(sys.argv[1])) as claims:\n"
-        "    print(claims.take(job), flush=True); time.sleep(60)\n"
+        "    print(claims.take(job), flush=True); time.sleep(800)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True

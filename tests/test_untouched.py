@@ -233,7 +233,7 @@ def test_python_files_beside_the_slides_are_not_run(folder, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(folder), str(root), str(root / "tests")],
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ran").exists()

@@ -68,7 +68,7 @@ def s3():
             patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             request = urllib.request.Request(f"{url}/bucket", method="PUT")
-            urllib.request.urlopen(request, timeout=30).close()
+            urllib.request.urlopen(request, timeout=800).close()
             yield url
         finally:
             process.kill()

@@ -266,7 +266,7 @@ def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path / "two"),
         ],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run(tmp_path / "one", quick(batch=4, steps=3, lr=1e-4))

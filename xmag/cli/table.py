@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from xmag.errors import InputError
 from xmag.tables import read_csv
 
-_SUFFIXES = (".h5", ".safetensors", ".pt")
+_SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

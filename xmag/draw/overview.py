@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from xmag.bag import FeatureBag
+from xmag.bag import FeatureBag, placed
 from xmag.draw.frame import FAINT, Key, Pictured, Rgb, box_of, framed
 from xmag.errors import BagError, InputError
 from xmag.plan import TilePlan
@@ -68,10 +68,11 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     percentile. The colours of two slides cannot be compared. Raises BagError where the bag does
     not say how large its tiles are, and InputError where it belongs to another canvas.
     """
+    coords = placed(bag, "a feature map")
     if bag.tiles is None:
         raise BagError(
             "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
-            " drawn; use one that extract_features made"
+            " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
         )
     if tuple(bag.tiles.level0_size) != tuple(slide.dimensions):
         raise InputError(
@@ -84,7 +85,7 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     painted = picture.copy()
     draw = ImageDraw.Draw(painted)
     per_level0 = picture.width / slide.dimensions[0]
-    for corner, colour in zip(bag.coords, _component_colours(scores), strict=True):
+    for corner, colour in zip(coords, _component_colours(scores), strict=True):
         draw.rectangle(
             box_of(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist())
         )

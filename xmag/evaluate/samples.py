@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag import files
-from xmag.bag import FeatureBag
+from xmag.bag import SUFFIXES, FeatureBag
+from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
 
 OnIdentical = Literal["raise", "warn"]
-
-_BAG_SUFFIXES = {".h5", ".safetensors"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -167,9 +166,12 @@ def _digest(case: Any) -> bytes | None:
         path = Path(case)
         if not path.is_file():
             return os.fsencode(case)
-        if path.suffix not in _BAG_SUFFIXES:
+        try:
+            case = FeatureBag.load(path) if path.suffix in SUFFIXES else None
+        except ForeignBagError:
+            case = None
+        if case is None:
             return files.sha256_of(path).encode()
-        case = FeatureBag.load(path)
     if hasattr(case, "detach"):  # a tensor, which may be on a GPU, or bfloat16
         case = case.detach().cpu().double()
     array = np.asarray(case)
