@@ -150,4 +150,4 @@ def test_keeping_the_first_epoch_that_may_be_is_a_warning() -> None:
         warn(20, 41)
     assert found[0].filename == __file__
     warn(21, 41)  # later
-    warn(20, 20)  # the last there is
+    warn(20, 21)  # one other epoch is no evidence

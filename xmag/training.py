@@ -56,8 +56,11 @@ def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
 
 
 def warn_of_early_best(best: int, *, trained: int, epochs: int, stacklevel: int) -> None:
-    """Warn where validation of `trained` epochs never improved on the first that may be kept."""
-    if best == _first_epoch(epochs) < trained:
+    """Warn where no epoch of `trained` was better than the first that may be kept.
+
+    A single later one says nothing.
+    """
+    if best == _first_epoch(epochs) < trained - 1:
         warnings.warn(
             f"epoch {best} of {trained} is kept, the first that may be: the validation loss has not"
             " improved since, so that the network may have learned little, or the patients to"
