@@ -71,7 +71,7 @@ class _Recorder(ColourEncoder):
 
 
 def _read(path: Path) -> tuple[list[object], bool]:
-    """What a slide gives at two scales, XmagErrors among it; whether it says that tiles are missing."""
+    """Coords and tiles at two scales, or the errors; whether the slide says that tiles miss."""
     found: list[object] = []
     missing = False
     for mpp in (0.5, 1.0):
@@ -100,7 +100,7 @@ def _expected(name: str) -> list[object]:
 
 
 def outcome(path: Path) -> str:
-    """What became of a slide: "equal", "missing" (and said), or the error; AssertionError if wrong."""
+    """Whether a slide is "equal", or "missing" tiles and says so; raises its error otherwise."""
     found, missing = _read(path)
     for seen, right in zip(found, _expected(path.name), strict=True):
         if isinstance(seen, XmagError):

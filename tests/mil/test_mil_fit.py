@@ -147,10 +147,35 @@ def test_the_rate_warms_up_and_decays_to_nothing(cohort) -> None:
 
 def test_training_stops_when_validation_no_longer_improves(cohort) -> None:
     noise = planted_cohort(40, seed=2, tiles=20, dim=6, shift=0.0)
-    classifier = tiny(epochs=200, patience=4, lr=0.02).fit(
-        noise.bags, noise.labels, groups=noise.patients
-    )
+    with pytest.warns(XmagWarning, match="epoch 40 of 44 is kept, the first that may be"):
+        classifier = tiny(epochs=200, patience=4, lr=0.02).fit(
+            noise.bags, noise.labels, groups=noise.patients
+        )
     assert len(classifier.history_) == classifier.best_epoch_ + 4 < 200
+
+
+def test_a_lucky_loss_of_the_first_epochs_is_not_kept() -> None:
+    """Three of eight validation labels are wrong: whoever has learned something is punished."""
+    train, check, test = (
+        planted_cohort(n, seed=seed, dim=16, tiles=20, planted=0.1)
+        for n, seed in ((30, 30), (8, 31), (100, 32))
+    )
+    other = {"negative": "positive", "positive": "negative"}
+    wrong = [other[label] for label in check.labels[:3]] + check.labels[3:]
+    classifier = tiny(
+        aggregator_options={"embed_dim": 16, "attention_dim": 8}, epochs=100, lr=0.01,
+        random_state=3,
+    )  # fmt: skip
+    with pytest.warns(XmagWarning, match=r"epoch 20 of 40 is kept, the first that may be"):
+        classifier.fit(
+            train.bags, train.labels, groups=train.patients,
+            validation=(check.bags, wrong, check.patients),
+        )  # fmt: skip
+    losses = [row["validation_loss"] for row in classifier.history_]
+    assert np.argmin(losses) < 3
+    assert classifier.best_epoch_ == 20
+    positive = np.array(test.labels) == "positive"
+    assert roc_auc_score(positive, classifier.predict_proba(test.bags)[:, 1]) > 0.95
 
 
 def test_without_validation_the_last_epoch_is_kept(cohort) -> None:

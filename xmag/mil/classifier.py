@@ -43,7 +43,7 @@ class MILClassifier(Fitted):
             `xmag.mil.aggregator`. A module is copied, and trained on from the weights it has.
         aggregator_options: Sizes and dropout of an aggregator by name.
         epochs: At most; an epoch takes as many bags as there are.
-        patience: Epochs without a better validation loss after which training stops.
+        patience: Epochs after the best so far at which training stops.
         batch_size: Bags a step.
         lr: Learning rate of AdamW after the warm-up, from where it follows a cosine to 0.
         weight_decay: Of AdamW.
@@ -110,10 +110,12 @@ class MILClassifier(Fitted):
     ) -> Self:
         """The classifier, trained; its weights are those of the epoch with the best validation.
 
-        Every bag is read and checked before training starts. Bags without tiles are left out, with
-        a warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or
-        more, the classifier keeps the best weights so far, and the error goes on; before that it
-        stays what it was.
+        That is the one with the lowest validation loss, as a mean of the last tenth of `epochs`,
+        once a fifth of them is over; where it is the first of those, a warning says so. Every
+        bag is read and checked before training starts. Bags without tiles are left out, with a
+        warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or more,
+        the classifier keeps the best weights so far, and the error goes on; before that it stays
+        what it was.
 
         Args:
             X: The bags, n of them.
