@@ -38,7 +38,7 @@ def test_missing_is_missing_and_says_so(tmp_path: Path, text: str) -> None:
     assert is_missing(text)
     (row,) = read(tmp_path, f"slide,mpp,id\n{text},{text},x\n")
     assert row.get("mpp") == ""
-    with pytest.raises(InputError, match="line 2 of 'c.csv' has no slide") as caught:
+    with pytest.raises(InputError, match=r"line 2 of 'c\.csv' has no slide") as caught:
         row.required("slide")
     assert not text.strip() or f"'{text.strip()}' stands for a missing" in str(caught.value)
 
