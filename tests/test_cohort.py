@@ -197,6 +197,8 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
         ("slide,id\na.svs,../x\n", "not a file name"),
         ("slide,mpp\n,0.25\n", "line 2.*no slide"),
         ("slide,mpp\na.svs,896\n", "line 2.*'896'"),
+        ("slide,mpp\n\nNA,0.25\n", "line 3.*no slide: 'NA'"),
+        ("slide,mmp\na.svs,0.5\n", "'mmp'; did you mean 'mpp'"),
         ("slide;mpp\na.svs;0,25\n", "'slide;mpp'.*commas"),
         (b"slide\n\xe7.svs\n", "save it as CSV UTF-8"),
     ],
@@ -210,6 +212,16 @@ def test_a_csv_that_makes_no_sense_is_refused(folder, out, text, message):
 def test_a_csv_as_excel_saves_it_is_read(folder, out):
     (folder / "excel.csv").write_bytes("\ufeffslide,mpp\r\nsite 1/ç.svs,0.5\r\n".encode())
     assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 30)]
+
+
+@pytest.mark.parametrize("header", ["slide, mpp, id", "Slide,MPP,ID", "slide ,mpp ,id "])
+def test_columns_and_values_may_have_blanks_and_capitals(folder, out, header):
+    text = f"{header}\nsite 1/b.svs , 0.5, second \nsite 1/b.svs,NA,N/A\n"
+    (folder / "blanks.csv").write_text(text)
+    report = run(folder / "blanks.csv", out)
+    assert [row.output for row in report] == ["second.h5", "b.h5"]
+    assert [row.tiles for row in report] == [30, 6]
+    assert FeatureBag.load(out / "second.h5").tiles.level0_mpp == 0.5
 
 
 def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from support.mil_cohort import planted_cohort
+from support.models import default_dtype
 from torch import nn
 
 from xmag.errors import BagError, InputError, ModelError, XmagWarning
@@ -74,6 +75,25 @@ def test_two_fits_with_one_seed_are_equal_to_the_last_bit(cohort, aggregator: st
     assert same(fits[0], fits[1])
     assert fits[0].history_ == fits[1].history_
     assert not same(fits[0], fits[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("aggregator", ["abmil", "mean", "max", "transmil", "clam_sb"])
+def test_the_default_dtype_of_the_program_changes_no_number(
+    cohort, aggregator: str, dtype: torch.dtype
+) -> None:
+    def fit() -> MILClassifier:
+        options = {"embed_dim": 8, **({"landmarks": 4} if aggregator == "transmil" else {})}
+        classifier = tiny(aggregator=aggregator, aggregator_options=options)
+        return classifier.fit(cohort.bags, cohort.labels, groups=cohort.patients)
+
+    expected = fit()
+    with default_dtype(dtype):
+        found = fit()
+        probabilities = found.predict_proba(cohort.bags)
+    assert same(found, expected)
+    assert found.history_ == expected.history_
+    np.testing.assert_array_equal(probabilities, expected.predict_proba(cohort.bags))
 
 
 def test_without_a_seed_fits_differ(cohort) -> None:

@@ -91,29 +91,19 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
         raise InputError(
             f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
         )
-    columns, rows = read_csv(path)
-    if "slide" not in columns:
-        raise InputError(
-            f"the CSV file {path.name!r} has the columns {columns}; expected a column 'slide' (and"
-            " optionally 'mpp' and 'id'), with commas between them"
-        )
     entries = []
-    for line, row in enumerate(rows, start=2):
-        if not row["slide"]:
-            raise InputError(
-                f"line {line} of {path.name!r} names no slide; expected its path: fill it in, or"
-                " remove the line"
-            )
+    for row in read_csv(path, required=("slide",), optional=("mpp", "id")):
+        slide = place_of(row.required("slide"))
+        slide = path.parent / slide if isinstance(slide, Path) else slide
+        own_mpp = row.get("mpp")
         try:
-            own_mpp = checked_mpp(float(row["mpp"])) if row.get("mpp") else mpp
+            scale = checked_mpp(float(own_mpp)) if own_mpp else mpp
         except ValueError as error:
             raise InputError(
-                f"line {line} of {path.name!r} has mpp {row['mpp']!r}; expected µm per level-0 px"
+                f"line {row.line} of {path.name!r} has mpp {own_mpp!r}; expected µm per level-0 px"
                 " with a decimal point, such as 0.25, or nothing"
             ) from error
-        slide = place_of(row["slide"])
-        slide = path.parent / slide if isinstance(slide, Path) else slide
-        entries.append(_Entry(slide, row.get("id") or None, own_mpp))
+        entries.append(_Entry(slide, row.get("id") or None, scale))
     return entries
 
 

@@ -23,6 +23,7 @@ from xmag.errors import (
     XmagWarning,
 )
 from xmag.geometry import TileSpec
+from xmag.metrics.labels import as_labels
 from xmag.plan import Coords, plan_options, plan_tiles
 from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
@@ -336,6 +337,7 @@ def _site_of(name: str, sites: Sites | None) -> str:
         ) from error
     if not isinstance(site, str):
         raise InputError(f"the site of {name!r} is {site!r}; expected a str")
+    as_labels([site], f"sites({name!r})")  # no blanks around it, and not missing
     return site
 
 

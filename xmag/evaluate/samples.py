@@ -15,7 +15,14 @@ from xmag import files
 from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
-from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
+from xmag.metrics.labels import (
+    Labels,
+    as_labels,
+    class_order,
+    encode,
+    refuse_continuous,
+    require_same_length,
+)
 
 OnIdentical = Literal["raise", "warn"]
 
@@ -55,6 +62,7 @@ def samples(x: Any, y: Labels, groups: Labels | None, *, name: str) -> Samples:
             f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
         ) from error
     labels = as_labels(y, f"{name}: y")
+    refuse_continuous(labels, f"{name}: y")
     require_same_length(n, len(labels), f"{name}: y")
     if n == 0:
         raise InputError(f"{name} has no cases; expected at least one of each class")
