@@ -20,6 +20,7 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
+from xmag.slide.integrity import LOST_BYTES, check_jpeg
 from xmag.slide.reader import Pixels
 
 JPEG = 7
@@ -28,12 +29,13 @@ APERIO_J2K_RGB = 33005
 JPEG_2000 = (APERIO_J2K_YCBCR, APERIO_J2K_RGB)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
-_LOST_BYTES = 512
-"""A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _MAX_SCANS = 200
 """Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _SCAN = re.compile(rb"\xff\xda")
 """How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
+_RESTART = re.compile(rb"\xff[\xd0-\xd9]")
+_RESTART_BYTES = 16
+"""In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -112,6 +114,7 @@ class _JpegDecoder:
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream = self._complete(data)
         check_scans(stream)
+        check_jpeg(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
             self._check(width, height, colorspace)
@@ -148,6 +151,8 @@ class _JpegDecoder:
         with a JFIF marker, for YCbCr.
         """
         if self._header is not None:
+            if not _RESTART.search(data, max(0, len(data) - _RESTART_BYTES)):
+                raise DamagedSlideError("its stretch of a JPEG does not end with a marker")
             # A stretch that ends with a restart marker lacks the end; the last has one already.
             data = self._header + data + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
@@ -275,9 +280,9 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    if bytes(_LOST_BYTES) in data:
+    if bytes(LOST_BYTES) in data:
         raise DamagedSlideError(
-            f"its WebP has a stretch of {_LOST_BYTES} zeros, as where bytes were lost"
+            f"its WebP has a stretch of {LOST_BYTES} zeros, as where bytes were lost"
         )
     return imagecodecs.webp_decode(data)
 
