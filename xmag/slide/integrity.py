@@ -12,7 +12,7 @@ LOST_BYTES = 512
 _LEAST_BYTES = 64
 """Fewer zeros are let pass, whatever the tables say: a sector is eight times as long."""
 
-_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+_SOI, _EOI, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _DHT, _SOS = 0xC4, 0xDA
 _SEQUENTIAL = (0xC0, 0xC1)
 _NO_FRAMES = (_DHT, 0xC8, 0xCC)
@@ -32,11 +32,24 @@ def check_jpeg(stream: bytes) -> None:
         return  # the decoder says what is wrong with it
     zeros = _unexplained(stream[:start])
     at = stream.find(zeros, start)
+    while at >= 0 and _is_of_dc(stream, at):
+        following = stream.find(_SCAN, at)
+        at = stream.find(zeros, following) if following >= 0 else -1
     # Some writers pad tiles behind their end.
     if at >= 0 and stream.find(_EOI, start, at) < 0:
         raise DamagedSlideError(
             f"its JPEG has a stretch of {len(zeros)} zeros, as where bytes were lost"
         )
+
+
+def _is_of_dc(stream: bytes, at: int) -> bool:
+    """Whether a place lies in a scan of the DC alone, as progressive JPEGs have (T.81, annex G).
+
+    That may be a bit a block: it has any number of zeros where the image is flat.
+    """
+    scan = stream.rfind(_SCAN, 0, at)
+    end = scan + 2 + int.from_bytes(stream[scan + 2 : scan + 4], "big")
+    return stream[end - 3 : end - 1] == b"\0\0"  # from the first to the first coefficient
 
 
 def _end_of_header(stream: bytes) -> int:
@@ -48,7 +61,7 @@ def _end_of_header(stream: bytes) -> int:
             at += 1
             continue
         at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-        if marker == b"\xda":
+        if marker == _SCAN[1:]:
             return at
     return len(stream)
 
@@ -98,7 +111,7 @@ def _most_zero_bits(header: _Header) -> int | None:
     value in each coefficient, which no image gives. Of the last there is never a whole one.
     """
     if header.frame not in _SEQUENTIAL or header.tables.keys() != header.sampling.keys():
-        return _refined_bits(header)
+        return None
     one = len(header.sampling) == 1
     total, longest, steps = 0, 0, 0
     for component, (dc, ac) in header.tables.items():
@@ -124,13 +137,6 @@ def _zero_coefficients(first_code: tuple[int, int]) -> tuple[int, bool]:
     skipped, size = symbol >> 4, symbol & 0xF
     codes = -(-_COEFFICIENTS // (skipped + 1)) if size or symbol == _ZERO_RUN else 1
     return codes * (length + size), False
-
-
-def _refined_bits(header: _Header) -> int | None:
-    """The same for several scans: one may hold a bit a block, the last of its DC (annex G)."""
-    columns, rows = header.mcus
-    bits = columns * rows * sum(across * down for across, down in header.sampling.values())
-    return bits if bits > 8 * LOST_BYTES else None
 
 
 def _parsed(header: bytes) -> _Header:
