@@ -20,7 +20,7 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import LOST_BYTES, check_jpeg
+from xmag.slide.integrity import check_jpeg, check_zeros
 from xmag.slide.reader import Pixels
 
 JPEG = 7
@@ -36,6 +36,8 @@ _SCAN = re.compile(rb"\xff\xda")
 _RESTART = re.compile(rb"\xff[\xd0-\xd9]")
 _RESTART_BYTES = 16
 """In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
+_WEBP_ZEROS = 8
+"""A WebP ends in fewer: what pads the last bits, and a byte to make the length even."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -280,11 +282,18 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    if bytes(LOST_BYTES) in data:
-        raise DamagedSlideError(
-            f"its WebP has a stretch of {LOST_BYTES} zeros, as where bytes were lost"
-        )
+    check_zeros(data, "WebP")
+    # It ends without a marker, and says itself where; what follows pads.
+    if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(_WEBP_ZEROS)):
+        raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
     return imagecodecs.webp_decode(data)
+
+
+def _zstd(data: bytes, *, out: int) -> bytes:
+    """What a Zstandard frame holds. Most writers leave its checksum out."""
+    check_zeros(data, "Zstandard")
+    unpacked: bytes = imagecodecs.zstd_decode(data, out=out)
+    return unpacked
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -295,7 +304,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
         32773: imagecodecs.packbits_decode,
-        50000: imagecodecs.zstd_decode,
+        50000: _zstd,
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):

@@ -21,6 +21,21 @@ _COEFFICIENTS = 63
 """Of a block, without the first, which has codes of its own."""
 
 
+def check_zeros(data: bytes, coding: str) -> None:
+    """Raise DamagedSlideError where a sector of zeros lies in data that a coding would not leave.
+
+    Zeros in pixels are what any coding makes less of.
+    """
+    if bytes(LOST_BYTES) in data:
+        raise _lost(coding, LOST_BYTES)
+
+
+def _lost(coding: str, count: int) -> DamagedSlideError:
+    return DamagedSlideError(
+        f"its {coding} has a stretch of {count} zeros, as where bytes were lost"
+    )
+
+
 def check_jpeg(stream: bytes) -> None:
     """Raise DamagedSlideError where a JPEG holds more zeros in a row than its tables explain.
 
@@ -37,9 +52,7 @@ def check_jpeg(stream: bytes) -> None:
         at = stream.find(zeros, following) if following >= 0 else -1
     # Some writers pad tiles behind their end.
     if at >= 0 and stream.find(_EOI, start, at) < 0:
-        raise DamagedSlideError(
-            f"its JPEG has a stretch of {len(zeros)} zeros, as where bytes were lost"
-        )
+        raise _lost("JPEG", len(zeros))
 
 
 def _is_of_dc(stream: bytes, at: int) -> bool:
