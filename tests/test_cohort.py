@@ -13,6 +13,7 @@ from support.slides import write_svs
 from xmag import provenance
 from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort, settings
+from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
@@ -57,7 +58,7 @@ def test_outputs_mirror_the_folders_and_equal_extract_features(folder, out):
     assert [row.slide for row in report] == ["a.svs", "site 1/b.svs", "site 1/ç.svs"]
     assert {row.status for row in report} == {"done"}
     written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-    assert written == ["a.h5", "report.csv", "site 1/b.h5", "site 1/ç.h5"]
+    assert written == [SEEN_NAME, "a.h5", "report.csv", "site 1/b.h5", "site 1/ç.h5"]
     bag = FeatureBag.load(out / "site 1/b.h5")
     expected = extract_features(folder / "site 1/b.svs", model=ColourEncoder(), tissue=None)
     assert np.array_equal(bag.features, expected.features)

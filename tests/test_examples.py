@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import xmag
+from xmag.cohort.resume import SEEN_NAME
 from xmag.demo import write_demo_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -35,7 +36,9 @@ def test_a_cohort_and_again(slide_path: Path, tmp_path: Path) -> None:
     again = _run("extract_cohort.py", slide_path.parent, tmp_path / "out")
     assert first.startswith("done ")
     assert again.startswith("skipped ")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.h5", "a.h5.png", "report.csv"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        SEEN_NAME, "a.h5", "a.h5.png", "report.csv"
+    }  # fmt: skip
 
 
 def test_fine_tuning_and_again(tmp_path: Path) -> None:

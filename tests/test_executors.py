@@ -32,6 +32,7 @@ from xmag.cohort import executors, extract_cohort, shards
 from xmag.cohort.executors import Engine, shares
 from xmag.cohort.gpus import claim
 from xmag.cohort.jobs import jobs_of
+from xmag.cohort.resume import SEEN_NAME
 from xmag.cohort.settings import Settings
 from xmag.errors import (
     InputError,
@@ -216,7 +217,7 @@ def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, m
         next(rows)
         rows.close()
     assert 1 <= len(list(out.rglob("*.h5"))) <= 3
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [SEEN_NAME]
 
 
 def rows_of(folder, out, pool, model, *, shards, transform):

@@ -5,6 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike
@@ -20,7 +21,7 @@ from xmag.plan import Coords, TilePlan, plan_tiles
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles import Damaged, Tiles, check_damaged, read_rows
+from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def extract_features(
             slide = stack.enter_context(Slide(slide, mpp=mpp))
         # After the slide: the model may have to be fetched.
         encoder = resolve_encoder(model)
+        mask = None
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
@@ -113,6 +115,7 @@ def extract_features(
             progress=progress,
             transform=transform,
             damaged=damaged,
+            tissue=mask,
         )
 
 
@@ -125,15 +128,27 @@ def embed_plan(
     progress: bool | None = None,
     transform: Transform | None = None,
     damaged: Damaged = "error",
+    tissue: TissueMask | None = None,
 ) -> FeatureBag:
-    """The bag of the tiles of a plan; `extract_features` without its choices."""
+    """The bag of the tiles of a plan; `extract_features` without its choices.
+
+    `tissue` is what the plan was made with.
+    """
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
     lost = np.ones(len(plan), np.bool_)
+    readings: list[Reading] = []
     if batch_size is None:
         batch_size = default_batch_size(encoder)
 
     def batches() -> Iterator[tuple[NDArray[np.int64], Tiles]]:
-        for rows, tiles in read_rows(slide, plan, batch_size=batch_size, damaged=damaged):
+        for rows, tiles in read_rows(
+            slide,
+            plan,
+            batch_size=batch_size,
+            damaged=damaged,
+            tissue=tissue,
+            note=readings.append,
+        ):
             lost[rows] = False
             yield rows, transformed(tiles, transform)
 
@@ -144,7 +159,15 @@ def embed_plan(
             done += len(vectors)
             bar.update(len(vectors))
     plan = without_damaged(plan, lost, slide.name)
-    return bag_of(features[:done], plan, slide.facts, encoder, transform=transform, damaged=damaged)
+    return bag_of(
+        features[:done],
+        plan,
+        slide.facts,
+        encoder,
+        transform=transform,
+        damaged=damaged,
+        reading=readings[0],
+    )
 
 
 def without_damaged(plan: TilePlan, lost: NDArray[np.bool_], name: str) -> TilePlan:
@@ -177,6 +200,7 @@ def bag_of(
     *,
     transform: Transform | None,
     damaged: Damaged = "error",
+    reading: Reading | None = None,
 ) -> FeatureBag:
     """The bag of embeddings, float32 (N, D), of a plan's tiles, with its provenance.
 
@@ -192,7 +216,7 @@ def bag_of(
         )
     provenance = Provenance(
         fingerprint=fingerprint_of(encoder, plan.options, transform),
-        record=_record(slide, plan, encoder, damaged),
+        record=_record(slide, plan, encoder, damaged, reading),
     )
     return FeatureBag(features, plan.coords, provenance=provenance, tiles=plan.tiles)
 
@@ -266,7 +290,11 @@ def _embed(
 
 
 def _record(
-    slide: SlideFacts, plan: TilePlan, encoder: TileEncoder, damaged: Damaged
+    slide: SlideFacts,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    damaged: Damaged,
+    reading: Reading | None,
 ) -> dict[str, Any]:
     """What else made the bag. Nothing that tells who, where, or whose slide it is."""
     scale = plan.scale
@@ -292,6 +320,7 @@ def _record(
         "plan": dict(plan.options),
         "damaged": damaged,
         "tiles": {"kept": len(plan), **{k: len(v) for k, v in plan.dropped.items()}},
+        "source_tiles": None if reading is None else asdict(reading),
     }
 
 

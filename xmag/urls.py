@@ -120,11 +120,15 @@ class Url:
 
     def size(self) -> int:
         """Its length in bytes. Raises what the store does; see `told`."""
+        return int(self.info()["size"])
+
+    def info(self) -> dict[str, Any]:
+        """What the store says of the file, its "size" at least. Raises what the store does."""
         store, path = self.store()
-        facts = store.info(path)
+        facts: dict[str, Any] = store.info(path)
         if facts.get("type") == "directory":
             raise IsADirectoryError
-        return int(facts["size"])
+        return facts
 
     def read(self) -> bytes:
         """All of its bytes. Raises what the store does; see `told`."""

@@ -115,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as opened:
             opened.seek(first)
             body = opened.read(last - first + 1)
-        self._answer(206, body, {"Content-Range": f"bytes {first}-{last}/{size}"})
+        # As Apache makes it: from the time of change and the size.
+        etag = f'"{file.stat().st_mtime_ns:x}-{size:x}"'
+        self._answer(206, body, {"Content-Range": f"bytes {first}-{last}/{size}", "ETag": etag})
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -21,7 +21,7 @@ from xmag.cohort.failures import costs_a_row, failed_row
 from xmag.cohort.jobs import Job
 from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
 from xmag.cohort.report import CohortRow
-from xmag.cohort.resume import Found
+from xmag.cohort.resume import Found, earlier_of
 from xmag.cohort.settings import Settings
 from xmag.cohort.sharing import Share
 from xmag.cohort.single import save, skipped_row
@@ -34,13 +34,13 @@ from xmag.tiles import (
     Begun,
     DecodeJob,
     DecodingPool,
-    Earlier,
     Event,
     Failed,
     Filled,
     Finished,
     Opened,
     Planned,
+    Reading,
     Thumbnail,
     Tiles,
     Warned,
@@ -121,6 +121,7 @@ class _UnderWay:
     plan: TilePlan | None = None
     thumbnail: Thumbnail | None = None
     features: NDArray[np.float32] | None = None
+    reading: Reading | None = None
     landed: int = 0
     all_sent: bool = False
 
@@ -160,7 +161,10 @@ class _Pipeline:
             earlier = None
             with self._costs_a_row(slide):
                 slide.found = self._share.earlier(job)
-                earlier = _earlier(slide, settings)
+                if slide.found is not None:
+                    thumbnail = is_picture_missing(job, settings)
+                    seen = self._share.seen
+                    earlier = earlier_of(slide.found, job, settings, seen, thumbnail=thumbnail)
             if slide.number not in self._under_way:
                 continue
             yield DecodeJob(
@@ -229,6 +233,7 @@ class _Pipeline:
             slide.plan, slide.thumbnail = event.plan, event.thumbnail
             slide.features = np.empty((len(event.plan), self._settings.encoder.embed_dim), "f4")
         elif isinstance(event, Finished):
+            slide.reading = event.reading
             self._note_all_sent(slide, event.lost)
         elif isinstance(event, Failed):
             self._end(slide, failed_row(slide.job, event.reason, slide.start))
@@ -239,10 +244,13 @@ class _Pipeline:
             assert slide.plan is not None
             slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
         found = slide.found
-        if found is None or not found.is_of(slide.slide, slide.job, self._settings):
+        sha256 = None if slide.reading is None else slide.reading.sha256
+        if found is None or not found.is_of(slide.slide, sha256, slide.job, self._settings):
             slide.all_sent = True
             self._save_if_complete(slide)
-        elif slide.thumbnail is None:
+            return
+        self._share.seen.add(slide.job, found.sha256, slide.slide.version)
+        if slide.thumbnail is None:
             self._end(slide, skipped_row(slide.job, found))
         else:
             del self._under_way[slide.number]
@@ -297,9 +305,12 @@ class _Pipeline:
             settings.encoder,
             transform=settings.transform,
             damaged=settings.damaged,
+            reading=done.reading,
         )
         self._draw(done)
-        return save(bag, done.job, self._share, settings, done.start)
+        return save(
+            bag, done.slide, done.job, share=self._share, settings=settings, start=done.start
+        )
 
     def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
         """Draw the picture that was not asked for when the bag was made."""
@@ -313,16 +324,3 @@ class _Pipeline:
             kept = Kept.of(slide.slide, slide.thumbnail)
             tissue = slide.thumbnail.tissue
             write_picture(kept, slide.job, self._settings, tissue, slide.plan)
-
-
-def _earlier(slide: _UnderWay, settings: Settings) -> Earlier | None:
-    """What is wanted of a slide that was done before; None if it was not."""
-    if slide.found is None:
-        return None
-    content, mpp = slide.found.of_slide
-    return Earlier(
-        content=None if content is None else dict(content),
-        mpp=mpp,
-        thumbnail=is_picture_missing(slide.job, settings),
-        redo=settings.on_mismatch == "redo",
-    )

@@ -31,7 +31,8 @@ class CohortRow:
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
-    is relative to the output folder, `seconds` is 0 for what was skipped.
+    is relative to the output folder, `seconds` is 0 for what was skipped. `empty_source_tiles` is
+    how many tiles of the level that is read the slide declares empty.
     """
 
     slide: str
@@ -40,6 +41,7 @@ class CohortRow:
     seconds: float = 0.0
     error: str = ""
     output: str = ""
+    empty_source_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.cohort.locks import Claims, Unclaimed
 from xmag.cohort.pictures import refuse_foreign_picture
-from xmag.cohort.resume import Found, find_earlier
+from xmag.cohort.resume import Found, Seen, find_earlier
 from xmag.cohort.settings import Settings
 from xmag.errors import MismatchError, OutputError
 from xmag.provenance import Provenance
@@ -35,6 +35,7 @@ class Share:
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
         self._found: dict[Job, Found | None] = {}
         out = settings.out
+        self.seen = Seen(out)
         self._claims = Claims(out) if isinstance(out, Path) else Unclaimed()
         self._refused: dict[Job, OutputError] = {}
         for job in jobs:
@@ -50,6 +51,7 @@ class Share:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.seen.write()
         self._claims.__exit__(kind, error, trace)
 
     def rounds(self) -> Iterator[Iterator[Job]]:

@@ -9,12 +9,13 @@ from xmag.cohort.failures import costs_a_row
 from xmag.cohort.jobs import Job
 from xmag.cohort.pictures import is_picture_missing, write_picture
 from xmag.cohort.report import CohortRow, Status
-from xmag.cohort.resume import Found
+from xmag.cohort.resume import Found, earlier_of
 from xmag.cohort.settings import Settings
 from xmag.cohort.sharing import Share
 from xmag.extract import embed_plan
 from xmag.plan import TilePlan, plan_tiles
-from xmag.slide import Slide
+from xmag.slide import Slide, SlideFacts
+from xmag.tiles import reading_of
 from xmag.tissue import TissueMask, find_tissue
 
 
@@ -30,14 +31,25 @@ def one_by_one(share: Share, settings: Settings) -> Generator[tuple[Job, CohortR
 
 def skipped_row(job: Job, found: Found) -> CohortRow:
     """The row of a slide whose bag is there already."""
-    return CohortRow(slide=job.name, status="skipped", tiles=found.tiles, output=str(job.output))
+    return CohortRow(
+        slide=job.name,
+        status="skipped",
+        tiles=found.tiles,
+        output=str(job.output),
+        empty_source_tiles=found.empty,
+    )
 
 
-def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
+def save(
+    bag: FeatureBag, slide: SlideFacts, job: Job, *, share: Share, settings: Settings, start: float
+) -> CohortRow:
     """Write a slide's bag where it belongs; the row of the slide."""
     share.check_folder()
     # Once more when it is written: a share may go away at any time.
     save_bag(bag, settings.out / job.output, check=share.check_folder, inside=settings.out)
+    assert bag.provenance is not None
+    made = Found(len(bag), bag.provenance.record)
+    share.seen.add(job, made.sha256, slide.version)
     status: Status = "done" if len(bag) else "empty"
     return CohortRow(
         slide=job.name,
@@ -45,17 +57,26 @@ def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: flo
         tiles=len(bag),
         seconds=time.monotonic() - start,
         output=str(job.output),
+        empty_source_tiles=made.empty,
     )
 
 
 def _row_of(job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
     found = share.earlier(job)
     with Slide(job.path, mpp=job.mpp) as slide:
-        if found is not None and found.is_of(slide.facts, job, settings):
-            if is_picture_missing(job, settings):
-                write_picture(slide, job, settings, *_planned(slide, settings))
-            return skipped_row(job, found)
-        mask, plan = _planned(slide, settings)
+        planned = None
+        if found is not None:
+            thumbnail, sha256 = is_picture_missing(job, settings), None
+            earlier = earlier_of(found, job, settings, share.seen, thumbnail=thumbnail)
+            if earlier.is_to_compare(slide.facts):
+                planned = _planned(slide, settings)
+                sha256 = reading_of(slide, planned[1]).sha256
+            if found.is_of(slide.facts, sha256, job, settings):
+                share.seen.add(job, found.sha256, slide.facts.version)
+                if thumbnail:
+                    write_picture(slide, job, settings, *(planned or _planned(slide, settings)))
+                return skipped_row(job, found)
+        mask, plan = planned or _planned(slide, settings)
         if settings.overlay:
             write_picture(slide, job, settings, mask, plan)
         bag = embed_plan(
@@ -66,8 +87,9 @@ def _row_of(job: Job, share: Share, settings: Settings, start: float) -> CohortR
             progress=False,
             transform=settings.transform,
             damaged=settings.damaged,
+            tissue=mask,
         )
-    return save(bag, job, share, settings, start)
+    return save(bag, slide.facts, job, share=share, settings=settings, start=start)
 
 
 def _planned(slide: Slide, settings: Settings) -> tuple[TissueMask | None, TilePlan]:

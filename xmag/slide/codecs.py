@@ -20,6 +20,7 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
+from xmag.slide.integrity import check_jpeg, check_zeros
 from xmag.slide.reader import Pixels
 
 JPEG = 7
@@ -27,14 +28,17 @@ APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
-_LOST_BYTES = 512
-"""A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _MAX_SCANS = 200
 """Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segments that say how large a JPEG is, and of which components."""
 _SCAN = re.compile(rb"\xff\xda")
 """How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
+_RESTART = re.compile(rb"\xff[\xd0-\xd9]")
+_RESTART_BYTES = 16
+"""In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
+_WEBP_ZEROS = 8
+"""A WebP ends in fewer: what pads the last bits, and a byte to make the length even."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -113,6 +117,7 @@ class _JpegDecoder:
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream, expected = self._complete(data)
         check_scans(stream)
+        check_jpeg(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
             self._check(width, height, colorspace, expected)
@@ -143,6 +148,8 @@ class _JpegDecoder:
     def _complete(self, data: bytes) -> tuple[bytes, str]:
         """(`data` with the tables it shares and a marker of its colour space, that space)."""
         if self._header is not None:
+            if not _RESTART.search(data, max(0, len(data) - _RESTART_BYTES)):
+                raise DamagedSlideError("its stretch of a JPEG does not end with a marker")
             # A stretch that ends with a restart marker lacks the end; the last has one already.
             data = self._header + data + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
@@ -306,11 +313,18 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    if bytes(_LOST_BYTES) in data:
-        raise DamagedSlideError(
-            f"its WebP has a stretch of {_LOST_BYTES} zeros, as where bytes were lost"
-        )
+    check_zeros(data, "WebP")
+    # It ends without a marker, and says itself where; what follows pads.
+    if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(_WEBP_ZEROS)):
+        raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
     return imagecodecs.webp_decode(data)
+
+
+def _zstd(data: bytes, *, out: int) -> bytes:
+    """What a Zstandard frame holds. Most writers leave its checksum out."""
+    check_zeros(data, "Zstandard")
+    unpacked: bytes = imagecodecs.zstd_decode(data, out=out)
+    return unpacked
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -321,7 +335,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
         32773: imagecodecs.packbits_decode,
-        50000: imagecodecs.zstd_decode,
+        50000: _zstd,
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):

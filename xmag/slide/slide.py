@@ -26,13 +26,19 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideFacts:
-    """What a record of results says about a slide; each is the attribute of Slide by that name."""
+    """What a record of results says about a slide; each is the attribute of Slide by that name.
+
+    All but `version`, which changes when the file is written: its size and time of change, or the
+    ETag that a store has for it. It may tell when a patient was scanned, and belongs into no
+    result.
+    """
 
     name: str
     format: str
     mpp: float | None
     mpp_source: str
     fingerprint: Mapping[str, Any] | None
+    version: str | None = None
 
 
 class Slide:
@@ -68,9 +74,13 @@ class Slide:
         place = place_of(path)
         self._path: Place | None = place.absolute() if isinstance(place, Path) else place
         self._region = region
+        self._version: str | None
+        # Before it is read: what is written to it from now on is another version.
+        version = _version(self._path)
         reader = open_reader(self._path, region)
         try:
             self._set(reader, self._path.name, *judge(reader.metadata, given, self._path.name))
+            self._version = self._remote.version if self._remote else version
         except BaseException:
             reader.close()
             raise
@@ -89,6 +99,7 @@ class Slide:
         self._name = readable(name)
         self._mpp = mpp
         self._mpp_source = mpp_source
+        self._version = None
         self._closed = False
 
     @property
@@ -169,6 +180,7 @@ class Slide:
             mpp=self.mpp,
             mpp_source=self.mpp_source,
             fingerprint=self.fingerprint,
+            version=self._version,
         )
 
     def scale_for(self, spec: TileSpec) -> ReadScale:
@@ -261,6 +273,15 @@ class Slide:
         reader = self.reader
         source = reader if self._path is None else (self._path, self._region)
         return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
+
+
+def _version(path: Place) -> str | None:
+    """The size and the time of change of a file of this machine; None where there is none."""
+    try:
+        found = path.stat() if isinstance(path, Path) else None
+    except OSError:
+        return None  # opening it says why
+    return None if found is None else f"{found.st_size} bytes at {found.st_mtime_ns} ns"
 
 
 def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:

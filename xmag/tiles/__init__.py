@@ -3,7 +3,7 @@
 Decoding processes live here alone, and threads too, but for those that decode a large window.
 """
 
-from xmag.tiles.decoding import Damaged
+from xmag.tiles.decoding import Damaged, Reading
 from xmag.tiles.messages import (
     Begun,
     DecodeJob,
@@ -26,6 +26,7 @@ from xmag.tiles.threads import (
     default_threads,
     read_rows,
     read_tiles,
+    reading_of,
 )
 from xmag.tiles.worker import reason_of
 
@@ -44,6 +45,7 @@ __all__ = [
     "Limits",
     "Opened",
     "Planned",
+    "Reading",
     "Thumbnail",
     "Tiles",
     "Warned",
@@ -51,5 +53,6 @@ __all__ = [
     "default_threads",
     "read_rows",
     "read_tiles",
+    "reading_of",
     "reason_of",
 ]

@@ -11,7 +11,7 @@ from xmag.geometry import TileSpec
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.slide.reader import Pixels
-from xmag.tiles.decoding import Damaged
+from xmag.tiles.decoding import Damaged, Reading
 from xmag.tissue import TissueMask
 from xmag.urls import Place
 
@@ -21,13 +21,26 @@ class Earlier:
     """A slide as it was when it was done before, and what is wanted now.
 
     While its content and scale are those: no tiles, and its thumbnail only if `thumbnail`.
-    Otherwise all that the job says if `redo`, and else nothing.
+    Otherwise all that the job says if `redo`, and else nothing. `sha256` is of the bytes that were
+    read then, and `versions` those of the file (see SlideFacts) that had them.
     """
 
     content: Mapping[str, Any] | None
     mpp: float | None
     thumbnail: bool
     redo: bool
+    sha256: str | None = None
+    versions: frozenset[str] = frozenset()
+
+    def is_to_compare(self, slide: SlideFacts) -> bool:
+        """Whether the bytes have to be read again: the file was written since, at the same size."""
+        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
+        return is_same and bool(self.versions) and slide.version not in self.versions
+
+    def is_of(self, slide: SlideFacts, sha256: str | None) -> bool:
+        """Whether the slide is as it was; `sha256` is None where its bytes were not read again."""
+        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
+        return is_same and sha256 in (None, self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +129,12 @@ class Finished:
     """All that was wanted of the slide has been sent.
 
     `lost`, bool (N,), says which tiles of the plan were damaged and left out; None where none was.
+    `reading` is None where no tile was read.
     """
 
     number: int
     lost: NDArray[np.bool_] | None = None
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)

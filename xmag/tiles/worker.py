@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from xmag.errors import XmagError, XmagWarning
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
+from xmag.tiles.decoding import Reading
 from xmag.tiles.messages import (
     Begun,
     DecodeJob,
@@ -38,8 +39,8 @@ from xmag.tiles.messages import (
     Warned,
 )
 from xmag.tiles.shared import Arena
-from xmag.tiles.threads import read_rows
-from xmag.tissue import find_tissue
+from xmag.tiles.threads import read_rows, reading_of
+from xmag.tissue import TissueMask, find_tissue
 
 _LOOK_FOR_PARENT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -137,26 +138,27 @@ class _Worker:
         self._number, self._start, self._waited_s = job.number, time.monotonic(), 0.0
         self._send(Begun(job.number))
         try:
-            lost = self._decode(job)
+            lost, reading = self._decode(job)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         # Whatever is wrong with one slide is told, and the next one is done.
         except Exception as error:  # noqa: BLE001
             self._send(Failed(job.number, self._reason_of(error)))
         else:
-            self._send(Finished(job.number, lost))
+            self._send(Finished(job.number, lost, reading))
 
-    def _decode(self, job: DecodeJob) -> NDArray[np.bool_] | None:
-        """Send all that is wanted of a slide; which of its tiles were lost, if any was."""
+    def _decode(self, job: DecodeJob) -> tuple[NDArray[np.bool_] | None, Reading | None]:
+        """Send all that is wanted of a slide; which tiles were lost, and what was read."""
         with Slide(job.path, mpp=job.mpp) as slide:
             self._send(Opened(job.number, slide.facts))
-            tiles, thumbnail = _wanted(job, slide.facts)
+            planned, reading = None, None
+            if job.earlier is not None and job.earlier.is_to_compare(slide.facts):
+                planned = _planned(job, slide)
+                reading = reading_of(slide, planned[1], threads=self._threads)
+            tiles, thumbnail = _wanted(job, slide.facts, reading)
             if not (tiles or thumbnail):
-                return None
-            mask = find_tissue(slide) if job.tissue == "auto" else None
-            plan = plan_tiles(
-                slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue
-            )
+                return None, reading
+            mask, plan = planned or _planned(job, slide)
             small = None
             if thumbnail and job.thumbnail_px is not None:
                 small = Thumbnail(
@@ -165,18 +167,21 @@ class _Worker:
                     tissue=mask,
                 )
             self._send(Planned(job.number, plan, small))
-            if not tiles:
-                return None
-            return self._send_tiles(slide, plan, job)
+            return self._send_tiles(slide, plan, mask, job) if tiles else (None, reading)
 
-    def _send_tiles(self, slide: Slide, plan: TilePlan, job: DecodeJob) -> NDArray[np.bool_] | None:
+    def _send_tiles(
+        self, slide: Slide, plan: TilePlan, mask: TissueMask | None, job: DecodeJob
+    ) -> tuple[NDArray[np.bool_] | None, Reading]:
         lost = np.ones(len(plan), np.bool_)
+        readings: list[Reading] = []
         batches = read_rows(
             slide,
             plan,
             batch_size=len(self._arena.slot(0)),
             threads=self._threads,
             damaged=job.damaged,
+            tissue=mask,
+            note=readings.append,
         )
         with closing(batches):
             for rows, pixels in batches:
@@ -186,7 +191,7 @@ class _Worker:
                 slot = self._free.popleft()
                 self._arena.slot(slot)[: len(pixels)] = pixels
                 self._send(Filled(job.number, slot, len(pixels)))
-        return lost if lost.any() else None
+        return lost if lost.any() else None, readings[0]
 
     def _reason_of(self, error: Exception) -> str:
         # A thread that gets no stack is told like this.
@@ -221,11 +226,17 @@ class _Worker:
             self._jobs.append(message)
 
 
-def _wanted(job: DecodeJob, slide: SlideFacts) -> tuple[bool, bool]:
+def _planned(job: DecodeJob, slide: Slide) -> tuple[TissueMask | None, TilePlan]:
+    mask = find_tissue(slide) if job.tissue == "auto" else None
+    plan = plan_tiles(slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue)
+    return mask, plan
+
+
+def _wanted(job: DecodeJob, slide: SlideFacts, reading: Reading | None) -> tuple[bool, bool]:
     """Whether tiles, and whether a thumbnail, are wanted of a slide with these facts."""
     earlier = job.earlier
     if earlier is None:
         return True, job.thumbnail_px is not None
-    if (earlier.content, earlier.mpp) == (slide.fingerprint, slide.mpp):
+    if earlier.is_of(slide, None if reading is None else reading.sha256):
         return False, earlier.thumbnail
     return earlier.redo, earlier.redo and job.thumbnail_px is not None
