@@ -93,6 +93,13 @@ class FeatureBag:
         # Arrays come out of a pickle writable; going through the constructor mends that.
         return FeatureBag, (self.features, self.coords, self.provenance, self.tiles)
 
+    @property
+    def coverage(self) -> float | None:
+        """The share of the slide's tissue under tiles, 0 to 1; None where none is recorded."""
+        tissue = self.provenance.record.get("tissue") if self.provenance else None
+        share = tissue.get("coverage") if isinstance(tissue, Mapping) else None
+        return None if share is None else float(share)
+
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.
 

@@ -28,12 +28,14 @@ class CohortRow:
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
-    is relative to the output folder, `seconds` is 0 for what was skipped.
+    is relative to the output folder, `seconds` is 0 for what was skipped. `coverage` is the share
+    of the tissue that lies under tiles, None where no tissue is known.
     """
 
     slide: str
     status: Status
     tiles: int = 0
+    coverage: float | None = None
     seconds: float = 0.0
     error: str = ""
     output: str = ""
@@ -73,7 +75,9 @@ class CohortReport(Sequence[CohortRow]):
         writer.writerow(names)
         for row in self.rows:
             values = {name: getattr(row, name) for name in names}
-            writer.writerow({**values, "seconds": f"{row.seconds:.2f}"}.values())
+            share = "" if row.coverage is None else f"{row.coverage:.3f}"
+            values |= {"seconds": f"{row.seconds:.2f}", "coverage": share}
+            writer.writerow(values.values())
         return out.getvalue()
 
 

@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A valid bag of an earlier run: its number of tiles, and what its provenance records."""
+    """A valid bag of an earlier run: its number of tiles, its record, and its coverage."""
 
     tiles: int
     record: Mapping[str, Any]
+    coverage: float | None = None
 
     @property
     def of_slide(self) -> tuple[Mapping[str, Any] | None, float | None]:
@@ -91,7 +92,7 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         else:
             differences = expected.differences(bag.provenance) + _lost(bag.provenance, settings)
             if not differences:
-                return Found(len(bag), bag.provenance.record)
+                return Found(len(bag), bag.provenance.record, bag.coverage)
     if settings.on_mismatch == "redo":
         return None
     raise MismatchError(

@@ -30,7 +30,13 @@ def one_by_one(share: Share, settings: Settings) -> Generator[tuple[Job, CohortR
 
 def skipped_row(job: Job, found: Found) -> CohortRow:
     """The row of a slide whose bag is there already."""
-    return CohortRow(slide=job.name, status="skipped", tiles=found.tiles, output=str(job.output))
+    return CohortRow(
+        slide=job.name,
+        status="skipped",
+        tiles=found.tiles,
+        coverage=found.coverage,
+        output=str(job.output),
+    )
 
 
 def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: float) -> CohortRow:
@@ -43,6 +49,7 @@ def save(bag: FeatureBag, job: Job, share: Share, settings: Settings, start: flo
         slide=job.name,
         status=status,
         tiles=len(bag),
+        coverage=bag.coverage,
         seconds=time.monotonic() - start,
         output=str(job.output),
     )
@@ -78,5 +85,6 @@ def _planned(slide: Slide, settings: Settings) -> tuple[TissueMask | None, TileP
         tissue=mask,
         overlap=settings.overlap,
         min_tissue=settings.min_tissue,
+        border=settings.border,
     )
     return mask, plan

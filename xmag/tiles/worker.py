@@ -155,7 +155,12 @@ class _Worker:
                 return None
             mask = find_tissue(slide) if job.tissue == "auto" else None
             plan = plan_tiles(
-                slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue
+                slide,
+                job.spec,
+                tissue=mask,
+                overlap=job.overlap,
+                min_tissue=job.min_tissue,
+                border=job.border,
             )
             small = None
             if thumbnail and job.thumbnail_px is not None:
