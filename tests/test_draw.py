@@ -107,7 +107,8 @@ def test_kept_tiles_are_tinted_and_dropped_ones_are_not():
     slide = white_slide(1600, 1300)
     mask = np.zeros((81, 100), bool)
     mask[:30, :30] = True
-    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=mask_of(slide, mask))
+    tissue = mask_of(slide, mask)
+    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=tissue, border="drop")
     pixels = np.asarray(draw.overlay(slide, plan=plan, max_px=800), int)
     for x, y in plan.coords // 2 + 50:
         red, green, blue = pixels[y, x]
@@ -120,7 +121,8 @@ def test_dropped_cells_have_a_thin_line_by_reason_under_the_kept_ones():
     slide = white_slide(1600, 1300)
     mask = np.zeros((81, 100), bool)
     mask[:12, :12] = True
-    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=mask_of(slide, mask))
+    tissue = mask_of(slide, mask)
+    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=tissue, border="drop")
     image = draw.overlay(slide, plan=plan, max_px=800)
     assert plan.coords.tolist() == [[0, 0]]
     assert image.getpixel((750, 599)) == THIN
@@ -157,7 +159,8 @@ def test_without_a_scale_there_is_no_scale_bar():
 
 def test_thousands_of_tiles_remain_distinct_and_a_single_one_is_drawn():
     slide = white_slide(3000, 2000)
-    plan = plan_tiles(slide, TileSpec(size_px=16))  # 32 level-0 px, 12.8 on the picture
+    # 32 level-0 px, 12.8 on the picture
+    plan = plan_tiles(slide, TileSpec(size_px=16), border="drop")
     drawn = is_colour(draw.overlay(slide, plan=plan, max_px=1200), BLUE, (1200, 800))
     assert len(plan) == 93 * 62
     assert 0.1 < drawn.mean() < 0.35

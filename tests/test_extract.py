@@ -56,7 +56,7 @@ def test_an_open_slide_stays_open_and_gives_the_same_as_its_path(slide_path):
 
 def test_no_tissue_detection_means_every_tile(slide_path):
     bag = extract_features(slide_path, model=ColourEncoder(), tissue=None)
-    assert len(bag) == (4000 // 448) * (3000 // 448)
+    assert len(bag) == -(-4000 // 448) * -(-3000 // 448)
 
 
 def test_a_plan_of_the_users_is_followed(fake_slide):
@@ -157,7 +157,7 @@ def test_a_slide_without_a_scale_names_the_remedy(tmp_path):
     with pytest.raises(SlideScaleError, match="mpp="):
         extract_features(tmp_path / "slide.svs", model=ColourEncoder())
     bag = extract_features(tmp_path / "slide.svs", model=ColourEncoder(), mpp=0.25, tissue=None)
-    assert len(bag) == 4
+    assert len(bag) == 3 * 3
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])
@@ -180,5 +180,5 @@ def test_progress_shows_by_default_on_a_terminal(fake_slide, monkeypatch):
 
 def test_mini_embeds_a_slide_from_end_to_end(slide_path):
     bag = extract_features(slide_path, model="xmag-mini", tissue=None)
-    assert bag.features.shape == (2, 192)
+    assert bag.features.shape == (3 * 2, 192)
     assert bag.provenance.record["model"]["name"] == "xmag-mini"

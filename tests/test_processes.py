@@ -54,6 +54,7 @@ def job(number, path):
         tissue=None,
         overlap=0,
         min_tissue=0.25,
+        border="shift",
     )
 
 

@@ -144,9 +144,7 @@ def _keep_pieces(
             low, high = (v * tissue.downsample for v in (across.start, across.stop))
             near.append(np.flatnonzero((axis.corners < high) & (axis.corners + side > low)))
             edges.append(axis.corners[near[-1]] - low)
-        area = _windows(
-            _area(part), tissue.downsample, *((edge, edge + side) for edge in edges)
-        )
+        area = _windows(_area(part), tissue.downsample, *((edge, edge + side) for edge in edges))
         area[~usable[np.ix_(near[1], near[0])]] = 0
         if area.size and area.max() > _SLACK_PX:
             y, x = np.unravel_index(area.argmax(), area.shape)
@@ -182,7 +180,7 @@ def _touched(corners: NDArray[np.int64], side: float, tissue: TissueMask) -> Boo
 def painted(
     first: NDArray[np.int64], last: NDArray[np.int64], shape: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Which places of a (height, width) lie in one of the boxes from `first` up to `last`, (N, 2)."""
+    """The places, bool (height, width), in one of the boxes from `first` up to `last`, (N, 2)."""
     change = np.zeros((shape[0] + 1, shape[1] + 1), np.int64)
     for x, y, by in ((first, first, 1), (last, first, -1), (first, last, -1), (last, last, 1)):
         np.add.at(change, (y[:, 1], x[:, 0]), by)
@@ -214,9 +212,7 @@ def tissue_under(
     return found
 
 
-def _windows(
-    area: _Area, downsample: float, x: tuple[Any, Any], y: tuple[Any, Any]
-) -> _Floats:
+def _windows(area: _Area, downsample: float, x: tuple[Any, Any], y: tuple[Any, Any]) -> _Floats:
     """The area of the mask, in its px, in each window of a grid: (rows, columns)."""
     (x0, x1), (y0, y1) = (tuple(edge / downsample for edge in edges) for edges in (x, y))
     y0, y1 = y0[:, None], y1[:, None]

@@ -69,7 +69,7 @@ class TilePlan:
 
     @cached_property
     def for_piece(self) -> NDArray[np.bool_]:
-        """bool (N,): the tiles that are there only as the best one of a piece of tissue."""
+        """The tiles, bool (N,), that are there only as the best one of a piece of tissue."""
         letters = np.array([letter for row in self.cells for letter in row if letter in _KEPT])
         return np.asarray(letters == PIECE)
 

@@ -266,9 +266,7 @@ class TissueMask:
 def _remade(
     mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any], too_small: Bools | None
 ) -> TissueMask:
-    return TissueMask(
-        mask=mask, mpp=mpp, downsample=downsample, method=method, too_small=too_small
-    )
+    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method, too_small=too_small)
 
 
 def _packed(mask: Bools) -> str:

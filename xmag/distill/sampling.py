@@ -97,9 +97,7 @@ def plan_slides(
     method = TISSUE_METHOD if tissue == "auto" else None
     options = {
         "kind": "slides",
-        **plan_options(
-            overlap=overlap, min_tissue=min_tissue, border="drop", tissue_method=method
-        ),
+        **plan_options(overlap=overlap, min_tissue=min_tissue, border="drop", tissue_method=method),
     }
     files = _found(slides, root, is_slide_path, kind="slides")
     request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)

@@ -96,7 +96,10 @@ def box_of(corner: NDArray[np.int64], side: int, per_level0: float) -> Box:
 
 
 def mean_on_picture(
-    values: NDArray[np.float64], coords: NDArray[np.int64], side: int, size: tuple[int, int],
+    values: NDArray[np.float64],
+    coords: NDArray[np.int64],
+    side: int,
+    size: tuple[int, int],
     per_level0: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The mean of the values (N, K) of the tiles on each px of a picture, and where there are any.
@@ -114,7 +117,7 @@ def mean_on_picture(
 
 
 def overlaps(coords: NDArray[np.int64], side: int) -> bool:
-    """Whether tiles with these corners, on rows and columns, overlap: by more than rounding does."""
+    """Whether columns or rows of tiles with these corners overlap, by more than rounding does."""
     gaps = (np.diff(np.unique(axis)) for axis in coords.T)
     return any(bool((gap < side - 1).any()) for gap in gaps)
 
