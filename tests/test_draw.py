@@ -274,3 +274,30 @@ def test_a_bag_that_does_not_belong_to_the_slide_is_refused():
     other = bag_of(white_slide(1000, 900), np.zeros((1, 4)), [[0, 0]])
     with pytest.raises(InputError, match="give the slide that the bag was made from"):
         draw.feature_map(slide, other)
+
+
+def test_where_tiles_overlap_the_map_shows_the_mean_of_their_colours():
+    slide = white_slide(1600, 1200)
+    coords = [(0, 0), (800, 0), (400, 400), (800, 400)]  # the third moved inwards over the fourth
+    features = np.random.default_rng(5).normal(size=(4, 5)).astype(np.float32)
+    pixels = np.asarray(draw.feature_map(slide, bag_of(slide, features, coords, size=800)), int)
+    third, both, fourth = (pixels[1000, x] for x in (600, 1000, 1400))
+    assert np.abs(third - fourth).max() > 10
+    np.testing.assert_allclose(both, (third + fourth) / 2, atol=1.5)
+
+
+def test_a_tile_for_a_piece_of_tissue_is_green_and_the_legend_tells_of_coverage():
+    slide = white_slide(1600, 1200)
+    mask = np.zeros((75, 100), bool)
+    mask[:25, :25], mask[60:66, 50:55] = True, True
+    plan = plan_tiles(slide, TileSpec(size_px=200), tissue=mask_of(slide, mask))
+    assert plan.cells == ("#ttt", "tttt", "ttpt")
+    image = draw.overlay(slide, plan=plan, max_px=800)
+    assert image.getpixel((400, 500)) == image.getpixel((599, 500)) == (0, 158, 115)
+    assert image.getpixel((0, 100)) == BLUE
+    texts = [key.text for key in overview._draw_plan(image, plan, 0.5)]
+    assert texts == [
+        f"2 tiles, {plan.coverage:.0%} of the tissue",
+        "1 of them for a small piece of tissue",
+        "10 too little tissue",
+    ]

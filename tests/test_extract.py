@@ -9,13 +9,14 @@ from support.encoders import ColourEncoder
 from support.fake_reader import FakeTileReader, noise
 from support.slides import write_svs
 
+from xmag.bag import FeatureBag
 from xmag.errors import InputError, ModelError, SlideError, SlideScaleError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import read_tiles
-from xmag.tissue import find_tissue
+from xmag.tissue import TissueMask, find_tissue
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,23 @@ def test_mini_embeds_a_slide_from_end_to_end(slide_path):
     bag = extract_features(slide_path, model="xmag-mini", tissue=None)
     assert bag.features.shape == (3 * 2, 192)
     assert bag.provenance.record["model"]["name"] == "xmag-mini"
+
+
+def test_what_the_tiles_cover_of_the_tissue_stands_in_the_bag_and_its_file(fake_slide, tmp_path):
+    mask = np.zeros((75, 100), bool)
+    mask[:60, 20:] = True
+    tissue = TissueMask.from_array(mask, fake_slide)
+    options = {"model": ColourEncoder(), "tissue": tissue}
+    bag = extract_features(fake_slide, **options)
+    plan = plan_tiles(fake_slide, ColourEncoder.tile_spec, tissue=tissue)
+    assert np.array_equal(bag.coords, plan.coords)
+    bag.save(tmp_path / "a.h5")
+    assert FeatureBag.load(tmp_path / "a.h5").coverage == bag.coverage == plan.coverage > 0.95
+    assert bag.provenance.record["tissue"]["mm2"] == pytest.approx(80 * 60 * 0.005**2)
+    with pytest.warns(XmagWarning, match=r"border='shift'"):
+        less = extract_features(fake_slide, **options, border="drop")
+    assert less.coverage < 0.9
+    assert bag.provenance.differences(less.provenance) == [
+        "plan.border: 'drop' there, 'shift' here"
+    ]
+    assert extract_features(fake_slide, model=ColourEncoder(), tissue=None).coverage is None
