@@ -289,7 +289,7 @@ def test_where_tiles_overlap_the_map_shows_the_mean_of_their_colours():
 def test_a_tile_for_a_piece_of_tissue_is_green_and_the_legend_tells_of_coverage():
     slide = white_slide(1600, 1200)
     mask = np.zeros((75, 100), bool)
-    mask[:25, :25], mask[60:66, 50:55] = True, True
+    mask[:25, :25] = mask[60:71, 50:62] = True
     plan = plan_tiles(slide, TileSpec(size_px=200), tissue=mask_of(slide, mask))
     assert plan.cells == ("#ttt", "tttt", "ttpt")
     image = draw.overlay(slide, plan=plan, max_px=800)

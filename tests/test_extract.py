@@ -191,7 +191,7 @@ def test_what_the_tiles_cover_of_the_tissue_stands_in_the_bag_and_its_file(fake_
     tissue = TissueMask.from_array(mask, fake_slide)
     options = {"model": ColourEncoder(), "tissue": tissue}
     bag = extract_features(fake_slide, **options)
-    plan = plan_tiles(fake_slide, ColourEncoder.tile_spec, tissue=tissue)
+    plan = plan_tiles(fake_slide, ColourEncoder().tile_spec, tissue=tissue)
     assert np.array_equal(bag.coords, plan.coords)
     bag.save(tmp_path / "a.h5")
     assert FeatureBag.load(tmp_path / "a.h5").coverage == bag.coverage == plan.coverage > 0.95
