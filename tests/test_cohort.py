@@ -14,7 +14,7 @@ from xmag import provenance
 from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort, settings
 from xmag.cohort.resume import SEEN_NAME
-from xmag.errors import InputError, MismatchError, OutputError
+from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 
@@ -70,7 +70,7 @@ def test_the_report_is_a_csv_beside_the_outputs_without_absolute_paths(folder, o
     report = run(folder, out)
     rows = read_report(out)
     assert [row["slide"] for row in rows] == [row.slide for row in report]
-    assert [int(row["tiles"]) for row in rows] == [6, 6, 6]
+    assert [int(row["tiles"]) for row in rows] == [12, 12, 12]
     assert rows[1]["output"] == "site 1/b.h5"
     assert str(tmp_path) not in (out / "report.csv").read_text(encoding="utf-8")
 
@@ -91,7 +91,7 @@ def test_running_again_does_only_what_is_missing(folder, out):
     (out / "site 1/b.h5").unlink()
     report = run(folder, out)
     assert [row.status for row in report] == ["skipped", "done", "skipped"]
-    assert [row.tiles for row in report] == [6, 6, 6]
+    assert [row.tiles for row in report] == [12, 12, 12]
     for path, stamp in before.items():
         if path.name != "b.h5":
             assert (path.stat().st_ino, path.stat().st_mtime_ns) == stamp
@@ -102,7 +102,7 @@ def test_a_truncated_output_is_not_done(folder, out):
     whole = (out / "a.h5").read_bytes()
     (out / "a.h5").write_bytes(whole[: len(whole) // 2])
     assert [row.status for row in run(folder, out)] == ["done", "skipped", "skipped"]
-    assert len(FeatureBag.load(out / "a.h5")) == 6
+    assert len(FeatureBag.load(out / "a.h5")) == 12
 
 
 def test_outputs_of_another_model_are_refused_before_any_work_or_redone(folder, out):
@@ -185,7 +185,7 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
     table.write_text("slide,mpp,id\na.svs,,first\nsite 1/b.svs,0.5,second\n", encoding="utf-8")
     report = run(table, out)
     assert [row.output for row in report] == ["first.h5", "second.h5"]
-    assert [row.tiles for row in report] == [6, 30]
+    assert [row.tiles for row in report] == [12, 42]
     assert FeatureBag.load(out / "second.h5").tiles.level0_mpp == 0.5
 
 
@@ -212,7 +212,7 @@ def test_a_csv_that_makes_no_sense_is_refused(folder, out, text, message):
 
 def test_a_csv_as_excel_saves_it_is_read(folder, out):
     (folder / "excel.csv").write_bytes("\ufeffslide,mpp\r\nsite 1/ç.svs,0.5\r\n".encode())
-    assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 30)]
+    assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 42)]
 
 
 @pytest.mark.parametrize("header", ["slide, mpp, id", "Slide,MPP,ID", "slide ,mpp ,id "])
@@ -228,7 +228,7 @@ def test_columns_and_values_may_have_blanks_and_capitals(folder, out, header):
 def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):
     (folder / "twice.csv").write_text("slide,mpp,id\na.svs,0.25,fine\na.svs,0.5,coarse\n")
     report = run(folder / "twice.csv", out)
-    assert [(row.output, row.tiles) for row in report] == [("fine.h5", 6), ("coarse.h5", 30)]
+    assert [(row.output, row.tiles) for row in report] == [("fine.h5", 12), ("coarse.h5", 42)]
     assert [row["output"] for row in read_report(out)] == ["fine.h5", "coarse.h5"]
     (out / "fine.h5").unlink()
     assert [row.status for row in run(folder / "twice.csv", out)] == ["done", "skipped"]
@@ -274,7 +274,7 @@ def test_overlays_are_written_beside_the_bags_and_made_up_for_later(folder, out)
 
 def test_safetensors_are_written_if_asked_for(folder, out):
     run(folder, out, format="safetensors")
-    assert len(FeatureBag.load(out / "a.safetensors")) == 6
+    assert len(FeatureBag.load(out / "a.safetensors")) == 12
 
 
 def test_an_output_folder_that_takes_no_files_is_found_out_before_any_work(folder, out):
@@ -427,3 +427,15 @@ def test_ids_that_windows_reserves_are_refused(folder, out, name):
 def test_ids_that_only_look_reserved_are_taken(folder, out, name):
     (folder / "slides.csv").write_text(f"slide,id\na.svs,{name}\n", encoding="utf-8")
     assert [row.output for row in run(folder / "slides.csv", out)] == [f"{name}.h5"]
+
+
+def test_coverage_is_in_the_row_of_each_slide_also_when_it_was_there_already(folder, out):
+    done = run(folder, out, tissue="auto")
+    bag = FeatureBag.load(out / "a.h5")
+    assert done[0].coverage == bag.coverage > 0.5
+    assert run(folder, out, tissue="auto")[0].coverage == bag.coverage
+    assert {row["coverage"] for row in read_report(out)} == {f"{bag.coverage:.3f}"}
+    with pytest.warns(XmagWarning, match=r"cover .*border='shift'"):
+        dropped = run(folder, out, tissue="auto", border="drop", on_mismatch="redo")
+    assert dropped[0].coverage < 0.9 < bag.coverage
+    assert dropped[0].tiles < done[0].tiles

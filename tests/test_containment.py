@@ -142,7 +142,7 @@ def test_the_time_limit_does_not_count_what_the_caller_takes_to_look(slide):
     """A child that waits for its slots, and one whose messages wait to be read, are in no fault."""
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
     limits, held, outcome = Limits(slide_timeout=5.0), [], None
     with DecodingPool(1, slot_tiles=1, size_px=56, limits=limits) as pool:
@@ -172,7 +172,7 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
     """As when the system runs out of memory: the slide it gets next is not the reason."""
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
     with DecodingPool(1, slot_tiles=64, size_px=56) as pool:
         for _ in range(2):
@@ -190,7 +190,7 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
 def test_children_leave_no_core_file_and_are_the_first_to_go_when_memory_runs_out(slide):
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
     limits = Limits(memory_limit=MEMORY)
     with DecodingPool(1, slot_tiles=64, size_px=56, limits=limits) as pool:

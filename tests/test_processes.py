@@ -54,6 +54,7 @@ def job(number, path):
         tissue=None,
         overlap=0,
         min_tissue=0.25,
+        border="shift",
     )
 
 
@@ -138,7 +139,7 @@ def test_without_shared_memory_a_mapped_file_does(folder, monkeypatch, tmp_path)
             if isinstance(event, Filled):
                 tiles += event.count
                 pool.release(event.slot)
-    assert tiles == 12
+    assert tiles == 20
 
 
 def test_no_room_for_the_memory_is_an_error_that_says_so():

@@ -264,7 +264,7 @@ def test_memory_is_shared_where_the_system_reserves_no_files(monkeypatch):
 def test_children_that_die_before_they_begin_are_not_started_for_ever(folder, capfd):
     job = DecodeJob(
         number=1, path=str(folder / "a.svs"), mpp=None, spec=Spec(size_px=56), tissue=None,
-        overlap=0, min_tissue=0.25,
+        overlap=0, min_tissue=0.25, border="shift",
     )  # fmt: skip
     with (
         DecodingPool(1, slot_tiles=8, size_px=56) as pool,

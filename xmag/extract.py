@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
-from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.grid import Border
+from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
@@ -40,6 +41,8 @@ def extract_features(
     tissue: TissueChoice = "auto",
     plan: TilePlan | None = None,
     mpp: float | None = None,
+    min_tissue: float | None = 0.25,
+    border: Border = "shift",
     batch_size: int | None = None,
     progress: bool | None = None,
     transform: Transform | None = None,
@@ -51,8 +54,11 @@ def extract_features(
         slide: An open Slide, or the path of one, which is opened and closed again.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
-        plan: The tiles to embed, from `plan_tiles`; `tissue` is then not looked at.
+        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue` and `border`
+            are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
+        min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
+        border: As `plan_tiles` has it: "shift" or "drop".
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
         transform: Applied to each batch of tiles, for instance to normalise stains.
@@ -62,7 +68,7 @@ def extract_features(
 
     Returns:
         A bag of float32 (N, D) features, row i for the tile at ``bag.coords[i]``. A slide without
-        tiles gives an empty bag and a warning.
+        tiles gives an empty bag and a warning; so do tiles that cover less than 0.9 of the tissue.
 
     Raises:
         SlideError: The slide cannot be read at the scale of the model; DamagedSlideError where
@@ -93,7 +99,9 @@ def extract_features(
         mask = None
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
-            plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
+            plan = plan_tiles(
+                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, border=border
+            )
         elif plan.spec != encoder.tile_spec:
             raise InputError(
                 f"the plan is for {plan.spec}, but the model wants {encoder.tile_spec}; make the"
@@ -204,8 +212,10 @@ def bag_of(
 ) -> FeatureBag:
     """The bag of embeddings, float32 (N, D), of a plan's tiles, with its provenance.
 
-    Raises ModelError where a value is not finite.
+    Warns where the tiles cover less than 0.9 of the tissue. Raises ModelError where a value is not
+    finite.
     """
+    warn_of_lost_tissue(plan, slide.name)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         row = int(np.argmin(finite))
@@ -319,8 +329,20 @@ def _record(
         },
         "plan": dict(plan.options),
         "damaged": damaged,
-        "tiles": {"kept": len(plan), **{k: len(v) for k, v in plan.dropped.items()}},
+        "tiles": {
+            "kept": len(plan),
+            "for_piece": int(np.count_nonzero(plan.for_piece)),
+            **{k: len(v) for k, v in plan.dropped.items()},
+        },
         "source_tiles": None if reading is None else asdict(reading),
+        "tissue": None
+        if plan.tissue is None
+        else {
+            "coverage": plan.coverage,
+            "mm2": plan.tissue.area_mm2,
+            "uncovered_mm2": plan.uncovered_mm2,
+            "too_small_pieces": plan.tissue.too_small_pieces,
+        },
     }
 
 

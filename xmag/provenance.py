@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from xmag.errors import InputError
 from xmag.urls import readable
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 """Changes only when the same slide and settings give other pixels or another plan."""
 
 _DTYPE_CLASSES = {

@@ -57,7 +57,7 @@ def planned(folder: Path, manifest: Manifest) -> np.ndarray:
     parts = []
     for source in manifest.sources:
         with Slide(folder / source.path) as slide:
-            plan = plan_tiles(slide, manifest.spec, overlap=200)
+            plan = plan_tiles(slide, manifest.spec, overlap=200, border="drop")
             parts += [tiles for _, tiles in read_tiles(slide, plan, threads=1)]
     return np.concatenate(parts)
 

@@ -173,6 +173,13 @@ class FeatureBag:
         exact = mpp * tiles.size_level0 / tiles.size_px
         return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
 
+    @property
+    def coverage(self) -> float | None:
+        """The share of the slide's tissue under tiles, 0 to 1; None where none is recorded."""
+        tissue = self.provenance.record.get("tissue") if self.provenance else None
+        share = tissue.get("coverage") if isinstance(tissue, Mapping) else None
+        return None if share is None else float(share)
+
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.
 

@@ -11,10 +11,17 @@ from collections.abc import Sequence
 
 from xmag.cli import classify, heatmap, slides, training
 from xmag.cli.console import FAILED, INTERRUPTED, WRONG_USE, console, one_line, write
-from xmag.errors import BagError, InputError, MismatchError, XmagError
+from xmag.errors import (
+    BagError,
+    InputError,
+    MismatchError,
+    SlideError,
+    WeightsError,
+    XmagError,
+)
 
-_OF_THE_USER = InputError, BagError, MismatchError
-"""Errors of what a command was given: its arguments, tables and feature files."""
+_OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
+"""Errors of what a command was given: its arguments, tables, slides, features and weights."""
 
 _REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 

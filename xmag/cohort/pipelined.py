@@ -175,6 +175,7 @@ class _Pipeline:
                 tissue=settings.tissue,
                 overlap=settings.overlap,
                 min_tissue=settings.min_tissue,
+                border=settings.border,
                 thumbnail_px=THUMBNAIL_PX if settings.overlay else None,
                 earlier=earlier,
                 damaged=settings.damaged,

@@ -31,13 +31,15 @@ class CohortRow:
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
-    is relative to the output folder, `seconds` is 0 for what was skipped. `empty_source_tiles` is
-    how many tiles of the level that is read the slide declares empty.
+    is relative to the output folder, `seconds` is 0 for what was skipped. `coverage` is the share
+    of the tissue that lies under tiles, None where no tissue is known. `empty_source_tiles` is how
+    many tiles of the level that is read the slide declares empty.
     """
 
     slide: str
     status: Status
     tiles: int = 0
+    coverage: float | None = None
     seconds: float = 0.0
     error: str = ""
     output: str = ""
@@ -79,7 +81,9 @@ class CohortReport(Sequence[CohortRow]):
         rows = []
         for row in self.rows:
             values = {name: getattr(row, name) for name in names}
-            rows.append([*{**values, "seconds": f"{row.seconds:.2f}"}.values()])
+            share = "" if row.coverage is None else f"{row.coverage:.3f}"
+            values |= {"seconds": f"{row.seconds:.2f}", "coverage": share}
+            rows.append([*values.values()])
         return csv_text([names, *rows])
 
 

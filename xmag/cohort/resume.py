@@ -29,10 +29,11 @@ _OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A valid bag of an earlier run: its number of tiles, and what its provenance records."""
+    """A valid bag of an earlier run: its number of tiles, its record, and its coverage."""
 
     tiles: int
     record: Mapping[str, Any]
+    coverage: float | None = None
 
     @property
     def of_slide(self) -> tuple[Mapping[str, Any] | None, float | None]:
@@ -120,7 +121,7 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         else:
             differences = expected.differences(bag.provenance) + _lost(bag.provenance, settings)
             if not differences:
-                return Found(len(bag), bag.provenance.record)
+                return Found(len(bag), bag.provenance.record, bag.coverage)
     if settings.on_mismatch == "redo":
         return None
     raise MismatchError(

@@ -35,6 +35,7 @@ def skipped_row(job: Job, found: Found) -> CohortRow:
         slide=job.name,
         status="skipped",
         tiles=found.tiles,
+        coverage=found.coverage,
         output=str(job.output),
         empty_source_tiles=found.empty,
     )
@@ -55,6 +56,7 @@ def save(
         slide=job.name,
         status=status,
         tiles=len(bag),
+        coverage=bag.coverage,
         seconds=time.monotonic() - start,
         output=str(job.output),
         empty_source_tiles=made.empty,
@@ -100,5 +102,6 @@ def _planned(slide: Slide, settings: Settings) -> tuple[TissueMask | None, TileP
         tissue=mask,
         overlap=settings.overlap,
         min_tissue=settings.min_tissue,
+        border=settings.border,
     )
     return mask, plan

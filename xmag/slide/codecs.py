@@ -320,11 +320,10 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
     return imagecodecs.webp_decode(data)
 
 
-def _zstd(data: bytes, *, out: int) -> bytes:
+def _zstd(data: bytes, *, out: int) -> bytes | bytearray:
     """What a Zstandard frame holds. Most writers leave its checksum out."""
     check_zeros(data, "Zstandard")
-    unpacked: bytes = imagecodecs.zstd_decode(data, out=out)
-    return unpacked
+    return imagecodecs.zstd_decode(data, out=out)
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.geometry import TileSpec
+from xmag.grid import Border
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
 from xmag.slide.reader import Pixels
@@ -56,7 +57,8 @@ class DecodeJob:
     spec: TileSpec
     tissue: Literal["auto"] | None
     overlap: int
-    min_tissue: float
+    min_tissue: float | None
+    border: Border
     thumbnail_px: int | None = None
     earlier: Earlier | None = None
     damaged: Damaged = "error"

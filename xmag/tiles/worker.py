@@ -228,7 +228,14 @@ class _Worker:
 
 def _planned(job: DecodeJob, slide: Slide) -> tuple[TissueMask | None, TilePlan]:
     mask = find_tissue(slide) if job.tissue == "auto" else None
-    plan = plan_tiles(slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue)
+    plan = plan_tiles(
+        slide,
+        job.spec,
+        tissue=mask,
+        overlap=job.overlap,
+        min_tissue=job.min_tissue,
+        border=job.border,
+    )
     return mask, plan
 
 
