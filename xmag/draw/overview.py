@@ -108,7 +108,7 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
         low, high = (tuple(c) for c in _component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fill=low, second_fill=high, thick=False))
-    if overlaps(bag.coords, side):
+    if overlaps(coords, side):
         keys.append(Key(text="where tiles overlap, their mean colour"))
     return framed(Image.blend(picture, painted, 0.7), slide, keys)
 
