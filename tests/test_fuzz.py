@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits and looks at a process by /proc"
 )
 
-COUNTS = {"slides": 250, "bags": 250, "checkpoints": 100}
+COUNTS = {"slides": 250, "sectors": 150, "bags": 250, "checkpoints": 100}
 """How many cases of each kind run here; benchmarks/fuzz.py runs tens of thousands."""
 
 
@@ -47,7 +47,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(
     assert len(results) == COUNTS[target]
     outcomes = Counter(result.outcome for result in results)
     # Where nearly all is read, or nearly nothing, the damage tests little.
-    fine = outcomes["read"] + outcomes["loaded"]
+    fine = outcomes["read"] + outcomes["loaded"] + outcomes["equal"]
     assert 0.05 < fine / len(results) < 0.8, outcomes
 
 

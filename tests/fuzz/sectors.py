@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 from support.encoders import ColourEncoder
 
-from fuzz import seeds
+from fuzz.seeds import NAMES, seed
 from fuzz.structure import Entry, chunks_of, map_tiff
 from xmag.errors import InputError, XmagError, XmagWarning
 from xmag.extract import extract_features
@@ -30,15 +30,20 @@ _SECTOR = 512
 _TABLES = (273, 279, 324, 325)
 _COMPARED = tuple(
     name
-    for name in seeds.NAMES
+    for name in NAMES
     if name not in {"generic-raw.tif", "generic-lzw.tif", "rgba.tif", "strips.tif", "packbits.tif"}
     and not name.startswith(("plain", "progressive", "ventana-overlap", "trestle"))
 )
 
 
+def seeds() -> dict[str, bytes]:
+    """The undamaged slides."""
+    return {name: seed(name) for name in _COMPARED}
+
+
 def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str, bytes]:
     """(name, content) of a slide with a sector of zeros, or the part of one, in a table or tile."""
-    name = rng.choice(sorted(originals.keys() & set(_COMPARED)))
+    name = rng.choice(sorted(originals))
     data = bytearray(originals[name])
     tiff = map_tiff(originals[name])
     directory = rng.choice(tiff.directories)
@@ -95,7 +100,7 @@ def _read(path: Path) -> tuple[list[object], bool]:
 def _expected(name: str) -> list[object]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        path.write_bytes(seeds.seed(name))
+        path.write_bytes(seed(name))
         return _read(path)[0]
 
 

@@ -126,7 +126,7 @@ def seed(name: str) -> bytes:
 
 def write(target: str, folder: Path) -> None:
     """Write the files that the cases of a target are made from."""
-    if target in ("slides", "sectors"):
+    if target == "slides":
         files = {name: seed(name) for name in NAMES}
     else:
         files = import_module(f"fuzz.{target}").seeds()
