@@ -149,7 +149,7 @@ def frozen(encoder: Encoder, cohort: Cohort, args: argparse.Namespace, seed: int
         runs.append(
             Found(
                 auroc=auroc(cohort.test, classifier.predict_proba(test)[:, 1]),
-                loss=min(row["validation_loss"] for row in classifier.history_),
+                loss=classifier.history_[classifier.best_epoch_ - 1]["validation_loss"],
                 rate=rate, classifier=classifier, seconds=time.perf_counter() - start,
             )
         )  # fmt: skip
@@ -176,7 +176,7 @@ def end_to_end(
         runs.append(
             Found(
                 auroc=auroc(cohort.test, result.classifier.predict_proba(bags)[:, 1]),
-                loss=min(row.validation_loss or 0.0 for row in result.history),
+                loss=result.history[result.best_epoch].validation_loss,
                 rate=rate, classifier=result.classifier, seconds=time.perf_counter() - start,
             )
         )  # fmt: skip

@@ -3,6 +3,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No test's verdict depends on how fast the machine is.
+settings.register_profile("xmag", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("xmag")
 
 _SHARED = Path(__file__).parents[2] / "shared"
 _OPEN_FILES = Path("/proc/self/fd")

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from support.slides import write_svs
 from xmag import provenance
 from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort, settings
-from xmag.errors import InputError, MismatchError, OutputError
+from xmag.cohort.resume import SEEN_NAME
+from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 
@@ -55,7 +58,7 @@ def test_outputs_mirror_the_folders_and_equal_extract_features(folder, out):
     assert [row.slide for row in report] == ["a.svs", "site 1/b.svs", "site 1/ç.svs"]
     assert {row.status for row in report} == {"done"}
     written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-    assert written == ["a.h5", "report.csv", "site 1/b.h5", "site 1/ç.h5"]
+    assert written == [SEEN_NAME, "a.h5", "report.csv", "site 1/b.h5", "site 1/ç.h5"]
     bag = FeatureBag.load(out / "site 1/b.h5")
     expected = extract_features(folder / "site 1/b.svs", model=ColourEncoder(), tissue=None)
     assert np.array_equal(bag.features, expected.features)
@@ -67,7 +70,7 @@ def test_the_report_is_a_csv_beside_the_outputs_without_absolute_paths(folder, o
     report = run(folder, out)
     rows = read_report(out)
     assert [row["slide"] for row in rows] == [row.slide for row in report]
-    assert [int(row["tiles"]) for row in rows] == [6, 6, 6]
+    assert [int(row["tiles"]) for row in rows] == [12, 12, 12]
     assert rows[1]["output"] == "site 1/b.h5"
     assert str(tmp_path) not in (out / "report.csv").read_text(encoding="utf-8")
 
@@ -88,7 +91,7 @@ def test_running_again_does_only_what_is_missing(folder, out):
     (out / "site 1/b.h5").unlink()
     report = run(folder, out)
     assert [row.status for row in report] == ["skipped", "done", "skipped"]
-    assert [row.tiles for row in report] == [6, 6, 6]
+    assert [row.tiles for row in report] == [12, 12, 12]
     for path, stamp in before.items():
         if path.name != "b.h5":
             assert (path.stat().st_ino, path.stat().st_mtime_ns) == stamp
@@ -99,7 +102,7 @@ def test_a_truncated_output_is_not_done(folder, out):
     whole = (out / "a.h5").read_bytes()
     (out / "a.h5").write_bytes(whole[: len(whole) // 2])
     assert [row.status for row in run(folder, out)] == ["done", "skipped", "skipped"]
-    assert len(FeatureBag.load(out / "a.h5")) == 6
+    assert len(FeatureBag.load(out / "a.h5")) == 12
 
 
 def test_outputs_of_another_model_are_refused_before_any_work_or_redone(folder, out):
@@ -182,7 +185,7 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
     table.write_text("slide,mpp,id\na.svs,,first\nsite 1/b.svs,0.5,second\n", encoding="utf-8")
     report = run(table, out)
     assert [row.output for row in report] == ["first.h5", "second.h5"]
-    assert [row.tiles for row in report] == [6, 30]
+    assert [row.tiles for row in report] == [12, 42]
     assert FeatureBag.load(out / "second.h5").tiles.level0_mpp == 0.5
 
 
@@ -195,6 +198,8 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
         ("slide,id\na.svs,../x\n", "not a file name"),
         ("slide,mpp\n,0.25\n", "line 2.*no slide"),
         ("slide,mpp\na.svs,896\n", "line 2.*'896'"),
+        ("slide,mpp\n\nNA,0.25\n", "line 3.*no slide: 'NA'"),
+        ("slide,mmp\na.svs,0.5\n", "'mmp'; did you mean 'mpp'"),
         ("slide;mpp\na.svs;0,25\n", "'slide;mpp'.*commas"),
         (b"slide\n\xe7.svs\n", "save it as CSV UTF-8"),
     ],
@@ -207,13 +212,23 @@ def test_a_csv_that_makes_no_sense_is_refused(folder, out, text, message):
 
 def test_a_csv_as_excel_saves_it_is_read(folder, out):
     (folder / "excel.csv").write_bytes("\ufeffslide,mpp\r\nsite 1/ç.svs,0.5\r\n".encode())
-    assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 30)]
+    assert [(row.slide, row.tiles) for row in run(folder / "excel.csv", out)] == [("ç.svs", 42)]
+
+
+@pytest.mark.parametrize("header", ["slide, mpp, id", "Slide,MPP,ID", "slide ,mpp ,id "])
+def test_columns_and_values_may_have_blanks_and_capitals(folder, out, header):
+    text = f"{header}\nsite 1/b.svs , 0.5, second \nsite 1/b.svs,NA,N/A\n"
+    (folder / "blanks.csv").write_text(text)
+    report = run(folder / "blanks.csv", out)
+    assert [row.output for row in report] == ["second.h5", "b.h5"]
+    assert [row.tiles for row in report] == [30, 6]
+    assert FeatureBag.load(out / "second.h5").tiles.level0_mpp == 0.5
 
 
 def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):
     (folder / "twice.csv").write_text("slide,mpp,id\na.svs,0.25,fine\na.svs,0.5,coarse\n")
     report = run(folder / "twice.csv", out)
-    assert [(row.output, row.tiles) for row in report] == [("fine.h5", 6), ("coarse.h5", 30)]
+    assert [(row.output, row.tiles) for row in report] == [("fine.h5", 12), ("coarse.h5", 42)]
     assert [row["output"] for row in read_report(out)] == ["fine.h5", "coarse.h5"]
     (out / "fine.h5").unlink()
     assert [row.status for row in run(folder / "twice.csv", out)] == ["done", "skipped"]
@@ -259,7 +274,7 @@ def test_overlays_are_written_beside_the_bags_and_made_up_for_later(folder, out)
 
 def test_safetensors_are_written_if_asked_for(folder, out):
     run(folder, out, format="safetensors")
-    assert len(FeatureBag.load(out / "a.safetensors")) == 6
+    assert len(FeatureBag.load(out / "a.safetensors")) == 12
 
 
 def test_an_output_folder_that_takes_no_files_is_found_out_before_any_work(folder, out):
@@ -316,3 +331,111 @@ def test_an_empty_folder_is_refused(tmp_path, out):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="no slides"):
         run(tmp_path / "none", out)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("format", ["h5", "safetensors"])
+def test_names_that_are_not_utf8_are_done_like_any_other(
+    tmp_path, out, slide_bytes, processes, format
+):
+    folder = tmp_path / "slides"
+    below = folder / os.fsdecode(b"sit\xe9")
+    below.mkdir(parents=True)
+    for path in (below / os.fsdecode(b"caf\xe9.svs"), folder / "b.svs"):
+        path.write_bytes(slide_bytes)
+    (folder / os.fsdecode(b"empty\xff.svs")).touch()
+    options = {"overlay": True, "processes": processes, "format": format}
+    report = run(folder, out, **options)
+    assert {row.slide: row.status for row in report} == {
+        "b.svs": "done", "empty%FF.svs": "failed", "sit%E9/caf%E9.svs": "done"
+    }  # fmt: skip
+    for row in read_report(out):
+        assert row["status"] == "failed" or (out / row["output"]).is_file()
+    bag = FeatureBag.load(out / "sit%E9" / f"caf%E9.{format}")
+    assert bag.provenance.record["slide"]["name"] == "caf%E9.svs"
+    assert (out / "sit%E9" / f"caf%E9.{format}.png").is_file()
+    again = run(folder, out, **options)
+    assert [row.status for row in again] == ["skipped", "failed", "skipped"]
+    for path in out.rglob("*"):
+        os.fsencode(path).decode("utf-8")
+    (folder / "sit%E9").mkdir()
+    (folder / "sit%E9" / "caf%E9.svs").write_bytes(slide_bytes)
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(folder, out, **options)
+
+
+def test_a_shard_of_names_that_are_not_utf8_is_done_by_workers(tmp_path, out, slide_bytes):
+    path = tmp_path / os.fsdecode(b"caf\xe9.svs")
+    path.write_bytes(slide_bytes)
+    with ThreadPoolExecutor(1) as pool:
+        report = extract_cohort(
+            [path], out, model="xmag-mini", executor=pool, processes=0, tissue=None
+        )
+    # Too small for a tile of 5x.
+    assert [(row.slide, row.status) for row in report] == [("caf%E9.svs", "empty")]
+
+
+def test_no_cell_of_a_report_runs_in_a_spreadsheet(folder, tmp_path, out, slide_bytes):
+    starts = ("=", "+", "-", "@", "\t", "\r")
+    for number, start in enumerate(starts):
+        (folder / f"{start}cmd|{number}!A1.svs").write_bytes(slide_bytes)
+    (folder / "=broken.svs").write_bytes(b"II*\0" + bytes(40))
+    report = run(folder, out)
+    assert all(row.status == "done" for row in report if "cmd" in row.slide)
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(starts)]
+    assert "'=cmd|0!A1.svs" in cells
+    assert "'=cmd|0!A1.h5" in cells
+    assert any(cell.startswith("'=broken.svs") for cell in cells)
+    # Numbers are numbers.
+    assert [int(row["tiles"]) for row in read_report(out)] == [row.tiles for row in report]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("CAF\u00c9", "cafe\u0301"),
+        ("A", "a"),
+        ("\uac00", "\u1100\u1161"),
+        ("\u1fb3", "\u1fbc"),
+    ],
+)
+def test_ids_that_some_file_system_takes_for_one_are_refused(folder, out, one, other):
+    text = f"slide,id\na.svs,{one}\nsite/b.svs,{other}\n"
+    (folder / "slides.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(folder / "slides.csv", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CON", "nul", "Aux.1", "com1", "LPT\u00b9", "prn .x", "conin$", "a:b", "a?", "a|b", "a<b",
+     'a"b', "a*", "a\x1fb", "a/b", "a\\b", "..", "."],
+)  # fmt: skip
+def test_ids_that_windows_reserves_are_refused(folder, out, name):
+    with (folder / "slides.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("slide", "id"), ("a.svs", name)])
+    with pytest.raises(InputError, match="is not a file name on every system"):
+        run(folder / "slides.csv", out)
+
+
+@pytest.mark.parametrize("name", ["CONTROL-1", "com10", "console", "nul-2", "T12.3.", "a b", "ä"])
+def test_ids_that_only_look_reserved_are_taken(folder, out, name):
+    (folder / "slides.csv").write_text(f"slide,id\na.svs,{name}\n", encoding="utf-8")
+    assert [row.output for row in run(folder / "slides.csv", out)] == [f"{name}.h5"]
+
+
+def test_coverage_is_in_the_row_of_each_slide_also_when_it_was_there_already(folder, out):
+    done = run(folder, out, tissue="auto")
+    bag = FeatureBag.load(out / "a.h5")
+    assert done[0].coverage == bag.coverage > 0.5
+    assert run(folder, out, tissue="auto")[0].coverage == bag.coverage
+    assert {row["coverage"] for row in read_report(out)} == {f"{bag.coverage:.3f}"}
+    with pytest.warns(XmagWarning, match=r"cover .*border='shift'"):
+        dropped = run(folder, out, tissue="auto", border="drop", on_mismatch="redo")
+    assert dropped[0].coverage < 0.9 < bag.coverage
+    assert dropped[0].tiles < done[0].tiles

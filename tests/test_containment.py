@@ -68,8 +68,8 @@ EXPECTED = {
     "segfault@opening": "the decoder crashed (signal SIGSEGV)",
     "abort": "the decoder crashed (signal SIGABRT)",
     "exit": "the decoder ended by itself (status 3)",
-    "hang": "the decoder took longer than slide_timeout=3 s and was stopped",
-    "hang-with-gil@opening": "the decoder took longer than slide_timeout=3 s and was stopped",
+    "hang": "the decoder took longer than slide_timeout=20 s and was stopped",
+    "hang-with-gil@opening": "the decoder took longer than slide_timeout=20 s and was stopped",
     "eat": "more memory than memory_limit=419,430,400 bytes",
     "eat-natively": "the decoder crashed (signal SIGSEGV)",
     "vanish": "was killed (signal SIGKILL), most likely because memory ran out",
@@ -81,7 +81,7 @@ def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
 ):
     names = [name for i, fault in enumerate(EXPECTED) for name in (fault, f"good {i}")]
     slides = slides_named(tmp_path / "in", slide, *names)
-    report = run(slides, tmp_path / "out", processes=2, slide_timeout=3, memory_limit=MEMORY)
+    report = run(slides, tmp_path / "out", processes=2, slide_timeout=20, memory_limit=MEMORY)
     expected = FeatureBag.load(tmp_path / "out/good 0.h5")
     for row in report:
         name = Path(row.slide).stem
@@ -95,7 +95,7 @@ def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
             assert np.array_equal(bag.features, expected.features)
     assert len(expected) == 6
     hung = next(row for row in report if row.slide == "hang.svs")
-    assert 2.5 < hung.seconds < 20
+    assert hung.seconds > 19
 
 
 def test_overlays_and_slides_that_were_done_before_cannot_crash_the_caller_either(
@@ -130,27 +130,27 @@ def test_in_one_process_the_same_slide_ends_the_program(slide, tmp_path, planted
 def test_the_time_limit_does_not_count_what_the_model_takes(slide, tmp_path):
     class Slow(ColourEncoder):
         def embed(self, tiles):
-            time.sleep(0.4)
+            time.sleep(2)
             return super().embed(tiles)
 
-    report = run([slide], tmp_path, model=Slow(), batch_size=1, slide_timeout=1.5)
+    report = run([slide], tmp_path, model=Slow(), batch_size=1, slide_timeout=10)
     assert report[0].status == "done"
-    assert report[0].seconds > 2.4
+    assert report[0].seconds > 12
 
 
 def test_the_time_limit_does_not_count_what_the_caller_takes_to_look(slide):
     """A child that waits for its slots, and one whose messages wait to be read, are in no fault."""
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
-    limits, held, outcome = Limits(slide_timeout=1.0), [], None
+    limits, held, outcome = Limits(slide_timeout=5.0), [], None
     with DecodingPool(1, slot_tiles=1, size_px=56, limits=limits) as pool:
         for event in pool.run([job]):
             if isinstance(event, Decoded):
                 held.append(event.release)
             if len(held) == 3:
-                deadline = time.monotonic() + 1.5
+                deadline = time.monotonic() + 6
                 while time.monotonic() < deadline:
                     time.sleep(0.1)
                 for release in held:
@@ -172,7 +172,7 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
     """As when the system runs out of memory: the slide it gets next is not the reason."""
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
     with DecodingPool(1, slot_tiles=64, size_px=56) as pool:
         for _ in range(2):
@@ -190,7 +190,7 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
 def test_children_leave_no_core_file_and_are_the_first_to_go_when_memory_runs_out(slide):
     job = DecodeJob(
         number=1, path=str(slide), mpp=None, spec=TileSpec(size_px=56), tissue=None, overlap=0,
-        min_tissue=0.25,
+        min_tissue=0.25, border="shift",
     )  # fmt: skip
     limits = Limits(memory_limit=MEMORY)
     with DecodingPool(1, slot_tiles=64, size_px=56, limits=limits) as pool:

@@ -107,7 +107,8 @@ def test_kept_tiles_are_tinted_and_dropped_ones_are_not():
     slide = white_slide(1600, 1300)
     mask = np.zeros((81, 100), bool)
     mask[:30, :30] = True
-    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=mask_of(slide, mask))
+    tissue = mask_of(slide, mask)
+    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=tissue, border="drop")
     pixels = np.asarray(draw.overlay(slide, plan=plan, max_px=800), int)
     for x, y in plan.coords // 2 + 50:
         red, green, blue = pixels[y, x]
@@ -120,7 +121,8 @@ def test_dropped_cells_have_a_thin_line_by_reason_under_the_kept_ones():
     slide = white_slide(1600, 1300)
     mask = np.zeros((81, 100), bool)
     mask[:12, :12] = True
-    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=mask_of(slide, mask))
+    tissue = mask_of(slide, mask)
+    plan = plan_tiles(slide, TileSpec(size_px=100), tissue=tissue, border="drop")
     image = draw.overlay(slide, plan=plan, max_px=800)
     assert plan.coords.tolist() == [[0, 0]]
     assert image.getpixel((750, 599)) == THIN
@@ -157,7 +159,8 @@ def test_without_a_scale_there_is_no_scale_bar():
 
 def test_thousands_of_tiles_remain_distinct_and_a_single_one_is_drawn():
     slide = white_slide(3000, 2000)
-    plan = plan_tiles(slide, TileSpec(size_px=16))  # 32 level-0 px, 12.8 on the picture
+    # 32 level-0 px, 12.8 on the picture
+    plan = plan_tiles(slide, TileSpec(size_px=16), border="drop")
     drawn = is_colour(draw.overlay(slide, plan=plan, max_px=1200), BLUE, (1200, 800))
     assert len(plan) == 93 * 62
     assert 0.1 < drawn.mean() < 0.35
@@ -271,3 +274,30 @@ def test_a_bag_that_does_not_belong_to_the_slide_is_refused():
     other = bag_of(white_slide(1000, 900), np.zeros((1, 4)), [[0, 0]])
     with pytest.raises(InputError, match="give the slide that the bag was made from"):
         draw.feature_map(slide, other)
+
+
+def test_where_tiles_overlap_the_map_shows_the_mean_of_their_colours():
+    slide = white_slide(1600, 1200)
+    coords = [(0, 0), (800, 0), (400, 400), (800, 400)]  # the third moved inwards over the fourth
+    features = np.random.default_rng(5).normal(size=(4, 5)).astype(np.float32)
+    pixels = np.asarray(draw.feature_map(slide, bag_of(slide, features, coords, size=800)), int)
+    third, both, fourth = (pixels[1000, x] for x in (600, 1000, 1400))
+    assert np.abs(third - fourth).max() > 10
+    np.testing.assert_allclose(both, (third + fourth) / 2, atol=1.5)
+
+
+def test_a_tile_for_a_piece_of_tissue_is_green_and_the_legend_tells_of_coverage():
+    slide = white_slide(1600, 1200)
+    mask = np.zeros((75, 100), bool)
+    mask[:25, :25] = mask[60:71, 50:62] = True
+    plan = plan_tiles(slide, TileSpec(size_px=200), tissue=mask_of(slide, mask))
+    assert plan.cells == ("#ttt", "tttt", "ttpt")
+    image = draw.overlay(slide, plan=plan, max_px=800)
+    assert image.getpixel((400, 500)) == image.getpixel((599, 500)) == (0, 158, 115)
+    assert image.getpixel((0, 100)) == BLUE
+    texts = [key.text for key in overview._draw_plan(image, plan, 0.5)]
+    assert texts == [
+        f"2 tiles, {plan.coverage:.0%} of the tissue",
+        "1 of them for a small piece of tissue",
+        "10 too little tissue",
+    ]

@@ -86,7 +86,7 @@ REFUSED = {
     "absurd scale.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=896, power=None),
         SlideScaleError,
-        "does not say how large its pixels are.*mpp=",
+        r"says 896 µm/px \(Aperio MPP\).*between 0\.05 and 20.*mpp=",
     ),
     "coarse.svs": (
         lambda path: write_svs(path, size=SIZE, mpp=2.2, power=None),
@@ -237,7 +237,8 @@ def test_a_slide_without_tiles_is_an_empty_bag_in_a_valid_file(tmp_path, format,
 
 def test_each_of_two_regions_can_be_chosen(tmp_path):
     write_scn(tmp_path / "two.scn", regions=[((0, 0), (900, 700)), ((1000, 1000), (900, 700))])
-    with Slide(tmp_path / "two.scn", region=1) as slide:
+    told = pytest.warns(XmagWarning, match=r"4 tiles .*\(86%\); .* cells with little tissue")
+    with Slide(tmp_path / "two.scn", region=1) as slide, told:
         bag = features(slide, tissue="auto")
     assert len(bag)
     assert (bag.coords + 448 > 1000).all()
@@ -273,7 +274,7 @@ def test_a_read_only_output_folder_is_said_before_any_work(tmp_path):
         drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"]
         command = [*drop, *command]
     done = subprocess.run(
-        [*command, "--model", "xmag-mini"], capture_output=True, text=True, check=False, timeout=100
+        [*command, "--model", "xmag-mini"], capture_output=True, text=True, check=False, timeout=800
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import xmag
+from xmag.cohort.resume import SEEN_NAME
 from xmag.demo import write_demo_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -19,7 +20,7 @@ def slide_path(tmp_path: Path) -> Path:
 def _run(script: str, *arguments: Path | str) -> str:
     command = [sys.executable, EXAMPLES / script, *arguments, "--model", "xmag-mini"]
     return subprocess.run(
-        command, check=True, timeout=100, stdout=subprocess.PIPE, text=True
+        command, check=True, timeout=800, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
@@ -35,7 +36,9 @@ def test_a_cohort_and_again(slide_path: Path, tmp_path: Path) -> None:
     again = _run("extract_cohort.py", slide_path.parent, tmp_path / "out")
     assert first.startswith("done ")
     assert again.startswith("skipped ")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.h5", "a.h5.png", "report.csv"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        SEEN_NAME, "a.h5", "a.h5.png", "report.csv"
+    }  # fmt: skip
 
 
 def test_fine_tuning_and_again(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_fine_tuning_and_again(tmp_path: Path) -> None:
 
 def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
     make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path]
-    subprocess.run([*make, "--slides", "12", "--size", "3800", "2900"], check=True, timeout=100)
+    subprocess.run([*make, "--slides", "12", "--size", "3800", "2900"], check=True, timeout=800)
     printed = _run(
         "classify_cohort.py", tmp_path / "cohort.csv", tmp_path / "out", "--folds", "3",
         "--epochs", "30",

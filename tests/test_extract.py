@@ -9,13 +9,14 @@ from support.encoders import ColourEncoder
 from support.fake_reader import FakeTileReader, noise
 from support.slides import write_svs
 
+from xmag.bag import FeatureBag
 from xmag.errors import InputError, ModelError, SlideError, SlideScaleError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import read_tiles
-from xmag.tissue import find_tissue
+from xmag.tissue import TissueMask, find_tissue
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_an_open_slide_stays_open_and_gives_the_same_as_its_path(slide_path):
 
 def test_no_tissue_detection_means_every_tile(slide_path):
     bag = extract_features(slide_path, model=ColourEncoder(), tissue=None)
-    assert len(bag) == (4000 // 448) * (3000 // 448)
+    assert len(bag) == -(-4000 // 448) * -(-3000 // 448)
 
 
 def test_a_plan_of_the_users_is_followed(fake_slide):
@@ -157,7 +158,7 @@ def test_a_slide_without_a_scale_names_the_remedy(tmp_path):
     with pytest.raises(SlideScaleError, match="mpp="):
         extract_features(tmp_path / "slide.svs", model=ColourEncoder())
     bag = extract_features(tmp_path / "slide.svs", model=ColourEncoder(), mpp=0.25, tissue=None)
-    assert len(bag) == 4
+    assert len(bag) == 3 * 3
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])
@@ -180,5 +181,25 @@ def test_progress_shows_by_default_on_a_terminal(fake_slide, monkeypatch):
 
 def test_mini_embeds_a_slide_from_end_to_end(slide_path):
     bag = extract_features(slide_path, model="xmag-mini", tissue=None)
-    assert bag.features.shape == (2, 192)
+    assert bag.features.shape == (3 * 2, 192)
     assert bag.provenance.record["model"]["name"] == "xmag-mini"
+
+
+def test_what_the_tiles_cover_of_the_tissue_stands_in_the_bag_and_its_file(fake_slide, tmp_path):
+    mask = np.zeros((75, 100), bool)
+    mask[:60, 20:] = True
+    tissue = TissueMask.from_array(mask, fake_slide)
+    options = {"model": ColourEncoder(), "tissue": tissue}
+    bag = extract_features(fake_slide, **options)
+    plan = plan_tiles(fake_slide, ColourEncoder().tile_spec, tissue=tissue)
+    assert np.array_equal(bag.coords, plan.coords)
+    bag.save(tmp_path / "a.h5")
+    assert FeatureBag.load(tmp_path / "a.h5").coverage == bag.coverage == plan.coverage > 0.95
+    assert bag.provenance.record["tissue"]["mm2"] == pytest.approx(80 * 60 * 0.005**2)
+    with pytest.warns(XmagWarning, match=r"border='shift'"):
+        less = extract_features(fake_slide, **options, border="drop")
+    assert less.coverage < 0.9
+    assert bag.provenance.differences(less.provenance) == [
+        "plan.border: 'drop' there, 'shift' here"
+    ]
+    assert extract_features(fake_slide, model=ColourEncoder(), tissue=None).coverage is None

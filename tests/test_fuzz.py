@@ -13,9 +13,12 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits and looks at a process by /proc"
 )
 
-COUNTS = {"slides": 250, "bags": 250, "checkpoints": 100}
+COUNTS = {"slides": 250, "sectors": 150, "bags": 250, "checkpoints": 100}
 """How many cases of each kind run here; benchmarks/fuzz.py runs tens of thousands."""
 
+
+_HANGS_S = 300.0
+"""benchmarks/fuzz.py looks for slow cases too, on a machine that does nothing else."""
 
 FOUND = (27430, 32430, 38930, 48198, 48537, 55791, 68977, 80713, 84163, 86228, 201662)
 """Cases of slides, with seed 0, that were findings once, one of each kind."""
@@ -36,24 +39,26 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_damaged_files_are_read_or_refused_and_nothing_else(
     originals: dict[str, Path], target: str
 ) -> None:
-    results = list(pool.run(target, originals[target], range(COUNTS[target]), seed=1))
+    results = list(
+        pool.run(target, originals[target], range(COUNTS[target]), seed=1, seconds=_HANGS_S)
+    )
     findings = [result for result in results if result.is_finding]
     assert not findings, findings[0]
     assert len(results) == COUNTS[target]
     outcomes = Counter(result.outcome for result in results)
     # Where nearly all is read, or nearly nothing, the damage tests little.
-    fine = outcomes["read"] + outcomes["loaded"]
+    fine = outcomes["read"] + outcomes["loaded"] + outcomes["equal"]
     assert 0.05 < fine / len(results) < 0.8, outcomes
 
 
 def test_cases_that_were_findings_are_none_any_more(originals: dict[str, Path]) -> None:
-    results = list(pool.run("slides", originals["slides"], FOUND))
+    results = list(pool.run("slides", originals["slides"], FOUND, seconds=_HANGS_S))
     assert not [result for result in results if result.is_finding]
     assert len(results) == len(FOUND)
 
 
 def test_what_the_fuzzer_found_is_refused(originals: dict[str, Path]) -> None:
-    results = pool.run("regressions", originals["regressions"], range(len(CASES)))
+    results = pool.run("regressions", originals["regressions"], range(len(CASES)), seconds=_HANGS_S)
     outcomes = {list(CASES)[result.number]: result for result in results}
     findings = {name: result for name, result in outcomes.items() if result.is_finding}
     assert not findings, findings
@@ -71,7 +76,7 @@ def test_the_fuzzer_finds_faults_that_were_planted(originals: dict[str, Path]) -
         "planted",
         originals["planted"],
         range(len(EXPECTED)),
-        seconds=2.0,
+        seconds=30.0,
         memory=1 << 28,
     )
     found = {list(EXPECTED)[result.number]: result.outcome for result in results}

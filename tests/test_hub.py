@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -340,7 +341,6 @@ def test_a_bare_file_is_assumed_to_be_a_vit_b_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model_type": "bert"}, "neither a config of xmag nor"),
         ({"format": SCHEMA}, "describes no model.*vit"),
         ({"format": SCHEMA, **ModelConfig(vit=TINY).to_dict(), "vit": {"width": 3}}, "lacks"),
         ({"model_type": "dinov2", "hidden_size": 32}, "describes no model.*patch_size"),
@@ -354,6 +354,52 @@ def test_a_config_file_that_says_nothing_usable_is_refused(
 ) -> None:
     with pytest.raises(WeightsError, match=said):
         resolve_config("folder", _config_file(tmp_path, values), None)
+
+
+def _copied(tmp_path: Path, config: object, vit: str = "dinov2_vitb14") -> Path:
+    """A folder as copied from the Hub: weights as its own wrapper names them, and its config."""
+    folder = tmp_path / "XMAG"
+    folder.mkdir()
+    state = random_state(CONFIGS[vit])
+    torch.save({f"backbone.{key}": t for key, t in state.items()}, folder / "pytorch_model.bin")
+    _config_file(folder, config)
+    (folder / "modeling_xmag.py").write_text("raise SystemExit('remote code was run')")
+    return folder
+
+
+def test_a_copied_folder_of_the_official_repository_is_the_registrys_model(tmp_path: Path) -> None:
+    auto_map = {"AutoModel": "modeling_xmag.XMAGModel"}
+    config = {"model_type": "xmag", "architectures": ["XMAGModel"], "auto_map": auto_map}
+    encoder = load_model(_copied(tmp_path, config), device="cpu")
+    known = KNOWN[DEFAULT_MODEL]
+    assert encoder.provenance["config"] == known.config.to_dict()
+    assert encoder.provenance["config_source"] == "registry"
+    assert encoder.provenance["terms"] == known.terms
+    assert encoder.tile_spec.mpp == 2.0
+
+
+@pytest.mark.parametrize("config", [{"model_type": "something_new"}, {}])
+def test_a_folder_whose_config_names_nothing_known_loads_where_its_weights_fit(
+    tmp_path: Path, config: object
+) -> None:
+    folder = _copied(tmp_path, config)
+    provenance = load_model(folder, device="cpu").provenance
+    assert provenance["config_source"] == "assumed"
+    assert provenance["config"] == ModelConfig(vit=CONFIGS["dinov2_vitb14"]).to_dict()
+
+
+def test_a_folder_whose_config_names_nothing_known_and_whose_weights_do_not_fit_asks_for_config(
+    tmp_path: Path,
+) -> None:
+    folder = _copied(tmp_path, {"model_type": "something_new"}, vit="dinov2_vits14")
+    with pytest.raises(WeightsError, match=r"does not fit .*Give config="):
+        load_model(folder, device="cpu")
+    assert load_model(folder, config="dinov2_vits14", device="cpu").embed_dim == 384
+
+
+def test_torch_is_one_that_reads_the_official_weights() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    assert "torch>=2.10" in project["project"]["dependencies"]
 
 
 def test_an_unknown_config_name_lists_the_known() -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_a_cohort_killed_at_each_step_and_at_random_is_finished_by_the_same_call(tmp_path):
     write_slides(tmp_path / "slides", 28)
-    trial = Trial(tmp_path / "slides", tmp_path, processes=1, pace_s=0.02, on_mismatch="redo")
+    trial = Trial(tmp_path / "slides", tmp_path, processes=1, pace_s=0.2, on_mismatch="redo")
     rng = random.Random(0)
     for step in STEPS:
         assert_harmless(trial.kill_at_step(step, nth=3))

@@ -59,7 +59,7 @@ def test_the_command_lines_of_the_readme_run(folder: Path) -> None:
     assert {shlex.split(line)[1] for line in commands} == {"info", "extract"}
     for line in commands:
         program = shlex.quote(str(Path(sys.executable).with_name("xmag")))
-        subprocess.run(line.replace("xmag", program, 1), shell=True, check=True, timeout=100)
+        subprocess.run(line.replace("xmag", program, 1), shell=True, check=True, timeout=800)
     assert {p.name for p in Path("features").iterdir()} >= {"a.h5", "report.csv"}
 
 

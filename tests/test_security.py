@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,32 @@ def test_no_pickle_in_weights_is_executed(tmp_path: Path, marker: Path, suffix: 
         assert not marker.exists(), name
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_refusal_of_a_pickle_advises_to_trust_it(tmp_path: Path, marker: Path) -> None:
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), program)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            tar.addfile(tarfile.TarInfo(name))
+    path = tmp_path / "weights.pth"
+    for name, data in {
+        **pickles(marker),
+        "TorchScript": program.getvalue(),
+        "tar": archive.getvalue(),
+    }.items():
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file")
+            with pytest.raises(ModelError) as refused:
+                load_model(path, config=TINY, device="cpu")
+        said = str(refused.value)
+        assert not re.search("weights_only|trust|likely succeed|allowlist|safe_globals", said), name
+        if "zip" in name or "legacy" in name:
+            assert f"it names {os.system.__module__}.system" in said, name
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".pt"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_pickle_in_a_bag_is_executed(tmp_path: Path, marker: Path, suffix: str) -> None:
@@ -218,7 +245,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     }
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", JOB, str(slide), str(root / "out")],
-        capture_output=True, text=True, timeout=110, cwd=root / "cwd", env=environment, check=False,
+        capture_output=True, text=True, timeout=800, cwd=root / "cwd", env=environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (result.stdout, result.stderr) == ("", "")
@@ -323,7 +350,8 @@ def assert_clean(folder: Path) -> int:
             assert not any(secret in data for secret in secrets), path
             if path.suffix == ".png":
                 with Image.open(path) as image:
-                    assert not image.info, path
+                    # A cohort's own name their software, so that they are known again.
+                    assert image.info == ({"Software": "xmag"} if ".h5" in path.name else {}), path
     return count
 
 

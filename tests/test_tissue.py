@@ -389,3 +389,23 @@ def test_fields_that_are_all_tissue_are_kept(shared):
             assert find_tissue(slide_of(pixels, mpp=0.5)).fraction >= 0.9, path.name
             fields += 1
     assert fields >= 30
+
+
+def test_what_is_left_out_as_too_small_is_what_a_lower_minimum_takes_in():
+    pixels = np.full((1200, 1600, 3), 240, np.uint8)
+    for x, y, side in ((200, 200, 400), (1000, 300, 130), (1200, 900, 120)):
+        pixels[y : y + side, x : x + side] = (200, 110, 170)
+    slide = Slide.from_reader(FakeTileReader(pixels, mpp=1.0), name="pieces")
+    large, all_of_it = find_tissue(slide), find_tissue(slide, min_area_mm2=0)
+    assert large.too_small_pieces == 2
+    np.testing.assert_array_equal(large.mask | large.too_small, all_of_it.mask)
+    assert not (large.mask & large.too_small).any()
+    assert all_of_it.too_small is None
+    assert large.area_mm2 + large.too_small_mm2 == pytest.approx(all_of_it.area_mm2)
+    again = TissueMask.from_dict(json.loads(json.dumps(large.to_dict())))
+    for mask in (again, pickle.loads(pickle.dumps(large))):
+        np.testing.assert_array_equal(mask.mask, large.mask)
+        np.testing.assert_array_equal(mask.too_small, large.too_small)
+        assert (mask.mpp, mask.downsample, mask.method) == (32, 32, large.method)
+    with pytest.raises(ValueError, match="takes"):
+        TissueMask.from_dict({**large.to_dict(), "size": [10**9, 10**9]})

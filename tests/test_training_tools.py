@@ -1,6 +1,7 @@
 """The schedule against its closed form, the average against the sum it stands for, two ranks."""
 
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from xmag.errors import InputError
-from xmag.training import Ema, Ranks, joined_ranks, warmup_cosine
+from xmag.errors import InputError, XmagWarning
+from xmag.training import (
+    Ema,
+    Ranks,
+    best_epoch,
+    joined_ranks,
+    warmup_cosine,
+    warn_of_early_best,
+)
 
 
 def test_the_rate_rises_to_one_and_decays_to_the_floor() -> None:
@@ -95,7 +103,51 @@ def test_two_processes_of_torchrun_join_and_part(tmp_path: Path) -> None:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node=2", str(script), str(tmp_path),
         ],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 0.5", "2 0.5"]
+
+
+def written_out(losses: list[float], epochs: int) -> int:
+    """The rule for the epoch to keep, step by step, as a training would go through it."""
+    kept, lowest = 0, math.inf
+    for epoch in range(1, len(losses) + 1):
+        window = [losses[n - 1] for n in range(1, epoch + 1) if n > epoch - -(-epochs // 10)]
+        mean = sum(window) / len(window)
+        if epoch * 5 < epochs:
+            kept = epoch
+        elif mean < lowest:
+            kept, lowest = epoch, mean
+    return kept
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 10, 11, 20, 57, 100])
+def test_the_epoch_to_keep_is_that_of_a_rule_written_out(epochs: int) -> None:
+    rng = random.Random(epochs)
+    for trend in (-0.02, 0.0, 0.02):
+        losses = [0.7 + trend * n + rng.gauss(0, 0.1) for n in range(epochs)]
+        for trained in range(1, epochs + 1):
+            assert best_epoch(losses[:trained], epochs=epochs) == written_out(
+                losses[:trained], epochs
+            )
+
+
+def test_a_lucky_loss_is_not_kept_and_a_trough_is() -> None:
+    falling = [1 - 0.01 * n for n in range(50)] + [0.52 + 0.01 * n for n in range(50)]
+    assert 50 <= best_epoch(falling, epochs=100) <= 60
+    assert best_epoch([0.01, *falling[1:]], epochs=100) == best_epoch(falling, epochs=100)
+    lucky = [*falling[:29], 0.3, *falling[30:]]
+    assert best_epoch(lucky, epochs=100) == best_epoch(falling, epochs=100)
+    assert best_epoch([0.5] * 40, epochs=100) == 20
+
+
+def test_keeping_the_first_epoch_that_may_be_is_a_warning() -> None:
+    def warn(best: int, trained: int) -> None:
+        warn_of_early_best(best, trained=trained, epochs=100, stacklevel=1)
+
+    with pytest.warns(XmagWarning, match=r"epoch 20 of 41 is kept.*validation=None") as found:
+        warn(20, 41)
+    assert found[0].filename == __file__
+    warn(21, 41)  # later
+    warn(20, 21)  # one other epoch is no evidence

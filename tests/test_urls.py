@@ -5,6 +5,7 @@ import sys
 import traceback
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -67,7 +68,7 @@ def s3():
             patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             request = urllib.request.Request(f"{url}/bucket", method="PUT")
-            urllib.request.urlopen(request, timeout=30).close()
+            urllib.request.urlopen(request, timeout=800).close()
             yield url
         finally:
             process.kill()
@@ -82,6 +83,58 @@ def test_credentials_and_signatures_are_not_shown():
     assert (url.name, url.suffix) == ("slideé.svs", ".svs")
     assert SECRET not in repr(url)
     assert SECRET in url.text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "name"),
+    [
+        (
+            f"zip://in/a.svs::http://me:{SECRET}@host/x.zip?s={SECRET}",
+            "zip://in/a.svs::http://host/x.zip",
+            "a.svs",
+        ),
+        (f"simplecache::s3://{SECRET}@b/a.svs", "simplecache::s3://b/a.svs", "a.svs"),
+        (f"filecache::https://host/a.svs?s={SECRET}", "filecache::https://host/a.svs", "a.svs"),
+        (
+            f"tar://a.svs::simplecache::https://me:{SECRET}@h:1/x.tar",
+            "tar://a.svs::simplecache::https://h:1/x.tar",
+            "a.svs",
+        ),
+        (f"http://me:{SECRET}@[::1]:80/a.svs?s={SECRET}::x", "http://[::1]:80/a.svs", "a.svs"),
+        ("zip://in/a.svs::/data/x.zip", "zip://in/a.svs::/data/x.zip", "a.svs"),
+    ],
+)
+def test_no_url_of_a_chain_shows_its_credentials(text, shown, name):
+    url = place_of(text)
+    assert (str(url), url.name) == (shown, name)
+    assert SECRET not in repr(url)
+    assert url.text == text
+    assert (url.parent / "b.svs").text == text.replace("a.svs", "b.svs")
+
+
+def test_slides_in_a_chain_are_read_and_its_errors_keep_the_password(slide_bytes, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/a.svs", slide_bytes)
+    with serve_folder(tmp_path) as server:
+        address = f"http://me:{SECRET}@{server.url.removeprefix('http://')}/x.zip"
+        slides = [f"zip://in/{name}.svs::{address}" for name in "ab"]
+        report = extract_cohort(
+            slides, tmp_path / "out", model=ColourEncoder(), tissue=None, processes=0
+        )
+    assert [(row.slide, row.status) for row in report] == [("a.svs", "done"), ("b.svs", "failed")]
+    assert "zip://in/b.svs::http://127.0.0.1" in report[1].error
+    for path in (tmp_path / "out").rglob("*"):
+        assert SECRET.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"https://me:{SECRET}@host/w.pth?s={SECRET}", f"zip://w.pth::http://me:{SECRET}@host/x"],
+)
+def test_a_model_at_a_url_is_refused_without_the_password(name):
+    with pytest.raises(InputError, match="no existing path and no Hub name") as caught:
+        xmag.load_model(name)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_paths_below_a_url_are_put_together_as_those_of_pathlib():

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from xmag.errors import InputError
 
@@ -50,6 +51,33 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+_MAKERS = {
+    torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn,
+    torch.tensor, torch.zeros,
+}  # fmt: skip
+
+
+class Float32(TorchFunctionMode):
+    """A context, of this thread alone, in which new tensors of floats are float32 by default.
+
+    Whatever torch.set_default_dtype says, which is the whole program's: what is drawn in another
+    dtype are other numbers.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The result of a function of torch, as its modes are told of each."""
+        kwargs = kwargs or {}
+        if func not in _MAKERS or kwargs.get("dtype") is not None:
+            return func(*args, **kwargs)
+        if func in (torch.full, torch.tensor):
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.dtype != torch.get_default_dtype():  # of ints or bools
+                return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "dtype": torch.float32})
 
 
 @contextmanager

@@ -20,6 +20,9 @@
 Every message says what was seen, what was expected and what to do about it.
 """
 
+import sys
+from typing import Any
+
 
 class XmagError(Exception):
     """Base of every error that xmag raises on purpose."""
@@ -27,6 +30,23 @@ class XmagError(Exception):
 
 class InputError(XmagError, ValueError):
     """An argument does not make sense."""
+
+
+def not_fitted(message: str) -> InputError:
+    """The error of an estimator that is not fitted, an InputError and an AttributeError.
+
+    Where scikit-learn is loaded, it is its NotFittedError too, so that who catches that catches
+    this one.
+    """
+    exceptions = sys.modules.get("sklearn.exceptions")
+    other = AttributeError if exceptions is None else exceptions.NotFittedError
+    error: InputError = type("NotFittedError", (_UnfittedError, other), {})(message)
+    return error
+
+
+class _UnfittedError(InputError):
+    def __reduce__(self) -> tuple[Any, ...]:  # a class made on the spot has no name to pickle by
+        return not_fitted, self.args
 
 
 class MissingExtraError(XmagError, ImportError):

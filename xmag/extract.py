@@ -5,6 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
-from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.grid import Border
+from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles import Damaged, Tiles, check_damaged, read_rows
+from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ def extract_features(
     tissue: TissueChoice = "auto",
     plan: TilePlan | None = None,
     mpp: float | None = None,
+    min_tissue: float | None = 0.25,
+    border: Border = "shift",
     batch_size: int | None = None,
     progress: bool | None = None,
     transform: Transform | None = None,
@@ -50,8 +54,11 @@ def extract_features(
         slide: An open Slide, or the path of one, which is opened and closed again.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
-        plan: The tiles to embed, from `plan_tiles`; `tissue` is then not looked at.
+        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue` and `border`
+            are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
+        min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
+        border: As `plan_tiles` has it: "shift" or "drop".
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
         transform: Applied to each batch of tiles, for instance to normalise stains.
@@ -61,7 +68,7 @@ def extract_features(
 
     Returns:
         A bag of float32 (N, D) features, row i for the tile at ``bag.coords[i]``. A slide without
-        tiles gives an empty bag and a warning.
+        tiles gives an empty bag and a warning; so do tiles that cover less than 0.9 of the tissue.
 
     Raises:
         SlideError: The slide cannot be read at the scale of the model; DamagedSlideError where
@@ -89,9 +96,12 @@ def extract_features(
             slide = stack.enter_context(Slide(slide, mpp=mpp))
         # After the slide: the model may have to be fetched.
         encoder = resolve_encoder(model)
+        mask = None
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
-            plan = plan_tiles(slide, encoder.tile_spec, tissue=mask)
+            plan = plan_tiles(
+                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, border=border
+            )
         elif plan.spec != encoder.tile_spec:
             raise InputError(
                 f"the plan is for {plan.spec}, but the model wants {encoder.tile_spec}; make the"
@@ -113,6 +123,7 @@ def extract_features(
             progress=progress,
             transform=transform,
             damaged=damaged,
+            tissue=mask,
         )
 
 
@@ -125,15 +136,27 @@ def embed_plan(
     progress: bool | None = None,
     transform: Transform | None = None,
     damaged: Damaged = "error",
+    tissue: TissueMask | None = None,
 ) -> FeatureBag:
-    """The bag of the tiles of a plan; `extract_features` without its choices."""
+    """The bag of the tiles of a plan; `extract_features` without its choices.
+
+    `tissue` is what the plan was made with.
+    """
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
     lost = np.ones(len(plan), np.bool_)
+    readings: list[Reading] = []
     if batch_size is None:
         batch_size = default_batch_size(encoder)
 
     def batches() -> Iterator[tuple[NDArray[np.int64], Tiles]]:
-        for rows, tiles in read_rows(slide, plan, batch_size=batch_size, damaged=damaged):
+        for rows, tiles in read_rows(
+            slide,
+            plan,
+            batch_size=batch_size,
+            damaged=damaged,
+            tissue=tissue,
+            note=readings.append,
+        ):
             lost[rows] = False
             yield rows, transformed(tiles, transform)
 
@@ -144,7 +167,15 @@ def embed_plan(
             done += len(vectors)
             bar.update(len(vectors))
     plan = without_damaged(plan, lost, slide.name)
-    return bag_of(features[:done], plan, slide.facts, encoder, transform=transform, damaged=damaged)
+    return bag_of(
+        features[:done],
+        plan,
+        slide.facts,
+        encoder,
+        transform=transform,
+        damaged=damaged,
+        reading=readings[0],
+    )
 
 
 def without_damaged(plan: TilePlan, lost: NDArray[np.bool_], name: str) -> TilePlan:
@@ -177,11 +208,14 @@ def bag_of(
     *,
     transform: Transform | None,
     damaged: Damaged = "error",
+    reading: Reading | None = None,
 ) -> FeatureBag:
     """The bag of embeddings, float32 (N, D), of a plan's tiles, with its provenance.
 
-    Raises ModelError where a value is not finite.
+    Warns where the tiles cover less than 0.9 of the tissue. Raises ModelError where a value is not
+    finite.
     """
+    warn_of_lost_tissue(plan, slide.name)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         row = int(np.argmin(finite))
@@ -192,7 +226,7 @@ def bag_of(
         )
     provenance = Provenance(
         fingerprint=fingerprint_of(encoder, plan.options, transform),
-        record=_record(slide, plan, encoder, damaged),
+        record=_record(slide, plan, encoder, damaged, reading),
     )
     return FeatureBag(features, plan.coords, provenance=provenance, tiles=plan.tiles)
 
@@ -266,7 +300,11 @@ def _embed(
 
 
 def _record(
-    slide: SlideFacts, plan: TilePlan, encoder: TileEncoder, damaged: Damaged
+    slide: SlideFacts,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    damaged: Damaged,
+    reading: Reading | None,
 ) -> dict[str, Any]:
     """What else made the bag. Nothing that tells who, where, or whose slide it is."""
     scale = plan.scale
@@ -291,7 +329,20 @@ def _record(
         },
         "plan": dict(plan.options),
         "damaged": damaged,
-        "tiles": {"kept": len(plan), **{k: len(v) for k, v in plan.dropped.items()}},
+        "tiles": {
+            "kept": len(plan),
+            "for_piece": int(np.count_nonzero(plan.for_piece)),
+            **{k: len(v) for k, v in plan.dropped.items()},
+        },
+        "source_tiles": None if reading is None else asdict(reading),
+        "tissue": None
+        if plan.tissue is None
+        else {
+            "coverage": plan.coverage,
+            "mm2": plan.tissue.area_mm2,
+            "uncovered_mm2": plan.uncovered_mm2,
+            "too_small_pieces": plan.tissue.too_small_pieces,
+        },
     }
 
 

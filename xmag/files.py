@@ -13,6 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from xmag.errors import OutputError, XmagError
-from xmag.urls import Place, Url, place_of, retold
+from xmag.urls import Place, Url, place_of, readable, retold
 
 _TEMP_SUFFIX = ".xmag-tmp"
 
@@ -47,11 +48,15 @@ _PLACE_FAILURES = {
     if hasattr(errno, name)
 }  # fmt: skip
 _OLD_S = 24 * 3600
+_HEAD_BYTES = 4096
 
 
 @contextmanager
 def atomic_path(
-    path: str | os.PathLike[str] | Url, *, validate: Callable[[Path], object] | None = None
+    path: str | os.PathLike[str] | Url,
+    *,
+    validate: Callable[[Path], object] | None = None,
+    inside: Place | None = None,
 ) -> Iterator[Path]:
     """A temporary path to write to; what is there at the end becomes `path`, whole or not at all.
 
@@ -59,15 +64,15 @@ def atomic_path(
     before anything is computed. Its name does not have the suffix of `path` (a leftover must not
     look like a result), so a writer that goes by suffix has to be told the format. `validate` is
     called with the temporary path once it is written; what it raises stops the replacement. A
-    symbolic link is written through. Raises OutputError where the path cannot be written, and
-    leaves what was there before untouched on every error.
+    symbolic link is written through, unless it leads out of the folder `inside`. Raises OutputError
+    where the path cannot be written, and leaves what was there before untouched on every error.
     """
     place = place_of(path)
     if isinstance(place, Url):
         with _uploaded(place, validate) as temp:
             yield temp
         return
-    final = Path(os.path.realpath(place))
+    final = Path(os.path.realpath(place)) if inside is None else linked_to(place, inside)
     temp = final.parent / f".{os.getpid()}-{secrets.token_hex(8)}{_TEMP_SUFFIX}"
     try:
         if final.is_dir():
@@ -95,10 +100,12 @@ def write_bytes(
     data: bytes,
     *,
     validate: Callable[[Path], object] | None = None,
+    inside: Place | None = None,
 ) -> None:
     """Write `data` to `path`, whole or not at all; see `atomic_path`."""
     place = place_of(path)
-    with atomic_path(place, validate=validate) as temp, _blamed_on(place), temp.open("wb") as file:
+    whole = atomic_path(place, validate=validate, inside=inside)
+    with whole as temp, _blamed_on(place), temp.open("wb") as file:
         file.write(data)
 
 
@@ -111,9 +118,69 @@ def _blamed_on(place: Place) -> Iterator[None]:
         raise cannot_write(place, error) from error
 
 
-def write_text(path: str | os.PathLike[str] | Url, text: str) -> None:
-    """Write `text` to `path` as UTF-8 with its line ends as they are, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(
+    path: str | os.PathLike[str] | Url, text: str, *, inside: Place | None = None
+) -> None:
+    """Write `text` to `path` as UTF-8 with its line ends as they are, whole or not at all.
+
+    What is no Unicode, as in the names of some files, is written as `readable` has it.
+    """
+    write_bytes(path, readable(text).encode("utf-8", "backslashreplace"), inside=inside)
+
+
+def linked_to(path: Path, folder: Place) -> Path:
+    """The file that is written where `path` is: itself, or what it is a symbolic link to.
+
+    Raises OutputError where that link leads out of `folder`: whoever may write to a shared folder
+    could send a file of this user's elsewhere. Links in the folders above it are its owner's.
+    """
+    final = Path(os.path.realpath(path))
+    beside = Path(os.path.realpath(path.parent), path.name)
+    if final != beside and not final.is_relative_to(os.path.realpath(str(folder))):
+        raise OutputError(
+            f"{path} is a symbolic link to {final}, which lies outside of {folder}; expected a file"
+            " or nothing: remove the link, or write to another folder"
+        )
+    return final
+
+
+def require_own(place: Place, folder: Place, is_own: Callable[[bytes], bool]) -> None:
+    """Raise OutputError where what lies at a place that xmag writes to is somebody else's.
+
+    That is a file whose first bytes `is_own` does not know, what is no file, and what `linked_to`
+    refuses. An empty file is nobody's.
+    """
+    if isinstance(place, Url):
+        head = b""
+        if place.exists():
+            with retold(OutputError, place):
+                head = place.read()[:_HEAD_BYTES]
+    else:
+        final = linked_to(place, folder)
+        if not os.path.lexists(final):
+            return
+        if not final.is_file():
+            raise OutputError(f"{place} is there already and is no file; remove it, or write"
+                              " to another folder")  # fmt: skip
+        try:
+            with final.open("rb") as file:
+                head = file.read(_HEAD_BYTES)
+        except OSError as error:
+            raise cannot_write(place, error) from error
+    if head and not is_own(head):
+        raise OutputError(
+            f"{place} is there already, and it is not one that xmag wrote; move it away, or write"
+            " to another folder"
+        )
+
+
+def refuse_special(path: Path, kind: type[XmagError]) -> None:
+    """Raise `kind` for what is neither file nor folder: reading it might never end, or begin."""
+    with suppress(OSError):  # whoever opens it says why
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            what = "named pipe" if stat.S_ISFIFO(mode) else "device or socket"
+            raise kind(f"{path.name} is a {what}; expected a file: copy what it gives to one")
 
 
 def cannot_write(path: Place, error: OSError) -> OutputError:
@@ -147,7 +214,7 @@ def remove_leftovers(folder: Path) -> int:
     with suppress(OSError):
         for leftover in folder.glob(f".*{_TEMP_SUFFIX}"):
             with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > _OLD_S:
+                if time.time() - leftover.lstat().st_mtime > _OLD_S:
                     leftover.unlink()
                     removed += 1
     return removed

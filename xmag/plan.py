@@ -2,86 +2,134 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import InputError
-from xmag.geometry import (
-    Polygon,
-    ReadScale,
-    TileGeometry,
-    TileSpec,
-    inside_any,
-    polygons_from_geojson,
-)
+from xmag.errors import InputError, XmagWarning
+from xmag.geometry import Polygon, ReadScale, TileGeometry, TileSpec, polygons_from_geojson
+from xmag.grid import BORDER, PIECE, ROI, TILE, TISSUE, Border, axes_of, letters_of, tissue_under
 from xmag.slide import Slide
-from xmag.slide.reader import Level
 from xmag.tissue import TissueMask
 
 Coords = NDArray[np.int64]
 """Top-left corners (x, y) of tiles in level-0 px, shape (N, 2)."""
 
-KEPT = "#"
-REASONS = {"b": "border", "r": "roi", "t": "tissue", "d": "damaged"}
+_KEPT = TILE + PIECE
+_DAMAGED = "d"
+REASONS = {BORDER: "border", ROI: "roi", TISSUE: "tissue", _DAMAGED: "damaged"}
 """Why a grid cell is no tile, by the character that stands for it in a plan's `cells`."""
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
-_SLACK_PX = 1e-6
-"""What floating-point arithmetic may be off by where a window ends exactly at an edge."""
+_ENOUGH = 0.9
+"""Of the tissue: where tiles cover less, there is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TilePlan:
     """The tiles of one slide, row by row, on a grid whose origin is level-0 (0, 0).
 
-    `cells` draws the grid, a string a row and a character a cell: ``#`` is a tile, ``b`` reaches
-    over the border of the slide, ``r`` has its centre outside the region of interest, ``t`` holds
-    too little tissue (the first reason that applies, in this order), ``d`` was a tile until its
-    bytes turned out to be damaged. `scale` says which level is
-    read at which reduction, `tiles` where the tiles lie, `options` what the plan was made with, and
-    `slide` which content it belongs to (None: any).
+    `cells` draws the grid, a string a row and a character a cell: ``#`` is a tile, ``p`` a tile
+    with less tissue than `min_tissue` asks for, kept as the best one of a piece of tissue that
+    would have none; ``b`` reaches over the border of the slide or adds next to nothing there, ``r``
+    has its centre outside the region of interest, ``t`` holds too little tissue (the first reason
+    that applies, in this order), ``d`` was a tile until its bytes turned out to be damaged.
+    `columns` and `rows` say where the cells begin, in level-0 px: one stride apart, but for the
+    last, which may be moved inwards and overlap with the one before it. `scale` says which level is
+    read at which reduction, `tiles` where the tiles lie, `options` what the plan was made with,
+    `tissue` the tissue it is to cover, in the region of interest (None: not known), and `slide`
+    which content it belongs to (None: any).
     """
 
     spec: TileSpec
     scale: ReadScale
     tiles: TileGeometry
+    columns: tuple[int, ...]
+    rows: tuple[int, ...]
     cells: tuple[str, ...]
     options: Mapping[str, Any]
+    tissue: TissueMask | None = field(default=None, compare=False)
     slide: Mapping[str, Any] | None = None
 
     @cached_property
     def coords(self) -> Coords:
         """int64 (N, 2): the top-left corner of each tile in level-0 px, row by row."""
-        return self._corners(KEPT)
+        return self._corners(_KEPT)
 
     @cached_property
     def dropped(self) -> dict[str, Coords]:
         """For each reason, "border", "roi", "tissue" and "damaged", the corners of its cells."""
         return {reason: self._corners(letter) for letter, reason in REASONS.items()}
 
+    @cached_property
+    def for_piece(self) -> NDArray[np.bool_]:
+        """The tiles, bool (N,), that are there only as the best one of a piece of tissue."""
+        letters = np.array([letter for row in self.cells for letter in row if letter in _KEPT])
+        return np.asarray(letters == PIECE)
+
+    @property
+    def coverage(self) -> float | None:
+        """The share of the tissue that lies under tiles, 0 to 1; None where no tissue is known."""
+        if self.tissue is None or not self.tissue.mask.any():
+            return None
+        return min(self.covered_mm2 / self.tissue.area_mm2, 1.0)
+
+    @property
+    def covered_mm2(self) -> float:
+        """The area of the tissue that lies under tiles, counted once where they overlap."""
+        return self._areas_mm2[0]
+
+    @property
+    def uncovered_mm2(self) -> dict[str, float]:
+        """The area of the tissue that lies under no tile, for each reason.
+
+        For those in `dropped` it is that under their cells, and counts for the first where there
+        are several. "too_small" is stained tissue that the mask leaves out, as its pieces are too
+        small; it is no part of `coverage`.
+        """
+        return dict(zip((*self.dropped, "too_small"), self._areas_mm2[1:], strict=True))
+
+    @cached_property
+    def _areas_mm2(self) -> list[float]:
+        parts = [self.coords, *self.dropped.values()]
+        tissue = self.tissue
+        if tissue is None:
+            return [0.0] * (len(parts) + 1)
+        side = self.tiles.size_px * self.tiles.mpp / self.tiles.level0_mpp
+        small = 0.0
+        if tissue.too_small is not None:
+            under = tissue_under(replace(tissue, mask=tissue.too_small), parts[:1], side)
+            small = tissue.too_small_mm2 - under[0]
+        return [*tissue_under(tissue, parts, side), small]
+
     def __len__(self) -> int:
         """The number of tiles."""
         return len(self.coords)
 
-    def _corners(self, letter: str) -> Coords:
-        rows = [np.frombuffer(row.encode("ascii"), np.uint8) for row in self.cells]
-        grid = np.stack(rows) if rows else np.empty((0, 0), np.uint8)
-        cells = np.argwhere(grid == ord(letter))[:, ::-1]
-        corners = _corner_of(cells, self.tiles)
+    def _corners(self, letters: str) -> Coords:
+        cells = self._places(letters)
+        corners = np.empty((len(cells), 2), np.int64)
+        corners[:, 0] = np.array(self.columns, np.int64)[cells[:, 1]]
+        corners[:, 1] = np.array(self.rows, np.int64)[cells[:, 0]]
         corners.setflags(write=False)
         return corners
 
+    def _places(self, letters: str) -> NDArray[np.intp]:
+        """(row, column) of the cells with one of these letters, row by row."""
+        grid = np.array([list(row) for row in self.cells], "U1").reshape(len(self.rows), -1)
+        return np.argwhere(np.isin(grid, list(letters)))
+
     def without(self, damaged: NDArray[np.bool_]) -> "TilePlan":
         """The plan less the tiles where `damaged`, bool (N,), is true: they count as dropped."""
-        grid = np.array([list(row) for row in self.cells])
-        tiles = np.argwhere(grid == KEPT)[damaged]
-        grid[tiles[:, 0], tiles[:, 1]] = "d"
+        grid = [list(row) for row in self.cells]
+        for row, column in self._places(_KEPT)[damaged].tolist():
+            grid[row][column] = _DAMAGED
         return replace(self, cells=tuple("".join(row) for row in grid))
 
     def to_json(self) -> str:
@@ -92,7 +140,10 @@ class TilePlan:
             "scale": asdict(self.scale),
             "tiles": self.tiles.to_dict(),
             "options": dict(self.options),
+            "tissue": None if self.tissue is None else self.tissue.to_dict(),
             "slide": None if self.slide is None else dict(self.slide),
+            "columns": list(self.columns),
+            "rows": list(self.rows),
             "cells": list(self.cells),
         }
         return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False)
@@ -108,12 +159,18 @@ class TilePlan:
                     f"the tile plan has schema version {version!r}, this xmag reads"
                     f" {_SCHEMA_VERSION}; upgrade xmag or make the plan again"
                 )
+            tissue, columns, rows = fields["tissue"], fields["columns"], fields["rows"]
+            if [len(row) for row in fields["cells"]] != [len(columns)] * len(rows):
+                raise ValueError("its cells are not as many as its columns and rows")
             return cls(
                 spec=TileSpec.from_dict(fields["spec"]),
                 scale=ReadScale(**fields["scale"]),
                 tiles=TileGeometry.from_dict(fields["tiles"]),
+                columns=tuple(columns),
+                rows=tuple(rows),
                 cells=tuple(fields["cells"]),
                 options=fields["options"],
+                tissue=None if tissue is None else TissueMask.from_dict(tissue),
                 slide=fields["slide"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,7 +188,8 @@ def plan_tiles(
     *,
     tissue: TissueMask | None = None,
     overlap: int = 0,
-    min_tissue: float = 0.25,
+    min_tissue: float | None = 0.25,
+    border: Border = "shift",
     roi: Any = None,
 ) -> TilePlan:
     """The tiles to read from `slide` for a model that sees `spec`.
@@ -141,7 +199,13 @@ def plan_tiles(
         spec: What the model wants to see.
         tissue: Where tissue is; None keeps every tile inside the slide.
         overlap: Output px that neighbouring tiles share, from 0 to ``spec.size_px - 1``.
-        min_tissue: Smallest fraction of a tile's area that `tissue` must cover.
+        min_tissue: Smallest fraction of a tile's area that `tissue` must cover. A piece of tissue
+            that would have no tile so gets the one that holds most of it, if the piece is not
+            smaller than the mask's own minimum. None keeps every tile inside the slide.
+        border: Where the last column and row would reach over the border of the slide, "shift"
+            moves them inwards, so that they overlap with those before them, and asks for
+            `min_tissue` in the strip that they add, which must be wider than 1/16 of a tile. "drop"
+            leaves them out, and the tissue in them.
         roi: Region of interest, polygons in level-0 px: GeoJSON as a dict, as text or as the path
             of a file, or what `polygons_from_geojson` returns. A tile whose centre lies in it
             belongs to it.
@@ -150,7 +214,7 @@ def plan_tiles(
         SlideScaleError: The slide has no µm/px, or is coarser than `spec` tolerates.
         InputError: An argument is out of its range, or `roi` holds no polygon.
     """
-    check_grid(spec, overlap=overlap, min_tissue=min_tissue)
+    check_grid(spec, overlap=overlap, min_tissue=min_tissue, border=border)
     if not isinstance(tissue, TissueMask | None):
         raise InputError(
             f"tissue is a {type(tissue).__name__}; expected a TissueMask or None:"
@@ -172,111 +236,86 @@ def plan_tiles(
     options = plan_options(
         overlap=overlap,
         min_tissue=min_tissue,
+        border=border,
         tissue_method=None if tissue is None else tissue.method,
         roi=polygons,
     )
-    cells = _draw_grid(tiles, scale, level, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
+    if tissue is not None and polygons is not None:
+        tissue = tissue.within(polygons)
+    axes = axes_of(tiles, scale, level, border)
+    cells = letters_of(axes, tiles, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
+    columns, rows = (tuple(axis.corners.tolist()) for axis in axes)
     return TilePlan(
-        spec=spec, scale=scale, tiles=tiles, cells=cells, options=options, slide=slide.fingerprint
+        spec=spec,
+        scale=scale,
+        tiles=tiles,
+        columns=columns,
+        rows=rows,
+        cells=cells,
+        options=options,
+        tissue=tissue,
+        slide=slide.fingerprint,
     )
 
 
-def check_grid(spec: TileSpec, *, overlap: int, min_tissue: float) -> None:
-    """Raise InputError where `overlap` or `min_tissue` is out of its range."""
+def check_grid(spec: TileSpec, *, overlap: int, min_tissue: float | None, border: Border) -> None:
+    """Raise InputError where one of the options of a plan is out of its range."""
     if not (isinstance(overlap, int) and 0 <= overlap < spec.size_px):
         raise InputError(f"overlap is {overlap!r}; expected an int from 0 to {spec.size_px - 1} px")
-    if not 0 <= min_tissue <= 1:
-        raise InputError(f"min_tissue is {min_tissue!r}; expected a fraction from 0 to 1")
+    if min_tissue is not None and not 0 <= min_tissue <= 1:
+        raise InputError(f"min_tissue is {min_tissue!r}; expected a fraction from 0 to 1, or None")
+    if border not in ("shift", "drop"):
+        raise InputError(f"border is {border!r}; expected 'shift' or 'drop'")
 
 
 def plan_options(
     *,
     overlap: int,
-    min_tissue: float,
+    min_tissue: float | None,
+    border: Border,
     tissue_method: Mapping[str, Any] | None,
     roi: Sequence[Polygon] | None = None,
 ) -> dict[str, Any]:
-    """What a plan made with these says in its `options`: what may not differ between slides."""
+    """The `options` of a plan made with these: what may not differ between slides."""
+    asked = None if tissue_method is None or min_tissue is None else float(min_tissue)
     return {
         "overlap_px": overlap,
-        "min_tissue": None if tissue_method is None else float(min_tissue),
+        "min_tissue": asked,
+        "border": border,
         "tissue": None if tissue_method is None else dict(tissue_method),
         "roi_sha256": None if roi is None else _digest(roi),
     }
 
 
-def _draw_grid(
-    tiles: TileGeometry,
-    scale: ReadScale,
-    level: Level,
-    *,
-    tissue: TissueMask | None,
-    min_tissue: float,
-    polygons: Sequence[Polygon] | None,
-) -> tuple[str, ...]:
-    """A string a row of the grid, a character a cell, as `TilePlan.cells` has it."""
-    px0 = tiles.mpp / tiles.level0_mpp
-    stride = (tiles.size_px - tiles.overlap_px) * px0
-    # A cell belongs to the grid if it begins inside the slide.
-    columns, rows = (int(np.ceil(side / stride - _SLACK_PX)) for side in tiles.level0_size)
-    index = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-    corners = _corner_of(index, tiles)
-    letters = np.full(len(index), KEPT, "U1")
-    if tissue is not None:
-        covered = _coverage(tissue, corners, tiles.size_px * px0)
-        letters[covered < min_tissue - 1e-9] = "t"
-    if polygons is not None:
-        centres = corners + tiles.size_px * px0 / 2
-        letters[~inside_any(polygons, centres)] = "r"
-    letters[~_inside(index * stride, tiles, scale, level)] = "b"
-    return tuple("".join(row) for row in letters.reshape(rows, columns))
-
-
-def _corner_of(cells: NDArray[Any], tiles: TileGeometry) -> Coords:
-    """The level-0 corners, to the nearest px, of grid cells given as (column, row)."""
-    stride = (tiles.size_px - tiles.overlap_px) * tiles.mpp / tiles.level0_mpp
-    return np.floor(cells * stride + 0.5).astype(np.int64)
-
-
-def _inside(
-    corners: NDArray[np.floating[Any]], tiles: TileGeometry, scale: ReadScale, level: Level
-) -> NDArray[np.bool_]:
-    """Which windows, given by unrounded corners, lie wholly on the canvas and on the level.
-
-    A level may cover a little less than the canvas, as its size is rounded down.
-    """
-    end = corners + tiles.size_px * tiles.mpp / tiles.level0_mpp
-    decoded_end = end / (level.downsample * scale.reduction)
-    decoded_size = np.floor_divide(level.size, scale.reduction)
-    inside = (end <= np.asarray(tiles.level0_size) + _SLACK_PX).all(axis=1)
-    return np.asarray(inside & (decoded_end <= decoded_size + _SLACK_PX).all(axis=1))
-
-
-def _coverage(tissue: TissueMask, corners: Coords, side_level0: float) -> NDArray[np.float64]:
-    """The fraction of each square that the mask covers, exact to parts of mask pixels.
-
-    The mask is constant on each of its pixels, so its integral from the origin is bilinear in
-    between: four look-ups in a summed-area table give a window (Crow, SIGGRAPH 1984).
-    """
-    height, width = tissue.mask.shape
-    table = np.zeros((height + 1, width + 1))
-    table[1:, 1:] = tissue.mask.cumsum(0, dtype=np.float64).cumsum(1)
-    low = corners / tissue.downsample
-    high = (corners + side_level0) / tissue.downsample
-
-    def integral(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-        x, y = np.clip(x, 0, width), np.clip(y, 0, height)
-        column = np.minimum(x.astype(int), max(width - 1, 0))
-        row = np.minimum(y.astype(int), max(height - 1, 0))
-        right, below = np.minimum(column + 1, width), np.minimum(row + 1, height)
-        u, v = x - column, y - row
-        top = table[row, column] * (1 - u) + table[row, right] * u
-        bottom = table[below, column] * (1 - u) + table[below, right] * u
-        return np.asarray(top * (1 - v) + bottom * v)
-
-    (x0, y0), (x1, y1) = low.T, high.T
-    area = integral(x1, y1) - integral(x0, y1) - integral(x1, y0) + integral(x0, y0)
-    return np.asarray(area / (side_level0 / tissue.downsample) ** 2)
+def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
+    """Warn where the tiles of the slide `name` cover less than 0.9 of its tissue, and say why."""
+    tissue, lost = plan.tissue, plan.uncovered_mm2
+    whole = 0.0 if tissue is None else tissue.area_mm2 + lost["too_small"]
+    if tissue is None or plan.covered_mm2 >= _ENOUGH * whole:
+        return
+    dropped = plan.options["border"] == "drop"
+    least = f"pieces of less than {tissue.min_area_mm2:g} mm², which the mask leaves out"
+    reasons = {
+        "border": "in cells over the border (border='shift' moves them inwards)"
+        if dropped else "in strips at the border that are too narrow for a tile",
+        "roi": "in cells whose centre is outside the region of interest (draw it wider)",
+        "tissue": "in cells with little tissue (a lower min_tissue=, now"
+        f" {plan.options['min_tissue']}, takes them)",
+        "damaged": "in damaged tiles (copy the file again)",
+        "too_small": f"in {tissue.too_small_pieces} {least} (a mask of find_tissue(slide,"
+        " min_area_mm2=...) with a lower minimum takes them)",
+    }  # fmt: skip
+    told = [
+        f"{area:.2g} mm² {reasons[reason]}"
+        for reason, area in sorted(lost.items(), key=lambda item: -item[1])
+        if area > whole / 1000
+    ]
+    warnings.warn(
+        f"the {len(plan)} tiles of {name!r} cover {plan.covered_mm2:.2g} of {whole:.2g} mm² of"
+        f" its tissue ({plan.covered_mm2 / whole:.0%}); not covered: {', '.join(told)}",
+        XmagWarning,
+        stacklevel=3,
+    )
 
 
 def _polygons(roi: Any) -> tuple[Polygon, ...]:

@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from xmag.errors import InputError
+from xmag.urls import readable
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 """Changes only when the same slide and settings give other pixels or another plan."""
 
 _DTYPE_CLASSES = {
@@ -162,7 +163,7 @@ def content_fingerprint(
     digest = hashlib.sha256(str(size).encode())
     for block in read(blocks):
         digest.update(block)
-    return {"name": name, "size_bytes": size, "content_sample_sha256": digest.hexdigest()}
+    return {"name": readable(name), "size_bytes": size, "content_sample_sha256": digest.hexdigest()}
 
 
 def _sample_offsets(size: int) -> list[int]:

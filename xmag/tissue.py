@@ -7,17 +7,20 @@ DAB have r > 0; haematoxylin has b > 0 with r about 0. Blue and green ink take m
 green (r < 0), by more than any haematoxylin.
 """
 
+import base64
 import functools
 import itertools
 import math
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmag.errors import InputError
+from xmag.geometry import Polygon, inside_any
 from xmag.morphology import (
     Bools,
     Corner,
@@ -25,13 +28,14 @@ from xmag.morphology import (
     dilated,
     filled,
     holding,
+    labelled,
     outlines,
     over_square,
     without_small,
 )
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
-from xmag.slide.scale import check_area, known_mpp
+from xmag.slide.scale import check_area
 
 _Field = NDArray[np.float32]
 
@@ -118,24 +122,30 @@ class TissueMask:
     `mask` is bool (height, width), copied and read-only; its px are `mpp` µm and `downsample`
     level-0 px wide, the first begins at level-0 (0, 0), and beyond the last there is no tissue.
     `method` says what made it, in JSON values: it goes into the provenance of all that rests on it.
-    Raises InputError for a mask that is not boolean or a scale that is not positive.
+    `too_small`, of the same shape, is stained tissue that the mask leaves out because its pieces
+    are too small (None: there is none). Raises InputError for a mask that is not boolean, shapes
+    that differ, or a scale that is not positive.
     """
 
     mask: Bools = field(repr=False)
     mpp: float
     downsample: float
     method: Mapping[str, Any]
+    too_small: Bools | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         mask = np.array(self.mask)
-        if mask.ndim != 2 or mask.dtype != np.bool_:
-            raise InputError(
-                f"the mask is an array of {mask.dtype} with shape {mask.shape}; expected bool"
-                " (height, width), such as labels > 0"
-            )
+        too_small = np.array(np.zeros_like(mask) if self.too_small is None else self.too_small)
+        for array in (mask, too_small):
+            if array.ndim != 2 or array.dtype != np.bool_ or array.shape != mask.shape:
+                raise InputError(
+                    f"the mask is an array of {array.dtype} with shape {array.shape}; expected bool"
+                    " (height, width), such as labels > 0, and the same for too_small"
+                )
+            array.setflags(write=False)
         _check_positive(mpp=self.mpp, downsample=self.downsample)
-        mask.setflags(write=False)
         object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "too_small", too_small if too_small.any() else None)
 
     @classmethod
     def from_array(cls, mask: ArrayLike, slide: Slide, *, name: str = "given") -> Self:
@@ -160,12 +170,67 @@ class TissueMask:
                 " downsample=, method=)"
             )
         method = {"name": name, "parameters": {}}
-        mpp = known_mpp(slide.mpp, slide.name) * downsample
+        mpp = slide.known_mpp() * downsample
         return cls(mask=array, mpp=mpp, downsample=downsample, method=method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, because arrays come out of a pickle writable.
-        return _remade, (self.mask, self.mpp, self.downsample, dict(self.method))
+        return _remade, (self.mask, self.mpp, self.downsample, dict(self.method), self.too_small)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, masks packed to bits, compressed, and in base 64."""
+        masks = {"mask": self.mask, "too_small": self.too_small}
+        return {
+            **{k: None if v is None else _packed(v) for k, v in masks.items()},
+            "size": list(self.mask.shape[::-1]),
+            "mpp": self.mpp,
+            "downsample": self.downsample,
+            "method": dict(self.method),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The TissueMask that `to_dict` gave; a ValueError or the like where there is none."""
+        small = fields["too_small"]
+        return cls(
+            mask=_unpacked(fields["mask"], fields["size"]),
+            mpp=fields["mpp"],
+            downsample=fields["downsample"],
+            method=fields["method"],
+            too_small=None if small is None else _unpacked(small, fields["size"]),
+        )
+
+    def within(self, polygons: Sequence[Polygon]) -> Self:
+        """The mask without the px whose centres lie outside of all polygons, in level-0 px."""
+        inside = np.zeros_like(self.mask)
+        held = self.mask if self.too_small is None else self.mask | self.too_small
+        rows, columns = np.nonzero(held)
+        centres = (np.stack([columns, rows], axis=1) + 0.5) * self.downsample
+        inside[rows, columns] = inside_any(polygons, centres)
+        small = None if self.too_small is None else self.too_small & inside
+        return replace(self, mask=self.mask & inside, too_small=small)
+
+    @property
+    def area_mm2(self) -> float:
+        """The area of the tissue."""
+        return float(np.count_nonzero(self.mask)) * (self.mpp / 1000) ** 2
+
+    @property
+    def too_small_mm2(self) -> float:
+        """The area of the pieces that the mask leaves out as too small."""
+        small = 0 if self.too_small is None else np.count_nonzero(self.too_small)
+        return float(small) * (self.mpp / 1000) ** 2
+
+    @property
+    def too_small_pieces(self) -> int:
+        """How many pieces the mask leaves out as too small."""
+        return 0 if self.too_small is None else labelled(self.too_small)[1]
+
+    @property
+    def min_area_mm2(self) -> float:
+        """Area below which a piece counts as debris: that of the method, or of `find_tissue`."""
+        parameters = self.method.get("parameters") or {}
+        return float(parameters.get("min_area_mm2", _MIN_AREA_MM2))
 
     @property
     def fraction(self) -> float:
@@ -198,8 +263,26 @@ class TissueMask:
         return {"type": "FeatureCollection", "features": features}
 
 
-def _remade(mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any]) -> TissueMask:
-    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method)
+def _remade(
+    mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any], too_small: Bools | None
+) -> TissueMask:
+    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method, too_small=too_small)
+
+
+def _packed(mask: Bools) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(mask).tobytes(), 9)).decode("ascii")
+
+
+def _unpacked(text: str, size: Sequence[int]) -> Bools:
+    width, height = size
+    count = width * height
+    # No more than the size says: a few bytes may unpack to any amount.
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(text, validate=True), count // 8 + 1)
+    if len(data) != -(-count // 8):
+        raise ValueError(f"a mask of {width}x{height} px takes {-(-count // 8)} bytes, not these")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count)
+    return bits.reshape(height, width).astype(np.bool_)
 
 
 def find_tissue(
@@ -218,7 +301,7 @@ def find_tissue(
     Args:
         slide: the slide.
         mpp: µm/px of the overview and of the mask; the method is calibrated at 32.
-        min_area_mm2: pieces smaller than this are dropped.
+        min_area_mm2: pieces smaller than this are left out; `TissueMask.too_small` has them.
         max_hole_mm2: holes up to this are filled, unless they reach the edge of the slide.
         close_um: gaps up to twice this are bridged.
 
@@ -229,15 +312,18 @@ def find_tissue(
     sizes = {"min_area_mm2": min_area_mm2, "max_hole_mm2": max_hole_mm2, "close_um": close_um}
     _check_positive(mpp=mpp)
     _check_positive(or_zero=True, **sizes)
-    level0_mpp = known_mpp(slide.mpp, slide.name)
+    level0_mpp = slide.known_mpp()
     check_area(slide.dimensions, level0_mpp, slide.name)
     downsample = mpp / level0_mpp
     width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
-    mask = np.zeros((height, width), np.bool_)
+    mask = too_small = np.zeros((height, width), np.bool_)
     if mask.size:
-        mask = _segment(slide.read_region((0, 0), (width, height), mpp=mpp), mpp, **sizes)
+        pixels = slide.read_region((0, 0), (width, height), mpp=mpp)
+        mask, too_small = _segment(pixels, mpp, **sizes)
     method = _method(mpp=float(mpp), **{name: float(size) for name, size in sizes.items()})
-    return TissueMask(mask=mask, mpp=float(mpp), downsample=downsample, method=method)
+    return TissueMask(
+        mask=mask, mpp=float(mpp), downsample=downsample, method=method, too_small=too_small
+    )
 
 
 def _check_positive(*, or_zero: bool = False, **values: float) -> None:
@@ -249,8 +335,8 @@ def _check_positive(*, or_zero: bool = False, **values: float) -> None:
 
 def _segment(
     pixels: Pixels, mpp: float, *, min_area_mm2: float, max_hole_mm2: float, close_um: float
-) -> Bools:
-    """Which px of an overview are tissue."""
+) -> tuple[Bools, Bools]:
+    """The px of an overview that are tissue, and those that would be if their piece were larger."""
     px_per_mm2 = (1000 / mpp) ** 2
     red, blue, density = _light(pixels)
     chroma = _chroma(red, blue)
@@ -265,7 +351,9 @@ def _segment(
     tissue = closed(tissue, round(close_um / mpp))
     tissue = holding(tissue, even > _STAIN_STRONG)
     tissue = filled(tissue, max_hole_mm2 * px_per_mm2)
-    return without_small(tissue & ~ink, min_area_mm2 * px_per_mm2)
+    tissue &= ~ink
+    large = without_small(tissue, min_area_mm2 * px_per_mm2)
+    return large, tissue & ~large
 
 
 def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:

@@ -1,4 +1,4 @@
-"""What every training loop of xmag needs: a schedule, an average of weights, several processes.
+"""What every training loop of xmag needs: schedule, epoch to keep, average of weights, processes.
 
 The loops themselves live with what they train: `mil`, `finetune`, `distill`.
 """
@@ -6,16 +6,18 @@ The loops themselves live with what they train: `mil`, `finetune`, `distill`.
 import copy
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xmag.errors import InputError
+from xmag.errors import InputError, XmagWarning
 
 _RENDEZVOUS_LIMIT = timedelta(minutes=30)
 
@@ -35,6 +37,42 @@ def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> 
         return (step + 1) / warmup
     done = min((step - warmup + 1) / (total - warmup), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
+    """The epoch, from 1 on, whose weights are to be kept, by the validation losses so far.
+
+    Of few patients a single loss is mostly luck, so that an epoch counts as the mean of the last
+    losses up to its own, a tenth of `epochs` of them; the lowest mean wins. Until a fifth of
+    `epochs` is over, the latest is kept: a network that has hardly learned anything is unsure of
+    everything, which can cost less than a few errors in good faith. `epochs` is the length of the
+    schedule, however early the training ends.
+    """
+    first, window = _first_epoch(epochs), math.ceil(epochs / 10)
+    if len(losses) <= first:
+        return len(losses)
+    means = [fmean(losses[last - window : last]) for last in range(first, len(losses) + 1)]
+    return first + means.index(min(means))
+
+
+def warn_of_early_best(best: int, *, trained: int, epochs: int, stacklevel: int) -> None:
+    """Warn where no epoch of `trained` was better than the first that may be kept.
+
+    A single later one says nothing.
+    """
+    if best == _first_epoch(epochs) < trained - 1:
+        warnings.warn(
+            f"epoch {best} of {trained} is kept, the first that may be: the validation loss has not"
+            " improved since, so that the network may have learned little, or the patients to"
+            " validate with are too few to tell. Compare with validation=None, which keeps the last"
+            " epoch, in a cross-validation; or give more patients, or a lower learning rate",
+            XmagWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _first_epoch(epochs: int) -> int:
+    return math.ceil(epochs / 5)
 
 
 class Ema:

@@ -17,8 +17,12 @@ from urllib.request import url2pathname
 
 from xmag.errors import InputError, MissingExtraError, OutputError, XmagError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SCHEME = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+)://")
+_CHAINED = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]+:|/)")
+"""Between the URLs of a chain, "zip://a.svs::https://host/slides.zip", and not in "http://[::1]"."""
 _MANGLED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\](?![/\\])")
+
+_SURROGATE = re.compile("[\udc80-\udcff]")
 
 _HTTP = ("http", "https")
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
@@ -29,33 +33,31 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Url:
-    """The URL of a file or folder in a store. Has the few parts of a Path that xmag uses."""
+    """The URL of a file or folder in a store. Has the few parts of a Path that xmag uses.
+
+    In one of fsspec's chains, such as "zip://a.svs::https://host/slides.zip", the file is what the
+    first URL names.
+    """
 
     text: str
     """All of it, with what must not be shown."""
 
     def __str__(self) -> str:
-        path = "/".join(self.parts)
-        return f"{self.scheme}://{path}"
+        links = [self._bare, *_CHAINED.split(self._query)[1:]]
+        return "::".join(_shown(link) for link in links)
 
     def __repr__(self) -> str:
         return f"Url({str(self)!r})"
 
     @property
     def scheme(self) -> str:
-        """The protocol in lower case, such as "s3"."""
-        return self.text.partition("://")[0].lower()
+        """The (first) protocol in lower case, such as "s3"."""
+        return self.text.partition(":")[0].lower()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The host or bucket without credentials, then the segments of the path, decoded."""
-        rest = self.text.partition("://")[2].partition("?")[0]
-        if self.scheme in _HTTP:
-            rest = rest.partition("#")[0]
-        host, *segments = rest.split("/")
-        if self.scheme in _HTTP:
-            segments = [_decoded(segment) for segment in segments]
-        return (host.rpartition("@")[2], *segments)
+        return _parts(self._bare)
 
     @property
     def name(self) -> str:
@@ -70,11 +72,13 @@ class Url:
     @property
     def parent(self) -> "Url":
         """The folder it lies in."""
-        head, _, _ = self._bare.rstrip("/").rpartition("/")
-        return Url(head + self._query)
+        before, _, path = self._bare.partition("://")
+        return Url(f"{before}://{path.rstrip('/').rpartition('/')[0]}{self._query}")
 
     def __truediv__(self, below: object) -> "Url":
-        return Url(f"{self._bare.rstrip('/')}/{below}{self._query}")
+        before, _, path = self._bare.partition("://")
+        folder = f"{path.rstrip('/')}/" if path else ""
+        return Url(f"{before}://{folder}{below}{self._query}")
 
     def with_name(self, name: str) -> "Url":
         """Another file beside it."""
@@ -116,11 +120,15 @@ class Url:
 
     def size(self) -> int:
         """Its length in bytes. Raises what the store does; see `told`."""
+        return int(self.info()["size"])
+
+    def info(self) -> dict[str, Any]:
+        """What the store says of the file, its "size" at least. Raises what the store does."""
         store, path = self.store()
-        facts = store.info(path)
+        facts: dict[str, Any] = store.info(path)
         if facts.get("type") == "directory":
             raise IsADirectoryError
-        return int(facts["size"])
+        return facts
 
     def read(self) -> bytes:
         """All of its bytes. Raises what the store does; see `told`."""
@@ -165,7 +173,12 @@ class Url:
 
     @property
     def _bare(self) -> str:
-        return self.text.partition("?")[0]
+        """All up to the end of the file's own path: what follows is a query, or another URL."""
+        path = self.text.index("://") + 3
+        chained = _CHAINED.search(self.text, path)
+        end = chained.start() if chained else len(self.text)
+        query = self.text.find("?", path, end)
+        return self.text[: end if query < 0 else query]
 
     @property
     def _query(self) -> str:
@@ -196,6 +209,32 @@ def place_of(path: str | os.PathLike[str] | Url) -> Place:
         parts = urlsplit(text)
         return Path(url2pathname(unquote(parts.path) if os.name != "nt" else parts.path))
     return Url(text)
+
+
+def shown(path: str | os.PathLike[str] | Url) -> str:
+    """A path or URL as a message may repeat it: without credentials, and as `readable`."""
+    return readable(str(place_of(path)))
+
+
+def without_folder(text: str, path: Path) -> str:
+    """Text in which what lies beside a file is named without the folders above it.
+
+    Messages of libraries name whole paths, which say more of a machine and its user than belongs
+    into a report.
+    """
+    folders = {path.parent, path.parent.absolute(), Path(os.path.realpath(path.parent))}
+    for folder in sorted((str(folder) for folder in folders), key=len, reverse=True):
+        if folder.strip(".") and folder != os.sep:
+            text = text.replace(folder + os.sep, "").replace(folder, path.parent.name)
+    return text
+
+
+def readable(text: str) -> str:
+    """Text in which bytes of a file name that are not UTF-8 stand as "%E9", and not as surrogates.
+
+    Python keeps such bytes as lone surrogates (PEP 383), which no file, store or stream takes.
+    """
+    return _SURROGATE.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", text)
 
 
 @contextmanager
@@ -246,6 +285,24 @@ def common_parts(urls: Sequence[Url]) -> int:
             break
         shared += 1
     return shared
+
+
+def _parts(bare: str) -> tuple[str, ...]:
+    """Host or bucket, and segments, of a URL without its query; see `Url.parts`."""
+    before, _, rest = bare.partition("://")
+    if is_http := before.rpartition("::")[2].lower() in _HTTP:
+        rest = rest.partition("#")[0]
+    host, *segments = rest.split("/")
+    if is_http:
+        segments = [_decoded(segment) for segment in segments]
+    return (host.rpartition("@")[2], *segments)
+
+
+def _shown(link: str) -> str:
+    """One URL of a chain without credentials and query."""
+    bare = link.partition("?")[0]
+    before, found, _ = bare.partition("://")
+    return f"{before.lower()}://{'/'.join(_parts(bare))}" if found else bare
 
 
 def _decoded(segment: str) -> str:

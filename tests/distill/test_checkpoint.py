@@ -30,7 +30,9 @@ from xmag.errors import OutputError
 STEPS = 24
 
 
-def run(out: Path, *, every: int = 4, damaged: tuple[int, ...] = (), pause: float = 0) -> Summary:
+def run(
+    out: Path, *, every: int = 4, damaged: tuple[int, ...] = (), stalls_after: int = 10**9
+) -> Summary:
     settings = Settings(
         loss=LossSettings(centre=True, centre_regions=8),
         train=TrainSettings(steps=STEPS, batch=4, lr=2e-3, seed=3),
@@ -38,13 +40,15 @@ def run(out: Path, *, every: int = 4, damaged: tuple[int, ...] = (), pause: floa
         log=LogSettings(every=2, checkpoint_every=every, validate_every=6, tensorboard=False),
     )
     source = ArraySource(colourful_regions(12), damaged=damaged)
-    read = source.read
+    read, taken = source.read, []
 
-    def slowly(indices):
-        time.sleep(pause)
+    def counting(indices):
+        taken.extend(indices)
+        if len(taken) > stalls_after:
+            time.sleep(800)
         return read(indices)
 
-    source.read = slowly
+    source.read = counting
     return distill(
         source, RandomTeacher(), tiny_student(), out, settings=settings, validation=[0, 5],
         about={"slides": 1},
@@ -73,7 +77,7 @@ def everything(out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone", damaged=(7,))
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*program(damaged=(7,), pause=0.02), str(killed)])
+    process = subprocess.Popen([*program(damaged=(7,), stalls_after=60), str(killed)])
     checkpoint = killed / CHECKPOINT
     while not checkpoint.exists() or load_checkpoint(checkpoint).step < 8:
         assert process.poll() is None
@@ -128,7 +132,7 @@ except Exception as error:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes to set")
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    process = subprocess.Popen([*program(pause=0.02), str(tmp_path)])
+    process = subprocess.Popen([*program(stalls_after=60), str(tmp_path)])
     checkpoint = tmp_path / CHECKPOINT
     while not checkpoint.exists():
         assert process.poll() is None
@@ -140,7 +144,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     text = program()[2].replace("run(Path(sys.argv[1]), **{})", FULL_DISK)
     done = subprocess.run(
         [sys.executable, "-c", text, str(tmp_path)],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("OutputError"), done.stdout

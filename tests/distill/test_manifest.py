@@ -244,6 +244,10 @@ def test_what_makes_no_sense_is_refused(cohort: Path, tmp_path: Path) -> None:
         plan_slides(cohort, tissue="all")
     with pytest.raises(InputError, match=r"no site for 'north/b\.svs'"):
         plan_slides(cohort, sites={"north/a.svs": "x"})
+    with pytest.raises(InputError, match="is 'x ', with blanks around it"):
+        plan_slides(cohort, sites=lambda _: "x ")
+    with pytest.raises(InputError, match="is 'nan', a missing value"):
+        plan_slides(cohort, sites=lambda _: "nan")
     twin = tmp_path / "twins"
     twin.mkdir()
     for name in ("one", "two"):

@@ -55,7 +55,7 @@ def planned(folder: Path, manifest: Manifest) -> np.ndarray:
     parts = []
     for source in manifest.sources:
         with Slide(folder / source.path) as slide:
-            plan = plan_tiles(slide, manifest.spec, overlap=200)
+            plan = plan_tiles(slide, manifest.spec, overlap=200, border="drop")
             parts += [tiles for _, tiles in read_tiles(slide, plan, threads=1)]
     return np.concatenate(parts)
 
@@ -225,7 +225,7 @@ def test_a_slide_that_kills_who_reads_it_is_damaged(tmp_path: Path) -> None:
         done = threading.Event()
         killer = threading.Thread(target=kill_all)
         killer.start()
-        with pytest.raises(DamagedSlideError, match="was killed .signal SIGKILL."):
+        with pytest.raises(DamagedSlideError, match=r"was killed .signal SIGKILL."):
             pool.read(stuck, tiles)
         done.set()
         killer.join()

@@ -231,7 +231,7 @@ def test_two_ranks_with_half_the_batch_take_the_step_of_one(tmp_path: Path) -> N
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path),
         ],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from support.distilling import (
     colourful_regions,
     tiny_student,
 )
+from support.models import default_dtype
 
 import xmag
+from xmag.distill.augment import Augmentation
 from xmag.distill.lessons import OnlineLesson
 from xmag.distill.settings import (
     LoaderSettings,
@@ -129,6 +132,19 @@ def test_the_same_run_gives_the_same_weights(tmp_path: Path) -> None:
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_of_the_program_changes_no_number(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    teacher = RandomTeacher()
+    settings = replace(quick(), augment=Augmentation(turns=True))
+    run(tmp_path / "expected", settings, teachers=teacher)
+    with default_dtype(dtype):
+        run(tmp_path / "found", settings, teachers=teacher)
+    found, expected = (weights(tmp_path / name) for name in ("found", "expected"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_damaged_regions_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -266,7 +282,7 @@ def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path / "two"),
         ],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run(tmp_path / "one", quick(batch=4, steps=3, lr=1e-4))

@@ -158,7 +158,7 @@ def test_bags_and_paths_serve_and_groups_go_to_a_fit_that_takes_them(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "names", [(("a", 1), ("b", 2)), (0.5, 0.25), (7, "seven"), (True, False), (2, 1)]
+    "names", [(("a", 1), ("b", 2)), (2.0, 1.0), (7, "seven"), (True, False), (2, 1)]
 )
 @pytest.mark.parametrize("model", [LogisticRegression(), NearestMeanOfBags()])
 def test_labels_may_be_of_any_hashable_kind(names: tuple[Any, Any], model: Any) -> None:
@@ -290,6 +290,11 @@ _X, _Y, _G = cohort(13, patients=12)
         ({"y": ["LUAD"] * len(_Y)}, "one class only: all .* cases are 'LUAD'"),
         ({"y": _Y[:-1]}, f"y has {len(_Y) - 1} entries for {len(_Y)} cases"),
         ({"y": [None, *_Y[1:]]}, r"y\[0\] is None"),
+        ({"y": ["N/A", *_Y[1:]]}, r"y\[0\] is 'N/A', a missing"),
+        ({"y": [f"{_Y[0]} ", *_Y[1:]]}, r"y\[0\] is '.* ', with blanks around it"),
+        ({"y": np.linspace(0, 1, len(_Y))}, "y holds .*not whole.*MILRegressor"),
+        ({"groups": [f" {_G[0]}", *_G[1:]]}, r"groups\[0\] is ' .*', with blanks"),
+        ({"random_state": -1}, "random_state is -1"),
         ({"groups": _G[:-1]}, "groups has"),
         ({"groups": [float("nan"), *_G[1:]]}, r"groups\[0\] is nan"),
         ({"X": 3}, "int, which has no length"),

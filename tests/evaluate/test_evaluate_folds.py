@@ -135,6 +135,8 @@ def test_a_case_is_tested_once_in_a_repeat() -> None:
         ("aaab", "1234", 2, "class 'b' has one patient"),
         ("aabb", "123", 2, "groups has 3 entries for 4 cases"),
         ("aabb", "1234", 1, "at least 2"),
+        ("aabbbb", "123456", 5, "no class has 5 cases; class 'a' has 2: give folds=2 or fewer"),
+        ([0.5, 1.5, 0.5, 1.5], "1234", 2, "not whole.*MILRegressor"),
     ],
 )
 def test_cohorts_that_cannot_be_split_are_refused(

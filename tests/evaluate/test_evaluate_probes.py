@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn import metrics as sk
 from sklearn.base import clone
@@ -13,7 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-from sklearn.preprocessing import normalize
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, normalize
 from support.cohorts import cohort
 
 from xmag.errors import InputError, XmagWarning
@@ -62,6 +64,17 @@ def test_the_linear_probe_is_that_of_scikit_learn_by_hand() -> None:
         assert report.estimate(name).value == pytest.approx(float(value), abs=1e-12)
     assert report.settings["C"] == 0.18
     assert report.settings["iterations"] == int(model.n_iter_[0])
+
+
+def test_a_pipeline_with_routing_scores_as_without() -> None:
+    pipeline = make_pipeline(FunctionTransformer(), LinearProbe())
+    expected = cross_val_score(pipeline, _TRAIN.x, _TRAIN.y)
+    with sklearn.config_context(enable_metadata_routing=True):
+        np.testing.assert_array_equal(cross_val_score(pipeline, _TRAIN.x, _TRAIN.y), expected)
+    weights = np.arange(len(_TEST.y)) + 0.5
+    model = LinearProbe().fit(_TRAIN.x, _TRAIN.y)
+    weighed = sk.accuracy_score(_TEST.y, model.predict(_TEST.x), sample_weight=weights)
+    assert model.score(_TEST.x, _TEST.y, sample_weight=weights) == pytest.approx(weighed)
 
 
 def test_two_classes_and_half_precision_are_taken_as_scikit_learn_takes_them() -> None:

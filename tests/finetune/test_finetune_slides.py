@@ -1,6 +1,7 @@
 """Fine-tuning as a whole: from slides to a result that both loaders read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.finetuning import LABELS, PATIENTS, QUICK, small_encoder, stores
-from support.models import random_tiles
+from support.models import default_dtype, random_tiles
 from support.slides import write_svs
 from torch import nn
 
@@ -136,6 +137,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
     assert not torch.equal(weights_of(one)[0], weights_of(other)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_of_the_program_changes_no_number(dtype: torch.dtype) -> None:
+    settings = replace(QUICK, augmentation=Augmentation())
+    model = small_encoder()
+    options = {"model": model, "settings": settings, "aggregator": "abmil", "random_state": 3}
+    expected = tuned(**options)
+    with default_dtype(dtype):
+        found = tuned(**options)
+    pairs = zip(weights_of(found), weights_of(expected), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_the_size_of_chunks_changes_no_more_than_rounding() -> None:
     whole, small = (
         tuned(
@@ -182,9 +195,11 @@ def test_training_stops_when_validation_does_not_improve() -> None:
         epochs=30, patience=2, slides_per_step=2, learning_rate=0, classifier_learning_rate=0,
         augmentation=None,
     )  # fmt: skip
-    result = tuned(settings=settings)
-    assert result.best_epoch == 0
-    assert [row.epoch for row in result.history] == [0, 1, 2]
+    with pytest.warns(XmagWarning, match="epoch 6 of 8 is kept, the first that may be") as found:
+        result = tuned(settings=settings)
+    assert found[0].filename == __file__  # where finetune_slides is called
+    assert result.best_epoch == 5
+    assert [row.epoch for row in result.history] == list(range(8))
 
 
 def test_returned_are_the_weights_of_the_best_epoch() -> None:
@@ -368,6 +383,9 @@ def test_a_loss_that_is_not_finite_names_the_slide() -> None:
         ({"labels": ["a"] * 8}, "two or more"),
         ({"labels": ["a", "b"]}, "2 values for 8"),
         ({"groups": [1, 2]}, "2 values for 8"),
+        ({"groups": [*PATIENTS[:-1], f" {PATIENTS[-1]}"]}, r"groups\[7\] is .*with blanks"),
+        ({"labels": [*LABELS[:-1], "nan"]}, r"labels\[7\] is 'nan', a missing value"),
+        ({"labels": np.linspace(0, 1, 8)}, "not whole.*MILRegressor"),
         ({"validation": 1.5}, "expected a share"),
         ({"validation": (stores(2, seed=9), ["a", "c"])}, r"'c'.*expected one of the classes"),
         ({"groups": [0] * 8}, "can be held out"),

@@ -51,7 +51,7 @@ def run(out: Path, *launcher: str) -> None:
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False,
+        cwd=TESTS.parent, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

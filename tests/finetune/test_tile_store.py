@@ -153,7 +153,7 @@ from xmag.geometry import TileSpec
 options = TileOptions(memory_gib=0, folder=sys.argv[2])
 with stored_tiles([sys.argv[1]], spec=TileSpec(size_px=56), options=options) as stores:
     print(len(stores[0]), flush=True)
-    time.sleep(60)
+    time.sleep(800)
 """
 
 

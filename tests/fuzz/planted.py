@@ -50,7 +50,7 @@ def outcome(path: Path) -> str:
         case "thread":
             threading.Thread(target=time.sleep, args=(0.5,)).start()
         case "hang":
-            time.sleep(60)
+            time.sleep(800)
         case "memory":
             bytearray(1 << 29)
         case "hidden memory":

@@ -151,7 +151,7 @@ def test_padding_of_a_single_bag_changes_nothing(name: str) -> None:
     assert not module.batched
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(name=st.sampled_from([*BATCHED, "clam_sb"]), seed=st.integers(0, 2**31), data=st.data())
 def test_permuting_a_bag_permutes_its_attention_and_nothing_else(
     name: str, seed: int, data: st.DataObject

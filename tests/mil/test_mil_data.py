@@ -1,7 +1,9 @@
 """What may stand for a bag, a label and a patient, and what is refused, with the bag's name."""
 
 import enum
+import math
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import h5py
@@ -165,10 +167,10 @@ class Grade(enum.Enum):
         (("a", "b", "c"), "<U1"),
         ((0, 1, 5), "int64"),
         ((False, True), "bool"),
-        ((0.5, 1.5), "float64"),
+        ((0.0, 1.0), "float64"),
         ((("LUAD", 1), ("LUAD", 2)), "object"),
         ((1, "a"), "object"),
-        ((1, 2.5), "object"),
+        ((1, 2.0), "object"),
         ((frozenset({1}), frozenset({2})), "object"),
         ((Grade.LOW, Grade.HIGH), "object"),
         ((2**70, 3), "object"),
@@ -214,16 +216,47 @@ def test_classes_are_in_an_order_that_does_not_depend_on_the_cohort() -> None:
         (["a"] * 12, r"labels are of 1 class \('a'\); expected two or more"),
         (["a", "b"] * 5, "y has 10 values for 12 bags"),
         ("ab" * 6, "y is 'abababababab'; expected one value for each of 12 bags"),
-        ([None, *"ababababab", "a"], r"y\[0\] is None: it is missing"),
-        ([*"ababababab", "a", float("nan")], r"y\[11\] is nan: it is missing"),
-        ([["a"], *"ababababab", "a"], r"y\[0\] is a list, which is not hashable"),
-        ([("a", []), *"ababababab", "a"], r"y\[0\] is a tuple, which is not hashable"),
+        ([None, *"ababababab", "a"], r"y\[0\] is None, a missing value"),
+        ([*"ababababab", "a", float("nan")], r"y\[11\] is nan, a missing value"),
+        ([["a"], *"ababababab", "a"], r"y\[0\] is .*, a list that cannot be hashed"),
+        ([("a", []), *"ababababab", "a"], r"y\[0\] is .*, a tuple that cannot be hashed"),
+        ([*"ababababab", "a", ""], r"y\[11\] is '', a missing value"),
+        ([*"ababababab", "a", "nan"], r"y\[11\] is 'nan', a missing value"),
+        (np.array([*"ababababab", "a", None]).astype(str), r"is 'None', a missing value"),
+        ([*"ababababab", "a", ("a", None)], r"\('a', None\), a missing value"),
+        ([*"ababababab", "a", "b "], r"y\[11\] is 'b ', with blanks around it"),
+        ([("a", " x"), ("a", "x")] * 6, r"y\[0\] is \('a', ' x'\), with blanks"),
+        (np.linspace(0, 1, 12), r"y holds 0\.09.*not whole.*MILRegressor.*in a later release"),
+        (torch.linspace(0, 1, 12).half(), "not whole.*MILRegressor"),
+        ([1, 2.5] * 6, r"y holds 2\.5, .*not whole.*give them as text"),
+        ([Fraction(1, 2), Fraction(3, 2)] * 6, "not whole.*MILRegressor"),
+        ([(0.5, 1.5), (1.5, 2.5)] * 6, "not whole.*MILRegressor"),
+        ([0.0, math.inf] * 6, "y holds inf"),
         ([1, True] * 6, "both 1 and True, which Python takes for the same"),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(labels: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fitted(labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("p1 ", r"groups\[11\] is 'p1 ', with blanks"),
+        ("", r"groups\[11\] is '', a missing"),
+        ("<NA>", r"groups\[11\] is '<NA>', a missing"),
+        (float("nan"), r"groups\[11\] is nan, a missing"),
+    ],
+)
+def test_patients_that_are_missing_or_would_be_two_are_refused(last: object, message: str) -> None:
+    patients = [*(f"p{i}" for i in range(11)), last]
+    with pytest.raises(InputError, match=message):
+        MILClassifier(device="cpu").fit(COHORT.bags, COHORT.labels, groups=patients)
+
+
+def test_numbers_as_text_are_names() -> None:
+    assert fitted(labels=["1.5", "2.5"] * 6).classes_.tolist() == ["1.5", "2.5"]
 
 
 def with_bag(bag: object) -> list:

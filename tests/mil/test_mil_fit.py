@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from support.mil_cohort import planted_cohort
+from support.models import default_dtype
 from torch import nn
 
 from xmag.errors import BagError, InputError, ModelError, XmagWarning
@@ -74,6 +75,25 @@ def test_two_fits_with_one_seed_are_equal_to_the_last_bit(cohort, aggregator: st
     assert same(fits[0], fits[1])
     assert fits[0].history_ == fits[1].history_
     assert not same(fits[0], fits[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("aggregator", ["abmil", "mean", "max", "transmil", "clam_sb"])
+def test_the_default_dtype_of_the_program_changes_no_number(
+    cohort, aggregator: str, dtype: torch.dtype
+) -> None:
+    def fit() -> MILClassifier:
+        options = {"embed_dim": 8, **({"landmarks": 4} if aggregator == "transmil" else {})}
+        classifier = tiny(aggregator=aggregator, aggregator_options=options)
+        return classifier.fit(cohort.bags, cohort.labels, groups=cohort.patients)
+
+    expected = fit()
+    with default_dtype(dtype):
+        found = fit()
+        probabilities = found.predict_proba(cohort.bags)
+    assert same(found, expected)
+    assert found.history_ == expected.history_
+    np.testing.assert_array_equal(probabilities, expected.predict_proba(cohort.bags))
 
 
 def test_without_a_seed_fits_differ(cohort) -> None:
@@ -147,10 +167,35 @@ def test_the_rate_warms_up_and_decays_to_nothing(cohort) -> None:
 
 def test_training_stops_when_validation_no_longer_improves(cohort) -> None:
     noise = planted_cohort(40, seed=2, tiles=20, dim=6, shift=0.0)
-    classifier = tiny(epochs=200, patience=4, lr=0.02).fit(
-        noise.bags, noise.labels, groups=noise.patients
-    )
+    with pytest.warns(XmagWarning, match="epoch 40 of 44 is kept, the first that may be"):
+        classifier = tiny(epochs=200, patience=4, lr=0.02).fit(
+            noise.bags, noise.labels, groups=noise.patients
+        )
     assert len(classifier.history_) == classifier.best_epoch_ + 4 < 200
+
+
+def test_a_lucky_loss_of_the_first_epochs_is_not_kept() -> None:
+    """Three of eight validation labels are wrong: whoever has learned something is punished."""
+    train, check, test = (
+        planted_cohort(n, seed=seed, dim=16, tiles=20, planted=0.1)
+        for n, seed in ((30, 30), (8, 31), (100, 32))
+    )
+    other = {"negative": "positive", "positive": "negative"}
+    wrong = [other[label] for label in check.labels[:3]] + check.labels[3:]
+    classifier = tiny(
+        aggregator_options={"embed_dim": 16, "attention_dim": 8}, epochs=100, lr=0.01,
+        random_state=3,
+    )  # fmt: skip
+    with pytest.warns(XmagWarning, match=r"epoch 20 of 40 is kept, the first that may be"):
+        classifier.fit(
+            train.bags, train.labels, groups=train.patients,
+            validation=(check.bags, wrong, check.patients),
+        )  # fmt: skip
+    losses = [row["validation_loss"] for row in classifier.history_]
+    assert np.argmin(losses) < 3
+    assert classifier.best_epoch_ == 20
+    positive = np.array(test.labels) == "positive"
+    assert roc_auc_score(positive, classifier.predict_proba(test.bags)[:, 1]) > 0.95
 
 
 def test_without_validation_the_last_epoch_is_kept(cohort) -> None:

@@ -2,13 +2,14 @@
 
 import pickle
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
 import sklearn
 from sklearn.base import clone, is_classifier
-from sklearn.exceptions import UnsetMetadataPassedError
-from sklearn.metrics import roc_auc_score
+from sklearn.exceptions import NotFittedError, UnsetMetadataPassedError
+from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
@@ -24,7 +25,8 @@ from support.mil_cohort import planted_cohort
 from support.programs import run_program
 from torch import nn
 
-from xmag.errors import InputError
+from xmag.errors import InputError, XmagWarning
+from xmag.evaluate import LinearProbe
 from xmag.mil import MILClassifier, aggregator
 
 COHORT = planted_cohort(24, tiles=6, dim=4)
@@ -150,6 +152,57 @@ def test_metadata_routing_carries_groups_to_fit_and_to_the_splitter() -> None:
             )
 
 
+def test_a_pipeline_with_routing_scores_without_scoring() -> None:
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(
+            FunctionTransformer(lambda bags: [2 * x for x in bags]),
+            tiny().set_fit_request(groups=True),
+        )
+        options = {"params": {"groups": COHORT.patients}, "cv": GroupKFold(3)}
+        args = pipeline, COHORT.bags, COHORT.labels
+        found = cross_val_score(*args, error_score="raise", **options)
+        expected = cross_val_score(*args, scoring="accuracy", **options)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_of_a_score_are_those_of_scikit_learn() -> None:
+    fitted = tiny().fit(COHORT.bags, COHORT.labels, validation=None)
+    weights = np.arange(24) + 0.5
+    expected = accuracy_score(COHORT.labels, fitted.predict(COHORT.bags), sample_weight=weights)
+    found = fitted.score(COHORT.bags, COHORT.labels, sample_weight=weights)
+    assert found == pytest.approx(expected)
+    with sklearn.config_context(enable_metadata_routing=True):
+        asks = tiny().set_fit_request(groups=True).set_score_request(sample_weight=True)
+        scores = cross_val_score(
+            asks, COHORT.bags, COHORT.labels, cv=GroupKFold(3), error_score="raise",
+            params={"groups": COHORT.patients, "sample_weight": weights},
+        )  # fmt: skip
+    assert scores.shape == (3,)
+
+
+def test_log_probabilities_are_the_logarithms_of_probabilities() -> None:
+    fitted = tiny().fit(COHORT.bags, COHORT.labels, validation=None)
+    found = fitted.predict_log_proba(COHORT.bags)
+    np.testing.assert_allclose(found, np.log(fitted.predict_proba(COHORT.bags)), atol=1e-12)
+    far = fitted.predict_log_proba([np.full((1, 4), 1e6)])
+    assert fitted.predict_proba([np.full((1, 4), 1e6)]).min() == 0
+    assert np.isfinite(far).all()
+    with pytest.warns(XmagWarning, match="no tiles"):
+        empty = fitted.predict_log_proba([np.zeros((0, 4))])
+    np.testing.assert_array_equal(np.exp(empty[0]), fitted.class_prior_)
+
+
+@pytest.mark.parametrize("estimator", [MILClassifier(), LinearProbe()], ids=repr)
+def test_what_is_not_fitted_is_scikit_learns_own_error(estimator: Any) -> None:
+    for method in ("predict", "predict_proba", "predict_log_proba"):
+        with pytest.raises(NotFittedError, match="is not fitted; call fit") as caught:
+            getattr(estimator, method)([[1.0]])
+        assert isinstance(caught.value, InputError)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert isinstance(again, NotFittedError)
+        assert str(again) == str(caught.value)
+
+
 def test_a_pickle_predicts_the_same() -> None:
     fitted = tiny().fit(COHORT.bags, COHORT.labels, groups=COHORT.patients)
     again = pickle.loads(pickle.dumps(fitted))
@@ -163,7 +216,12 @@ def test_the_core_never_imports_scikit_learn() -> None:
     program = """
     import sys, tempfile
     import numpy as np
+    from xmag.errors import InputError
     from xmag.mil import MILClassifier
+    try:
+        MILClassifier().predict([])
+    except InputError as error:
+        assert isinstance(error, AttributeError)
     rng = np.random.default_rng(0)
     bags = [rng.normal(size=(5, 4)) for _ in range(12)]
     clf = MILClassifier(epochs=1, device="cpu", aggregator_options={"embed_dim": 4})

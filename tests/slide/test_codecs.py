@@ -7,9 +7,20 @@ import imagecodecs
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from PIL import Image
+from support import tiff
 from support.oracle import difference
-from support.slides import abbreviated, encode_jpeg, encode_tile, shrunk, texture, to_ycbcr
+from support.slides import (
+    abbreviated,
+    encode_jpeg,
+    encode_tile,
+    jpeg_segments,
+    page,
+    shrunk,
+    texture,
+    to_ycbcr,
+)
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import Slide, codecs, jpeg2000
@@ -27,7 +38,7 @@ def coding(color, size=(240, 240), **changes):
     compression, photometric = COLORS[color]
     fields = {
         "compression": compression, "photometric": photometric, "samples": 3, "size": size,
-        "last_height": size[1], "predictor": 2 if color == "deflate" else 1,
+        "last_height": size[1], "predictor": 2 if color == "deflate" else 1, "aperio": True,
     }  # fmt: skip
     return codecs.TileCoding(**(fields | changes))
 
@@ -271,3 +282,129 @@ def test_jpeg_2000_with_fewer_chroma_samples_becomes_rgb_once(subsampling):
     data = base64.b85decode(SUBSAMPLED[subsampling].replace("\n", ""))
     pixels = codecs.decoder(coding("j2k-ycbcr", size=(64, 64)))(data, 1)
     assert difference(pixels, subsampled_source()).mean() < 4
+
+
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+MARKERS = {"none": b"", "jfif": JFIF, "adobe": ADOBE}
+APERIO = "Aperio Image Library v12\r\n240x240 (240x240) JPEG|MPP = 0.25"
+
+
+def marked(stream, marker, ids=None):
+    """A stream without markers, with one; its components called `ids`."""
+    found = b"\xff\xd8" + marker
+    for code, part in jpeg_segments(stream):
+        first = {0xC0: 10, 0xDA: 5}.get(code)
+        step = {0xC0: 3, 0xDA: 2}.get(code)
+        segment = bytearray(part)
+        if ids is not None and first is not None:
+            for number, name in enumerate(ids):
+                segment[first + step * number] = name
+        found += bytes(segment)
+    return found
+
+
+def one_tile(path, data, compression, tag, vendor):
+    """A TIFF of one 240 px tile with these bytes and tags."""
+    written = page(texture(240, 240), color="raw", description=vendor)
+    written.tags |= {
+        259: (tiff.SHORT, compression), 262: (tiff.SHORT, tag), 530: (tiff.SHORT, [1, 1]),
+    }  # fmt: skip
+    tiff.write_pages(path, [tiff.Page(written.tags, [data])])
+    return path
+
+
+def decoded(path, *reductions):
+    """The only tile of a file at these reductions, and what tifffile shows."""
+    with Slide(path, mpp=0.25) as slide:
+        (data,) = slide.reader.read_tile_bytes(0, [0])
+        found = [slide.reader.decode(0, data, n) for n in reductions]
+    with tifffile.TiffFile(path) as file:
+        return found, file.pages[0].asarray()
+
+
+@pytest.mark.parametrize("vendor", ["", APERIO], ids=["plain", "aperio"])
+@pytest.mark.parametrize("tag", [RGB, YCBCR])
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("color", ["ycbcr420", "ycbcr422"])
+def test_subsampled_jpeg_is_ycbcr_whatever_the_tag_says(tmp_path, color, marker, tag, vendor, tile):
+    end = b"\1" if marker == "adobe" else b""
+    stream = marked(encode_jpeg(tile, color), MARKERS[marker] + end)
+    found, other = decoded(one_tile(tmp_path / "a.tif", stream, 7, tag, vendor), 1, 2, 4, 8)
+    for n, pixels in zip((1, 2, 4, 8), found, strict=True):
+        assert difference(pixels, shrunk(tile, n)).mean() < 4
+    if marker == "jfif" or tag == YCBCR:  # tifffile believes the tag before all but JFIF
+        assert difference(found[0], other).mean() < 2
+
+
+@pytest.mark.parametrize("tag", [RGB, YCBCR])
+@pytest.mark.parametrize("marker", ["jfif", "adobe"])
+def test_a_jpeg_that_calls_itself_ycbcr_by_marker_and_by_names_is(tmp_path, marker, tag, tile):
+    end = b"\1" if marker == "adobe" else b""
+    stream = marked(encode_jpeg(tile, "ycbcr444"), MARKERS[marker] + end)
+    (pixels,), _ = decoded(one_tile(tmp_path / "a.tif", stream, 7, tag, ""), 1)
+    assert difference(pixels, tile).mean() < 4
+
+
+@pytest.mark.parametrize("tag", [RGB, YCBCR])
+@pytest.mark.parametrize("marker", ["none", "adobe"])
+def test_a_jpeg_whose_components_are_called_r_g_and_b_is_rgb(tmp_path, marker, tag, tile):
+    end = b"\0" if marker == "adobe" else b""
+    stream = marked(encode_jpeg(tile, "rgb444"), MARKERS[marker] + end)
+    (pixels,), other = decoded(one_tile(tmp_path / "a.tif", stream, 7, tag, ""), 1)
+    assert difference(pixels, tile).mean() < 4
+    assert difference(pixels, other).max() <= 1
+
+
+@pytest.mark.parametrize("ids", [b"RGB", b"\0\1\2", b"\1\2\3"], ids=["RGB", "012", "123"])
+@pytest.mark.parametrize("marker", MARKERS)
+def test_the_tag_decides_about_full_chroma_in_aperio(tmp_path, marker, ids, tile):
+    end = b"\1" if marker == "adobe" else b""
+    rgb = marked(encode_jpeg(tile, "rgb444"), MARKERS[marker] + end, ids)
+    ycbcr = marked(encode_jpeg(tile, "ycbcr444"), MARKERS[marker] + end, ids)
+    for stream, tag in ((rgb, RGB), (ycbcr, YCBCR)):
+        (pixels,), _ = decoded(one_tile(tmp_path / "a.svs", stream, 7, tag, APERIO), 1)
+        assert difference(pixels, tile).mean() < 4
+
+
+@pytest.mark.parametrize("tag", [RGB, YCBCR])
+def test_the_tag_decides_where_a_jpeg_says_nothing(tmp_path, tag, tile):
+    stream = marked(encode_jpeg(tile, "rgb444" if tag == RGB else "ycbcr444"), b"", b"\0\1\2")
+    (pixels,), _ = decoded(one_tile(tmp_path / "a.tif", stream, 7, tag, ""), 1)
+    assert difference(pixels, tile).mean() < 4
+
+
+@pytest.mark.parametrize("tag", [RGB, YCBCR])
+@pytest.mark.parametrize("mct", [0, 1])
+@pytest.mark.parametrize("compression", [33003, 33004, 33005, 34712])
+@pytest.mark.parametrize("vendor", ["", APERIO], ids=["plain", "aperio"])
+def test_jpeg_2000_is_ycbcr_in_aperios_33003_without_transform_alone(
+    tmp_path, vendor, compression, mct, tag, tile
+):
+    ycbcr = bool(vendor) and compression == 33003 and not mct
+    stored = to_ycbcr(tile) if ycbcr else tile
+    stream = encode_jpeg2000(stored, mct=mct, quality_layers=[4])
+    path = one_tile(tmp_path / "a.tif", stream, compression, tag, vendor)
+    found, other = decoded(path, 1, 2, 4, 8)
+    for n, pixels in zip((1, 2, 4, 8), found, strict=True):
+        assert difference(pixels, shrunk(tile, n)).mean() < 2
+    if not ycbcr:
+        assert np.array_equal(found[0], other)
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLED)
+@pytest.mark.parametrize("vendor", ["", APERIO], ids=["plain", "aperio"])
+def test_jpeg_2000_with_fewer_chroma_samples_is_ycbcr_in_any_file(tmp_path, subsampling, vendor):
+    data = base64.b85decode(SUBSAMPLED[subsampling].replace("\n", ""))
+    written = page(np.zeros((64, 64, 3), np.uint8), tile=(64, 64), color="raw", description=vendor)
+    written.tags[259] = (tiff.SHORT, 34712)
+    tiff.write_pages(tmp_path / "a.tif", [tiff.Page(written.tags, [data])])
+    (pixels,), _ = decoded(tmp_path / "a.tif", 1)
+    assert difference(pixels, subsampled_source()).mean() < 4
+
+
+@pytest.mark.shared
+def test_a_real_converters_rgb_tag_on_ycbcr_tiles(shared):
+    path = shared / "cases" / "ome_jpeg_rgb_tag.ome.tif"
+    with Slide(path) as slide:
+        found = slide.read_region((0, 0), slide.dimensions)
+    assert difference(found, tifffile.imread(path)).mean() < 2

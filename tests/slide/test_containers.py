@@ -1,5 +1,7 @@
 """One file of each container, as OpenSlide shows it, and what is refused in each."""
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,14 @@ import pytest
 from support import tiff
 from support.oracle import difference, level_pixels
 from support.slides import page, shrunk, strip_page, texture, tiles_of, write_svs, write_tiff
-from support.vendor_slides import write_ndpi, write_ome, write_philips, write_scn, write_ventana
+from support.vendor_slides import (
+    philips_xml,
+    write_ndpi,
+    write_ome,
+    write_philips,
+    write_scn,
+    write_ventana,
+)
 
 from xmag.errors import (
     DamagedSlideError,
@@ -17,9 +26,10 @@ from xmag.errors import (
     XmagWarning,
 )
 from xmag.slide import Slide
-from xmag.slide.openslide import OpenSlideReader
+from xmag.slide.openslide import OpenSlideReader, check_brightfield
 from xmag.slide.pixels import read_level
 from xmag.slide.tiff import TiffReader
+from xmag.tissue import find_tissue
 
 
 def whole_level(slide: Slide, level: int):
@@ -214,6 +224,175 @@ def test_labels_and_macros_are_never_levels(tmp_path):
         assert slide.level_dimensions == ((500, 400), (125, 100))
 
 
+APERIO = "Aperio Image Library v11.2.1 \r\n"
+NAMES = {
+    "aperio": [
+        f"{APERIO}label 40x32", f"{APERIO}macro 40x32", f"{APERIO}LABEL", "label",
+        f"{APERIO}640x512 -> 40x32 - |AppMag = 40|Filename = 7", f"{APERIO}thumbnail 40x32",
+    ],
+    "tiff": ["Label", "label image", "Macro -offset=(0,0)-pixelsize=(0.03,0.03)", "Thumbnail"],
+    "philips": ["Label", "Macro -offset=(0,0)-pixelsize=(0.03,0.03)"],
+}  # fmt: skip
+
+
+@lru_cache
+def pyramid(vendor):
+    """The pages of a slide of 640x512 px (padded for Philips) and levels at 1/2 and 1/4."""
+    base = texture(640, 512)
+    descriptions = [
+        f"{APERIO}640x512 [0,0 640x512] (128x128){arrow} JPEG/RGB Q=30|AppMag = 40|MPP = 0.25"
+        f"|Filename = label|User = macro"
+        for arrow in ("", " -> 320x256", " -> 160x128")
+    ]
+    if vendor != "aperio":
+        descriptions = [philips_xml((1, 2, 4), 0.25) if vendor == "philips" else "", "", ""]
+    tags = {305: (tiff.ASCII, "Philips DP v1.0")} if vendor == "philips" else {}
+    return [
+        page(
+            shrunk(base, 2**number), tile=(128, 128), description=description, tags=tags,
+            subfiletype=int(number > 0 and vendor == "tiff"),
+        )
+        for number, description in enumerate(descriptions)
+    ]  # fmt: skip
+
+
+def three_levels(path, pages):
+    """Write the pages; the slide in them has those three levels, and shows them."""
+    tiff.write_pages(path, pages)
+    base = texture(640, 512)
+    with Slide(path, mpp=0.25) as slide:
+        assert slide.level_dimensions == ((640, 512), (320, 256), (160, 128))
+        for level in range(3):
+            assert difference(whole_level(slide, level), shrunk(base, 2**level)).mean() < 10
+        thumbnail = np.asarray(slide.thumbnail(max_px=40))
+        assert difference(thumbnail, shrunk(base, 16)).mean() < 10  # a label is 41 off
+
+
+@pytest.mark.parametrize("stored", ["ycbcr420", "lzw", "strips"])
+@pytest.mark.parametrize(
+    ("vendor", "name"), [(vendor, name) for vendor, names in NAMES.items() for name in names]
+)
+def test_what_is_called_a_label_is_no_level_wherever_it_stands(tmp_path, vendor, name, stored):
+    pixels = texture(40, 32, seed=7)  # of the slide's own shape
+    pages = pyramid(vendor)
+    # The first page of a Philips slide says what it is.
+    for place in range(int(vendor == "philips"), 4):
+        options = {"description": name, "subfiletype": place % 2}
+        label = (
+            strip_page(pixels, **options)
+            if stored == "strips"
+            else page(pixels, tile=(128, 128), color=stored, **options)
+        )
+        three_levels(tmp_path / f"{place}.tif", [*pages[:place], label, *pages[place:]])
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("size", "color", "subfiletype"),
+    [((40, 32), "ycbcr420", 9), ((40, 32), "lzw", 1), ((50, 32), "ycbcr420", 1)],
+    ids=["macro bit", "lossless", "other shape"],
+)
+@pytest.mark.parametrize("vendor", ["aperio", "tiff"])
+def test_a_label_without_a_name_is_told_by_what_else_it_is(
+    tmp_path, vendor, size, color, subfiletype, place
+):
+    pixels = texture(*size, seed=7)
+    label = page(pixels, tile=(128, 128), color=color, subfiletype=subfiletype)
+    pages = pyramid(vendor)
+    three_levels(tmp_path / "a.tif", [*pages[:place], label, *pages[place:]])
+
+
+def test_a_nameless_thumbnail_in_strips_before_the_scan_is_no_scan(tmp_path):
+    three_levels(tmp_path / "a.tif", [strip_page(texture(100, 32)), *pyramid("tiff")])
+
+
+def test_a_nameless_tiled_label_before_the_scan_is_not_taken_for_it(tmp_path):
+    label = page(texture(50, 40, seed=7), tile=(128, 128), color="lzw")
+    tiff.write_pages(tmp_path / "a.tif", [label, *pyramid("tiff")])
+    with pytest.raises(InputError, match=r"region=0 \(50x40 px\), region=1 \(640x512 px\)"):
+        Slide(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("vendor", ["aperio", "tiff"])
+def test_a_file_of_labels_alone_is_refused(tmp_path, vendor):
+    label = page(texture(50, 40), tile=(128, 128), description=NAMES[vendor][0])
+    tiff.write_pages(tmp_path / "a.tif", [label])
+    with pytest.raises(UnsupportedSlideError, match=r"label.*macro.*thumbnail"):
+        Slide(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("subs", ["ome", "tiff"])
+def test_a_label_among_sub_pages_is_no_level(tmp_path, subs):
+    (base, *levels), name = copy.deepcopy(pyramid("tiff")), NAMES["tiff"][0]
+    label = page(texture(50, 32, seed=7), tile=(128, 128), color="lzw", subfiletype=1)
+    named = page(texture(40, 32, seed=7), tile=(128, 128), description=name, subfiletype=1)
+    base.sub_pages = [label, *levels, named]
+    if subs == "ome":
+        base.tags[270] = (tiff.ASCII, ome_xml((640, 512)))
+    three_levels(tmp_path / "a.tif", [base])
+
+
+@pytest.mark.shared
+def test_a_tiled_label_after_the_levels_of_an_aperio_slide(shared):
+    with Slide(shared / "cases" / "svs_tiled_label.svs") as slide:
+        assert slide.level_dimensions == ((1536, 1280), (384, 320))
+        assert find_tissue(slide).fraction > 0.9
+        seen, base = np.asarray(slide.thumbnail(max_px=96)), whole_level(slide, 0)
+    assert difference(seen, shrunk(base, 16)).mean() < 6
+
+
+def ome_xml(*sizes, names=(), channels=(), extra=""):
+    """An OME-XML that lists an image of each size, each with one TiffData without a place."""
+    images = "".join(
+        f'<Image ID="Image:{number}" Name="{names[number] if names else number}">'
+        f'<Pixels Type="uint8" SizeX="{width}" SizeY="{height}" SizeC="3" SizeZ="1" SizeT="1"'
+        f' DimensionOrder="XYCZT" PhysicalSizeX="0.25" PhysicalSizeY="0.25"{extra}>'
+        f"{''.join(channels)}<TiffData/></Pixels></Image>"
+        for number, (width, height) in enumerate(sizes)
+    )
+    return f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{images}</OME>'
+
+
+@pytest.mark.parametrize("channels", [(), ("<Channel/>",) * 3, ('<Channel SamplesPerPixel="1"/>',)])
+def test_ome_tiff_with_one_interleaved_page_of_three_channels_is_in_colour(tmp_path, channels):
+    pixels = [texture(300, 260), texture(280, 240, seed=1)]
+    pages = [page(part, tile=(128, 128), color="lzw") for part in pixels]
+    pages[0].tags[270] = (tiff.ASCII, ome_xml((300, 260), (280, 240), channels=channels))
+    tiff.write_pages(tmp_path / "o.ome.tif", pages)
+    for region in (0, 1):
+        with Slide(tmp_path / "o.ome.tif", region=region) as slide:
+            assert slide.mpp == 0.25
+            assert np.array_equal(whole_level(slide, 0), pixels[region])
+
+
+def test_ome_tiff_with_a_page_a_channel_is_still_refused(tmp_path):
+    tags = {277: (tiff.SHORT, 1), 258: (tiff.SHORT, 8), 262: (tiff.SHORT, 1)}
+    pages = [page(texture(200, 200), color="raw", tags=tags) for _ in range(3)]
+    pages[0].tags[270] = (tiff.ASCII, ome_xml((200, 200)))
+    tiff.write_pages(tmp_path / "o.ome.tif", pages)
+    with pytest.raises(UnsupportedSlideError, match=r"3 planes.*channels"):
+        Slide(tmp_path / "o.ome.tif")
+
+
+@pytest.mark.parametrize(
+    "name", ["Macrophage CD68", "label-free 20x", "Overview of B7", "Labeled", "CD3 double label"]
+)
+def test_an_ome_image_is_no_macro_for_how_its_name_begins(tmp_path, name):
+    pages = [page(texture(*size), tile=(128, 128)) for size in ((300, 260), (90, 60))]
+    xml = ome_xml((300, 260), (90, 60), names=(name, "slide 7 macro image"))
+    pages[0].tags[270] = (tiff.ASCII, xml)
+    tiff.write_pages(tmp_path / "o.ome.tif", pages)
+    with Slide(tmp_path / "o.ome.tif") as slide:
+        assert slide.dimensions == (300, 260)
+
+
+def test_an_ome_tiff_of_labels_alone_says_so(tmp_path):
+    label = page(texture(90, 60), tile=(128, 128), description=ome_xml((90, 60), names=("label",)))
+    tiff.write_pages(tmp_path / "o.ome.tif", [label])
+    with pytest.raises(UnsupportedSlideError, match=r"label.*macro.*thumbnail"):
+        Slide(tmp_path / "o.ome.tif")
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -230,6 +409,35 @@ def test_z_stacks_are_refused(tmp_path, write, request):
     write(tmp_path / f"z.{suffix}")
     with pytest.raises(UnsupportedSlideError, match=r"3 (images|planes).*z-stack.*focal plane"):
         Slide(tmp_path / f"z.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("tags", "seen"),
+    [
+        ({65441: (tiff.LONG, 1), 65434: (tiff.ASCII, "DAPI")}, "capture mode 1"),
+        ({65441: (tiff.LONG, 17)}, "capture mode 17"),
+        ({65434: (tiff.ASCII, "FITC")}, "filter set"),
+    ],
+)
+def test_fluorescence_of_hamamatsu_is_refused(tmp_path, tags, seen):
+    write_ndpi(tmp_path / "f.ndpi", size=(640, 320), tags=tags)
+    with pytest.raises(UnsupportedSlideError, match=rf"f\.ndpi: .*{seen}.*fluorescence"):
+        Slide(tmp_path / "f.ndpi")
+
+
+def test_brightfield_of_hamamatsu_says_so_and_is_read(tmp_path):
+    tags = {65441: (tiff.LONG, 0), 65434: (tiff.ASCII, " ")}
+    write_ndpi(tmp_path / "b.ndpi", size=(640, 320), tags=tags)
+    with Slide(tmp_path / "b.ndpi") as slide:
+        assert slide.dimensions == (640, 320)
+
+
+def test_fluorescence_of_mirax_is_refused():
+    name = "mirax.GENERAL.SLIDE_TYPE"
+    check_brightfield({name: "SLIDE_TYPE_BRIGHTFIELD"})
+    check_brightfield({})
+    with pytest.raises(UnsupportedSlideError, match="fluorescence"):
+        check_brightfield({name: "SLIDE_TYPE_FLUORESCENCE"})
 
 
 def test_fluorescence_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Paths that are no slides, files that are plain images, and parts that are not installed."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,36 @@ def test_a_missing_file(tmp_path):
 def test_a_folder(tmp_path):
     with pytest.raises(SlideError, match="is a folder"):
         Slide(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["a.svs", "a.mrxs", "a.png"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UnsupportedSlideError, match=rf"{name} is a named pipe; expected a file"):
+        Slide(tmp_path / name)
+    (tmp_path / "link.svs").symlink_to("/dev/zero")
+    with pytest.raises(UnsupportedSlideError, match=r"link\.svs is a device"):
+        Slide(tmp_path / "link.svs")
+
+
+def test_what_openslide_says_names_no_folder(tmp_path, monkeypatch):
+    """Of a Hamamatsu slide it names the picture that is missing, with its whole path."""
+    openslide = pytest.importorskip("openslide")
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    (folder / "a.vms").write_text(
+        "[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\n"
+        "ImageFile=x.jpg\nMapFile=m.jpg\nMacroImage=m.jpg\n"
+    )
+    with pytest.raises(openslide.OpenSlideError, match="secret"):
+        openslide.OpenSlide(folder / "a.vms")
+    monkeypatch.chdir(tmp_path)
+    for given in (folder / "a.vms", Path("secret/a.vms")):
+        with pytest.raises(DamagedSlideError, match=r"open m\.jpg: No such file") as caught:
+            Slide(given)
+        assert caught.value.__cause__ is None
+        assert "secret" not in str(caught.value)
 
 
 def test_an_empty_file(tmp_path):

@@ -1,16 +1,21 @@
 """Which µm/px a slide has, whatever its file says."""
 
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 from support.fake_reader import FakeRegionReader
 from support.slides import page, texture, write_svs, write_tiff
 from support.tiff import write_pages
+from support.vendor_slides import write_ventana
 
 from xmag.errors import InputError, SlideScaleError, XmagWarning
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
+from xmag.slide.openslide import OpenSlideReader
 from xmag.slide.reader import Level, ScaleMetadata
+from xmag.tissue import TissueMask, find_tissue
 
 
 def slide_that_says(mpp=None, power=None, *, given=None):
@@ -70,6 +75,36 @@ def test_without_a_scale_scaled_operations_name_the_remedy(mpp):
         slide.scale_for(TileSpec())
 
 
+@pytest.mark.parametrize(
+    ("mpp", "seen"),
+    [(896.0, "896 µm/px"), (28.97, "28.97 µm/px"), ((0.0, 0.0), "0 µm/px"),
+     ((0.25, 896.0), r"0\.25 by 896 µm/px"), (float("nan"), "nan µm/px")],
+)  # fmt: skip
+def test_an_implausible_scale_is_told_as_the_file_says_it(mpp, seen):
+    slide = slide_that_says(mpp)
+    message = rf"s\.svs says {seen} \(file\).*between 0\.05 and 20.*mpp="
+    for scaled in (
+        lambda: slide.read_region((0, 0), (2, 2), mpp=2.0),
+        lambda: slide.scale_for(TileSpec()),
+        lambda: find_tissue(slide),
+        lambda: TissueMask.from_array(np.ones((48, 64), bool), slide),
+    ):
+        with pytest.raises(SlideScaleError, match=message):
+            scaled()
+    with pytest.warns(XmagWarning, match=rf"as {seen} \(file\) is none.*power of 40; 0\.25"):
+        slide_that_says(mpp, 40)
+
+
+@pytest.mark.shared
+def test_a_real_file_that_says_896_um(shared):
+    seen = r"bogus_mpp\.tif says 896 µm/px \(TIFF resolution\).*between 0\.05 and 20"
+    with Slide(shared / "cases" / "bogus_mpp.tif") as slide:
+        with pytest.raises(SlideScaleError, match=seen):
+            find_tissue(slide)
+        with pickle.loads(pickle.dumps(slide)) as copy, pytest.raises(SlideScaleError, match=seen):
+            find_tissue(copy)
+
+
 @pytest.mark.parametrize("mpp", [0, -1, float("nan"), float("inf"), 0.01, 25])
 def test_an_impossible_mpp_is_refused(mpp):
     with pytest.raises(InputError, match=r"mpp is .*expected"):
@@ -102,6 +137,37 @@ def test_resolution_tags_serve_a_tiff_that_nobody_signed(tmp_path):
     with Slide(tmp_path / "a.tiff") as slide:
         assert slide.mpp == pytest.approx(0.4)
         assert slide.mpp_source == "TIFF resolution"
+
+
+@pytest.mark.parametrize("write", [write_svs, write_ventana], ids=["aperio", "ventana"])
+@pytest.mark.parametrize(
+    ("stated", "unit", "mpp"),
+    [(0.5, 3, 0.5), (0.5, 2, 0.5), (25_400, 2, None), (0.5, 1, None)],
+)
+def test_a_vendors_file_without_its_own_scale_has_that_of_its_resolution_tags(
+    tmp_path, write, stated, unit, mpp
+):
+    write(tmp_path / "a.tif", mpp=None, power=None, resolution=(stated, unit))
+    with Slide(tmp_path / "a.tif") as slide:
+        assert slide.mpp == (mpp and pytest.approx(mpp))
+        assert slide.mpp_source == ("TIFF resolution" if mpp else "unknown")
+        if mpp is None:  # 1 px an inch is what writers put there who have nothing to say
+            with pytest.raises(SlideScaleError, match="does not say how large its pixels are"):
+                find_tissue(slide)
+
+
+def test_a_vendors_own_scale_comes_before_its_resolution_tags(tmp_path):
+    write_svs(tmp_path / "a.svs", size=(300, 300), mpp=0.25, resolution=(1.0, 3))
+    with Slide(tmp_path / "a.svs") as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.25, "Aperio MPP")
+
+
+def test_what_openslide_opens_is_told_as_the_file_says_it(tmp_path):
+    write_ventana(tmp_path / "v.bif", grid=(2, 2), overlap=8, mpp=28.97, power=None)
+    with Slide(tmp_path / "v.bif") as slide:
+        assert isinstance(slide.reader, OpenSlideReader)
+        with pytest.raises(SlideScaleError, match=r"v\.bif says 28\.97 µm/px \(OpenSlide mpp-x"):
+            find_tissue(slide)
 
 
 def test_screen_resolution_is_no_scale(tmp_path):

@@ -28,7 +28,8 @@ from xmag.errors import BagError
 
 TOLERANCE = 1e-4
 STEPS = ("before write", "mid-write", "before sync", "before rename", "after rename")
-_DIES_S = 5.0
+_DIES_S = 120.0
+"""At most, however busy the machine is."""
 
 
 class SlowEncoder(ColourEncoder):

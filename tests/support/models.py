@@ -1,5 +1,7 @@
 """Small models for tests: random ViTs of any configuration, and checkpoints in every layout."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,17 @@ from xmag.vit import ViT, ViTConfig
 TINY = ViTConfig(width=32, depth=2, heads=2, hidden=128, position_grid=5)
 TINY_SWIGLU = replace(TINY, mlp="swiglu", hidden=88)
 TINY_REGISTERS = replace(TINY, registers=4, position_rule="size_antialias")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A program that has set torch's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_state(config: ViTConfig, seed: int = 0) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ def run_program(source: str, *arguments: object, cwd: Path | None = None, **env:
         [sys.executable, "-W", "error", "-c", textwrap.dedent(source), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=800,
         cwd=cwd,
         env={**os.environ, **env},
         check=False,

@@ -41,7 +41,7 @@ class RangeServer:
 
     def has_sent(self, count: int) -> bool:
         """Whether it has sent so many bytes; a moment passes between sending and counting."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + 120
         while self.bytes_sent != count and time.monotonic() < until:
             time.sleep(0.01)
         return self.bytes_sent == count
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         state.requests.append(self.headers.get("Range", "everything"))
         if state.silent_after is not None and len(state.requests) > state.silent_after:
-            state.released.wait(30)
+            state.released.wait(800)
             self.close_connection = True
             return
         path, _, query = self.path.partition("?")
@@ -115,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as opened:
             opened.seek(first)
             body = opened.read(last - first + 1)
-        self._answer(206, body, {"Content-Range": f"bytes {first}-{last}/{size}"})
+        # As Apache makes it: from the time of change and the size.
+        etag = f'"{file.stat().st_mtime_ns:x}-{size:x}"'
+        self._answer(206, body, {"Content-Range": f"bytes {first}-{last}/{size}", "ETag": etag})
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

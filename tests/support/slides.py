@@ -179,6 +179,7 @@ def write_svs(
     missing: dict[int, Sequence[int]] | None = None,
     bigtiff: bool = False,
     quality: int = 90,
+    resolution: tuple[float, int] | None = None,
 ):
     """An Aperio slide with a thumbnail, a label and a macro; returns the pixels of its base.
 
@@ -205,6 +206,7 @@ def write_svs(
                 description=description,
                 quality=quality,
                 missing=(missing or {}).get(number, ()),
+                tags=resolution_tags(*resolution) if resolution else None,
             )
         )
     thumbnail = shrunk(base, max(1, min(width, height) // 100))
@@ -248,6 +250,7 @@ def write_tiff(
     return base
 
 
-def resolution_tags(mpp: float) -> dict[int, tuple[int, object]]:
-    per_cm = 10_000 / mpp
-    return {282: (RATIONAL, per_cm), 283: (RATIONAL, per_cm), 296: (SHORT, 3)}
+def resolution_tags(mpp: float, unit: int = 3) -> dict[int, tuple[int, object]]:
+    """Resolution tags of so many µm/px in a unit: 2 inch, 3 cm, 1 none, which says nothing."""
+    px = {2: 25_400}.get(unit, 10_000) / mpp
+    return {282: (RATIONAL, px), 283: (RATIONAL, px), 296: (SHORT, unit)}

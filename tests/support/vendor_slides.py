@@ -32,22 +32,7 @@ def write_philips(
     padded = tuple(-(-side // tile) * tile for side in size)
     base = np.full((padded[1], padded[0], 3), 255, np.uint8)
     base[: size[1], : size[0]] = texture(*size)
-    spacings = "".join(
-        '<DataObject ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING"'
-        f' Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">"{mpp * k / 1e3:.9f}"'
-        f' "{mpp * k / 1e3:.9f}"</Attribute></DataObject>'
-        for k in levels
-    )
-    xml = (
-        '<?xml version="1.0" encoding="UTF-8" ?>\n<DataObject ObjectType="DPUfsImport">'
-        '<Attribute Name="PIM_DP_SCANNED_IMAGES" PMSVR="IDataObjectArray"><Array>'
-        '<DataObject ObjectType="DPScannedImage">'
-        '<Attribute Name="PIM_DP_IMAGE_TYPE" PMSVR="IString">WSI</Attribute>'
-        '<Attribute Name="DICOM_PIXEL_SPACING" PMSVR="IDoubleArray">'
-        f'"{mpp / 1e3:.9f}" "{mpp / 1e3:.9f}"</Attribute>'
-        '<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE" PMSVR="IDataObjectArray"><Array>'
-        f"{spacings}</Array></Attribute></DataObject></Array></Attribute></DataObject>"
-    )
+    xml = philips_xml(levels, mpp)
     pages = []
     for number, k in enumerate(levels):
         scaled = shrunk(base, k)
@@ -68,6 +53,26 @@ def write_philips(
     pages.append(strip_page(texture(90, 60, seed=4), description="Macro", subfiletype=1))
     write_pages(path, pages)
     return base
+
+
+def philips_xml(levels: Sequence[int], mpp: float) -> str:
+    """The description of the first page, which gives the px spacing of each level."""
+    spacings = "".join(
+        '<DataObject ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING"'
+        f' Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">"{mpp * k / 1e3:.9f}"'
+        f' "{mpp * k / 1e3:.9f}"</Attribute></DataObject>'
+        for k in levels
+    )
+    return (
+        '<?xml version="1.0" encoding="UTF-8" ?>\n<DataObject ObjectType="DPUfsImport">'
+        '<Attribute Name="PIM_DP_SCANNED_IMAGES" PMSVR="IDataObjectArray"><Array>'
+        '<DataObject ObjectType="DPScannedImage">'
+        '<Attribute Name="PIM_DP_IMAGE_TYPE" PMSVR="IString">WSI</Attribute>'
+        '<Attribute Name="DICOM_PIXEL_SPACING" PMSVR="IDoubleArray">'
+        f'"{mpp / 1e3:.9f}" "{mpp / 1e3:.9f}"</Attribute>'
+        '<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE" PMSVR="IDataObjectArray"><Array>'
+        f"{spacings}</Array></Attribute></DataObject></Array></Attribute></DataObject>"
+    )
 
 
 def write_scn(
@@ -134,14 +139,18 @@ def write_ventana(
     *,
     grid: tuple[int, int] = (6, 4),
     tile: int = 256,
-    mpp: float = 0.25,
+    mpp: float | None = 0.25,
+    power: float | None = 40,
     levels: Sequence[int] = (1, 2, 4),
     overlap: int = 0,
+    resolution: tuple[float, int] | None = None,
 ):
     """A Ventana BIF of `grid` tiles that overlap by `overlap` px; returns their pixels."""
     columns, rows = grid
     base = texture(columns * tile, rows * tile)
-    iscan = f'<iScan Magnification="40" ScanRes="{mpp}" UnitNumber="1"/>'
+    said = "" if power is None else f'Magnification="{power:g}" '
+    said += "" if mpp is None else f'ScanRes="{mpp}" '
+    iscan = f'<iScan {said}UnitNumber="1"/>'
 
     def number(column: int, row: int) -> int:
         from_below = rows - 1 - row
@@ -177,6 +186,8 @@ def write_ventana(
     for level, factor in enumerate(levels):
         description = f"level={level} mag={40 / factor:g} quality=90"
         tags = {700: (UNDEFINED, encoding.encode())} if level == 0 else {}
+        if resolution is not None:
+            tags |= resolution_tags(*resolution)
         scaled = shrunk(base, factor)
         pages.append(page(scaled, tile=(tile, tile), description=description, tags=tags))
     write_pages(path, pages, big=True)
@@ -192,6 +203,7 @@ def write_ndpi(
     levels: Sequence[int] = (1, 4),
     restart_px: int = 320,
     z_planes: int = 1,
+    tags: dict[int, tuple[int, object]] | None = None,
 ):
     """A Hamamatsu NDPI: each level one JPEG cut into tiles by restart markers; returns the base."""
     base = texture(*size)
@@ -201,6 +213,8 @@ def write_ndpi(
             scaled = shrunk(base, factor)
             pages.append(_ndpi_page(scaled, mpp * factor, power / factor, restart_px, z))
     macro = _ndpi_page(texture(320, 240, seed=5), 8.0, -1.0, 320, 0)
+    for written in pages:
+        written.tags |= tags or {}
     write_pages(path, [*pages, macro], ndpi=True)
     return base
 

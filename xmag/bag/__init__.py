@@ -2,27 +2,37 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.bag.exports import encode_clam, encode_stamp, holds_clam, holds_stamp
+from xmag.bag.exports import (
+    MicrometreTiles,
+    encode_clam,
+    encode_stamp,
+    holds_clam,
+    holds_stamp,
+    read_foreign,
+)
 from xmag.bag.formats import (
     Content,
     ForeignBagError,
     UnreadableBagError,
     damaged,
     decode_h5,
+    decode_npz,
+    decode_pt,
     decode_safetensors,
     encode_h5,
     encode_safetensors,
 )
-from xmag.errors import BagError, InputError, OutputError, XmagError
+from xmag.errors import BagError, InputError, OutputError, SlideScaleError, XmagError
 from xmag.files import local_copy, write_bytes
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
@@ -32,13 +42,34 @@ SCHEMA_VERSION = 1
 """Of the files; changes when an older xmag could no longer read them."""
 
 _FORMAT = "xmag.FeatureBag"
-_CODECS = {
-    ".h5": (encode_h5, decode_h5),
-    ".safetensors": (encode_safetensors, decode_safetensors),
+_ENCODERS = {".h5": encode_h5, ".safetensors": encode_safetensors}
+_DECODERS = {
+    ".h5": decode_h5,
+    ".safetensors": decode_safetensors,
+    ".pt": decode_pt,
+    ".npz": decode_npz,
 }
+SUFFIXES = tuple(_DECODERS)
+"""Of the files that `FeatureBag.load` reads."""
 _EXPORT_SUFFIXES = {"clam": ".pt", "stamp": ".h5"}
 
 Layout = Literal["clam", "stamp"]
+
+
+class Canvas(Protocol):
+    """What a bag asks of a slide."""
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) in level-0 px."""
+
+    @property
+    def mpp(self) -> float | None:
+        """The µm/px of level 0; None where nobody knows."""
 
 
 class NewerBagError(BagError):
@@ -51,9 +82,12 @@ class FeatureBag:
 
     Attributes:
         features: float32 (N, D), finite.
-        coords: int64 (N, 2), top-left corner (x, y) of each tile, level-0 px.
+        coords: int64 (N, 2), top-left corner (x, y) of each tile, level-0 px; None where a file
+            of other software does not say.
         provenance: What made the features; None for a file of other software.
         tiles: Size and scale of the tiles; None where a file does not say.
+        tiles_um: Where the tiles lie in µm, from a file of STAMP, which does not say the scale of
+            its slide; `on` makes `coords` and `tiles` of it.
 
     The arrays are read-only copies. Other dtypes are converted where nothing is lost. Raises
     BagError for shapes that do not fit, and for values that are not finite or would change.
@@ -61,21 +95,22 @@ class FeatureBag:
     """
 
     features: NDArray[np.float32]
-    coords: NDArray[np.int64]
+    coords: NDArray[np.int64] | None
     provenance: Provenance | None = None
     tiles: TileGeometry | None = None
+    tiles_um: MicrometreTiles | None = None
 
     def __post_init__(self) -> None:
         features = _lossless(self.features, np.dtype(np.float32), "features")
-        coords = _lossless(self.coords, np.dtype(np.int64), "coords")
-        if coords.shape != (len(features), 2):
-            raise BagError(
-                f"a bag has features of shape {features.shape} and coords of shape {coords.shape};"
-                " expected (N, D) and (N, 2) with the same N"
-            )
-        for array in (features, coords):
-            array.flags.writeable = False
+        features.flags.writeable = False
         object.__setattr__(self, "features", features)
+        if self.tiles_um is not None:
+            _require_places(features, self.tiles_um.coords)
+        if self.coords is None:
+            return
+        coords = _lossless(self.coords, np.dtype(np.int64), "coords")
+        _require_places(features, coords)
+        coords.flags.writeable = False
         object.__setattr__(self, "coords", coords)
 
     def __len__(self) -> int:
@@ -91,33 +126,88 @@ class FeatureBag:
 
     def __reduce__(self) -> tuple[type["FeatureBag"], tuple[Any, ...]]:
         # Arrays come out of a pickle writable; going through the constructor mends that.
-        return FeatureBag, (self.features, self.coords, self.provenance, self.tiles)
+        parts = (self.features, self.coords, self.provenance, self.tiles, self.tiles_um)
+        return FeatureBag, parts
+
+    def on(self, slide: Canvas) -> "FeatureBag":
+        """The same bag with what its file left out of where tiles lie, taken from the slide.
+
+        STAMP writes µm and leaves out the scale of the slide: its corners become level-0 px,
+        rounded to whole ones. TRIDENT writes magnifications, which are rounded: its tiles get the
+        slide's µm/px. Any other bag is returned as it is. Raises SlideScaleError where µm meet a
+        slide without a scale, and InputError where tiles would lie outside of the slide.
+        """
+        if self.coords is not None or (um := self.tiles_um) is None:
+            return self._scaled(slide)
+        if slide.mpp is None:
+            raise SlideScaleError(
+                f"the bag has its tiles in µm, and {slide.name!r} does not say how many µm a px"
+                " has; give Slide(path, mpp=)"
+            )
+        coords = np.rint(um.coords / slide.mpp)
+        if len(coords) and not ((coords >= 0) & (coords < slide.dimensions)).all():
+            raise InputError(
+                f"the bag has tiles from {um.coords.min(axis=0)} to {um.coords.max(axis=0)} µm, and"
+                f" {slide.name!r} has {slide.dimensions} px of {slide.mpp:g} µm; give the slide"
+                " that the features were made from"
+            )
+        tiles = None
+        if um.size_px is not None:
+            tiles = TileGeometry(
+                size_px=um.size_px,
+                mpp=um.size_um / um.size_px,
+                size_level0=max(1, round(um.size_um / slide.mpp)),
+                overlap_px=0,
+                level0_mpp=slide.mpp,
+                level0_size=slide.dimensions,
+            )
+        return replace(self, coords=coords, tiles=tiles)
+
+    def _scaled(self, slide: Canvas) -> "FeatureBag":
+        """With the slide's µm/px in place of those that another program rounded."""
+        tiles, mpp = self.tiles, slide.mpp
+        if self.provenance is not None or tiles is None or mpp is None:
+            return self
+        if tiles.level0_size != slide.dimensions or math.isclose(tiles.level0_mpp, mpp):
+            return self
+        exact = mpp * tiles.size_level0 / tiles.size_px
+        return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
+
+    @property
+    def coverage(self) -> float | None:
+        """The share of the slide's tissue under tiles, 0 to 1; None where none is recorded."""
+        tissue = self.provenance.record.get("tissue") if self.provenance else None
+        share = tissue.get("coverage") if isinstance(tissue, Mapping) else None
+        return None if share is None else float(share)
 
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.
 
         The file is read back and compared before it gets its name; the same bag gives the same
         bytes. `path` may be a URL, such as "s3://bucket/slide.h5". Raises InputError for another
-        suffix and OutputError where it cannot be written.
+        suffix, BagError for a bag without coords, and OutputError where it cannot be written.
         """
         save_bag(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | Url) -> "FeatureBag":
-        """The bag in an ``.h5`` or ``.safetensors`` file: one that `save` wrote, or a foreign one.
+        """The bag in an ``.h5`` or ``.safetensors`` file that `save` wrote, or in a foreign file.
 
-        A foreign file has the datasets `features`, (N, D) or (1, N, D), and `coords`, as CLAM and
-        TRIDENT write them; its bag has neither provenance nor tiles. Raises InputError for another
-        suffix, and BagError for a file that is damaged, incomplete, or of a newer schema.
+        Foreign files are those of CLAM, TRIDENT, STAMP and slide2vec, also ``.pt`` and ``.npz``:
+        an array or tensor (N, D) or (1, N, D), called `features` or `feats` where it has a name.
+        Their bags have no provenance, and `coords`, `tiles` or `tiles_um` as far as the file says
+        where tiles lie; what is missing is named where it is needed. Float64 is rounded to float32.
+        No code in a file is run. Raises InputError for another suffix, and BagError for a file that
+        is damaged, no bag, or of a newer schema.
         """
         place = place_of(path)
-        _, decode = _codec(place)
+        _require_suffix(place, SUFFIXES)
         if isinstance(place, Path) and not place.is_file():
             raise BagError(f"there is no file {str(place)!r}; give the path of a feature file")
         with local_copy(place, UnreadableBagError) as local:
             is_ours = True
             try:
-                content = decode(local)
+                content = _DECODERS[place.suffix](local)
                 is_ours = "format" in content.header
                 return _bag(content)
             except XmagError as error:
@@ -173,16 +263,20 @@ def _require_rows(fits: NDArray[np.bool_], array: NDArray[Any], name: str, expec
         )
 
 
-def _codec(
-    path: Place,
-) -> tuple[Callable[[Content], bytes], Callable[[Path], Content]]:
-    suffix = path.suffix
-    if suffix not in _CODECS:
-        raise InputError(
-            f"{str(path)!r} ends in {suffix!r}; expected '.h5' or '.safetensors' (for other"
-            " layouts there is export)"
+def _require_places(features: NDArray[Any], coords: NDArray[Any]) -> None:
+    if coords.shape != (len(features), 2):
+        raise BagError(
+            f"a bag has features of shape {features.shape} and coords of shape {coords.shape};"
+            " expected (N, D) and (N, 2) with the same N"
         )
-    return _CODECS[suffix]
+
+
+def _require_suffix(place: Place, known: Collection[str], more: str = "") -> None:
+    if place.suffix not in known:
+        *first, last = map(repr, known)
+        raise InputError(
+            f"{str(place)!r} ends in {place.suffix!r}; expected {', '.join(first)} or {last}{more}"
+        )
 
 
 def save_bag(
@@ -190,12 +284,16 @@ def save_bag(
     path: str | os.PathLike[str] | Url,
     *,
     check: Callable[[], object] = lambda: None,
+    inside: Place | None = None,
 ) -> None:
-    """Save a bag; `check` is called just before the file gets its name, and may raise instead."""
+    """Save a bag; `check` is called just before the file gets its name, and may raise instead.
+
+    `inside` is the folder that a symbolic link may not lead out of.
+    """
     place = place_of(path)
-    encode, decode = _codec(place)
-    data = encode(_content(bag, place))
-    _write(place, data, lambda temp: _same(bag, _bag(decode(temp))), check)
+    _require_suffix(place, _ENCODERS, " (for other layouts there is export)")
+    data = _ENCODERS[place.suffix](_content(bag, place))
+    _write(place, data, lambda temp: _same(bag, _bag(_DECODERS[place.suffix](temp))), check, inside)
 
 
 def _write(
@@ -203,6 +301,7 @@ def _write(
     data: bytes,
     holds: Callable[[Path], bool],
     check: Callable[[], object] = lambda: None,
+    inside: Place | None = None,
 ) -> None:
     def validate(temp: Path) -> None:
         check()
@@ -217,28 +316,42 @@ def _write(
             " disk or the memory of this machine fails: write elsewhere"
         )
 
-    write_bytes(path, data, validate=validate)
+    write_bytes(path, data, validate=validate, inside=inside)
+
+
+def placed(bag: FeatureBag, what: str) -> NDArray[np.int64]:
+    """The coords of a bag; BagError, which says `what` needs them, where it has none."""
+    if bag.coords is None:
+        remedy = (
+            "it has them in µm, and bag.on(slide) places them on their slide"
+            if bag.tiles_um is not None
+            else "give FeatureBag(bag.features, coords, tiles=) what another file says of them"
+        )
+        raise BagError(f"{what} needs the places of the tiles, and bag.coords is None: {remedy}")
+    return bag.coords
 
 
 def _same(bag: FeatureBag, other: FeatureBag) -> bool:
     return (
         np.array_equal(bag.features, other.features)
-        and np.array_equal(bag.coords, other.coords)
+        and other.coords is not None
+        and np.array_equal(placed(bag, "save"), other.coords)
         and bag.provenance == other.provenance
         and bag.tiles == other.tiles
     )
 
 
 def _content(bag: FeatureBag, path: Place) -> Content:
+    coords = placed(bag, "save")
     header = {"format": _FORMAT, "schema_version": str(SCHEMA_VERSION)}
     if bag.provenance is not None:
         header["provenance"] = bag.provenance.to_json()
     if bag.tiles is not None:
         header["tiles"] = json.dumps(bag.tiles.to_dict(), sort_keys=True, allow_nan=False)
-    header["bag_sha256"] = _digest(bag.features, bag.coords, header)
+    header["bag_sha256"] = _digest(bag.features, coords, header)
     return Content(
         features=bag.features,
-        coords=bag.coords,
+        coords=coords,
         header=header,
         coords_attributes=_trident_attributes(bag, path),
     )
@@ -283,22 +396,25 @@ def _recorded(bag: FeatureBag, what: str) -> str | None:
 
 def _bag(content: Content) -> FeatureBag:
     header, features, coords = content.header, content.features, content.coords
+    text = header.get("tiles")
     if header.get("format") != _FORMAT and "bag_sha256" not in header:
-        return FeatureBag(_without_batch_axis(features), _without_batch_axis(coords))
+        of_export = None if text is None else _geometry(text)
+        features, coords, tiles, tiles_um = read_foreign(content, of_export)
+        return FeatureBag(features, coords, tiles=tiles, tiles_um=tiles_um)
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
         raise NewerBagError(
             f"the file has schema_version {version}, and this xmag reads up to {SCHEMA_VERSION};"
             " upgrade it: pip install --upgrade xmag"
         )
-    if header.get("bag_sha256") != _digest(features, coords, header):
+    if coords is None or header.get("bag_sha256") != _digest(features, coords, header):
         raise damaged("its content does not have the checksum that it had when it was written")
-    provenance, tiles = header.get("provenance"), header.get("tiles")
+    provenance = header.get("provenance")
     return FeatureBag(
         features,
         coords,
         provenance=None if provenance is None else Provenance.from_json(provenance),
-        tiles=None if tiles is None else _geometry(tiles),
+        tiles=None if text is None else _geometry(text),
     )
 
 
@@ -309,11 +425,6 @@ def _geometry(text: str) -> TileGeometry:
         raise damaged("its tiles are no JSON") from error
 
 
-def _without_batch_axis(array: NDArray[Any]) -> NDArray[Any]:
-    """Without the leading axis of length 1 that some tools write."""
-    return array[0] if array.ndim == 3 and len(array) == 1 else array
-
-
 def _stamp(bag: FeatureBag) -> bytes:
     if bag.tiles is None:
         raise BagError(
@@ -321,4 +432,4 @@ def _stamp(bag: FeatureBag) -> bytes:
             " that xmag made, or give FeatureBag(..., tiles=)"
         )
     extractor = _recorded(bag, "model") or "unknown"
-    return encode_stamp(bag.features, bag.coords, bag.tiles, extractor)
+    return encode_stamp(bag.features, placed(bag, "export"), bag.tiles, extractor)

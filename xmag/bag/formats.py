@@ -1,7 +1,8 @@
 """Feature files as bytes: the .h5 that readers of CLAM and TRIDENT expect, and .safetensors.
 
 Both hold the arrays `features` and `coords`, and a header of short texts. Files are laid out in
-memory and written by `xmag.files`, so that a full disk is met there, and in one way only.
+memory and written by `xmag.files`, so that a full disk is met there, and in one way only. The .pt
+and .npz of other software are read.
 """
 
 import errno
@@ -9,10 +10,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -20,7 +23,10 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from xmag.errors import BagError
+from xmag.errors import BagError, WeightsError
+
+if TYPE_CHECKING:  # processes that decode slides import this module, but never torch
+    from torch import Tensor
 
 _MOST_UNPACKED = 50
 """Features of compressed files take 1 to 3 times their bytes, coords up to 10 times."""
@@ -31,6 +37,14 @@ _NOT_READ = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, e
 """What the system answers about files that may be whole: closed to us, locked, out of reach."""
 
 HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
+
+_FEATURES = ("features", "feats", "patch_embeddings")
+"""Their names in files of other software; the last two are STAMP's."""
+_ROOT_ATTRIBUTES = ("tile_size_um", "tile_size_px", "tile_size", "unit", "encoder")
+_COORDS_ATTRIBUTES = (
+    "patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap",
+    "level0_width", "level0_height",
+)  # fmt: skip
 
 
 class ForeignBagError(BagError):
@@ -45,14 +59,19 @@ class UnreadableBagError(BagError):
 class Content:
     """What a feature file holds, unchecked.
 
-    `header` has those of HEADER_KEYS that are there. `coords_attributes` are only written, and
-    only to .h5: they repeat in TRIDENT's words what the header says exactly.
+    `header` has those of HEADER_KEYS that are there. `coords_attributes` of our own .h5 are only
+    written: they repeat in TRIDENT's words what the header says exactly. Of foreign .h5 files those
+    that tell where tiles lie are read, as `attributes` are, which stand at the root: numbers, and
+    None for what is there and no number. Files of other software may lack `coords`, and may call
+    the features otherwise.
     """
 
     features: NDArray[Any]
-    coords: NDArray[Any]
+    coords: NDArray[Any] | None
     header: Mapping[str, str]
     coords_attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, float | None] = field(default_factory=dict)
+    features_name: str = "features"
 
 
 def encode_h5(content: Content) -> bytes:
@@ -90,10 +109,25 @@ def decode_h5(path: Path) -> Content:
         with h5py.File(path, "r") as file:
             header = {key: _attribute(file, key) for key in HEADER_KEYS if key in file.attrs}
             most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
+            if "format" in header:
+                return Content(
+                    features=_dataset(file, "features", most, is_ours=True),
+                    coords=_dataset(file, "coords", most, is_ours=True),
+                    header=header,
+                )
+            found = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
+            name = found[0] if found and found[0] != "coords" else "features"
+            features = _dataset(file, name, most, is_ours=False)
+            has_coords = "coords" in found
             return Content(
-                features=_dataset(file, "features", most, is_ours="format" in header),
-                coords=_dataset(file, "coords", most, is_ours="format" in header),
+                features=features,
+                coords=_dataset(file, "coords", most, is_ours=False) if has_coords else None,
                 header=header,
+                coords_attributes=_numbers(file["coords"], _COORDS_ATTRIBUTES)
+                if has_coords
+                else {},
+                attributes=_numbers(file, _ROOT_ATTRIBUTES),
+                features_name=name,
             )
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
         raise _kept_from(error) or damaged(error) from error
@@ -106,6 +140,17 @@ def _attribute(file: h5py.File, key: str) -> str:
         return ""
     text: str = file.attrs[key].decode()
     return text
+
+
+def _numbers(place: h5py.Group | h5py.Dataset, keys: Collection[str]) -> dict[str, float | None]:
+    """Attributes that are one number; None for those that are something else: see _attribute."""
+    found: dict[str, float | None] = {}
+    for key in keys:
+        if key in place.attrs:
+            attribute = place.attrs.get_id(key)
+            is_number = attribute.shape == () and attribute.dtype.kind in "iuf"
+            found[key] = place.attrs[key].item() if is_number else None
+    return found
 
 
 def _dataset(file: h5py.File, name: str, most: int, *, is_ours: bool) -> NDArray[Any]:
@@ -147,7 +192,7 @@ def _is_whole(dataset: h5py.Dataset) -> bool:
 
 def encode_safetensors(content: Content) -> bytes:
     """The content as a safetensors file, header as metadata; equal content gives equal bytes."""
-    arrays: dict[str, NDArray[Any]] = {"features": content.features, "coords": content.coords}
+    arrays = {"features": content.features, "coords": np.asarray(content.coords)}
     return _sorted_header(safetensors.numpy.save(arrays, metadata=dict(content.header)))
 
 
@@ -168,16 +213,119 @@ def decode_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, header = list(file.keys()), file.metadata() or {}
-            for name in ("features", "coords"):
+            is_ours = "format" in header
+            for name in ("features", "coords") if is_ours else ("features",):
                 if name not in names:
-                    raise _missing(name, names, is_ours="format" in header)
+                    raise _missing(name, names, is_ours=is_ours)
             return Content(
                 features=file.get_tensor("features"),
-                coords=file.get_tensor("coords"),
+                coords=file.get_tensor("coords") if "coords" in names else None,
                 header={k: v for k, v in header.items() if k in HEADER_KEYS},
             )
     except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
         raise _kept_from(error) or damaged(error) from error
+
+
+def decode_npz(path: Path) -> Content:
+    """The content of a foreign .npz, such as slide2vec's; BagError where it is damaged.
+
+    No pickle is read, and no array takes more memory than the file can hold.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            found = [name for name in _FEATURES if name in names]
+            if not found:
+                raise _missing("features", names, is_ours=False)
+            return Content(
+                features=_npy(archive, found[0], most),
+                coords=_npy(archive, "coords", most) if "coords" in names else None,
+                header={},
+                features_name=found[0],
+            )
+    except (
+        OSError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, ValueError, TypeError,
+        RuntimeError, OverflowError, SyntaxError, RecursionError,
+    ) as error:  # fmt: skip
+        raise _kept_from(error) or damaged(error) from error
+
+
+def _npy(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+    """The numbers of an array in an .npz; NumPy's reader takes the memory that the header asks."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name!r} is compressed in another way than NumPy does")
+    with archive.open(info) as file:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):  # its header is at most 64 kB
+            raise ValueError(f"{name!r} is an array of version {version}; expected (1, 0)")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "iuf" or size > min(most, info.file_size):
+            raise ValueError(
+                f"{name!r} are {dtype} of shape {shape}, {size} bytes; expected numbers, and at"
+                f" most {min(most, info.file_size)} bytes in a file of this size"
+            )
+        values = np.frombuffer(file.read(size), dtype)
+        if file.read(1):  # at the end the checksum is compared
+            raise ValueError(f"{name!r} has more bytes than numbers")
+    return values.reshape(shape, order="F" if by_columns else "C")
+
+
+def decode_pt(path: Path) -> Content:
+    """The content of a foreign .pt: a tensor, as CLAM's and slide2vec's, or a dictionary of them.
+
+    Raises ForeignBagError for anything else; no code in the file is run.
+    """
+    from xmag.hub.weights import read_tensors  # only here: it imports torch
+
+    try:
+        tensors = read_tensors(path)
+    except WeightsError as error:
+        raise ForeignBagError(
+            f"{error}. Features are read from a tensor: torch.save(torch.as_tensor(features), path)"
+        ) from error
+    found = [name for name in ("", *_FEATURES) if name in tensors]
+    if not found:
+        raise ForeignBagError(
+            f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
+        )
+    coords, most = tensors.get("coords"), path.stat().st_size
+    return Content(
+        features=dense(tensors[found[0]], most),
+        coords=None if coords is None else dense(coords, most),
+        header={},
+        features_name=found[0] or "features",
+    )
+
+
+def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
+    """The numbers of a tensor in an array, bfloat16 and the like as float32.
+
+    Raises ForeignBagError for what is sparse, complex, quantized or without values, and for one
+    that takes more than `most` bytes: a view may repeat one number as often as it likes.
+    """
+    import torch  # only here: see TYPE_CHECKING
+
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_nested
+        or tensor.is_complex()
+        or tensor.is_quantized
+        or tensor.is_meta
+    ):
+        raise ForeignBagError(
+            f"it is a tensor of {tensor.dtype}, {tensor.layout}; expected dense floats"
+        )
+    if most is not None and tensor.numel() * tensor.element_size() > most:
+        raise ForeignBagError(
+            f"a tensor of shape {tuple(tensor.shape)} lies in a file of {most} bytes; expected one"
+            " that is as large as it says: save it again, with tensor.contiguous()"
+        )
+    values = tensor.detach().cpu().resolve_neg()
+    narrow = values.is_floating_point() and values.element_size() < 8
+    array: NDArray[Any] = (values.float() if narrow else values).numpy()
+    return array
 
 
 def damaged(reason: object) -> BagError:
@@ -201,5 +349,6 @@ def _kept_from(error: Exception) -> UnreadableBagError | None:
 def _missing(name: str, found: list[str], *, is_ours: bool) -> BagError:
     kind = BagError if is_ours else ForeignBagError
     return kind(
-        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' and 'coords'"
+        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' (or STAMP's"
+        " 'feats') and, where the tiles are to be found again, 'coords'"
     )

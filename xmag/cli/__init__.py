@@ -1,16 +1,29 @@
 """The command ``xmag``: parses, calls, prints.
 
 What was made goes to stdout; progress, warnings and errors go to stderr. Exit status: 0 all done,
-1 something failed, 2 wrong use, 130 interrupted.
+1 something failed, 2 wrong use or data that makes no sense, 130 interrupted.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
 from xmag.cli import classify, heatmap, slides, training
 from xmag.cli.console import FAILED, INTERRUPTED, WRONG_USE, console, one_line, write
-from xmag.errors import InputError, XmagError
+from xmag.errors import (
+    BagError,
+    InputError,
+    MismatchError,
+    SlideError,
+    WeightsError,
+    XmagError,
+)
+
+_OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
+"""Errors of what a command was given: its arguments, tables, slides, features and weights."""
+
+_REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 
 # The commands import what they call: `xmag --help` must not wait for torch.
 
@@ -25,7 +38,7 @@ examples:
   xmag heatmap slide.svs --classifier classifier
                                                what it looked at
 
-`xmag COMMAND --help` tells more. Exit status: 0 all done, 1 a slide failed, 2 wrong use.
+`xmag COMMAND --help` tells more. Exit status: 0 all done, 1 something failed, 2 wrong use.
 """
 
 
@@ -40,10 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int = args.run(args)
         except XmagError as error:
             write(sys.stderr, f"xmag: error: {one_line(error)}")
-            return WRONG_USE if isinstance(error, InputError) else FAILED
+            return WRONG_USE if isinstance(error, _OF_THE_USER) else FAILED
         except KeyboardInterrupt:
             write(sys.stderr, "xmag: interrupted; what is written is whole")
             return INTERRUPTED
+        except Exception as error:
+            logging.getLogger("xmag").debug("", exc_info=error)  # shown with -v
+            write(sys.stderr, f"xmag: error: {type(error).__name__}: {one_line(error)}; {_REPORT}")
+            return FAILED
     return status
 
 

@@ -1,8 +1,6 @@
 """The commands on feature files: train, predict, evaluate."""
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +100,7 @@ def _seen(epoch: dict[str, Any]) -> str:
 
 def _predict(args: argparse.Namespace) -> int:
     from xmag.files import write_text
+    from xmag.tables import csv_text
 
     table = _to_predict(args.inputs, args.features)
     classifier = _load(args.classifier)
@@ -112,11 +111,8 @@ def _predict(args: argparse.Namespace) -> int:
         for slide, row in zip(table.slides, probabilities, strict=True)
     ]
     if args.out is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["slide", "prediction", *(f"probability {label}" for label in classes)])
-        writer.writerows(rows)
-        write_text(args.out, text.getvalue())
+        columns = ["slide", "prediction", *(f"probability {label}" for label in classes)]
+        write_text(args.out, csv_text([columns, *rows]))
     for (slide, predicted, *_), row in zip(rows, probabilities, strict=True):
         each = ", ".join(f"{label} {p:.3f}" for label, p in zip(classes, row, strict=True))
         write(sys.stdout, f"{slide}: {predicted} ({each})")

@@ -12,8 +12,14 @@ from xmag.errors import XmagWarning
 
 ALL_DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
-_OF_FIT = ", or validation=None, which trains for all epochs and keeps the last weights"
-"""A remedy that the command line does not have."""
+_OF_PYTHON = (
+    ", or validation=None, which trains for all epochs and keeps the last weights",
+    ", or validation=(X, y, groups)",
+    ", or Folds.leave_one_group_out(groups)",
+    ", or give them the same patient in groups",
+    ' Where equal features are no accident, as with empty tiles: on_identical="warn"',
+)
+"""Remedies that the command line does not have."""
 
 
 @contextmanager
@@ -48,8 +54,11 @@ def console(*, verbose: bool) -> Iterator[None]:
 def one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
     text = str(message).replace("on_mismatch='redo'", "--redo")
-    text = text.replace(_OF_FIT, "").replace("damaged='drop'", "--damaged drop")
-    text = text.replace("slide_timeout=", "--slide-timeout ")
+    for remedy in _OF_PYTHON:
+        text = text.replace(remedy, "")
+    text = text.replace("damaged='drop'", "--damaged drop").replace("random_state", "--seed")
+    for option in ("slide_timeout", "folds", "repeats"):
+        text = text.replace(f"{option}=", f"--{option.replace('_', '-')} ")
     text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
     return " ".join(text.split())
 

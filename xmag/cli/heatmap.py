@@ -66,7 +66,7 @@ def _heatmap(args: argparse.Namespace) -> int:
         if args.features is None:
             bag = extract_features(slide, model=_encoder(classifier, args.classifier, args.model))
         else:
-            bag = FeatureBag.load(args.features)
+            bag = FeatureBag.load(args.features).on(slide)
         attention = classifier.attention(bag)
         _save(draw.heatmap(slide, attention), out)
         written = [out]

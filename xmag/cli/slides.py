@@ -43,6 +43,11 @@ def add_commands(commands: Commands) -> None:
     extract.add_argument("--format", choices=("h5", "safetensors"), default="h5")
     extract.add_argument("--overlay", action="store_true", help="also draw tissue and tiles (.png)")
     extract.add_argument(
+        "--border", choices=("shift", "drop"), default="shift",
+        help="what becomes of tiles that would reach over the border of the slide: they move"
+        " inwards (default), or are left out",
+    )  # fmt: skip
+    extract.add_argument(
         "--redo", action="store_true", help="replace features that were made differently"
     )
     extract.add_argument(
@@ -146,6 +151,7 @@ def _extract(args: argparse.Namespace) -> int:
         model=args.model,
         format=args.format,
         mpp=args.mpp,
+        border=args.border,
         overlay=args.overlay,
         on_mismatch="redo" if args.redo else "error",
         damaged=args.damaged,
@@ -153,7 +159,8 @@ def _extract(args: argparse.Namespace) -> int:
         shard=args.shard,
     )
     for row in report:
-        done = f"{counted(row.tiles, 'tile')}, {row.seconds:.1f} s"
+        share = "" if row.coverage is None else f", {row.coverage:.0%} of the tissue"
+        done = f"{counted(row.tiles, 'tile')}{share}, {row.seconds:.1f} s"
         write(sys.stdout, f"{row.status:<8}{row.slide}: {one_line(row.error) or done}")
     report_path = place_of(args.out) / report_name(args.shard)
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())

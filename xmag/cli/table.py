@@ -1,13 +1,14 @@
 """A cohort as a table: slides, labels and patients from a CSV, and the feature file of each."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from xmag.errors import InputError
-from xmag.tables import read_csv
+from xmag.tables import CONTINUOUS, Row, read_csv
 
-_SUFFIXES = (".h5", ".safetensors", ".pt")
+_SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,13 @@ def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Ta
     without features.
     """
     wanted = ("slide", "label", "patient") if labelled else ("slide",)
-    rows = _rows(path, wanted)
+    rows = read_csv(path, required=wanted, optional=("features", "id"))
+    if not rows:
+        raise InputError(f"the CSV file {path.name!r} has no rows; expected one for each slide")
+    content = {name: [row.required(name) for row in rows] for name in wanted}
+    for name in wanted[1:]:
+        _refuse_alike(content[name], name, path)
+    _refuse_numbers(content.get("label", []), path)
     folder = None if features is None else Path(features)
     if folder is not None and not folder.is_dir():
         raise InputError(
@@ -42,49 +49,59 @@ def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Ta
             " wrote to"
         )
     found = [_features_of(row, path, folder) for row in rows]
-    _refuse_shared(found, [row["slide"] for row in rows], path)
+    _refuse_shared(found, content["slide"], path)
     return Table(
         name=path.stem,
-        slides=[row["slide"] for row in rows],
+        slides=content["slide"],
         features=found,
-        labels=[row["label"] for row in rows] if labelled else [],
-        patients=[row["patient"] for row in rows] if labelled else [],
+        labels=content.get("label", []),
+        patients=content.get("patient", []),
     )
 
 
-def _rows(path: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
-    columns, rows = read_csv(path)
-    if missing := [name for name in wanted if name not in columns]:
-        alone = " (where each slide is a patient of its own, repeat the slide there)"
-        raise InputError(
-            f"the CSV file {path.name!r} has the columns {columns}; expected the column"
-            f" {missing[0]!r} too, with commas between them"
-            f"{alone if missing[0] == 'patient' else ''}"
-        )
-    if not rows:
-        raise InputError(f"the CSV file {path.name!r} has no rows; expected one for each slide")
-    for line, row in enumerate(rows, start=2):
-        if empty := [name for name in wanted if not row[name].strip()]:
+def _refuse_alike(values: Sequence[str], column: str, path: Path) -> None:
+    """Raise InputError for one class or patient that is spelt in two ways: a leak, or two classes.
+
+    Case, blanks and Unicode's compositions do not tell two of them apart.
+    """
+    first: dict[str, str] = {}
+    for value in values:
+        key = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
+        if first.setdefault(key, value) != value:
             raise InputError(
-                f"line {line} of {path.name!r} has no {empty[0]}; fill it in, or remove the line"
+                f"{path.name!r} has the {column}s {first[key]!r} and {value!r}, which differ in"
+                " case or blanks alone; write one in one way, or name two more differently"
             )
-    return rows
 
 
-def _features_of(row: dict[str, str], path: Path, folder: Path | None) -> Path:
-    if row.get("features"):
-        found = (path.parent if folder is None else folder) / row["features"]
+def _refuse_numbers(labels: Sequence[str], path: Path) -> None:
+    """Raise InputError for labels that are measurements, each of which would become a class."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return
+    if broken := [text for text, n in zip(labels, numbers, strict=True) if not n.is_integer()]:
+        raise InputError(
+            f"the labels of {path.name!r} are numbers, such as {broken[0]}, which is not whole:"
+            f" {CONTINUOUS}. Where they are names of classes, write them as words: grade 1.5"
+        )
+
+
+def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
+    slide = row.required("slide")
+    if own := row.get("features"):
+        found = (path.parent if folder is None else folder) / own
         if found.is_file():
             return found
         raise InputError(
-            f"there is no file {str(found)!r}, which {path.name!r} names for {row['slide']!r};"
+            f"there is no file {str(found)!r}, which {path.name!r} names for {slide!r};"
             f" its column 'features' is relative to the folder of"
             f" {'the CSV' if folder is None else '--features'}"
         )
     if folder is None:
         raise InputError(
-            f"{path.name!r} has no column 'features'; give --features, the folder that xmag extract"
-            " wrote to"
+            f"{path.name!r} names no file of features for {slide!r}; give --features, the folder"
+            " that xmag extract wrote to, or fill in a column 'features'"
         )
     for stem in _stems(row):
         for suffix in _SUFFIXES:
@@ -92,20 +109,20 @@ def _features_of(row: dict[str, str], path: Path, folder: Path | None) -> Path:
             if candidate.is_file():
                 return candidate
     raise InputError(
-        f"{str(folder)!r} has no features of {row['slide']!r}; extract them first: xmag extract"
+        f"{str(folder)!r} has no features of {slide!r}; extract them first: xmag extract"
         f" {path} -o {folder}"
     )
 
 
-def _stems(row: dict[str, str]) -> list[str]:
+def _stems(row: Row) -> list[str]:
     """Where `extract_cohort` may have put a slide: its id, or the end of its path, longest first.
 
     How much of the path it kept depends on what it was given. A slide may also be named alone,
     without the suffix of its file.
     """
-    if row.get("id"):
-        return [row["id"]]
-    slide = PurePath(row["slide"].replace("\\", "/"))
+    if own := row.get("id"):
+        return [own]
+    slide = PurePath(row.required("slide").replace("\\", "/"))
     parts = [part for part in slide.parts if part not in (slide.anchor, "..")]
     stems = []
     for first in range(len(parts)):

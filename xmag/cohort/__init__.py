@@ -15,6 +15,7 @@ from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
 from xmag.errors import MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder
+from xmag.grid import Border
 from xmag.progress import progress_bar
 from xmag.tiles import Damaged
 from xmag.urls import place_of
@@ -33,7 +34,8 @@ def extract_cohort(
     tissue: Literal["auto"] | None = "auto",
     mpp: float | None = None,
     overlap: int = 0,
-    min_tissue: float = 0.25,
+    min_tissue: float | None = 0.25,
+    border: Border = "shift",
     overlay: bool = False,
     batch_size: int | None = None,
     processes: int | None = None,
@@ -72,7 +74,9 @@ def extract_cohort(
         tissue: "auto" finds the tissue of each slide, None takes every tile.
         mpp: µm/px of level 0 for every slide that has none in the CSV, whatever its file says.
         overlap: Output px that neighbouring tiles share.
-        min_tissue: Smallest fraction of a tile's area that is tissue.
+        min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
+        border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
+            leaves them out; see `plan_tiles`.
         overlay: Also write ``<output>.png``, a thumbnail with the tissue outline and the tiles.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         processes: Child processes that open and decode slides, by default one a core if the encoder
@@ -117,6 +121,7 @@ def extract_cohort(
         tissue=tissue,
         overlap=overlap,
         min_tissue=min_tissue,
+        border=border,
         overlay=overlay,
         batch_size=batch_size,
         processes=processes,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xmag.cohort.locks import try_lock
+from xmag.cohort.locks import open_lock, try_lock
 from xmag.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,19 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
             name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
             path = folder / f"xmag-{user}-{name}-{taken}.lock"
             try:
-                file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+                file = open_lock(path, shared=False)
             except OSError as error:
                 raise ModelError(
-                    f"no lock can be made in {folder} ({error.strerror}), by which workers share"
-                    " the GPUs; set TMPDIR to a folder that can be written to"
+                    f"no lock can be made in {folder} ({error.strerror or error}), by which workers"
+                    " share the GPUs; set TMPDIR to a folder of your own"
                 ) from error
             try:
+                if hasattr(os, "getuid") and os.fstat(file).st_uid != user:
+                    os.close(file)
+                    raise ModelError(
+                        f"{path} is another user's, and has the name of a lock of this one; set"
+                        " TMPDIR to a folder of your own"
+                    )
                 if try_lock(file):
                     return index, file
             except OSError as error:

@@ -1,18 +1,26 @@
 """What a cohort is made of: which slides, and which file each one's bag goes to."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from xmag.errors import InputError
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
 from xmag.tables import read_csv
-from xmag.urls import Place, Url, common_parts, place_of, retold
+from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 
 FORMATS = ("h5", "safetensors")
+
+_RESERVED = re.compile(
+    r'[<>:"/\\|?*\x00-\x1f]|\A\.*\Z|\A(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) *(\.|\Z)',
+    re.IGNORECASE,
+)
+"""What an output is called on no system, or not on Windows (os.path.isreserved of Python 3.13)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +55,9 @@ def jobs_of(
     else:
         entries = [_Entry(place_of(p), None, mpp) for p in slides]
     if not entries:
+        told = shown(slides) if isinstance(slides, str | PathLike) else str(slides)
         raise InputError(
-            f"no slides in {_shown(slides)!r}; expected a folder with slides, a CSV file with a"
+            f"no slides in {told!r}; expected a folder with slides, a CSV file with a"
             " column 'slide', or a list of paths"
         )
     names = _names([entry.path for entry in entries], root)
@@ -76,39 +85,25 @@ def _slides_below(place: Place) -> Sequence[Place] | None:
         return [url for url in place.files_below() if is_slide_path(url)]
 
 
-def _shown(slides: object) -> str:
-    return str(place_of(slides)) if isinstance(slides, str | PathLike) else str(slides)
-
-
 def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
     """The rows of a cohort CSV; the paths in it are relative to its folder."""
     if isinstance(path, Url):
         raise InputError(
             f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
         )
-    columns, rows = read_csv(path)
-    if "slide" not in columns:
-        raise InputError(
-            f"the CSV file {path.name!r} has the columns {columns}; expected a column 'slide' (and"
-            " optionally 'mpp' and 'id'), with commas between them"
-        )
     entries = []
-    for line, row in enumerate(rows, start=2):
-        if not row["slide"]:
-            raise InputError(
-                f"line {line} of {path.name!r} names no slide; expected its path: fill it in, or"
-                " remove the line"
-            )
+    for row in read_csv(path, required=("slide",), optional=("mpp", "id")):
+        slide = place_of(row.required("slide"))
+        slide = path.parent / slide if isinstance(slide, Path) else slide
+        own_mpp = row.get("mpp")
         try:
-            own_mpp = checked_mpp(float(row["mpp"])) if row.get("mpp") else mpp
+            scale = checked_mpp(float(own_mpp)) if own_mpp else mpp
         except ValueError as error:
             raise InputError(
-                f"line {line} of {path.name!r} has mpp {row['mpp']!r}; expected µm per level-0 px"
+                f"line {row.line} of {path.name!r} has mpp {own_mpp!r}; expected µm per level-0 px"
                 " with a decimal point, such as 0.25, or nothing"
             ) from error
-        slide = place_of(row["slide"])
-        slide = path.parent / slide if isinstance(slide, Path) else slide
-        entries.append(_Entry(slide, row.get("id") or None, own_mpp))
+        entries.append(_Entry(slide, row.get("id") or None, scale))
     return entries
 
 
@@ -134,7 +129,7 @@ def _absolute(path: Path) -> Path:
 
 def _below(path: Path, folder: Place | None) -> PurePosixPath:
     assert isinstance(folder, Path)
-    return PurePosixPath(os.path.relpath(path, folder).replace("\\", "/"))
+    return PurePosixPath(readable(os.path.relpath(path, folder)).replace("\\", "/"))
 
 
 def _below_url(url: Url, depth: int) -> PurePosixPath:
@@ -147,18 +142,27 @@ def _below_url(url: Url, depth: int) -> PurePosixPath:
 def _job(entry: _Entry, below: PurePosixPath, format: str) -> Job:
     if entry.id is None:
         output = below.with_name(f"{below.stem}.{format}")
-    elif {"/", "\\", "\0"} & set(entry.id) or entry.id in (".", ".."):
-        raise InputError(f"the id {entry.id!r} is not a file name; leave out slashes")
+    elif _RESERVED.search(entry.id):
+        raise InputError(
+            f"the id {entry.id!r} is not a file name on every system; expected one without slashes,"
+            ' control characters and <>:"|?*, and none that Windows keeps for devices, such as CON,'
+            " AUX, NUL and COM1"
+        )
     else:
         output = PurePosixPath(f"{entry.id}.{format}")
     return Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp)
 
 
 def _refuse_collisions(jobs: Sequence[Job]) -> None:
-    """Raise InputError where two slides would be written to one file, on any file system."""
+    """Raise InputError where two slides would be written to one file, on any file system.
+
+    Some know no upper case, and some no difference between "é" and "e" with an accent: names are
+    compared by canonical caseless matching (Unicode 16.0, section 3.13, D145).
+    """
     by_output: dict[str, list[Job]] = {}
     for job in jobs:
-        by_output.setdefault(str(job.output).casefold(), []).append(job)
+        folded = normalize("NFD", normalize("NFD", str(job.output)).casefold())
+        by_output.setdefault(folded, []).append(job)
     for same in by_output.values():
         if len(same) > 1:
             names = ", ".join(job.name for job in same)

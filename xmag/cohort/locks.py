@@ -9,7 +9,9 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,9 @@ _NO_LOCKS = {
     if hasattr(errno, name)
 }
 """What file systems without locks answer."""
+
+_ATTEMPTS, _PAUSE_S = 20, 0.05
+"""How often, and how far apart, a lock is asked for whose maker may be about to share it."""
 
 if sys.platform == "win32":
     import msvcrt
@@ -173,10 +178,8 @@ class Claims:
     def _locked(self, path: Path) -> int | None:
         """The descriptor of the locked file at `path`; None while another run has the lock."""
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fd = open_lock(path, shared=True)
             try:
-                with suppress(OSError, AttributeError):
-                    os.fchmod(fd, 0o666)  # whoever may write to the folder may make a claim
                 if not self._lock(fd):
                     os.close(fd)
                     return None
@@ -204,9 +207,67 @@ class Claims:
             return True
 
 
+def open_lock(path: Path, *, shared: bool) -> int:
+    """The descriptor of the empty file at `path` that is there to be locked, made if need be.
+
+    In a folder of several users anyone may have put something else there: a link is not followed,
+    and what was there is neither written to nor given other rights. One that is made here is this
+    user's alone, or, where it is `shared`, open to whoever may write to the folder. Raises OSError,
+    whose text says so where something else is there.
+    """
+    while True:
+        with suppress(FileExistsError):
+            return _make_lock(path, shared)
+        with suppress(FileNotFoundError):  # removed just now, with its claim
+            return _open_lock(path)
+
+
+def _make_lock(path: Path, shared: bool) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    if not shared or sys.platform == "win32":
+        return fd
+    with suppress(OSError):  # not every file system has owners and rights
+        folder = path.parent.stat()
+        may_write = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if may_write & stat.S_IWGRP and os.fstat(fd).st_gid != folder.st_gid:
+            with suppress(PermissionError):
+                os.fchown(fd, -1, folder.st_gid)
+        os.fchmod(fd, 0o600 | may_write | may_write << 1)
+    return fd
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    for attempt in range(_ATTEMPTS):
+        try:
+            fd = os.open(path, flags)
+            break
+        except PermissionError:
+            # The moment between making it and giving the others their rights to it.
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(_PAUSE_S)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+                raise _no_lock(path) from error
+            raise
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1 and found.st_size == 0:
+        return fd
+    os.close(fd)
+    raise _no_lock(path)
+
+
+def _no_lock(path: Path) -> OSError:
+    return OSError(
+        f"{path.name}, which is to be locked there, is a link or something else than the empty file"
+        " that xmag makes: remove it"
+    )
+
+
 def _is_at(fd: int, path: Path) -> bool:
     """Whether the open file still is what the path names."""
     try:
-        return os.path.samestat(os.fstat(fd), path.stat())
+        return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
         return False

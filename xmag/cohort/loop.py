@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from xmag.bag import save_bag
 from xmag.cohort.jobs import Job
 from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
 from xmag.cohort.report import CohortRow
-from xmag.cohort.resume import Found
+from xmag.cohort.resume import Found, earlier_of
 from xmag.cohort.settings import Settings
 from xmag.cohort.sharing import Share
 from xmag.encoder import Encoder, TileStream, pinned
@@ -36,18 +37,19 @@ from xmag.tiles import (
     Decoded,
     DecodeJob,
     DecodingPool,
-    Earlier,
     Event,
     Failed,
     Finished,
     Opened,
     Planned,
+    Reading,
     Thumbnail,
     Warned,
     decode_here,
     default_threads,
     reason_of,
 )
+from xmag.urls import readable, without_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class _UnderWay:
     plan: TilePlan | None = None
     thumbnail: Thumbnail | None = None
     features: NDArray[np.float32] | None = None
+    reading: Reading | None = None
     landed: int = 0
     all_sent: bool = False
 
@@ -170,7 +173,10 @@ class _Loop:
             earlier = None
             with self._costs_a_row(slide):
                 slide.found = self._share.earlier(job)
-                earlier = _earlier(slide, settings)
+                if slide.found is not None:
+                    thumbnail = is_picture_missing(job, settings)
+                    seen = self._share.seen
+                    earlier = earlier_of(slide.found, job, settings, seen, thumbnail=thumbnail)
             if slide.number not in self._under_way:
                 continue
             yield DecodeJob(
@@ -181,6 +187,7 @@ class _Loop:
                 tissue=settings.tissue,
                 overlap=settings.overlap,
                 min_tissue=settings.min_tissue,
+                border=settings.border,
                 thumbnail_px=THUMBNAIL_PX if settings.overlay else None,
                 earlier=earlier,
                 damaged=settings.damaged,
@@ -202,9 +209,11 @@ class _Loop:
             self._fail(slide, reason_of(error))
 
     def _fail(self, slide: _UnderWay, reason: str) -> None:
-        seconds = time.monotonic() - slide.start
-        row = CohortRow(slide=slide.job.name, status="failed", seconds=seconds, error=reason)
-        self._end(slide, row)
+        job, seconds = slide.job, time.monotonic() - slide.start
+        if isinstance(job.path, Path):
+            reason = without_folder(reason, job.path)
+        error = readable(reason)
+        self._end(slide, CohortRow(slide=job.name, status="failed", seconds=seconds, error=error))
 
     def _end(self, slide: _UnderWay, row: CohortRow) -> None:
         self._under_way.pop(slide.number, None)
@@ -232,6 +241,7 @@ class _Loop:
             slide.plan, slide.thumbnail = event.plan, event.thumbnail
             slide.features = np.empty((len(event.plan), self._settings.encoder.embed_dim), "f4")
         elif isinstance(event, Finished):
+            slide.reading = event.reading
             self._note_all_sent(slide, event.lost)
         elif isinstance(event, Failed):
             self._fail(slide, event.reason)
@@ -242,10 +252,13 @@ class _Loop:
             assert slide.plan is not None
             slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
         found = slide.found
-        if found is None or not found.is_of(slide.slide, slide.job, self._settings):
+        sha256 = None if slide.reading is None else slide.reading.sha256
+        if found is None or not found.is_of(slide.slide, sha256, slide.job, self._settings):
             slide.all_sent = True
             self._save_if_complete(slide)
-        elif slide.thumbnail is None:
+            return
+        self._share.seen.add(slide.job, found.sha256, slide.slide.version)
+        if slide.thumbnail is None:
             self._end(slide, _skipped_row(slide.job, found))
         else:
             del self._under_way[slide.number]
@@ -316,17 +329,23 @@ class _Loop:
             settings.encoder,
             transform=settings.transform,
             damaged=settings.damaged,
+            reading=done.reading,
         )
         self._draw(done)
         share.check_folder()
         # Once more when it is written: a share may go away at any time.
-        save_bag(bag, settings.out / job.output, check=share.check_folder)
+        save_bag(bag, settings.out / job.output, check=share.check_folder, inside=settings.out)
+        assert bag.provenance is not None
+        made = Found(len(bag), bag.provenance.record)
+        share.seen.add(job, made.sha256, done.slide.version)
         return CohortRow(
             slide=job.name,
             status="done" if len(bag) else "empty",
             tiles=len(bag),
+            coverage=bag.coverage,
             seconds=time.monotonic() - done.start,
             output=str(job.output),
+            empty_source_tiles=made.empty,
         )
 
     def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
@@ -344,17 +363,11 @@ class _Loop:
 
 
 def _skipped_row(job: Job, found: Found) -> CohortRow:
-    return CohortRow(slide=job.name, status="skipped", tiles=found.tiles, output=str(job.output))
-
-
-def _earlier(slide: _UnderWay, settings: Settings) -> Earlier | None:
-    """The slide as it was done before, and what is wanted of it now; None if it was not done."""
-    if slide.found is None:
-        return None
-    content, mpp = slide.found.of_slide
-    return Earlier(
-        content=None if content is None else dict(content),
-        mpp=mpp,
-        thumbnail=is_picture_missing(slide.job, settings),
-        redo=settings.on_mismatch == "redo",
+    return CohortRow(
+        slide=job.name,
+        status="skipped",
+        tiles=found.tiles,
+        coverage=found.coverage,
+        output=str(job.output),
+        empty_source_tiles=found.empty,
     )

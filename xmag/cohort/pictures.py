@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from xmag import files
 from xmag.cohort.jobs import Job
@@ -54,6 +55,19 @@ def write_picture(
     slide: Pictured, job: Job, settings: Settings, tissue: TissueMask | None, plan: TilePlan
 ) -> None:
     """Write the picture of a slide's tissue and tiles."""
-    with files.atomic_path(picture_of(job, settings)) as path:
+    refuse_foreign_picture(job, settings)
+    own = PngInfo()
+    own.add_text("Software", "xmag")
+    with files.atomic_path(picture_of(job, settings), inside=settings.out) as path:
         image = overlay(slide, tissue=tissue, plan=plan, max_px=THUMBNAIL_PX)
-        image.save(path, format="PNG")
+        image.save(path, format="PNG", pnginfo=own)
+
+
+def refuse_foreign_picture(job: Job, settings: Settings) -> None:
+    """Raise OutputError where the picture of a slide would replace one that xmag did not write."""
+    files.require_own(picture_of(job, settings), settings.out, _is_picture)
+
+
+def _is_picture(head: bytes) -> bool:
+    """Whether a file begins as `write_picture` has it: a PNG that names its software."""
+    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0xmag" in head

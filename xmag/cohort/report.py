@@ -1,23 +1,26 @@
 """What became of the slides of a cohort, and the CSV file that says so."""
 
-import csv
-import io
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.errors import OutputError
+from xmag.tables import csv_text
 from xmag.urls import Place
 
 Status = Literal["done", "skipped", "empty", "failed", "lost"]
 
 REPORT_NAME = "report.csv"
+_OWN_START = b"slide,status,tiles"
+"""What every report of xmag begins with, whatever columns it has besides."""
+
 _REPORT_EVERY_S = 2.0
 """Seconds between writings of the report while a cohort runs: cheap, and never far behind."""
 
@@ -28,15 +31,19 @@ class CohortRow:
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
-    is relative to the output folder, `seconds` is 0 for what was skipped.
+    is relative to the output folder, `seconds` is 0 for what was skipped. `coverage` is the share
+    of the tissue that lies under tiles, None where no tissue is known. `empty_source_tiles` is how
+    many tiles of the level that is read the slide declares empty.
     """
 
     slide: str
     status: Status
     tiles: int = 0
+    coverage: float | None = None
     seconds: float = 0.0
     error: str = ""
     output: str = ""
+    empty_source_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +73,27 @@ class CohortReport(Sequence[CohortRow]):
         return dict(Counter(row.status for row in self.rows))
 
     def to_csv(self) -> str:
-        """The report as CSV text with a header."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        """The report as CSV text with a header.
+
+        Text that a spreadsheet would run as a formula has an apostrophe before it.
+        """
         names = [field.name for field in fields(CohortRow)]
-        writer.writerow(names)
+        rows = []
         for row in self.rows:
             values = {name: getattr(row, name) for name in names}
-            writer.writerow({**values, "seconds": f"{row.seconds:.2f}"}.values())
-        return out.getvalue()
+            share = "" if row.coverage is None else f"{row.coverage:.3f}"
+            values |= {"seconds": f"{row.seconds:.2f}", "coverage": share}
+            rows.append([*values.values()])
+        return csv_text([names, *rows])
 
 
 def report_name(shard: tuple[int, int] | None) -> str:
     """What the report of a cohort, or of share i of n of one, is called."""
     return REPORT_NAME if shard is None else f"report-{shard[0]}-of-{shard[1]}.csv"
+
+
+def _is_report(head: bytes) -> bool:
+    return head.startswith(_OWN_START)
 
 
 class ReportFile:
@@ -108,5 +122,8 @@ class ReportFile:
 
     def _write(self) -> None:
         rows = [self._rows[job] for job in self._jobs if job in self._rows]
-        files.write_text(self._path, CohortReport(tuple(rows)).to_csv())
+        if isinstance(self._path, Path) or self._written_at == -math.inf:
+            files.require_own(self._path, self._path.parent, _is_report)
+        text = CohortReport(tuple(rows)).to_csv()
+        files.write_text(self._path, text, inside=self._path.parent)
         self._written_at = time.monotonic()

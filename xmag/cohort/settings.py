@@ -7,6 +7,7 @@ from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
+from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
@@ -21,7 +22,8 @@ class Settings:
     out: Place
     tissue: Literal["auto"] | None
     overlap: int
-    min_tissue: float
+    min_tissue: float | None
+    border: Border
     overlay: bool
     batch_size: int | None
     processes: int | None
@@ -38,7 +40,12 @@ class Settings:
                 " of your own use extract_features() on each slide"
             )
         check_damaged(self.damaged)
-        check_grid(self.encoder.tile_spec, overlap=self.overlap, min_tissue=self.min_tissue)
+        check_grid(
+            self.encoder.tile_spec,
+            overlap=self.overlap,
+            min_tissue=self.min_tissue,
+            border=self.border,
+        )
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
@@ -80,6 +87,9 @@ class Settings:
         """The fingerprint that a bag made with these settings has."""
         method = None if self.tissue is None else TISSUE_METHOD
         options = plan_options(
-            overlap=self.overlap, min_tissue=self.min_tissue, tissue_method=method
+            overlap=self.overlap,
+            min_tissue=self.min_tissue,
+            border=self.border,
+            tissue_method=method,
         )
         return fingerprint_of(self.encoder, options, self.transform)

@@ -10,7 +10,8 @@ from typing import Self
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.cohort.locks import Claims, Unclaimed
-from xmag.cohort.resume import Found, find_earlier
+from xmag.cohort.pictures import refuse_foreign_picture
+from xmag.cohort.resume import Found, Seen, find_earlier
 from xmag.cohort.settings import Settings
 from xmag.errors import MismatchError, OutputError
 from xmag.provenance import Provenance
@@ -34,6 +35,7 @@ class Share:
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
         self._found: dict[Job, Found | None] = {}
         out = settings.out
+        self.seen = Seen(out)
         self._claims = Claims(out) if isinstance(out, Path) else Unclaimed()
         self._refused: dict[Job, OutputError] = {}
         for job in jobs:
@@ -49,6 +51,7 @@ class Share:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.seen.write()
         self._claims.__exit__(kind, error, trace)
 
     def rounds(self) -> Iterator[Iterator[Job]]:
@@ -86,7 +89,17 @@ class Share:
         found = self._found[job]
         if found is None:
             found = self._found[job] = find_earlier(job, self._settings, self._expected)
+        if found is None:
+            self._check_room(job)
         return found
+
+    def _check_room(self, job: Job) -> None:
+        """Raise OutputError where what is to be written for a job would replace another's file."""
+        out = self._settings.out
+        if isinstance(out, Path):
+            files.linked_to(out / job.output, out)
+        if self._settings.overlay:
+            refuse_foreign_picture(job, self._settings)
 
     def _looked_at(self, job: Job) -> Found | None:
         """What is there before any work; a file that cannot be read now costs its own row."""

@@ -97,9 +97,10 @@ def _tiles_line(plan: TilePlan) -> str:
     read = f"level {scale.level} at 1/{scale.reduction}" if scale.reduction > 1 else (
         f"level {scale.level}"
     )  # fmt: skip
+    share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
     return (
         f"{len(plan):,} of {plan.tiles.size_px} px at {plan.tiles.mpp:.4g} µm/px ({side_um:.0f} µm)"
-        f" from {read}; dropped: {dropped or 'none'}"
+        f" from {read}{share}; dropped: {dropped or 'none'}"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag.devices import Float32
 from xmag.distill.views import checked_side
 from xmag.errors import InputError
 
@@ -112,9 +113,10 @@ class Draws:
         about the grey axis (Rodrigues' formula). All of it is linear, unlike a turn in HSV, and so
         the same before and after a resize.
         """
-        luma = torch.tensor(_LUMA).expand(3, 3)  # what makes RGB grey
-        eye, grey = torch.eye(3), torch.full((3, 3), 1 / 3)
-        cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+        with Float32():
+            luma = torch.tensor(_LUMA).expand(3, 3)  # what makes RGB grey
+            eye, grey = torch.eye(3), torch.full((3, 3), 1 / 3)
+            cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
         brightness, contrast, saturation, angle = (
             value.view(-1, 1, 1)
             for value in (self.brightness, self.contrast, self.saturation, self.hue * math.tau)
@@ -170,7 +172,9 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
     _check_rows(images, draws)
     result = torch.empty_like(images, memory_format=torch.contiguous_format)
     matrix, pivot = draws.colours()
-    recoloured = bool(pivot.any()) or not torch.equal(matrix, torch.eye(3).expand_as(matrix))
+    recoloured = bool(pivot.any()) or not torch.equal(
+        matrix, torch.eye(3, dtype=matrix.dtype).expand_as(matrix)
+    )
     colours = [table.to(images.device, non_blocking=True) for table in (matrix, pivot)]
     position = draws.flips * 4 + draws.turns
     most = max(1, _PART_PX // side**2)

@@ -120,7 +120,7 @@ class UnkeptLesson:
         variants: NDArray[np.int64],  # noqa: ARG002
     ) -> Tensor:
         """Zeros, float32 (B, 16, dim)."""
-        return torch.zeros(len(regions), SIDE**2, self.dim)
+        return torch.zeros(len(regions), SIDE**2, self.dim, dtype=torch.float32)
 
     def check(self, student: TileSpec) -> None:
         """As a teacher that is asked."""

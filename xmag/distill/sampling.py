@@ -23,6 +23,7 @@ from xmag.errors import (
     XmagWarning,
 )
 from xmag.geometry import TileSpec
+from xmag.metrics.labels import as_labels
 from xmag.plan import Coords, plan_options, plan_tiles
 from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
@@ -86,15 +87,18 @@ def plan_slides(
 
     def candidates(slide: Slide) -> Coords:
         mask = find_tissue(slide) if tissue == "auto" else None
-        plan = plan_tiles(slide, spec, tissue=mask, overlap=overlap, min_tissue=min_tissue)
-        return plan.coords
+        # Examples, not a census: none with less tissue, and none that shows the same px again.
+        plan = plan_tiles(
+            slide, spec, tissue=mask, overlap=overlap, min_tissue=min_tissue, border="drop"
+        )
+        return plan.coords[~plan.for_piece]
 
     if tissue not in ("auto", None):
         raise InputError(f"tissue is {tissue!r}; expected 'auto' or None")
     method = TISSUE_METHOD if tissue == "auto" else None
     options = {
         "kind": "slides",
-        **plan_options(overlap=overlap, min_tissue=min_tissue, tissue_method=method),
+        **plan_options(overlap=overlap, min_tissue=min_tissue, border="drop", tissue_method=method),
     }
     files = _found(slides, root, is_slide_path, kind="slides")
     request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)
@@ -336,6 +340,7 @@ def _site_of(name: str, sites: Sites | None) -> str:
         ) from error
     if not isinstance(site, str):
         raise InputError(f"the site of {name!r} is {site!r}; expected a str")
+    as_labels([site], f"sites({name!r})")  # no blanks around it, and not missing
     return site
 
 

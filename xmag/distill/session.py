@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xmag.cores import usable_cores
+from xmag.devices import Float32, seeded
 from xmag.distill.curriculum import Curriculum
 from xmag.distill.lessons import KeptLesson, Lesson, check_lessons
 from xmag.distill.loader import Group, LowViews, RegionLoader
@@ -115,8 +116,7 @@ class Session:
 
     def _trainer(self, student: StudentStart, lessons: Sequence[Lesson]) -> Trainer:
         loss, seed = self.settings.loss, self.settings.train.seed
-        with torch.random.fork_rng(devices=[]):  # nn.Linear draws from torch's own generator
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed, torch.device("cpu")), Float32():
             model = Student(
                 student.vit,
                 student.config,

@@ -122,7 +122,7 @@ class Trainer:
         train, watch = self.settings.train, watch or Stopwatch(self.device)
         images = train.batch * train.views  # of all ranks
         self.optimizer.zero_grad(set_to_none=True)
-        done = torch.zeros(len(self.objective.terms) + 2, device=self.device)
+        done = torch.zeros(len(self.objective.terms) + 2, dtype=torch.float32, device=self.device)
         for at, views in enumerate(parts, start=1):
             with self._reducing(last=at == count):
                 with watch.part("student forward"), self.autocast():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xmag.devices import Float32
 from xmag.distill.heads import ProjectionHead
 from xmag.distill.losses import BLOCKS, block_means
 from xmag.distill.views import LOW_MPP
@@ -70,7 +71,10 @@ class Student(nn.Module):
         self.local_heads = _heads(width, teacher_dims if with_local else ())
         self._grid, self._first_patch = (side, side), 1 + config.vit.registers
         self._teachers = len(teacher_dims)
-        std, mean = (torch.tensor(rgb).view(3, 1, 1) for rgb in (config.std, config.mean))
+        std, mean = (
+            torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1)
+            for rgb in (config.std, config.mean)
+        )
         # Not in the state: they are in the configuration.
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -112,7 +116,8 @@ def fresh_student(
     model = student_config(config)
     if not 0 < layer_scale <= 1:
         raise InputError(f"layer_scale is {layer_scale!r}; expected a number in (0, 1]")
-    vit = empty_vit(model.vit).to_empty(device="cpu")
+    with Float32():
+        vit = empty_vit(model.vit).to_empty(device="cpu")
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in vit.named_parameters():
         if name.endswith("gamma"):

@@ -270,11 +270,11 @@ def _timm_teacher(
         model.set_input_size((TILE_PX, TILE_PX))
     sha256 = module_sha256(model)
     model = model.to(place, kind).requires_grad_(False)
-    mean = torch.tensor(about["mean"], device=place).view(3, 1, 1)
-    std = torch.tensor(about["std"], device=place).view(3, 1, 1)
+    mean = torch.tensor(about["mean"], dtype=torch.float32, device=place).view(3, 1, 1)
+    std = torch.tensor(about["std"], dtype=torch.float32, device=place).view(3, 1, 1)
 
     def features(tiles: Tensor) -> Tensor:
-        images = (tiles.to(place).permute(0, 3, 1, 2) / 255 - mean) / std
+        images = (tiles.to(place, torch.float32).permute(0, 3, 1, 2) / 255 - mean) / std
         with torch.autocast(place.type, enabled=False):
             return model(images.to(kind)).float()  # type: ignore[no-any-return]
 

@@ -32,7 +32,9 @@ class ValidationSet:
     ) -> "ValidationSet":
         """All parts together; `dims` are the widths of the teachers, for a rank without a part."""
         lows: list[Tensor] = []
-        targets: list[list[Tensor]] = [[torch.empty(0, BLOCKS**2, dim)] for dim in dims]
+        targets: list[list[Tensor]] = [
+            [torch.empty(0, BLOCKS**2, dim, dtype=torch.float32)] for dim in dims
+        ]
         for low, found in parts:
             lows.append(low.cpu())
             for kept, target in zip(targets, found, strict=True):

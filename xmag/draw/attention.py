@@ -7,7 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from xmag.draw.frame import FAINT, INK, Font, Key, box_of, framed, plain
+from xmag.draw.frame import (
+    FAINT,
+    INK,
+    Font,
+    Key,
+    framed,
+    mean_on_picture,
+    overlaps,
+    plain,
+)
 from xmag.draw.scale import colours, percentiles, placed
 from xmag.errors import InputError
 from xmag.geometry import TileGeometry
@@ -36,10 +45,15 @@ def heatmap(slide: Slide, attention: "Attention", *, max_px: int = 1600) -> Imag
     _require_canvas(slide, tiles)
     thumbnail = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
     grey = np.asarray(Image.blend(thumbnail, Image.new("RGB", thumbnail.size, "white"), 0.2))
-    mean, covered = _mean_ranks(attention.scores, coords, tiles, thumbnail.size, slide)
-    tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean)
+    per_level0 = thumbnail.width / slide.dimensions[0]
+    ranks = percentiles(attention.scores)[:, None]
+    mean, covered = mean_on_picture(ranks, coords, tiles.size_level0, thumbnail.size, per_level0)
+    tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
     picture = Image.fromarray(np.where(covered[..., None], np.rint(tinted), grey).astype(np.uint8))
-    return framed(picture, slide, _legend(attention.scores, tiles))
+    keys = _legend(attention.scores)
+    if overlaps(coords, tiles.size_level0):
+        keys.append(Key(text="where tiles overlap, their mean rank"))
+    return framed(picture, slide, keys)
 
 
 def gallery(
@@ -98,25 +112,7 @@ def _require_canvas(slide: Slide, tiles: TileGeometry) -> None:
         )
 
 
-def _mean_ranks(
-    scores: NDArray[np.float32],
-    coords: NDArray[np.int64],
-    tiles: TileGeometry,
-    size: tuple[int, int],
-    slide: Slide,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The mean rank of the tiles on each px of a picture of `size`, and where there are any."""
-    per_level0 = size[0] / slide.dimensions[0]
-    total, count = np.zeros((size[1], size[0])), np.zeros((size[1], size[0]), np.int64)
-    for corner, rank in zip(coords, percentiles(scores), strict=True):
-        left, top, right, bottom = box_of(corner, tiles.size_level0, per_level0)
-        window = slice(top, bottom + 1), slice(left, right + 1)
-        total[window] += rank
-        count[window] += 1
-    return total / np.maximum(count, 1), count > 0
-
-
-def _legend(scores: NDArray[np.float32], tiles: TileGeometry) -> list[Key]:
+def _legend(scores: NDArray[np.float32]) -> list[Key]:
     if not len(scores):
         return [Key(text="no tiles")]
     ramp = tuple(tuple(c) for c in colours(np.linspace(0, 100, 64)).tolist())
@@ -128,8 +124,6 @@ def _legend(scores: NDArray[np.float32], tiles: TileGeometry) -> list[Key]:
         share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
         held += f" {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
         keys.append(Key(text=held))
-    if tiles.overlap_px:
-        keys.append(Key(text=f"tiles overlap by {tiles.overlap_px} px: mean rank where they do"))
     return keys
 
 

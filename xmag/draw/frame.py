@@ -95,6 +95,33 @@ def box_of(corner: NDArray[np.int64], side: int, per_level0: float) -> Box:
     return left, top, max(left, right), max(top, bottom)
 
 
+def mean_on_picture(
+    values: NDArray[np.float64],
+    coords: NDArray[np.int64],
+    side: int,
+    size: tuple[int, int],
+    per_level0: float,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The mean of the values (N, K) of the tiles on each px of a picture, and where there are any.
+
+    `coords` and `side` are those of the tiles in level-0 px, `size` is (width, height).
+    """  # fmt: skip
+    total = np.zeros((size[1], size[0], values.shape[1]))
+    count = np.zeros((size[1], size[0], 1), np.int64)
+    for corner, value in zip(coords, values, strict=True):
+        left, top, right, bottom = box_of(corner, side, per_level0)
+        window = slice(top, bottom + 1), slice(left, right + 1)
+        total[window] += value
+        count[window] += 1
+    return total / np.maximum(count, 1), count[..., 0] > 0
+
+
+def overlaps(coords: NDArray[np.int64], side: int) -> bool:
+    """Whether columns or rows of tiles with these corners overlap, by more than rounding does."""
+    gaps = (np.diff(np.unique(axis)) for axis in coords.T)
+    return any(bool((gap < side - 1).any()) for gap in gaps)
+
+
 def _scale_bar(slide: Pictured, width_px: int) -> tuple[float, int]:
     """The round length in µm that fills up to a fifth of the picture, and its px; 0 without mpp."""
     if slide.mpp is None:

@@ -8,8 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from xmag.bag import FeatureBag
-from xmag.draw.frame import FAINT, Key, Pictured, Rgb, box_of, framed
+from xmag.bag import FeatureBag, placed
+from xmag.draw.frame import (
+    FAINT,
+    Key,
+    Pictured,
+    Rgb,
+    box_of,
+    framed,
+    mean_on_picture,
+    overlaps,
+)
 from xmag.errors import BagError, InputError
 from xmag.plan import TilePlan
 from xmag.slide import Slide
@@ -17,9 +26,10 @@ from xmag.tissue import TissueMask
 
 _TISSUE: Rgb = (230, 159, 0)
 _KEPT: Rgb = (0, 90, 160)
+_FOR_PIECE: Rgb = (0, 158, 115)
 _DROPPED: dict[str, tuple[str, Rgb]] = {
     "tissue": ("too little tissue", (196, 196, 196)),
-    "border": ("over the border", (213, 94, 0)),
+    "border": ("at the border", (213, 94, 0)),
     "roi": ("outside the region of interest", (204, 121, 167)),
     "damaged": ("damaged", (0, 0, 0)),
 }
@@ -47,8 +57,9 @@ def overlay(
 
     The thumbnail is at most `max_px` on its longer side and begins at the image's top-left
     corner; below it stand the slide's name, a scale bar (where the scale is known) and a legend.
-    Tiles of the plan have a blue outline, cells that it dropped a thin one, by reason. The tissue
-    is outlined in orange; the line lies inside of it.
+    Tiles of the plan have a blue outline, green where they are there for a small piece of tissue
+    only, and cells that it dropped a thin one, by reason. The tissue is outlined in orange; the
+    line lies inside of it. The legend says how much of the tissue the tiles cover.
     """
     picture = slide.thumbnail(max_px=max_px).convert("RGB")
     per_level0 = picture.width / slide.dimensions[0]
@@ -65,13 +76,15 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     Tiles of similar colour have similar embeddings: the first principal component of the bag's
     features runs from blue to yellow, the second from dark to light, the third from green to
     magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
-    percentile. The colours of two slides cannot be compared. Raises BagError where the bag does
+    percentile. Where tiles overlap, the mean of their colours is shown. The colours of two slides
+    cannot be compared. Raises BagError where the bag does
     not say how large its tiles are, and InputError where it belongs to another canvas.
     """
+    coords = placed(bag, "a feature map")
     if bag.tiles is None:
         raise BagError(
             "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
-            " drawn; use one that extract_features made"
+            " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
         )
     if tuple(bag.tiles.level0_size) != tuple(slide.dimensions):
         raise InputError(
@@ -81,13 +94,13 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     picture = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.2)
     scores, shares = _principal_components(np.asarray(bag.features, np.float64))
-    painted = picture.copy()
-    draw = ImageDraw.Draw(painted)
     per_level0 = picture.width / slide.dimensions[0]
-    for corner, colour in zip(bag.coords, _component_colours(scores), strict=True):
-        draw.rectangle(
-            box_of(corner, bag.tiles.size_level0, per_level0), fill=tuple(colour.tolist())
-        )
+    colours = _component_colours(scores).astype(np.float64)
+    side = bag.tiles.size_level0
+    mean, covered = mean_on_picture(colours, coords, side, picture.size, per_level0)
+    painted = Image.fromarray(
+        np.where(covered[..., None], np.rint(mean), np.asarray(picture)).astype(np.uint8)
+    )
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
         ends = np.zeros((2, 3))
@@ -95,6 +108,8 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
         low, high = (tuple(c) for c in _component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fill=low, second_fill=high, thick=False))
+    if overlaps(coords, side):
+        keys.append(Key(text="where tiles overlap, their mean colour"))
     return framed(Image.blend(picture, painted, 0.7), slide, keys)
 
 
@@ -108,6 +123,7 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
     picture.paste(Image.blend(picture, tint, 0.09))
     draw = ImageDraw.Draw(picture)
     side_px = side * per_level0
+    is_outlined = side_px >= _SMALLEST_OUTLINED_PX
     keys = []
     for reason, corners in plan.dropped.items():
         if not len(corners):
@@ -117,11 +133,17 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
             draw.rectangle(box_of(corner, side, per_level0), outline=line)
         keys.append(Key(text=f"{len(corners):,} {text}", line=line, thick=False))
     weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
-    for box in kept if side_px >= _SMALLEST_OUTLINED_PX else ():
-        draw.rectangle(box, outline=_KEPT, width=weight)
+    # Those for a piece last, as others may overlap them.
+    for is_for_piece, line in ((False, _KEPT), (True, _FOR_PIECE)):
+        for row in np.flatnonzero(plan.for_piece == is_for_piece) if is_outlined else ():
+            draw.rectangle(kept[row], outline=line, width=weight)
     fill = (215, 225, 240)
+    if pieces := int(np.count_nonzero(plan.for_piece)):
+        text = f"{pieces:,} of them for a small piece of tissue"
+        keys.insert(0, Key(text=text, line=_FOR_PIECE, fill=fill))
     tiles = "tile" if len(plan) == 1 else "tiles"
-    return [Key(text=f"{len(plan):,} {tiles}", line=_KEPT, fill=fill), *keys]
+    share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
+    return [Key(text=f"{len(plan):,} {tiles}{share}", line=_KEPT, fill=fill), *keys]
 
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:

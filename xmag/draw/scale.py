@@ -54,7 +54,9 @@ def placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
         missing = "coords" if coords is None else "tiles"
         raise BagError(
             f"the attention does not say where its tiles lie ({missing} is None); use that of a"
-            " bag that extract_features made, or of the path of its file"
+            " bag that extract_features made, or of the path of its file. Of a file of other"
+            " software give what it lacks: FeatureBag(bag.features, coords, tiles=), or for STAMP's"
+            " FeatureBag.load(path).on(slide)"
         )
     if attention.scores.shape != (len(coords),) or not np.isfinite(attention.scores).all():
         raise InputError(

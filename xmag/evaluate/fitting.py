@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import InputError
+from xmag.errors import InputError, not_fitted
 from xmag.evaluate.extra import optional
 from xmag.evaluate.results import Result
 from xmag.evaluate.samples import (
@@ -47,7 +47,7 @@ def fitted_classes(estimator: Any) -> Any:
     """The classes of a fitted estimator, in its order; InputError where it is not fitted."""
     found = getattr(estimator, "classes_", None)
     if found is None:
-        raise InputError(
+        raise not_fitted(
             f"{name_of(estimator)} has no classes_, so it is not fitted; fit it first, or name the"
             " cohort to fit it on with train="
         )

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from xmag import files
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
-from xmag.metrics.labels import Labels, as_labels, encode, require_same_length
+from xmag.metrics.labels import (
+    Labels,
+    as_labels,
+    encode,
+    refuse_continuous,
+    require_same_length,
+)
 
 SCHEMA_VERSION = 1
 
@@ -85,12 +92,15 @@ class Folds:
         that some folds lack it.
         """
         labels = as_labels(y, "y")
+        refuse_continuous(labels, "y")
         codes = _sorted_codes(labels)
         patients = np.arange(len(codes))
         if groups is not None:
             listed = as_labels(groups, "groups")
             require_same_length(len(codes), len(listed), "groups")
             patients = _sorted_codes(listed)
+        if not isinstance(random_state, Integral) or random_state < 0:
+            raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
         _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
         model_selection = optional("sklearn.model_selection", "making folds")
         kind = model_selection.StratifiedGroupKFold
@@ -244,18 +254,25 @@ def _check_counts(
             f"y has one class only, {labels[:1]}; expected cases of at least two classes"
         )
     number = len(np.unique(patients))
-    if number < folds:
-        raise InputError(
-            f"there are {number} patients for {folds} folds; give folds={number} or fewer, or"
-            " Folds.leave_one_group_out(groups)"
-        )
     of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
     rarest = int(np.argmin(of_class))
-    if of_class[rarest] < 2:
-        raise InputError(
-            f"class {names[rarest]!r} has one patient, who cannot be both learned from and tested;"
-            " leave the class out, or join it with another"
+    alone = (
+        f"class {names[rarest]!r} has one patient, who cannot be both learned from and tested;"
+        " leave the class out, or join it with another"
+    )
+    # scikit-learn makes no folds where every class has fewer cases than there are folds.
+    if number < folds or np.bincount(codes).max() < folds:
+        few = of_class[rarest]
+        cases = "" if number < folds else f", and no class has {folds} cases"
+        remedy = (
+            f"class {names[rarest]!r} has {few}: give folds={few} or fewer, so that each fold has"
+            " some, or Folds.leave_one_group_out(groups)"
         )
+        raise InputError(
+            f"there are {number} patients for {folds} folds{cases}; {alone if few < 2 else remedy}"
+        )
+    if of_class[rarest] < 2:
+        raise InputError(alone)
     if of_class[rarest] < folds:
         warnings.warn(
             f"class {names[rarest]!r} has {of_class[rarest]} patients for {folds} folds, so that"

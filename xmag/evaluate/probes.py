@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xmag.errors import InputError
+from xmag.errors import InputError, not_fitted
 from xmag.evaluate.extra import optional
 from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
 
@@ -26,16 +26,22 @@ class _Probe(ABC):
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
         """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
 
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+        """float64 (n, C), the logarithm of `predict_proba`, -inf where that is 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.predict_proba(X))
+
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """(n,), the class with the largest probability; of equal ones, the first."""
         places = self.predict_proba(X).argmax(1)
         return np.asarray(self.classes_[places])
 
-    def score(self, X: ArrayLike, y: Labels) -> float:  # noqa: N803
-        """The accuracy of `predict`."""
+    def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
+        """The accuracy of `predict`, cases counting as much as `sample_weight` (n,) says."""
         predicted, labels = as_labels(self.predict(X), "predict"), as_labels(y, "y")
         require_same_length(len(predicted), len(labels), "y")
-        return float(np.mean([a == b for a, b in zip(predicted, labels, strict=True)]))
+        right = np.array([a == b for a, b in zip(predicted, labels, strict=True)])
+        return float(np.average(right, weights=sample_weight))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
         """The parameters of the constructor."""
@@ -60,6 +66,13 @@ class _Probe(ABC):
             classifier_tags=utils.ClassifierTags(),
         )
 
+    def get_metadata_routing(self) -> Any:
+        """What scikit-learn's metadata routing may hand on: weights to `score`, as all have it."""
+        routing = optional("sklearn.utils.metadata_routing", "a probe in a pipeline")
+        request = routing.MetadataRequest(owner=type(self).__name__)
+        request.score.add_request(param="sample_weight", alias=None)
+        return request
+
     def _training(self, x: ArrayLike, y: Labels) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The embeddings, and the labels as places among the classes, which are remembered."""
         embeddings = _embeddings(x)
@@ -74,7 +87,7 @@ class _Probe(ABC):
 
     def _queries(self, x: ArrayLike) -> NDArray[Any]:
         if not hasattr(self, "n_features_in_"):
-            raise InputError(f"{type(self).__name__} is not fitted; call fit(X, y) first")
+            raise not_fitted(f"{type(self).__name__} is not fitted; call fit(X, y) first")
         embeddings = _embeddings(x)
         if embeddings.shape[1] != self.n_features_in_:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class Sampling:
                 f"level={self.level}, resamples={self.resamples}; expected a share between 0 and 1,"
                 " and at least 1"
             )
+        if not isinstance(self.random_state, Integral) or self.random_state < 0:
+            raise InputError(f"random_state is {self.random_state!r}; expected an int from 0 on")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag import files
-from xmag.bag import FeatureBag
+from xmag.bag import SUFFIXES, FeatureBag
+from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
-from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
+from xmag.metrics.labels import (
+    Labels,
+    as_labels,
+    class_order,
+    encode,
+    refuse_continuous,
+    require_same_length,
+)
 
 OnIdentical = Literal["raise", "warn"]
-
-_BAG_SUFFIXES = {".h5", ".safetensors"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +62,7 @@ def samples(x: Any, y: Labels, groups: Labels | None, *, name: str) -> Samples:
             f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
         ) from error
     labels = as_labels(y, f"{name}: y")
+    refuse_continuous(labels, f"{name}: y")
     require_same_length(n, len(labels), f"{name}: y")
     if n == 0:
         raise InputError(f"{name} has no cases; expected at least one of each class")
@@ -166,10 +173,13 @@ def _digest(case: Any) -> bytes | None:
     if isinstance(case, str | os.PathLike):
         path = Path(case)
         if not path.is_file():
-            return os.fspath(case).encode()
-        if path.suffix not in _BAG_SUFFIXES:
+            return os.fsencode(case)
+        try:
+            case = FeatureBag.load(path) if path.suffix in SUFFIXES else None
+        except ForeignBagError:
+            case = None
+        if case is None:
             return files.sha256_of(path).encode()
-        case = FeatureBag.load(path)
     if hasattr(case, "detach"):  # a tensor, which may be on a GPU, or bfloat16
         case = case.detach().cpu().double()
     array = np.asarray(case)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xmag.devices import Float32
 from xmag.errors import InputError
 
 _AXES = 3
@@ -48,7 +49,7 @@ class Draws:
 def draw(augmentation: Augmentation, count: int, *, seed: int) -> Draws:
     """The draws for `count` tiles; the same for the same seed, and tile by tile for any subset."""
     rng = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(count, _AXES + 4, generator=rng)
+    uniform = torch.rand(count, _AXES + 4, generator=rng, dtype=torch.float32)
     axes = (uniform[:, :_AXES] < 0.5) & augmentation.flips
     limits = torch.tensor(
         [
@@ -56,7 +57,8 @@ def draw(augmentation: Augmentation, count: int, *, seed: int) -> Draws:
             augmentation.contrast,
             augmentation.saturation,
             2 * math.pi * augmentation.hue,
-        ]
+        ],
+        dtype=torch.float32,
     )
     brightness, contrast, saturation, angle = ((2 * uniform[:, _AXES:] - 1) * limits).unbind(1)
     colours = _colour_matrices(1 + brightness, 1 + saturation, angle)
@@ -83,8 +85,9 @@ def augment(tiles: Tensor, draws: Draws) -> Tensor:
 def _colour_matrices(brightness: Tensor, saturation: Tensor, angle: Tensor) -> Tensor:
     """RGB -> RGB, (N, 3, 3): a turn about the grey axis, then away from grey, then brighter."""
     brightness, saturation, angle = (x.view(-1, 1, 1) for x in (brightness, saturation, angle))
-    grey, one = torch.full((3, 3), 1 / 3), torch.eye(3)
-    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    with Float32():
+        grey, one = torch.full((3, 3), 1 / 3), torch.eye(3)
+        cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     # Rodrigues' formula about the axis (1, 1, 1) / sqrt(3), which grey does not leave.
     turn = grey + angle.cos() * (one - grey) + angle.sin() * cross
     return brightness * (grey + saturation * (turn - grey))

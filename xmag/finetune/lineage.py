@@ -43,6 +43,7 @@ def describe(
         "tiles": {
             "tissue": options.tissue,
             "min_tissue": options.min_tissue,
+            "border": options.border,
             "mpp": options.mpp,
             "transform": None if transform is None else name_of(transform),
         },

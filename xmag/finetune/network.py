@@ -28,7 +28,7 @@ class TileNetwork(nn.Module):
         super().__init__()
         self.vit = copy.deepcopy(vit).float().requires_grad_(True)
         self.half_precision = half
-        std, mean = torch.tensor(config.std), torch.tensor(config.mean)
+        std, mean = (torch.tensor(rgb, dtype=torch.float32) for rgb in (config.std, config.mean))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 

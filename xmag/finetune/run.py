@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xmag.devices import resolve_device, seeded
+from xmag.devices import Float32, resolve_device, seeded
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, XmagWarning
 from xmag.finetune.checkpoint import train
@@ -209,7 +209,7 @@ def _network(
 ) -> Network:
     tiles = TileNetwork(encoder.vit, encoder.config, half=uses_half(settings.precision, device))
     freeze(tiles.vit, settings.frozen_blocks)
-    with seeded(seed_of("weights", seed), torch.device("cpu")):
+    with seeded(seed_of("weights", seed), torch.device("cpu")), Float32():
         head = make_aggregator(aggregator, in_dim=encoder.embed_dim, classes=classes)
     if head is aggregator:
         head = copy.deepcopy(head).float().requires_grad_(True)

@@ -18,7 +18,8 @@ class Settings:
 
     Attributes:
         epochs: Passes over the training slides, at most.
-        patience: Epochs without a better validation loss after which training ends; None never.
+        patience: Epochs after the best so far at which training ends; None never. See
+            `xmag.training.best_epoch`.
         slides_per_step: Slides whose gradients one step of the optimizer adds up, over all GPUs.
         sampled_tiles: Tiles a slide and step in mode "sampled".
         chunk_tiles: Tiles that have a graph at the same time: what decides how much memory is

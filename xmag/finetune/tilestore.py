@@ -20,7 +20,8 @@ from xmag.errors import InputError
 from xmag.extract import Transform, transformed
 from xmag.files import atomic_path
 from xmag.geometry import TileSpec
-from xmag.plan import Coords, TilePlan, plan_tiles
+from xmag.grid import Border
+from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import progress_bar
 from xmag.slide import Slide
 from xmag.tiles import Tiles, read_tiles
@@ -83,7 +84,9 @@ class TileOptions:
 
     Attributes:
         tissue: "auto" finds the tissue, None takes every tile.
-        min_tissue: Smallest fraction of a tile's area that is tissue.
+        min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
+        border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
+            leaves them out; see `plan_tiles`.
         mpp: µm/px of level 0 for all slides given as paths, whatever their files say.
         transform: Applied to each batch of tiles, for instance to normalise stains.
         memory_gib: Tiles beyond this go to files mapped into memory; a thousand take 0.14 GiB.
@@ -92,7 +95,8 @@ class TileOptions:
     """
 
     tissue: Literal["auto"] | None = "auto"
-    min_tissue: float = 0.25
+    min_tissue: float | None = 0.25
+    border: Border = "shift"
     mpp: float | None = None
     transform: Transform | None = None
     memory_gib: float = 8.0
@@ -189,7 +193,10 @@ def decoded(
 def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:
     with _opened(slide, options.mpp) as opened:
         mask = find_tissue(opened) if options.tissue == "auto" else None
-        plan = plan_tiles(opened, spec, tissue=mask, min_tissue=options.min_tissue)
+        plan = plan_tiles(
+            opened, spec, tissue=mask, min_tissue=options.min_tissue, border=options.border
+        )
+        warn_of_lost_tissue(plan, opened.name)
         # A slide without a file is known by its name alone.
         content = (opened.fingerprint or {"name": opened.name}).copy()
         if "content_sample_sha256" in content:

@@ -20,7 +20,7 @@ from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import MILOutput, training_loss
 from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp
-from xmag.training import Ema, Ranks, warmup_cosine
+from xmag.training import Ema, Ranks, best_epoch, warmup_cosine, warn_of_early_best
 
 _logger = logging.getLogger(__name__)
 
@@ -126,6 +126,11 @@ class Trainer:
         while not self._is_done():
             self._run_epoch(on_checkpoint, on_slides)
             on_checkpoint()
+        now = self.progress
+        if now.best_epoch is not None and self._ranks.leads:
+            warn_of_early_best(
+                now.best_epoch + 1, trained=now.epoch, epochs=self.settings.epochs, stacklevel=4
+            )
 
     def slides_left(self) -> int:
         """The slides that this process still has to work on, if no epoch is left out."""
@@ -286,7 +291,8 @@ class Trainer:
 
     def _keep_best(self) -> None:
         losses = [row.validation_loss for row in self.progress.history]
-        if losses[-1] is None or any(loss <= losses[-1] for loss in losses[:-1]):  # type: ignore[operator]
+        known = [loss for loss in losses if loss is not None]
+        if not known or best_epoch(known, epochs=self.settings.epochs) < len(losses):
             return
         source = self.network if self.ema is None else self.ema.module
         # On the CPU, so that the best weights take no room on the GPU.

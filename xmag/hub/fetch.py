@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xmag.errors import HubError, InputError, WeightsError
+from xmag.files import refuse_special
 from xmag.hub.registry import KNOWN, MINI
+from xmag.urls import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,13 +60,14 @@ def locate_model(
         return _local_model(path)
     if not (isinstance(name, str) and _HUB_NAME.fullmatch(name)):
         raise InputError(
-            f"{os.fspath(name)!r} is no existing path and no Hub name; expected a checkpoint file,"
+            f"{shown(name)!r} is no existing path and no Hub name; expected a checkpoint file,"
             f' a folder with weights, a name like "owner/model", or "{MINI}"'
         )
     return _HubModel(name, revision, token, cache_dir).get(local_files_only=local_files_only)
 
 
 def _local_model(path: Path) -> LocalModel:
+    refuse_special(path, WeightsError)
     if path.is_file():
         return LocalModel(name=str(path), weights=path)
     names = [entry.name for entry in path.iterdir() if entry.is_file()]

@@ -17,6 +17,9 @@ MINI = "xmag-mini"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
 
+_OFFICIAL_TYPE = "xmag"
+"""The "model_type" in the config.json of `DEFAULT_MODEL`."""
+
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -150,8 +153,8 @@ def resolve_config(
 ) -> ResolvedConfig:
     """The configuration of a model: the given one, the registry's, config.json's, or an assumed.
 
-    Assumed is `dinov2_vitb14`, for a bare checkpoint file only. Raises WeightsError for a
-    config.json that says nothing xmag understands.
+    Assumed is `dinov2_vitb14`, for a bare checkpoint file and beside a config.json that names no
+    model that xmag knows. Raises WeightsError for a config.json that is broken.
     """
     known = KNOWN.get(name)
     read = None if config_json is None else _read_config(config_json)
@@ -170,11 +173,6 @@ def resolve_config(
         return ResolvedConfig(config=known.config, source="registry", terms=terms)
     if read:
         return read
-    if config_json is not None:
-        raise WeightsError(
-            f"{config_json} is neither a config of xmag nor of a Hugging Face Dinov2 model; give"
-            f" config= (one of {sorted(_BY_NAME)}, a ViTConfig or a ModelConfig)"
-        )
     return ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
 
 
@@ -186,7 +184,9 @@ def _read_config(path: Path) -> ResolvedConfig | None:
             f"{path} is no JSON ({error}); expected a model's config.json"
         ) from error
     if not isinstance(values, dict):
-        return None
+        raise WeightsError(
+            f"{path} is neither a config of xmag nor of any other model; expected a JSON object"
+        )
     try:
         if values.get("format") == SCHEMA:
             return ResolvedConfig(
@@ -196,6 +196,10 @@ def _read_config(path: Path) -> ResolvedConfig | None:
                 trained=bool(values.get("trained", True)),
                 lineage=values.get("lineage"),
             )
+        if values.get("model_type") == _OFFICIAL_TYPE:
+            # A copy of the official repository, whose own code reads the rest of its config.
+            official = KNOWN[DEFAULT_MODEL]
+            return ResolvedConfig(config=official.config, source="registry", terms=official.terms)
         if values.get("model_type") in ("dinov2", "dinov2_with_registers"):
             return ResolvedConfig(config=ModelConfig(vit=_dinov2_config(values)), source="read")
     except (InputError, KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from xmag.files import sha256_of
 _SAFE_PICKLE = (2, 10)
 """The first torch whose weights_only loading has neither CVE-2025-32434 nor CVE-2026-24747."""
 
+_NAMED = re.compile(r"GLOBAL (\S+)")
 _SHA256_HEX = 64
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -85,10 +87,10 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(_checked_archive(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is a pickle that holds more than tensors and plain values, or is none at all:"
-            f" {_first_line(error)} Such code is never run. Save the bare state dict, best as"
-            " safetensors"
-        ) from error
+            f"{path} is a pickle that holds more than tensors and plain values, or is none at"
+            f" all{_found(error)}. Code in a file is never run, and there is no option that would."
+            " Save the bare state dict, best as safetensors"
+        ) from None
     except _LOAD_ERRORS as error:
         raise WeightsError(
             f"{path} is no whole torch checkpoint ({_first_line(error)}). Fetch or copy it again"
@@ -116,8 +118,19 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
     return path
 
 
+def _found(error: pickle.UnpicklingError) -> str:
+    """What a pickle holds that is not read: of torch's message this alone.
+
+    The rest advises to trust the file (weights_only=False).
+    """
+    named = _NAMED.search(str(error))
+    return f" (it names {named[1]})" if named else ""
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # Of these two torch says that weights_only=False would read them.
+    return "it is TorchScript, or a tar as of torch 0.1" if "weights_only" in line else line
 
 
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Tensor]]:

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xmag import tables
 from xmag.errors import InputError
 
 Labels = Sequence[Hashable] | NDArray[Any]
@@ -42,9 +45,11 @@ class Cases:
 def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
     """The labels as a list of plain Python values.
 
-    Raises InputError for what is not one-dimensional, not hashable, or missing (None, NaN).
+    Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, pandas' NA,
+    empty, or text such as "nan" that stands for it) or text with blanks around it, which would make
+    two classes or patients of one.
     """
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise InputError(f"{name} is {values!r}; expected a sequence with one label for each case")
     array_shape = getattr(values, "shape", None)
     if array_shape is not None and len(array_shape) != 1:
@@ -52,19 +57,68 @@ def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
             f"{name} has shape {tuple(array_shape)}; expected one label for each case, of shape"
             " (n,)"
         )
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
-    plain = [value.item() if isinstance(value, np.generic) else value for value in listed]
+    # An array gives Python's own numbers by tolist(), but would take tuples for rows.
+    plain = [_plain(value) for value in values]
     for place, value in enumerate(plain):
-        if not isinstance(value, Hashable):
+        where = f"{name}[{place}] is {value!r}"
+        if not isinstance(value, Hashable) or _hash_fails(value):
             raise InputError(
-                f"{name}[{place}] is {value!r}, which cannot be hashed; expected text, a number or"
-                " another hashable label"
+                f"{where}, a {type(value).__name__} that cannot be hashed; expected text, a number,"
+                " a tuple of those or another hashable label"
             )
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if _is_missing(value):
             raise InputError(
-                f"{name}[{place}] is {value!r}, a missing value; leave out cases without a label"
+                f"{where}, a missing value; leave out cases without one (what is really called so"
+                " needs another name)"
+            )
+        if _is_padded(value):
+            raise InputError(
+                f"{where}, with blanks around it, which would tell it from the same without them;"
+                " take them off, as str.strip() does"
             )
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    numpy_like = isinstance(value, np.generic | np.ndarray) or type(value).__module__ == "torch"
+    return value.item() if numpy_like and getattr(value, "ndim", None) == 0 else value
+
+
+def _hash_fails(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # a tuple with a list inside
+        return True
+    return False
+
+
+def _is_missing(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(map(_is_missing, value))
+    if isinstance(value, str):
+        return tables.is_missing(value)
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own
+
+
+def _is_padded(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(map(_is_padded, value))
+    return isinstance(value, str) and value != value.strip()
+
+
+def refuse_continuous(labels: Iterable[Hashable], name: str) -> None:
+    """Raise InputError where a label is a number that is not whole: a measurement, not a class."""
+    for label in labels:
+        parts = label if type(label) is tuple else (label,)
+        if any(isinstance(part, float | Decimal | Fraction) and part % 1 != 0 for part in parts):
+            raise InputError(
+                f"{name} holds {label!r}, a number that is not whole: {tables.CONTINUOUS}. Where"
+                " they are names of classes, give them as text"
+            )
 
 
 def class_order(
@@ -72,10 +126,12 @@ def class_order(
 ) -> tuple[Hashable, ...]:
     """The order of classes: the one that is given, else the sorted labels that occur.
 
-    Raises InputError where labels cannot be sorted, a class is given twice, or a label is unknown.
+    Raises InputError where labels cannot be sorted or are numbers that are not whole, a class is
+    given twice, or a label is unknown.
     """
     found = dict.fromkeys(labels)
     if classes is None:
+        refuse_continuous(found, name)
         try:
             return tuple(sorted(found))  # type: ignore[type-var]
         except TypeError as error:

@@ -4,26 +4,24 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xmag.bag import FeatureBag
-from xmag.errors import BagError, InputError, MismatchError, WeightsError
+from xmag.bag import SUFFIXES, FeatureBag
+from xmag.bag.formats import dense
+from xmag.errors import BagError, InputError, MismatchError
 from xmag.geometry import TileGeometry
-from xmag.hub.weights import read_tensors
 from xmag.provenance import Provenance
 
 BagLike = FeatureBag | NDArray[Any] | torch.Tensor | str | os.PathLike[str]
-"""What stands for a bag: embeddings (N, D), or the path of an .h5, .safetensors or .pt file."""
+"""What stands for a bag: embeddings (N, D), or the path of a file that FeatureBag.load reads."""
 
-_KEYS_OF_PT = ("", "features", "feats")
 _WANTED = (
-    "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of .h5, .safetensors or"
-    " .pt files"
+    "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
+    f" {', '.join(SUFFIXES)} files"
 )
 
 
@@ -115,43 +113,18 @@ def require_same_origin(
 
 def _read(source: Any) -> Bag:
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(source))
+        return _of_feature_bag(FeatureBag.load(source))
     if isinstance(source, FeatureBag):
         return _of_feature_bag(source)
     if isinstance(source, torch.Tensor):
-        return Bag(features=_of_tensor(source))
+        return Bag(features=_checked(dense(source)))
     if isinstance(source, np.ndarray):
         return Bag(features=_checked(source))
     raise InputError(f"it is a {type(source).__name__}; {_WANTED}")
 
 
-def _read_file(path: Path) -> Bag:
-    if path.suffix != ".pt":
-        return _of_feature_bag(FeatureBag.load(path))
-    if not path.is_file():
-        raise BagError(f"there is no file {str(path)!r}; give the path of a feature file")
-    try:
-        tensors = read_tensors(path)
-    except WeightsError as error:
-        raise BagError(str(error)) from error
-    found = [tensors[key] for key in _KEYS_OF_PT if key in tensors]
-    if not found:
-        raise BagError(
-            f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
-        )
-    tensor = found[0]
-    return Bag(features=_of_tensor(tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor))
-
-
 def _of_feature_bag(bag: FeatureBag) -> Bag:
     return Bag(features=bag.features, coords=bag.coords, provenance=bag.provenance, tiles=bag.tiles)
-
-
-def _of_tensor(tensor: torch.Tensor) -> NDArray[np.float32]:
-    if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
-        raise BagError(f"it is a tensor of {tensor.dtype}, {tensor.layout}; expected dense floats")
-    values = tensor.detach().cpu()
-    return _checked((values.float() if values.is_floating_point() else values).numpy())
 
 
 def _checked(array: NDArray[Any]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xmag.devices import own_torch, resolve_device, resolve_dtype, seeded
+from xmag.devices import Float32, own_torch, resolve_device, resolve_dtype, seeded
 from xmag.errors import InputError, ModelError
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.aggregators import aggregator as new_aggregator
@@ -43,7 +43,7 @@ class MILClassifier(Fitted):
             `xmag.mil.aggregator`. A module is copied, and trained on from the weights it has.
         aggregator_options: Sizes and dropout of an aggregator by name.
         epochs: At most; an epoch takes as many bags as there are.
-        patience: Epochs without a better validation loss after which training stops.
+        patience: Epochs after the best so far at which training stops.
         batch_size: Bags a step.
         lr: Learning rate of AdamW after the warm-up, from where it follows a cosine to 0.
         weight_decay: Of AdamW.
@@ -110,10 +110,12 @@ class MILClassifier(Fitted):
     ) -> Self:
         """The classifier, trained; its weights are those of the epoch with the best validation.
 
-        Every bag is read and checked before training starts. Bags without tiles are left out, with
-        a warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or
-        more, the classifier keeps the best weights so far, and the error goes on; before that it
-        stays what it was.
+        That is the one with the lowest validation loss, as a mean of the last tenth of `epochs`,
+        once a fifth of them is over; where it is the first of those, a warning says so. Every
+        bag is read and checked before training starts. Bags without tiles are left out, with a
+        warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or more,
+        the classifier keeps the best weights so far, and the error goes on; before that it stays
+        what it was.
 
         Args:
             X: The bags, n of them.
@@ -168,22 +170,33 @@ class MILClassifier(Fitted):
         another width or not finite, and MismatchError for one that was made otherwise than those
         of the training.
         """
+        logs, empty = self._logs(X)
+        return np.where(empty[:, None], self.class_prior_, np.exp(logs))
+
+    def predict_log_proba(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+        """The logarithm of `predict_proba`, (n, C), finite also where a probability rounds to 0."""
+        return self._logs(X)[0]
+
+    def _logs(self, X: Sequence[BagLike]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # noqa: N803
+        """The log-probabilities of bags (n, C), and which of them are without tiles (n,)."""
         self._require_fitted()
         bags = Bags(X)
         runner = self._runner()
-        probabilities = np.empty((len(bags), len(self.classes_)))
-        empty = []
+        logs = np.empty((len(bags), len(self.classes_)))
+        empty = np.zeros(len(bags), dtype=np.bool_)
         for row in range(len(bags)):
             bag = self._fitting(bags, row)
             if len(bag.features) == 0:
-                empty.append(bags.name(row))
-                probabilities[row] = self.class_prior_
+                empty[row] = True
+                with np.errstate(divide="ignore"):
+                    logs[row] = np.log(self.class_prior_)
                 continue
             logits = predict_logits(runner, [bag.features])
-            probabilities[row] = np.exp(logits - log_sum_exp(logits)[:, None])[0]
-        if empty:
-            warn_of_empty(empty, "their prediction is how frequent each class was in training")
-        return probabilities
+            logs[row] = (logits - log_sum_exp(logits)[:, None])[0]
+        if empty.any():
+            names = [bags.name(row) for row in np.flatnonzero(empty).tolist()]
+            warn_of_empty(names, "their prediction is how frequent each class was in training")
+        return logs, empty
 
     def predict(self, X: Sequence[BagLike]) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each bag, (n,); see `predict_proba`."""
@@ -191,14 +204,23 @@ class MILClassifier(Fitted):
         labels: NDArray[Any] = self.classes_[chosen]
         return labels
 
-    def score(self, X: Sequence[BagLike], y: Sequence[Any]) -> float:  # noqa: N803
-        """The accuracy: the share of bags whose class is predicted; see `predict_proba`."""
+    def score(
+        self,
+        X: Sequence[BagLike],  # noqa: N803
+        y: Sequence[Any],
+        sample_weight: Sequence[float] | None = None,
+    ) -> float:
+        """The accuracy: the share of bags whose class is predicted; see `predict_proba`.
+
+        A bag counts as much as `sample_weight` (n,) says; None counts all alike.
+        """
         chosen = self.predict_proba(X).argmax(axis=1)
         labels = hashables(y, count=len(chosen), what="y")
         if not labels:
             raise InputError("X is empty; expected one bag or more to score")
         classes = self._class_list()
-        return float(np.mean([classes[i] == y for i, y in zip(chosen, labels, strict=True)]))
+        right = [classes[i] == label for i, label in zip(chosen, labels, strict=True)]
+        return float(np.average(right, weights=sample_weight))
 
     def attention(self, bag: BagLike) -> Attention:
         """The weight of each tile of one bag, lined up with its coords.
@@ -331,7 +353,7 @@ class MILClassifier(Fitted):
     def _new_module(self, in_dim: int, classes: int) -> nn.Module:
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
-        with torch.device("cpu"):
+        with torch.device("cpu"), Float32():
             module = new_aggregator(self.aggregator, in_dim=in_dim, classes=classes, **options)
         if module is self.aggregator:
             module = copy.deepcopy(module)

@@ -72,6 +72,13 @@ class Estimator:
 
         Needs ``sklearn.set_config(enable_metadata_routing=True)``, as with every estimator.
         """
+        return self._ask("fit", groups=groups, validation=validation)
+
+    def set_score_request(self, *, sample_weight: bool | str | None = _UNCHANGED) -> Self:
+        """The same estimator, which asks metadata routing for the weights that `score` takes."""
+        return self._ask("score", sample_weight=sample_weight)
+
+    def _ask(self, method: str, **aliases: bool | str | None) -> Self:
         from sklearn import get_config
 
         if not get_config()["enable_metadata_routing"]:
@@ -80,14 +87,14 @@ class Estimator:
                 " sklearn.set_config(enable_metadata_routing=True)"
             )
         request = self.get_metadata_routing()
-        for name, alias in (("groups", groups), ("validation", validation)):
+        for name, alias in aliases.items():
             if alias != _UNCHANGED:
-                request.fit.add_request(param=name, alias=alias)
+                getattr(request, method).add_request(param=name, alias=alias)
         self._metadata_request = request
         return self
 
     def get_metadata_routing(self) -> "MetadataRequest":
-        """What scikit-learn's metadata routing may hand to `fit`: groups and validation."""
+        """The request to scikit-learn's metadata routing: what it may hand to `fit` and `score`."""
         import copy
 
         from sklearn.utils.metadata_routing import MetadataRequest
@@ -97,6 +104,8 @@ class Estimator:
         request = MetadataRequest(owner=type(self).__name__)
         for name in ("groups", "validation"):
             request.fit.add_request(param=name, alias=None)
+        # A pipeline's own score hands it on whether it was given or not.
+        request.score.add_request(param="sample_weight", alias=None)
         return request
 
 

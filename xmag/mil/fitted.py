@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xmag.devices import resolve_device
-from xmag.errors import InputError
+from xmag.errors import InputError, not_fitted
 from xmag.mil.bags import Bag, Bags, require_same_origin, require_width
 from xmag.mil.batches import Runner
 from xmag.mil.estimator import Estimator
@@ -83,7 +83,7 @@ class Fitted(Estimator):
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "classes_"):
-            raise InputError(
+            raise not_fitted(
                 f"this {type(self).__name__} is not fitted; call fit(X, y) first, or"
                 f" {type(self).__name__}.load(path)"
             )

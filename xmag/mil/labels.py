@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import InputError, OutputError
+from xmag.metrics.labels import as_labels, refuse_continuous
 
 ClassWeight = Mapping[Any, float] | Literal["balanced"] | None
 
@@ -18,47 +19,19 @@ def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
     """Labels or groups as plain Python values; InputError unless there are `count` usable ones."""
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise InputError(f"{what} is {values!r}; expected one value for each of {count} bags")
-    # An array gives Python's own numbers by tolist(), but would take tuples for rows.
-    found = [_plain(value) for value in values]
+    found = as_labels(values, what)
     if len(found) != count:
         raise InputError(f"{what} has {len(found)} values for {count} bags; expected one for each")
-    for index, value in enumerate(found):
-        if not isinstance(value, Hashable) or _hash_fails(value):
-            raise InputError(
-                f"{what}[{index}] is a {type(value).__name__}, which is not hashable; expected a"
-                " str, a number, a bool, a tuple of those or the like"
-            )
-        if _is_missing(value):
-            raise InputError(f"{what}[{index}] is {value!r}: it is missing. Leave that bag out")
     return found
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        return value.item()
-    if type(value).__module__ == "torch" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    return tuple(map(_plain, value)) if type(value) is tuple else value
-
-
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own
-
-
-def _hash_fails(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:  # a tuple with a list inside
-        return True
-    return False
-
-
 def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
-    """The classes, in order; InputError for fewer than two, or two that Python calls equal."""
+    """The classes, in order.
+
+    Raises InputError for fewer than two, for two that Python calls equal, and for numbers that are
+    not whole.
+    """
+    refuse_continuous(labels, "y")
     seen: dict[Hashable, Hashable] = {}
     for label in labels:
         first = seen.setdefault(label, label)

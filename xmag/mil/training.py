@@ -15,7 +15,7 @@ from xmag.mil.output import training_loss
 from xmag.mil.sampling import Order, Sampling
 from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp, logits_of
 from xmag.progress import progress_bar
-from xmag.training import warmup_cosine
+from xmag.training import best_epoch, warmup_cosine, warn_of_early_best
 
 Epoch = dict[str, float | int | None]
 """A row of the history; None where a value does not exist, as an AUROC of one class."""
@@ -40,7 +40,6 @@ class Best:
     """The epoch whose weights are kept."""
 
     epoch: int
-    loss: float
     state: dict[str, Tensor]
 
 
@@ -84,19 +83,24 @@ class Trainer:
                 row: Epoch = {"epoch": epoch, "train_loss": self._train_epoch(epoch)}
                 row |= self._validate()
                 row["lr"] = self._lr(epoch * self._steps - 1)
-                loss = row["validation_loss"]
-                self._keep(epoch, math.nan if loss is None else float(loss))
                 self.history.append(row)
+                self._keep_best()
                 bar.set_postfix({k: v for k, v in row.items() if k != "epoch" and v is not None})
                 bar.update()
                 if self.best is not None and epoch - self.best.epoch >= settings.patience:
                     break
+        if self.validation is not None and self.best is not None:
+            warn_of_early_best(
+                self.best.epoch, trained=len(self.history), epochs=settings.epochs, stacklevel=3
+            )
 
-    def _keep(self, epoch: int, loss: float) -> None:
-        # Without validation the loss is NaN, and the latest weights are the best there are.
-        if self.best is None or not loss >= self.best.loss:
+    def _keep_best(self) -> None:
+        losses = [row["validation_loss"] for row in self.history]
+        known = [float(loss) for loss in losses if loss is not None]
+        # Without validation the latest weights are the best there are.
+        if not known or best_epoch(known, epochs=self.settings.epochs) == len(losses):
             state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
-            self.best = Best(epoch=epoch, loss=loss, state=state)
+            self.best = Best(epoch=len(losses), state=state)
 
     def _lr(self, step: int) -> float:
         total = self.settings.epochs * self._steps

@@ -20,20 +20,25 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
+from xmag.slide.integrity import check_jpeg, check_zeros
 from xmag.slide.reader import Pixels
 
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
-APERIO_J2K_RGB = 33005
-JPEG_2000 = (APERIO_J2K_YCBCR, APERIO_J2K_RGB)
+JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
-_LOST_BYTES = 512
-"""A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _MAX_SCANS = 200
 """Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that say how large a JPEG is, and of which components."""
 _SCAN = re.compile(rb"\xff\xda")
 """How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
+_RESTART = re.compile(rb"\xff[\xd0-\xd9]")
+_RESTART_BYTES = 16
+"""In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
+_WEBP_ZEROS = 8
+"""A WebP ends in fewer: what pads the last bits, and a byte to make the length even."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -54,7 +59,8 @@ class TileCoding:
 
     `size` is the (width, height) of a tile. `last_height` is less where tiles are strips, the
     last of which ends with the image. `jpeg_tables` are the shared tables of abbreviated JPEG
-    streams; `jpeg_header` comes before each tile that is only a stretch of a JPEG stream.
+    streams; `jpeg_header` comes before each tile that is only a stretch of a JPEG stream. `aperio`
+    says that the file is one of Aperio, whose codes and tags have a meaning of their own.
     """
 
     compression: int
@@ -65,6 +71,7 @@ class TileCoding:
     predictor: int = 1
     jpeg_tables: bytes | None = None
     jpeg_header: bytes | None = None
+    aperio: bool = False
 
 
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
@@ -100,21 +107,20 @@ class _JpegDecoder:
     """Tiles in JPEG, whole or without their tables."""
 
     def __init__(self, coding: TileCoding) -> None:
-        rgb = coding.photometric == _PHOTOMETRIC_RGB
-        self._colorspace = "RGB" if rgb else "YCbCr"
+        self._tagged_ycbcr = coding.photometric != _PHOTOMETRIC_RGB
+        self._aperio = coding.aperio
         self._size = coding.size
         self._heights = {coding.size[1], coding.last_height}
         self._header = coding.jpeg_header
-        self._prefix = b"\xff\xd8" + _adobe_segment(0 if rgb else 1)
-        if coding.jpeg_tables:
-            self._prefix += _tables(coding.jpeg_tables)
+        self._tables = _tables(coding.jpeg_tables) if coding.jpeg_tables else b""
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
-        stream = self._complete(data)
+        stream, expected = self._complete(data)
         check_scans(stream)
+        check_jpeg(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
-            self._check(width, height, colorspace)
+            self._check(width, height, colorspace, expected)
             scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
             pixels: Pixels = simplejpeg.decode_jpeg(
                 stream,
@@ -130,32 +136,47 @@ class _JpegDecoder:
         pixels = box_average(pixels, reduction // scale)
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
 
-    def _check(self, width: int, height: int, colorspace: str) -> None:
+    def _check(self, width: int, height: int, colorspace: str, expected: str) -> None:
         """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""
         if width != self._size[0] or height not in self._heights:
             raise DamagedSlideError(
                 f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
             )
-        if colorspace != self._colorspace:
-            raise DamagedSlideError(
-                f"its JPEG is {colorspace}, where the file promises {self._colorspace}"
-            )
+        if colorspace != expected:
+            raise DamagedSlideError(f"its JPEG is {colorspace}, where the file promises {expected}")
 
-    def _complete(self, data: bytes) -> bytes:
-        """`data` with the tables it shares, and with the colour space that the TIFF states.
-
-        The TIFF's word counts, as in libtiff: libjpeg would take a stream without markers, or
-        with a JFIF marker, for YCbCr.
-        """
+    def _complete(self, data: bytes) -> tuple[bytes, str]:
+        """(`data` with the tables it shares and a marker of its colour space, that space)."""
         if self._header is not None:
+            if not _RESTART.search(data, max(0, len(data) - _RESTART_BYTES)):
+                raise DamagedSlideError("its stretch of a JPEG does not end with a marker")
             # A stretch that ends with a restart marker lacks the end; the last has one already.
             data = self._header + data + b"\xff\xd9"
         if data[:2] != b"\xff\xd8":
             raise DamagedSlideError("its bytes do not begin like a JPEG")
-        start = 2
+        start, says_ycbcr = 2, False
         while data[start : start + 1] == b"\xff" and _is_application(data[start + 1 : start + 2]):
-            start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        return self._prefix + data[start:]
+            following = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+            says_ycbcr |= _says_ycbcr(data[start:following])
+            start = following
+        ycbcr = self._is_ycbcr(data, start, says_ycbcr)
+        head = b"\xff\xd8" + _adobe_segment(int(ycbcr)) + self._tables
+        return head + data[start:], "YCbCr" if ycbcr else "RGB"
+
+    def _is_ycbcr(self, data: bytes, start: int, says_ycbcr: bool) -> bool:
+        """Whether a stream, whose segments begin at `start`, holds YCbCr.
+
+        The tag of the TIFF counts, as in libtiff; a marker alone does not. But converters tag as
+        RGB what a JPEG library made YCbCr of: RGB never has less chroma, and outside of Aperio's
+        files a stream is believed whose components have the names of RGB, or a marker and the
+        names of YCbCr (JFIF 1.02).
+        """
+        names, subsampled = _components(data, start)
+        if subsampled or self._aperio:
+            return subsampled or self._tagged_ycbcr
+        if names == b"RGB":
+            return False
+        return self._tagged_ycbcr or (says_ycbcr and names == b"\1\2\3")
 
 
 def check_scans(stream: bytes) -> None:
@@ -173,6 +194,22 @@ def _is_application(marker: bytes) -> bool:
 def _adobe_segment(transform: int) -> bytes:
     """The APP14 segment that states the colour transform: 0 for none (RGB), 1 for YCbCr."""
     return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+
+
+def _says_ycbcr(segment: bytes) -> bool:
+    """Whether an application segment is one of JFIF, or one of Adobe that states YCbCr."""
+    return segment[4:9] == b"JFIF\0" or (segment[4:9] == b"Adobe" and segment[15:16] == b"\1")
+
+
+def _components(stream: bytes, start: int) -> tuple[bytes, bool]:
+    """(the names of the components, whether they differ in samples) by the frame header."""
+    at = start
+    while at + 10 <= len(stream) and stream[at] == 0xFF and stream[at + 1] != 0xDA:
+        if stream[at + 1] in _FRAMES:
+            listed = stream[at + 10 : at + 10 + 3 * stream[at + 9]]
+            return listed[::3], len(set(listed[1::3])) > 1
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return b"", False
 
 
 def _tables(stream: bytes) -> bytes:
@@ -217,7 +254,8 @@ class _Jpeg2000Decoder:
     """Tiles in JPEG 2000: in full, or at 1/4 and less without their finest wavelet level."""
 
     def __init__(self, coding: TileCoding) -> None:
-        ycbcr = coding.compression == APERIO_J2K_YCBCR
+        # Elsewhere the code stands for JPEG 2000 of any kind, and no tag tells RGB from YCbCr.
+        ycbcr = coding.aperio and coding.compression == APERIO_J2K_YCBCR
         full = partial(jpeg2000.decode, size=coding.size, ycbcr=ycbcr)
         self._size = coding.size
         # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
@@ -275,11 +313,17 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    if bytes(_LOST_BYTES) in data:
-        raise DamagedSlideError(
-            f"its WebP has a stretch of {_LOST_BYTES} zeros, as where bytes were lost"
-        )
+    check_zeros(data, "WebP")
+    # It ends without a marker, and says itself where; what follows pads.
+    if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(_WEBP_ZEROS)):
+        raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
     return imagecodecs.webp_decode(data)
+
+
+def _zstd(data: bytes, *, out: int) -> bytes | bytearray:
+    """What a Zstandard frame holds. Most writers leave its checksum out."""
+    check_zeros(data, "Zstandard")
+    return imagecodecs.zstd_decode(data, out=out)
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -290,7 +334,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
         32773: imagecodecs.packbits_decode,
-        50000: imagecodecs.zstd_decode,
+        50000: _zstd,
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):

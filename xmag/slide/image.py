@@ -11,6 +11,7 @@ from PIL import Image
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, UnsupportedSlideError
 from xmag.slide.codecs import check_scans, over_white
+from xmag.slide.integrity import check_jpeg
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -75,12 +76,14 @@ class ImageReader:
     def _decoded(self) -> Pixels:
         try:
             if not self._is_png:
-                pixels: Pixels = simplejpeg.decode_jpeg(self._path.read_bytes())
+                data = self._path.read_bytes()
+                check_jpeg(data)
+                pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
             with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 return _on_white(image)
         # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
-        except (OSError, ValueError, SyntaxError, struct.error) as error:
+        except (OSError, ValueError, SyntaxError, struct.error, DamagedSlideError) as error:
             raise DamagedSlideError(
                 f"{self._path.name} is damaged: {error}. Copy the file again"
             ) from error

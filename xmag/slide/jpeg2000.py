@@ -52,15 +52,15 @@ def decode(
 
     With `ycbcr`, components are YCbCr without the stream saying so, and become RGB: from YCbCr
     `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
-    grey levels off that. Raises DamagedSlideError where the stream is cut, and what imagecodecs
-    raises.
+    grey levels off that. A stream that names a colour transform is RGB all the same. Raises
+    DamagedSlideError where the stream is cut, and what imagecodecs raises.
     """
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
         raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
     _check_extent(stream, size)
     # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
-    if not ycbcr or _is_subsampled(stream):
+    if not ycbcr or _is_subsampled(stream) or _is_transformed(stream):
         return imagecodecs.jpeg2k_decode(stream)
     transformed = None if rounded else _with_colour_transform(stream)
     if transformed is None:
@@ -236,6 +236,14 @@ def _with_colour_transform(stream: bytes) -> bytes | None:
 def _is_subsampled(stream: bytes) -> bool:
     """Whether the second component has fewer samples than the image (XRsiz, YRsiz in SIZ)."""
     return stream[46:48] != b"\x01\x01"
+
+
+def _is_transformed(stream: bytes) -> bool:
+    """Whether COD in the main header names a colour transform, which OpenJPEG undoes."""
+    at = len(_SOC)
+    while len(stream) > at + _TRANSFORM and stream[at : at + 2] not in (_COD, _SOT):
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return stream[at : at + 2] == _COD and stream[at + _TRANSFORM : at + _TRANSFORM + 1] != b"\0"
 
 
 def _ycbcr_to_rgb(ycbcr: NDArray[Any]) -> Pixels:

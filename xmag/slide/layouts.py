@@ -17,10 +17,10 @@ from xmag.slide.reader import ScaleMetadata
 _REDUCED = 1
 _MACRO = 8
 _XMP_TAG = 700
-_NDPI_SOURCE_LENS_TAG = 65421
+_NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
 _MAX_JPEG_SIDE = 65_500
-_ASSOCIATED = ("label", "macro", "overview", "thumbnail")
-"""What the names of images in OME-TIFF begin with that are not the scan."""
+_LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 50000})
+_CONTIGUOUS = 1
 
 _Pages = Sequence[TiffPage]
 
@@ -59,7 +59,8 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     for recognises, layout in _LAYOUTS:
         if recognises(pages[0]):
             return layout(pages, region)
-    return _generic(pages, region)
+    # A label may come first, which says nothing of the scanner.
+    return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
 def choose(names: Sequence[str], region: int | None) -> int:
@@ -94,6 +95,40 @@ def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
     return tuple(PageLevel(page=page, size=page_size(page)) for page in pages)
 
 
+def _is_associated(page: TiffPage) -> bool:
+    """Whether a page says that it is a label, a macro or a thumbnail."""
+    return bool(page.subfiletype & _MACRO) or metadata.is_associated(page.description)
+
+
+def _scan_pages(pages: _Pages) -> list[TiffPage]:
+    """The pages that do not say they are something else; UnsupportedSlideError without any."""
+    kept = [page for page in pages if not _is_associated(page)]
+    if not kept:
+        raise _only_associated()
+    return kept
+
+
+def _only_associated() -> UnsupportedSlideError:
+    return UnsupportedSlideError(
+        "the file holds nothing but what is called a label, a macro, an overview or a thumbnail;"
+        " expected a scan. Open the file of the scan"
+    )
+
+
+def _is_reduced(base: TiffPage, page: TiffPage) -> bool:
+    """Whether `page` may show what `base` does, smaller: of its shape, rounded, and no label.
+
+    Nobody keeps a small copy of what was stored with loss without; labels often are.
+    """
+    (width, height), (w, h) = page_size(base), page_size(page)
+    return (
+        (w < width and h < height)
+        and ((w - 1) * height <= (h + 1) * width and (h - 1) * width <= (w + 1) * height)
+        and not (page.compression in _LOSSLESS and base.compression not in _LOSSLESS)
+        and not _is_associated(page)
+    )
+
+
 def _name(page: TiffPage) -> str:
     return f"{page.imagewidth}x{page.imagelength} px"
 
@@ -117,13 +152,18 @@ def _is_aperio(page: TiffPage) -> bool:
 
 
 def _aperio(pages: _Pages, region: int | None) -> TiffLayout:
-    tiled = [page for page in pages if page.is_tiled]
-    if not tiled or tiled[0] is not pages[0]:
-        raise UnsupportedSlideError("the first page of the Aperio file has no tiles")
-    _refuse_planes(tiled[0], tiled[1:])
-    choose([_name(tiled[0])], region)
-    scale = metadata.aperio_scale(pages[0].description)
-    return TiffLayout(format="aperio", levels=_whole(tiled), metadata=scale)
+    """The largest tiled page, and those of its shape; they lie in any order among others."""
+    tiled = [page for page in _scan_pages(pages) if page.is_tiled]
+    if not tiled:
+        raise UnsupportedSlideError("no page of the scan in the Aperio file has tiles")
+    tiled.sort(key=page_size, reverse=True)
+    base = tiled[0]
+    _refuse_planes(base, tiled[1:])
+    choose([_name(base)], region)
+    signed = next(page for page in (base, *pages) if _is_aperio(page))
+    scale = _or_resolution(metadata.aperio_scale(signed.description), base)
+    levels = [base, *(page for page in tiled if _is_reduced(base, page))]
+    return TiffLayout(format="aperio", levels=_whole(levels), metadata=scale)
 
 
 def _is_philips(page: TiffPage) -> bool:
@@ -132,7 +172,7 @@ def _is_philips(page: TiffPage) -> bool:
 
 def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     """Levels are padded to whole tiles; their true sizes follow from the px spacings."""
-    tiled = [page for page in pages if page.is_tiled]
+    tiled = [page for page in _scan_pages(pages) if page.is_tiled]
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
@@ -195,7 +235,7 @@ def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
         raise NeedsOpenSlideError("its tiles overlap or are scattered")
     _refuse_planes(levels[0], levels[1:])
     choose([_name(levels[0])], region)
-    scale = metadata.ventana_scale(_xmp(pages[0]))
+    scale = _or_resolution(metadata.ventana_scale(_xmp(pages[0])), levels[0])
     return TiffLayout(format="ventana", levels=_whole(levels), metadata=scale)
 
 
@@ -208,6 +248,7 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
     if not levels:
         raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
+    _refuse_fluorescence(levels[0])
     if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
         raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
     _refuse_planes(levels[0], levels[1:])
@@ -220,16 +261,32 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     )
 
 
+def _refuse_fluorescence(page: TiffPage) -> None:
+    """Raise UnsupportedSlideError where an NDPI was not taken in colour and transmitted light.
+
+    Capture mode 0 is brightfield, 16 one in grey, all others are fluorescence; older scanners
+    give the filter set alone (Bio-Formats, NDPIReader).
+    """
+    mode = page.tags.valueof(_NDPI_CAPTURE_MODE_TAG)
+    filters = str(page.tags.valueof(_NDPI_FILTER_TAG, default="")).strip("\0 ")
+    if mode or (mode is None and filters):
+        seen = f"capture mode {mode}" if mode else "the name of a filter set"
+        raise UnsupportedSlideError(
+            f"the NDPI file has {seen}, which means fluorescence or grey; xmag reads brightfield"
+            " scans in colour"
+        )
+
+
 def _is_ome(page: TiffPage) -> bool:
     return page.description.rstrip().endswith("OME>")
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
-    images = [
-        image
-        for image in metadata.ome_images(pages[0].description)
-        if not image.name.lower().startswith(_ASSOCIATED)
-    ]
+    samples = [p.samplesperpixel if p.planarconfig == _CONTIGUOUS else 1 for p in pages]
+    listed = metadata.ome_images(pages[0].description, samples)
+    images = [image for image in listed if not metadata.is_associated(image.name)]
+    if listed and not images:
+        raise _only_associated()
     if not images or len({image.file for image in images}) > 1:
         raise UnsupportedSlideError(
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
@@ -241,17 +298,17 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
-    scale = image.scale if image.scale.mpp else _resolution(base)
     return TiffLayout(
         format="ome-tiff",
         levels=_whole([base, *_sub_pages(base)]),
-        metadata=replace(scale, objective_power=image.scale.objective_power),
+        metadata=_or_resolution(image.scale, base),
     )
 
 
 def _sub_pages(page: TiffPage) -> list[TiffPage]:
-    """The pages that `page` lists as its own reduced versions."""
-    return [sub for sub in page.pages or () if isinstance(sub, TiffPage)]
+    """The pages that `page` lists as its own reduced versions, and that can be such."""
+    subs = [sub for sub in page.pages or () if isinstance(sub, TiffPage)]
+    return [sub for sub in subs if _is_reduced(page, sub)]
 
 
 def _is_trestle(page: TiffPage) -> bool:
@@ -265,24 +322,39 @@ def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
 def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     """Scans are pages that are not reduced; the smaller pages that follow one are its levels."""
     scans: list[list[TiffPage]] = []
-    for page in pages:
-        if page.is_tiled and scans and _is_level_of(scans[-1][-1], page):
-            scans[-1].append(page)
-        elif not page.subfiletype & (_REDUCED | _MACRO) and (page.is_tiled or not scans):
+    for page in _scan_pages(pages):
+        larger = next((scan for scan in reversed(scans) if _is_level_of(scan[-1], page)), None)
+        if page.is_tiled and larger is not None:
+            larger.append(page)
+        elif not page.subfiletype & _REDUCED and (page.is_tiled or not scans):
             scans.append([page, *_sub_pages(page)])
     if not scans:
         raise UnsupportedSlideError("the TIFF holds only reduced images, and no full one")
+    # What is kept in strips before a larger image in tiles is a thumbnail, a label or a macro.
+    if len(scans) > 1 and not scans[0][0].is_tiled and page_size(scans[0][0]) < _largest(scans[1:]):
+        del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
     chosen = scans[choose([_name(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
 
 
+def _largest(scans: Sequence[_Pages]) -> tuple[int, int]:
+    return max(page_size(scan[0]) for scan in scans)
+
+
 def _is_level_of(finer: TiffPage, page: TiffPage) -> bool:
     """Whether `page` is `finer` divided by a whole number above 1."""
-    return page.imagewidth < finer.imagewidth and (
+    return _is_reduced(finer, page) and (
         whole_factor(page_size(finer), page_size(page)) is not None
     )
+
+
+def _or_resolution(found: ScaleMetadata, page: TiffPage) -> ScaleMetadata:
+    """What a vendor's text says, or else the resolution tags of `page`."""
+    if found.mpp is not None:
+        return found
+    return replace(_resolution(page), objective_power=found.objective_power)
 
 
 def _resolution(page: TiffPage) -> ScaleMetadata:

@@ -5,13 +5,33 @@ vendor writes; the TIFF reader turns them into DamagedSlideError.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from xmag.slide.reader import ScaleMetadata
 
 _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+_ASSOCIATED = re.compile(
+    r"(label|macro|overview|thumbnail|preview|barcode)([ _-]?image)?"
+    r"(\s+-.*|\s+\d+\s?x\s?\d+.*|[\s_#\d]*)"
+    r"|.*[\W_](label|macro|overview|thumbnail)[ _]image"
+    r"|\d+x\d+ -> ?\d+x\d+ -.*",
+    re.IGNORECASE,
+)
+"""A line of its own as vendors write it: "label 387x463", "Macro -offset=(0,0)", "slide 1 macro
+image", and Aperio's thumbnail, "2220x2967 -> 574x768 - "."""
+
+
+def is_associated(text: str) -> bool:
+    """Whether a description or a name says that an image is a label, a macro or a thumbnail.
+
+    As free text may hold any word ("Macrophage CD68"), a whole line has to say so, and what
+    Aperio writes behind a bar does not count.
+    """
+    lines = text.partition("|")[0].splitlines()
+    return any(_ASSOCIATED.fullmatch(line.strip("\0 ")) for line in lines)
 
 
 def aperio_scale(description: str) -> ScaleMetadata:
@@ -27,9 +47,12 @@ def aperio_scale(description: str) -> ScaleMetadata:
 
 
 def resolution_scale(x: float, y: float, unit: int) -> ScaleMetadata:
-    """The scale in TIFF resolution tags: px per `unit` (2 inch, 3 cm; others say nothing)."""
+    """The scale in TIFF resolution tags: px per `unit` (2 inch, 3 cm; others say nothing).
+
+    1 px is what writers put there who have nothing to say.
+    """
     um = {2: 25_400.0, 3: 10_000.0}.get(unit)
-    if um is None or x <= 0 or y <= 0:
+    if um is None or x <= 0 or y <= 0 or x == y == 1:
         return ScaleMetadata()
     return ScaleMetadata(mpp=(um / x, um / y), mpp_source="TIFF resolution")
 
@@ -135,8 +158,12 @@ class OmeImage:
     scale: ScaleMetadata
 
 
-def ome_images(description: str) -> list[OmeImage]:
-    """The images that an OME-XML lists."""
+def ome_images(description: str, page_samples: Sequence[int] = ()) -> list[OmeImage]:
+    """The images that an OME-XML lists.
+
+    `page_samples` are the interleaved samples of each page of the file: many writers leave it out
+    that a page holds all three channels.
+    """
     root = ElementTree.fromstring(description)
     powers = {
         objective.get("ID"): _number(objective.get("NominalMagnification"))
@@ -150,9 +177,10 @@ def ome_images(description: str) -> list[OmeImage]:
         samples = max(
             (int(c.get("SamplesPerPixel", 1)) for c in _children(pixels, "Channel")), default=1
         )
+        page = int(data[0].get("IFD", following)) if data else following
+        samples = max(samples, *page_samples[page : page + 1], 1)
         depth = int(pixels.get("SizeZ", 1)) * int(pixels.get("SizeT", 1))
         planes = depth * -(-int(pixels.get("SizeC", 1)) // samples)
-        page = int(data[0].get("IFD", following)) if data else following
         following = page + planes
         settings = next(_children(image, "ObjectiveSettings"), None)
         images.append(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from xmag.errors import DamagedSlideError, MissingExtraError, SlideError, UnsupportedSlideError
+from xmag.files import refuse_special
 from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
@@ -74,6 +75,7 @@ def _open_remote(url: Url, region: int | None) -> SlideReader:
 
 def _first_bytes(path: Path) -> bytes:
     """The first bytes of a file; SlideError where it is none, or empty."""
+    refuse_special(path, UnsupportedSlideError)
     try:
         with path.open("rb") as file:
             head = file.read(132)

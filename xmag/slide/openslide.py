@@ -1,5 +1,6 @@
 """What only OpenSlide reads, through the optional packages of `xmag[openslide]`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ from xmag.errors import (
     DamagedSlideError,
     InputError,
     MissingExtraError,
+    SlideError,
     UnsupportedSlideError,
 )
 from xmag.slide.codecs import over_white
 from xmag.slide.layouts import whole_factor
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
+from xmag.urls import without_folder
 
 SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
@@ -40,20 +43,25 @@ class OpenSlideReader:
         try:
             self._slide = openslide.OpenSlide(path)
             self._read_facts()
-        except openslide.OpenSlideUnsupportedFormatError as error:
+        # Without their causes: those name the folders, which do not belong into logs of cohorts.
+        except openslide.OpenSlideUnsupportedFormatError:
             raise UnsupportedSlideError(
                 f"{path.name} is not a slide that xmag or OpenSlide knows; docs/formats.md lists"
                 " the formats"
-            ) from error
+            ) from None
         except openslide.OpenSlideError as error:
-            raise DamagedSlideError(f"OpenSlide cannot open {path.name}: {error}") from error
-        except DamagedSlideError as error:
+            raise DamagedSlideError(
+                f"OpenSlide cannot open {path.name}: {without_folder(str(error), path)}. Copy the"
+                " file again, with those that belong to it"
+            ) from None
+        except SlideError as error:
             self.close()
-            raise DamagedSlideError(f"{path.name}: {error}") from None
+            raise type(error)(f"{path.name}: {error}") from None
 
     def _read_facts(self) -> None:
         """All that is asked of the slide but pixels: after a failure it answers nothing more."""
         properties = self._slide.properties
+        check_brightfield(properties)
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self._downsamples = self._slide.level_downsamples
         self.levels = _levels(self._slide.level_dimensions, self._downsamples)
@@ -78,8 +86,8 @@ class OpenSlideReader:
         except self._errors as error:
             raise DamagedSlideError(
                 f"OpenSlide cannot read {size} px at {corner} of level {level} of {self._name}:"
-                f" {error}. Copy the file again"
-            ) from error
+                f" {without_folder(str(error), self._path)}. Copy the file again"
+            ) from None
         return over_white(np.asarray(region))
 
     def close(self) -> None:
@@ -89,6 +97,14 @@ class OpenSlideReader:
 
     def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[Path]]:
         return OpenSlideReader, (self._path,)
+
+
+def check_brightfield(properties: Mapping[str, str]) -> None:
+    """Raise UnsupportedSlideError where OpenSlide shows fluorescence as if it were colour."""
+    if "FLUORESCENCE" in properties.get("mirax.GENERAL.SLIDE_TYPE", ""):
+        raise UnsupportedSlideError(
+            "its scanner says that it is fluorescence; xmag reads brightfield scans in colour"
+        )
 
 
 def _levels(

@@ -31,6 +31,7 @@ class Level:
     numbered row-major, and the first begins at `origin` on the canvas; `stored_size` is what the
     tiles cover from there. Canvas outside of it is declared empty, and white. `reductions` lists
     the n for which `decode` returns a tile at 1/n; each divides the tile size and the origin.
+    `empty_tiles` is how many tiles the file declares empty.
     """
 
     size: tuple[int, int]
@@ -39,6 +40,7 @@ class Level:
     origin: tuple[int, int] = (0, 0)
     stored_size: tuple[int, int] | None = None
     reductions: tuple[int, ...] = (1,)
+    empty_tiles: int = 0
 
     @property
     def stored(self) -> tuple[int, int]:

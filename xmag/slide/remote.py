@@ -5,7 +5,7 @@ import io
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, SlideError, UnsupportedSlideError
@@ -33,6 +33,12 @@ _TIMEOUT_S = 60.0
 _BLOCK_BYTES = 32 * 1024
 _MOST_PARSED_BYTES = 256 * 1024 * 1024
 """Directories of a slide with a million tiles are a tenth of this."""
+
+_VERSIONS = (
+    "ETag", "etag", "generation", "Last-Modified", "LastModified", "last_modified", "mtime",
+    "updated", "modified", "created",
+)  # fmt: skip
+"""What servers and the stores of fsspec call it, the best first."""
 
 Ranges = Sequence[tuple[int, int]]
 """(offset, length) of each."""
@@ -66,6 +72,11 @@ class RemoteSource:
     def name(self) -> str:
         """Base name of the file."""
         return self.url.name
+
+    @property
+    def version(self) -> str | None:
+        """What the store says that changes when the file is written; None where it says nothing."""
+        return self._fetcher.version
 
     def read_many(self, ranges: Ranges) -> list[bytes]:
         """The bytes of each (offset, length); DamagedSlideError where the file is too short."""
@@ -187,6 +198,8 @@ class RangeFile(io.RawIOBase):
 
 
 class _Fetcher(Protocol):
+    version: str | None
+
     def first(self, length: int) -> tuple[bytes, int]:
         """The first bytes, at most `length`, and the size of the file."""
 
@@ -198,7 +211,9 @@ class _Store:
     """Ranges of an object, by fsspec's own means."""
 
     def __init__(self, url: Url) -> None:
-        self._size = url.size()
+        facts = url.info()
+        self._size = int(facts["size"])
+        self.version: str | None = _version(facts)
         self._store, self._path = url.store()
 
     def first(self, length: int) -> tuple[bytes, int]:
@@ -236,6 +251,7 @@ class _HttpRanges:
         # A connection that breaks, or a body that ends early.
         self._passing = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
         self._size: int | None = None
+        self.version: str | None = None
 
     def first(self, length: int) -> tuple[bytes, int]:
         """The first bytes, at most `length`, and the size of the file."""
@@ -301,6 +317,7 @@ class _HttpRanges:
                 return b""
             if answer.status != 206:
                 raise _StatusError(answer.status)
+            self.version = self.version or _version(answer.headers)
             expected = self._expected(answer.headers.get("Content-Range", ""), offset, length)
             body = bytearray()
             while len(body) <= expected:
@@ -337,6 +354,11 @@ class _StatusError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
+
+
+def _version(facts: Mapping[str, Any]) -> str | None:
+    """What changes when an object is written, of what a store says of it."""
+    return next((f"{key} {facts[key]}" for key in _VERSIONS if facts.get(key)), None)
 
 
 def _merged(ranges: Ranges) -> list[tuple[int, int]]:

@@ -35,14 +35,28 @@ def checked_mpp(mpp: float | None) -> float | None:
     return float(mpp)
 
 
-def known_mpp(mpp: float | None, name: str) -> float:
-    """`mpp` as it is; SlideScaleError, naming the remedy, where it is None."""
-    if mpp is None:
-        raise SlideScaleError(
-            f"{name} does not say how large its pixels are; expected µm/px, so give them: mpp=0.25"
-            " for a typical 40x scan, mpp=0.5 at 20x"
+def known_mpp(mpp: float | None, found: ScaleMetadata, name: str) -> float:
+    """`mpp` as it is; SlideScaleError, with what the file says, where it is None."""
+    if mpp is not None:
+        return mpp
+    seen = "does not say how large its pixels are; expected µm/px"
+    if found.mpp is not None:
+        seen = (
+            f"says {_said(found)}, which is no scale of a slide; expected between"
+            f" {_PLAUSIBLE_MPP[0]:g} and {_PLAUSIBLE_MPP[1]:g} (it may be a macro image, or nobody"
+            " calibrated it)"
         )
-    return mpp
+    raise SlideScaleError(
+        f"{name} {seen}, so give them: mpp=0.25 for a typical 40x scan, mpp=0.5 at 20x"
+    )
+
+
+def _said(found: ScaleMetadata) -> str:
+    """The µm/px that a file says, as it says them, and where."""
+    x, y = found.mpp or (math.nan, math.nan)
+    width, height = (f"{side:.0f}" if side >= 100 else f"{side:.4g}" for side in (x, y))
+    value = width if width == height else f"{width} by {height}"
+    return f"{value} µm/px ({found.mpp_source})"
 
 
 def check_area(size: tuple[int, int], mpp: float, name: str) -> None:
@@ -85,9 +99,10 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
             )
         return mpp, found.mpp_source
     if nominal is not None:
+        seen = "" if found.mpp is None else f" as {_said(found)} is none,"
         warnings.warn(
-            f"{name} gives no usable µm/px, only an objective power of {power:g}; {nominal:.4g}"
-            " µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
+            f"{name} gives no usable µm/px,{seen} only an objective power of {power:g};"
+            f" {nominal:.4g} µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
             XmagWarning,
             stacklevel=3,
         )

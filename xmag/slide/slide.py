@@ -19,20 +19,26 @@ from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
-from xmag.urls import Place, Url, place_of
+from xmag.urls import Place, Url, place_of, readable
 
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideFacts:
-    """What a record of results says about a slide; each is the attribute of Slide by that name."""
+    """What a record of results says about a slide; each is the attribute of Slide by that name.
+
+    All but `version`, which changes when the file is written: its size and time of change, or the
+    ETag that a store has for it. It may tell when a patient was scanned, and belongs into no
+    result.
+    """
 
     name: str
     format: str
     mpp: float | None
     mpp_source: str
     fingerprint: Mapping[str, Any] | None
+    version: str | None = None
 
 
 class Slide:
@@ -68,9 +74,13 @@ class Slide:
         place = place_of(path)
         self._path: Place | None = place.absolute() if isinstance(place, Path) else place
         self._region = region
+        self._version: str | None
+        # Before it is read: what is written to it from now on is another version.
+        version = _version(self._path)
         reader = open_reader(self._path, region)
         try:
             self._set(reader, self._path.name, *judge(reader.metadata, given, self._path.name))
+            self._version = self._remote.version if self._remote else version
         except BaseException:
             reader.close()
             raise
@@ -86,9 +96,10 @@ class Slide:
 
     def _set(self, reader: SlideReader, name: str, mpp: float | None, mpp_source: str) -> None:
         self._reader = reader
-        self._name = name
+        self._name = readable(name)
         self._mpp = mpp
         self._mpp_source = mpp_source
+        self._version = None
         self._closed = False
 
     @property
@@ -112,13 +123,17 @@ class Slide:
 
     @property
     def mpp(self) -> float | None:
-        """µm per level-0 px; None where neither the file nor the caller says."""
+        """µm per level-0 px; None where neither the file nor the caller gives any that can be."""
         return self._mpp
 
     @property
     def mpp_source(self) -> str:
         """Where `mpp` comes from, such as "Aperio MPP", "given" or "objective power"."""
         return self._mpp_source
+
+    def known_mpp(self) -> float:
+        """`mpp`; SlideScaleError, with what the file says, where it is None."""
+        return known_mpp(self._mpp, self._reader.metadata, self._name)
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -165,6 +180,7 @@ class Slide:
             mpp=self.mpp,
             mpp_source=self.mpp_source,
             fingerprint=self.fingerprint,
+            version=self._version,
         )
 
     def scale_for(self, spec: TileSpec) -> ReadScale:
@@ -172,7 +188,7 @@ class Slide:
 
         Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
         """
-        mpp = known_mpp(self._mpp, self._name)
+        mpp = self.known_mpp()
         check_area(self.dimensions, mpp, self._name)
         levels = self._reader.levels
         return choose_scale(
@@ -195,7 +211,7 @@ class Slide:
         (x, y), (width, height) = _whole("xy", xy), _whole("size", size)
         if width < 1 or height < 1:
             raise InputError(f"size is {size}; expected a width and height of at least 1 px")
-        ratio = 1.0 if mpp is None else checked_scale(mpp) / known_mpp(self._mpp, self._name)
+        ratio = 1.0 if mpp is None else checked_scale(mpp) / self.known_mpp()
         box = (x, y, x + width * ratio, y + height * ratio)
         edges = (*self.dimensions,)
         if x < 0 or y < 0 or any(box[2 + i] > edges[i] * (1 + _ROUNDING) for i in (0, 1)):
@@ -257,6 +273,15 @@ class Slide:
         reader = self.reader
         source = reader if self._path is None else (self._path, self._region)
         return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
+
+
+def _version(path: Place) -> str | None:
+    """The size and the time of change of a file of this machine; None where there is none."""
+    try:
+        found = path.stat() if isinstance(path, Path) else None
+    except OSError:
+        return None  # opening it says why
+    return None if found is None else f"{found.st_size} bytes at {found.st_mtime_ns} ns"
 
 
 def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:

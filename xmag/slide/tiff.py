@@ -41,6 +41,10 @@ _ESSENTIAL_TAGS = frozenset(
 )  # fmt: skip
 """Tags without which tifffile would take the pixels for others than they are."""
 
+_APERIO = "aperio"
+"""The one format whose writers are known to give an offset to tiles without bytes."""
+_MARKER_BYTES = 2
+
 _UNASSOCIATED_ALPHA = 2
 _SEPARATE_PLANES = 2
 
@@ -68,7 +72,8 @@ class TiffReader:
             layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        codings = [_coding(stored.page) for stored in layout.levels]
+        aperio = layout.format == "aperio"
+        codings = [_coding(stored.page, aperio=aperio) for stored in layout.levels]
         self.levels: tuple[Level, ...] = tuple(
             _level(stored, layout.levels[0].size, coding)
             for stored, coding in zip(layout.levels, codings, strict=True)
@@ -77,26 +82,43 @@ class TiffReader:
         self._decoders = [codecs.decoder(coding) for coding in codings]
         self._offsets = [stored.page.dataoffsets for stored in layout.levels]
         self._lengths = [stored.page.databytecounts for stored in layout.levels]
+        # Each stretch of a JPEG but the first has a restart marker before it.
+        self._leads = [0 if coding.jpeg_header is None else _MARKER_BYTES for coding in codings]
+        self._is_aperio = layout.format == _APERIO
         for number, level in enumerate(self.levels):
             check_size(number, level)
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
         self.source: ByteSource = LocalSource(path) if isinstance(path, Path) else path
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
-        """The bytes of tiles, as stored; None for those without any."""
-        offsets, lengths = self._offsets[level], self._lengths[level]
-        most = 2 * self._tile_bytes[level] + _SPARE_TILE_BYTES
+        """The bytes of tiles, as stored; None for those that are declared empty."""
+        offsets, lengths, lead = self._offsets[level], self._lengths[level], self._leads[level]
         for index in indices:
-            if not 0 <= lengths[index] <= most or offsets[index] + lengths[index] > self._size:
-                raise DamagedSlideError(
-                    f"tile {index} of level {level} should have {lengths[index]} bytes at offset"
-                    f" {offsets[index]}, but the file ends at {self._size}, and the pixels of a"
-                    f" tile take {most} at most; it is truncated or damaged: copy it again"
-                )
-        chunks = iter(
-            self.source.read_many([(offsets[i], lengths[i]) for i in indices if lengths[i]])
-        )
-        return [next(chunks) if lengths[i] else None for i in indices]
+            self._check_entry(level, index)
+        stored = [i for i in indices if lengths[i]]
+        chunks = self.source.read_many([(offsets[i] - lead, lengths[i] + lead) for i in stored])
+        if lead:
+            pairs = zip(chunks, stored, strict=True)
+            chunks = [_behind_marker(chunk, level, index) for chunk, index in pairs]
+        following = iter(chunks)
+        return [next(following) if lengths[i] else None for i in indices]
+
+    def _check_entry(self, level: int, index: int) -> None:
+        """Raise DamagedSlideError where the place that a tile is said to have makes no sense."""
+        offset, length = self._offsets[level][index], self._lengths[level][index]
+        most = 2 * self._tile_bytes[level] + _SPARE_TILE_BYTES
+        if not 0 <= length <= most or offset + length > self._size:
+            raise DamagedSlideError(
+                f"tile {index} of level {level} should have {length} bytes at offset {offset}, but"
+                f" the file ends at {self._size}, and the pixels of a tile take {most} at most; it"
+                " is truncated or damaged: copy it again"
+            )
+        if (length and not offset) or (offset and not length and not self._is_aperio):
+            raise DamagedSlideError(
+                f"tile {index} of level {level} has {length} bytes at offset {offset}, where one"
+                " that is declared empty has neither; a part of the file's table of tiles is lost:"
+                " copy it again"
+            )
 
     def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
         """The pixels of one tile at 1/`reduction`, in full tile size."""
@@ -105,6 +127,16 @@ class TiffReader:
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
         self.source.close()
+
+
+def _behind_marker(data: bytes, level: int, index: int) -> bytes:
+    """A stretch of a JPEG without the marker before it, which says that all of it is there."""
+    if index and not (data[0] == 0xFF and 0xD0 <= data[1] <= 0xD7):
+        raise DamagedSlideError(
+            f"tile {index} of level {level} has no restart marker before it, where one has to be;"
+            " the file is damaged: copy it again"
+        )
+    return data[_MARKER_BYTES:]
 
 
 @contextmanager
@@ -164,7 +196,7 @@ def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> N
         )
 
 
-def _coding(page: TiffPage) -> codecs.TileCoding:
+def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
     """How the tiles of `page` are stored; UnsupportedSlideError where they are not 8-bit RGB."""
     dtype = page.dtype
     if dtype is None or dtype.name != "uint8" or page.samplesperpixel not in (3, 4):
@@ -195,6 +227,7 @@ def _coding(page: TiffPage) -> codecs.TileCoding:
         predictor=int(page.predictor),
         jpeg_tables=page.jpegtables,
         jpeg_header=page.jpegheader,
+        aperio=aperio,
     )
 
 
@@ -233,6 +266,13 @@ def _check_memory(number: int, page: TiffPage) -> None:
                 f" but lists {len(page.dataoffsets)} offsets and {len(page.databytecounts)}"
                 " lengths; it is damaged: copy it again"
             )
+    if any(
+        at and not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)
+    ):
+        raise DamagedSlideError(
+            f"tiles of page {number} have an offset, but no bytes; a part of the file's table of"
+            " tiles is lost: copy it again"
+        )
     most = 2 * width * height * page.samplesperpixel + _SPARE_TILE_BYTES
     if max(page.databytecounts, default=0) > most:
         raise DamagedSlideError(
@@ -252,6 +292,7 @@ def _level(stored: PageLevel, base: tuple[int, int], coding: codecs.TileCoding) 
         origin=stored.origin,
         stored_size=page_size(stored.page),
         reductions=reductions,
+        empty_tiles=stored.page.databytecounts.count(0),
     )
 
 

@@ -22,8 +22,15 @@ from xmag.tiles.decoder import (
     decode_here,
     reason_of,
 )
-from xmag.tiles.decoding import Damaged
-from xmag.tiles.stream import check_damaged, default_threads, read_places, read_rows, read_tiles
+from xmag.tiles.decoding import Damaged, Reading
+from xmag.tiles.stream import (
+    check_damaged,
+    default_threads,
+    read_places,
+    read_rows,
+    read_tiles,
+    reading_of,
+)
 from xmag.tiles.worker import Places
 
 __all__ = [
@@ -43,6 +50,7 @@ __all__ = [
     "PlacePool",
     "Places",
     "Planned",
+    "Reading",
     "Thumbnail",
     "Tiles",
     "Warned",
@@ -52,5 +60,6 @@ __all__ = [
     "read_places",
     "read_rows",
     "read_tiles",
+    "reading_of",
     "reason_of",
 ]

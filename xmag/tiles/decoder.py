@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
+from xmag.grid import Border
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
 from xmag.slide.reader import Pixels
 from xmag.tiles.arena import Tiles
-from xmag.tiles.decoding import Damaged
-from xmag.tiles.stream import default_threads, read_rows
+from xmag.tiles.decoding import Damaged, Reading
+from xmag.tiles.stream import default_threads, read_rows, reading_of
 from xmag.tissue import TissueMask, find_tissue
 from xmag.urls import Place
 
@@ -28,13 +29,26 @@ class Earlier:
     """A slide as it was when it was done before, and what is wanted now.
 
     While its content and scale are those: no tiles, and its thumbnail only if `thumbnail`.
-    Otherwise all that the job says if `redo`, and else nothing.
+    Otherwise all that the job says if `redo`, and else nothing. `sha256` is of the bytes that were
+    read then, and `versions` those of the file (see SlideFacts) that had them.
     """
 
     content: Mapping[str, Any] | None
     mpp: float | None
     thumbnail: bool
     redo: bool
+    sha256: str | None = None
+    versions: frozenset[str] = frozenset()
+
+    def is_to_compare(self, slide: SlideFacts) -> bool:
+        """Whether the bytes have to be read again: the file was written since, at the same size."""
+        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
+        return is_same and bool(self.versions) and slide.version not in self.versions
+
+    def is_of(self, slide: SlideFacts, sha256: str | None) -> bool:
+        """Whether the slide is as it was; `sha256` is None where its bytes were not read again."""
+        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
+        return is_same and sha256 in (None, self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +64,8 @@ class DecodeJob:
     spec: TileSpec
     tissue: Literal["auto"] | None
     overlap: int
-    min_tissue: float
+    min_tissue: float | None
+    border: Border
     thumbnail_px: int | None = None
     earlier: Earlier | None = None
     damaged: Damaged = "error"
@@ -111,10 +126,12 @@ class Finished:
     """All that was wanted of the slide has been sent.
 
     `lost`, bool (N,), says which tiles of the plan were damaged and left out; None where none was.
+    `reading` is None where no tile was read.
     """
 
     number: int
     lost: NDArray[np.bool_] | None = None
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +180,43 @@ def decode(
 
 def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
     lost = None
+    readings: list[Reading] = []
     with Slide(job.path, mpp=job.mpp) as slide:
         yield Opened(job.number, slide.facts)
-        wants_tiles, wants_thumbnail = _wanted(job, slide.facts)
+        planned, earlier = None, job.earlier
+        if earlier is not None and earlier.is_to_compare(slide.facts):
+            planned = _planned(job, slide)
+            readings.append(reading_of(slide, planned[1], threads=threads))
+        wants_tiles, wants_thumbnail = _wanted(job, slide.facts, readings)
         if wants_tiles or wants_thumbnail:
-            mask = find_tissue(slide) if job.tissue == "auto" else None
-            plan = plan_tiles(
-                slide, job.spec, tissue=mask, overlap=job.overlap, min_tissue=job.min_tissue
-            )
+            mask, plan = planned or _planned(job, slide)
             small = _thumbnail(slide, mask, job.thumbnail_px) if wants_thumbnail else None
             yield Planned(job.number, plan, small)
-            if wants_tiles:
-                lost = np.ones(len(plan), np.bool_)
-                batches = read_rows(
-                    slide, plan, batch_size=batch_size, threads=threads, damaged=job.damaged
-                )
-                with closing(batches):
-                    for rows, tiles in batches:
-                        lost[rows] = False
-                        yield Decoded(job.number, tiles, _nothing)
-    yield Finished(job.number, lost if lost is not None and lost.any() else None)
+        if wants_tiles:
+            lost = np.ones(len(plan), np.bool_)
+            batches = read_rows(
+                slide, plan, batch_size=batch_size, threads=threads, damaged=job.damaged,
+                tissue=mask, note=readings.append,
+            )  # fmt: skip
+            with closing(batches):
+                for rows, tiles in batches:
+                    lost[rows] = False
+                    yield Decoded(job.number, tiles, _nothing)
+    lost = lost if lost is not None and lost.any() else None
+    yield Finished(job.number, lost, readings[-1] if readings else None)
+
+
+def _planned(job: DecodeJob, slide: Slide) -> tuple[TissueMask | None, TilePlan]:
+    mask = find_tissue(slide) if job.tissue == "auto" else None
+    plan = plan_tiles(
+        slide,
+        job.spec,
+        tissue=mask,
+        overlap=job.overlap,
+        min_tissue=job.min_tissue,
+        border=job.border,
+    )
+    return mask, plan
 
 
 def _nothing() -> None:
@@ -195,11 +229,11 @@ def _thumbnail(slide: Slide, mask: TissueMask | None, max_px: int | None) -> Thu
     return Thumbnail(pixels=pixels, dimensions=slide.dimensions, tissue=mask)
 
 
-def _wanted(job: DecodeJob, slide: SlideFacts) -> tuple[bool, bool]:
+def _wanted(job: DecodeJob, slide: SlideFacts, readings: list[Reading]) -> tuple[bool, bool]:
     """Whether tiles, and whether a thumbnail, are wanted of a slide with these facts."""
     earlier = job.earlier
     if earlier is None:
         return True, job.thumbnail_px is not None
-    if (earlier.content, earlier.mpp) == (slide.fingerprint, slide.mpp):
+    if earlier.is_of(slide, readings[0].sha256 if readings else None):
         return False, earlier.thumbnail
     return earlier.redo, earlier.redo and job.thumbnail_px is not None

@@ -6,6 +6,7 @@ complete when the last run that touches it is. So memory holds a band of the sli
 that is.
 """
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +30,21 @@ Pixels4D = NDArray[np.uint8]
 Damaged = Literal["error", "drop"]
 """What becomes of tiles whose bytes are damaged."""
 
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading the tiles of a plan tells of the file beside their pixels.
+
+    `sha256` is of the compressed bytes of all source tiles under them, whatever the threads and
+    batches; of the pixels where a reader hides the bytes. `empty` is how many source tiles of the
+    level that is read the file declares empty.
+    """
+
+    sha256: str
+    empty: int = 0
+
+
+_WHITE = 255
 _RUN_TILES = 8
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
 
@@ -80,7 +96,8 @@ class Decoding:
     """Decodes the windows of tiles into batches, a run of source tiles at a time.
 
     What is damaged is an error, or with `damaged` "drop" noted in `lost`, bool (N,): the windows of
-    those tiles hold no pixels.
+    those tiles hold no pixels. `white` are source tiles without bytes in any level. With `hashed`,
+    `sha256` is there once all runs are done.
     """
 
     def __init__(
@@ -91,8 +108,11 @@ class Decoding:
         batch_size: int,
         *,
         damaged: Damaged = "error",
+        hashed: bool = False,
     ) -> None:
         self._reader, self._scale, self._damaged = reader, scale, damaged
+        self._hashed, self._digests = hashed, dict[int, bytes]()
+        self.white: list[int] = []
         self.lost = np.zeros(len(windows.start), np.bool_)
         # Asked once, because looking for the methods of a protocol is slow.
         self._tile_reader = reader if isinstance(reader, TileReader) else None
@@ -114,7 +134,7 @@ class Decoding:
         if not covered:
             # Canvas that the file declares empty is white. Where tiles cover all of it, each byte
             # of a window is about to be written.
-            batch.fill(255)
+            batch.fill(_WHITE)
         return batch
 
     def decode(self, run: Run, batches: dict[int, Pixels4D]) -> None:
@@ -138,31 +158,68 @@ class Decoding:
                 ]
             first = end
 
+    def look(self, run: Run) -> None:
+        """Read what a run needs for `sha256`, and decode only what has no bytes of its own."""
+        if self._tile_reader is None:
+            self.decode(run, {batch: self.new_batch(batch) for batch in run.batches})
+            return
+        chunks = self._chunks(self._tile_reader, run.sources)
+        for source, data in zip(run.sources, chunks, strict=True):
+            if isinstance(data, bytes):
+                self._note(source, data)
+            else:
+                self._note(source, self._pixels(self._tile_reader, source, data))
+
+    def sha256(self) -> str:
+        """A hash of what was read, in the order of the source tiles, and of where windows lie."""
+        digest = hashlib.sha256(self._windows.start.astype("<i8").tobytes())
+        for source, part in sorted(self._digests.items()):
+            digest.update(source.to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+    def _note(self, source: int, content: bytes | Pixels | None) -> None:
+        """Hash the bytes of a source tile, or its pixels; None is one that cannot be read."""
+        if self._hashed:
+            data = content.tobytes() if isinstance(content, np.ndarray) else content
+            self._digests[source] = b"" if data is None else hashlib.sha256(data).digest()
+
     def _source_tiles(self, reader: TileReader, sources: list[int]) -> Iterator[Pixels | None]:
         """The pixels of source tiles; None for one that is damaged, where such are dropped."""
-        level, reduction = self._scale.level, self._scale.reduction
+        for source, data in zip(sources, self._chunks(reader, sources), strict=True):
+            pixels = self._pixels(reader, source, data)
+            self._note(source, data if isinstance(data, bytes) else pixels)
+            yield pixels
+
+    def _chunks(
+        self, reader: TileReader, sources: list[int]
+    ) -> list[bytes | DamagedSlideError | None]:
+        """The bytes of source tiles, None for one declared empty, or why they cannot be read."""
         try:
-            chunks = reader.read_tile_bytes(level, sources)
-        except DamagedSlideError:
+            return [*reader.read_tile_bytes(self._scale.level, sources)]
+        except DamagedSlideError as error:
             if self._damaged == "error":
                 raise
             if len(sources) == 1:
-                yield None
-                return
-            for source in sources:
-                yield from self._source_tiles(reader, [source])
-            return
-        for source, data in zip(sources, chunks, strict=True):
-            pixels = None
-            try:
-                if data is None:
-                    pixels = empty_tile(reader, level, source, reduction)
-                else:
-                    pixels = decode_tile(reader, level, source, data, reduction)
-            except DamagedSlideError:
-                if self._damaged == "error":
-                    raise
-            yield pixels
+                return [error]
+        return [chunk for source in sources for chunk in self._chunks(reader, [source])]
+
+    def _pixels(
+        self, reader: TileReader, source: int, data: bytes | DamagedSlideError | None
+    ) -> Pixels | None:
+        level, reduction = self._scale.level, self._scale.reduction
+        try:
+            if isinstance(data, DamagedSlideError):
+                raise data
+            if data is not None:
+                return decode_tile(reader, level, source, data, reduction)
+            pixels = empty_tile(reader, level, source, reduction)
+        except DamagedSlideError:
+            if self._damaged == "error":
+                raise
+            return None
+        if (pixels == _WHITE).all():
+            self.white.append(source)
+        return pixels
 
     def _read_windows(self, run: Run, batches: dict[int, Pixels4D]) -> None:
         for tile in run.sources:
@@ -170,13 +227,16 @@ class Decoding:
             width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
             window = batches[tile // self._batch_size][tile % self._batch_size]
             try:
-                window[:height, :width] = read_level(
+                pixels = read_level(
                     self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
                 )
+                window[:height, :width] = pixels
+                self._note(tile, pixels)
             except DamagedSlideError:
                 if self._damaged == "error":
                     raise
                 self.lost[tile] = True
+                self._note(tile, None)
 
     def _cut_runs(self) -> list[Run]:
         if self._tile_reader is not None:

@@ -1,6 +1,7 @@
 """Tiles of one slide: batches of a plan in order, or tiles at any places, read with threads."""
 
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from typing import get_args
@@ -9,15 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.cores import usable_cores
-from xmag.errors import DamagedSlideError, InputError
+from xmag.errors import DamagedSlideError, InputError, XmagError, XmagWarning
 from xmag.geometry import TileSpec
 from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
 from xmag.slide.pixels import resample, tiles_at_once
-from xmag.slide.reader import Pixels
+from xmag.slide.reader import Level, Pixels
 from xmag.tiles.arena import Tiles
-from xmag.tiles.decoding import Damaged, Decoding, Pixels4D, Windows, in_order, windows_of
+from xmag.tiles.decoding import (
+    Damaged,
+    Decoding,
+    Pixels4D,
+    Reading,
+    Windows,
+    in_order,
+    windows_of,
+)
+from xmag.tissue import TissueMask, find_tissue
 
+_MOSTLY = 0.5
+"""Of a source tile, the share that has to be tissue in the mask, which fills gaps and holes."""
 _MOST_THREADS = 8
 """More threads than this in one process wait for the GIL more than they decode."""
 
@@ -58,10 +70,35 @@ def read_rows(
     batch_size: int = 256,
     threads: int | None = None,
     damaged: Damaged = "error",
+    tissue: TissueMask | None = None,
+    note: Callable[[Reading], object] | None = None,
 ) -> Generator[tuple[NDArray[np.int64], Tiles]]:
-    """The tiles of `plan` as `read_tiles` has them, with the number of each in it, int64 (B,)."""
+    """The tiles of `plan` as `read_tiles` has them, with the number of each in it, int64 (B,).
+
+    `note` is called at the end. Warns of source tiles without bytes where there is `tissue`; None
+    finds it, if there are any.
+    """
     _check(slide, plan, batch_size, threads, damaged)
-    return _stream(slide, plan, batch_size, threads or default_threads(), damaged)
+    return _stream(
+        slide,
+        plan,
+        batch_size=batch_size,
+        threads=threads or default_threads(),
+        damaged=damaged,
+        tissue=tissue,
+        note=note,
+    )
+
+
+def reading_of(slide: Slide, plan: TilePlan, *, threads: int | None = None) -> Reading:
+    """What reading the tiles of a plan tells of the file, without decoding them."""
+    level = slide.reader.levels[plan.scale.level]
+    windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
+    decoding = Decoding(slide.reader, plan.scale, windows, 1, damaged="drop", hashed=True)
+    with ThreadPoolExecutor(threads or default_threads(), "xmag-look") as pool:
+        for _ in pool.map(decoding.look, decoding.runs):
+            pass
+    return Reading(decoding.sha256(), level.empty_tiles)
 
 
 def default_threads() -> int:
@@ -105,11 +142,20 @@ def _check(
 
 
 def _stream(
-    slide: Slide, plan: TilePlan, batch_size: int, threads: int, damaged: Damaged
+    slide: Slide,
+    plan: TilePlan,
+    *,
+    batch_size: int,
+    threads: int,
+    damaged: Damaged,
+    tissue: TissueMask | None,
+    note: Callable[[Reading], object] | None,
 ) -> Generator[tuple[NDArray[np.int64], Tiles]]:
     level = slide.reader.levels[plan.scale.level]
     windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
-    decoding = Decoding(slide.reader, plan.scale, windows, batch_size, damaged=damaged)
+    decoding = Decoding(
+        slide.reader, plan.scale, windows, batch_size, damaged=damaged, hashed=note is not None
+    )
     if level.tile_size is not None and tiles_at_once(level, 2) < 2:
         threads = 1  # so that only one such tile is in memory
     # A batch ahead, so that threads have work while the caller is busy with the one it got.
@@ -125,11 +171,41 @@ def _stream(
                     yield rows, tiles
                 elif not lost.all():
                     yield rows[~lost], tiles[~lost]
+            if note is not None:
+                note(Reading(decoding.sha256(), level.empty_tiles))
+            if decoding.white:
+                _warn_of_white(slide, level, decoding.white, tissue)
         except DamagedSlideError as error:
             raise DamagedSlideError(f"{slide.name}: {error}") from error
         finally:
             # A consumer that stops early must not wait for runs that nobody will look at.
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _warn_of_white(
+    slide: Slide, level: Level, white: Sequence[int], tissue: TissueMask | None
+) -> None:
+    """Warn of source tiles without bytes, in any level, where there is tissue in a coarser one."""
+    try:
+        mask = find_tissue(slide) if tissue is None else tissue
+    except XmagError:
+        return  # no overview: every tile was asked for, and each is there or declared empty
+    assert level.tile_size is not None
+    rows, columns = np.divmod(white, level.tiles_across)
+    px = level.downsample / mask.downsample
+    tiles = np.stack([columns, rows], -1)
+    low = ((tiles * level.tile_size + level.origin) * px).astype(int)
+    high = np.ceil(((tiles + 1) * level.tile_size + level.origin) * px).astype(int)
+    there = [mask.mask[y0:y1, x0:x1] for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
+    lost = sum(part.size > 0 and part.mean() >= _MOSTLY for part in there)
+    if lost:
+        warnings.warn(
+            f"{lost} of the source tiles of {slide.name!r} that are read have no bytes, and are"
+            " white, where its overview shows tissue; a part of the file's table of tiles may be"
+            " lost: compare it with another copy",
+            XmagWarning,
+            stacklevel=2,
+        )
 
 
 def finished(
