@@ -103,8 +103,7 @@ def _lay_piece(
     to_middle = (x**4 + y**4) ** 0.25
     towards_seams = np.clip(to_middle / _HALF * 1.5 - 0.3, 0, 1)
     to_side = np.maximum(abs(x), abs(y))
-    grid = np.ogrid[: depth.shape[0], : depth.shape[1]]
-    grid = [(n.astype(np.float32) + 0.5) * _COARSE for n in grid]
+    grid = [(np.arange(n, dtype=np.float32) + 0.5) * _COARSE for n in depth.shape]
     first = rng.integers(len(fields))
     for number, (left, top) in enumerate(places):
         field = np.rot90(fields[(first + number) % len(fields)], int(rng.integers(4)))
@@ -121,7 +120,7 @@ def _lay_piece(
         alike = _stained_alike(field, window, towards_seams * there)
         picture.paste(Image.composite(Image.fromarray(alike), window, mask), (left, top))
         reach[at] = np.maximum(reach[at], 452 + ragged.clip(-24, 20) - to_side)
-        away = ((grid[0] - top - _HALF) ** 4 + (grid[1] - left - _HALF) ** 4) ** 0.25
+        away = ((grid[0][:, None] - top - _HALF) ** 4 + (grid[1] - left - _HALF) ** 4) ** 0.25
         depth[:] = 150 * np.logaddexp(depth / 150, (_PITCH / 2 - away) / 150)
 
 
