@@ -76,7 +76,7 @@ import os, sys
 import xmag
 slide, out = sys.argv[1:]
 encoder = xmag.load_model("xmag-mini", device="cpu")
-bag = xmag.extract_features(slide, model=encoder, progress=False)
+bag = xmag.extract_features(slide, model=encoder, min_tissue=0.1, progress=False)
 bag.save(f"{out}/bag.h5")
 bag.save(f"{out}/bag.safetensors")
 bag.export(f"{out}/bag.pt", layout="clam")
@@ -85,12 +85,13 @@ assert len(xmag.FeatureBag.load(f"{out}/bag.h5")) == len(bag) > 0
 for processes in (0, 2):
     report = xmag.extract_cohort(
         [slide], f"{out}/{processes}", model=encoder, overlay=True, processes=processes,
-        progress=False,
+        min_tissue=0.1, progress=False,
     )
     assert [row.status for row in report] == ["done"]
 os.mkdir(f"{out}/model")
 encoder.save(f"{out}/model")
-assert len(xmag.extract_features(slide, model=f"{out}/model", progress=False)) == len(bag)
+again = xmag.extract_features(slide, model=f"{out}/model", min_tissue=0.1, progress=False)
+assert len(again) == len(bag)
 classifier = xmag.MILClassifier(aggregator="mean", epochs=1, progress=False, random_state=0)
 bags = [bag.features + shift for shift in range(8)]
 classifier.fit(bags, [0, 1] * 4, groups=range(8), validation=None)
