@@ -23,7 +23,7 @@ def _blocks(page: str, language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "slides").mkdir()
-    write_demo_slide(tmp_path / "slide.svs", size=(5400, 4500))
+    write_demo_slide(tmp_path / "slide.svs", size=(5800, 4700))
     shutil.copy(tmp_path / "slide.svs", tmp_path / "slides" / "a.svs")
     monkeypatch.chdir(tmp_path)
     return tmp_path

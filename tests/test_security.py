@@ -76,7 +76,7 @@ import os, sys
 import xmag
 slide, out = sys.argv[1:]
 encoder = xmag.load_model("xmag-mini", device="cpu")
-bag = xmag.extract_features(slide, model=encoder, min_tissue=0.1, progress=False)
+bag = xmag.extract_features(slide, model=encoder, progress=False)
 bag.save(f"{out}/bag.h5")
 bag.save(f"{out}/bag.safetensors")
 bag.export(f"{out}/bag.pt", layout="clam")
@@ -85,12 +85,12 @@ assert len(xmag.FeatureBag.load(f"{out}/bag.h5")) == len(bag) > 0
 for processes in (0, 2):
     report = xmag.extract_cohort(
         [slide], f"{out}/{processes}", model=encoder, overlay=True, processes=processes,
-        min_tissue=0.1, progress=False,
+        progress=False,
     )
     assert [row.status for row in report] == ["done"]
 os.mkdir(f"{out}/model")
 encoder.save(f"{out}/model")
-again = xmag.extract_features(slide, model=f"{out}/model", min_tissue=0.1, progress=False)
+again = xmag.extract_features(slide, model=f"{out}/model", progress=False)
 assert len(again) == len(bag)
 classifier = xmag.MILClassifier(aggregator="mean", epochs=1, progress=False, random_state=0)
 bags = [bag.features + shift for shift in range(8)]
@@ -206,7 +206,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     for name in ("hook", "home", "tmp", "out", "cwd"):
         (root / name).mkdir()
     (root / "hook" / "sitecustomize.py").write_text(WATCH)
-    slide = write_demo_slide(root / "slide.svs", size=(5400, 4500))
+    slide = write_demo_slide(root / "slide.svs", size=(5800, 4700))
     environment = {
         # PyTorch notes where its compiler is to write, which children of this process inherit.
         **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TORCH"))},
