@@ -40,7 +40,7 @@ def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixtu
     assert len(bag) > 0
     assert len(xmag.FeatureBag.load("slide.h5")) == len(bag)
     assert (folder / "overlay.png").stat().st_size > 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} "
+    assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} {bag.coverage} "
 
 
 def test_the_python_of_the_quickstart_runs(folder: Path) -> None:
