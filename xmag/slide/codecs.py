@@ -292,8 +292,7 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
 def _zstd(data: bytes, *, out: int) -> bytes:
     """What a Zstandard frame holds. Most writers leave its checksum out."""
     check_zeros(data, "Zstandard")
-    unpacked: bytes = imagecodecs.zstd_decode(data, out=out)
-    return unpacked
+    return bytes(imagecodecs.zstd_decode(data, out=out))
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
