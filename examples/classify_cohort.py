@@ -1,7 +1,7 @@
 """Slides and their labels in; a cross-validated classifier, its report and its heatmaps out.
 
 The CSV has the columns slide (relative paths start at its folder), label and patient.
-examples/make_cohort.py paints one to try this on.
+examples/make_cohort.py makes one to try this on.
 """
 
 import argparse

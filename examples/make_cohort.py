@@ -1,4 +1,7 @@
-"""Paints a cohort to try things on: slides with nests of tumour and without, and its CSV."""
+"""Makes a cohort to try things on: slides of real tissue, with tumour and without, and its CSV.
+
+All are put together of the same 24 fields, so figures on them say nothing of any model.
+"""
 
 import argparse
 import csv
@@ -13,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--slides", type=int, default=24)
-    parser.add_argument("--size", type=int, nargs=2, default=(9000, 6750), help="level-0 px")
+    parser.add_argument("--size", type=int, nargs=2, default=(4500, 3400), help="level-0 px")
     args = parser.parse_args()
     (args.out / "slides").mkdir(parents=True, exist_ok=True)
     table = io.StringIO()

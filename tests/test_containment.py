@@ -93,7 +93,7 @@ def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
             assert row.status == "done", row
             bag = FeatureBag.load(tmp_path / "out" / row.output)
             assert np.array_equal(bag.features, expected.features)
-    assert len(expected) == 6
+    assert len(expected) == 12
     hung = next(row for row in report if row.slide == "hang.svs")
     assert hung.seconds > 19
 

@@ -7,11 +7,14 @@ import openslide
 import pytest
 import tifffile
 from PIL import Image
+from scipy import ndimage
 
 from xmag.demo import run_demo, write_demo_slide
-from xmag.demo.layout import MAP_MPP, SLIDE_MPP, make_layout
-from xmag.demo.picture import make_picture
+from xmag.demo.mosaic import _PIECES, GLASS, _places, make_picture
+from xmag.demo.slide import DEMO_SIZE
 from xmag.errors import InputError, OutputError
+from xmag.geometry import TileSpec
+from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tissue import find_tissue
 
@@ -31,21 +34,22 @@ def picture():
 def test_openslide_reads_the_slide_as_aperio(slide_path):
     with openslide.OpenSlide(slide_path) as slide:
         assert slide.properties["openslide.vendor"] == "aperio"
-        assert slide.properties["openslide.mpp-x"] == "0.25"
-        assert slide.properties["openslide.objective-power"] == "40"
+        assert slide.properties["openslide.mpp-x"] == "0.5"
+        assert slide.properties["openslide.objective-power"] == "20"
         assert slide.level_dimensions == ((4900, 3610), (1225, 902), (306, 225))
         assert set(slide.associated_images) == {"thumbnail", "label", "macro"}
+        assert "CC BY 3.0" in slide.properties["aperio.Credit"]
         assert all(image.width > 200 for image in slide.associated_images.values())
 
 
-def test_the_file_holds_the_painted_pixels(slide_path, picture):
+def test_the_file_holds_the_pixels_of_the_picture(slide_path, picture):
     """Decoded by OpenSlide, across tile borders, the picture differs by JPEG's loss alone."""
-    painted = picture.paint((960, 960), (960, 960)).astype(int)
-    assert painted.std() > 20
+    made = picture[960:1920, 960:1920].astype(int)
+    assert made.std() > 20
     with openslide.OpenSlide(slide_path) as slide:
         stored = np.asarray(slide.read_region((960, 960), 0, (960, 960)).convert("RGB"), int)
-    assert np.abs(stored - painted).mean() < 3
-    assert np.abs((stored - painted).mean(axis=(0, 1))).max() < 1
+    assert np.abs(stored - made).mean() < 3
+    assert np.abs((stored - made).mean(axis=(0, 1))).max() < 1
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -60,15 +64,6 @@ def test_levels_are_averages_of_the_base(slide_path, level):
     assert abs((stored - average).mean()) < 0.5
     shifted = np.abs(stored[1:] - average[:-1]).mean()
     assert shifted > 2 * np.abs(stored - average).mean()
-
-
-@pytest.mark.parametrize("corner", [(1440, 960), (1920, 1200), (1446, 1198)])
-def test_windows_of_the_picture_fit_together(picture, corner):
-    whole = picture.paint((1440, 960), (960, 960)).astype(int)
-    part = picture.paint(corner, (240, 240))
-    x, y = corner[0] - 1440, corner[1] - 960
-    assert part.std() > 20
-    assert np.abs(part - whole[y : y + 240, x : x + 240]).max() <= 2
 
 
 def test_tiles_are_abbreviated_streams_with_shared_tables(slide_path):
@@ -96,41 +91,81 @@ def test_the_same_seed_gives_the_same_file_and_another_another(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def ink(picture):
+    """Where blue exceeds red by far, as no stain of tissue does."""
+    return picture[..., 2].astype(int) - picture[..., 0] > 60
+
+
 def test_colours_are_those_of_glass_ink_and_stained_tissue(slide_path, picture):
-    layout = picture.layout
     with Slide(slide_path) as slide:
-        assert slide.mpp == SLIDE_MPP
-        coarse = slide.read_region((0, 0), SIZE, mpp=SLIDE_MPP)
-    step = round(MAP_MPP / SLIDE_MPP)
-    at_map = coarse[::step, ::step].astype(int)
-    rows, cols = at_map.shape[:2]
-    tissue, pen, fat = (m[:rows, :cols] for m in (layout.tissue_um, layout.pen_um, layout.fat_um))
-    glass = at_map[(tissue < -20) & (pen < -20)]
-    assert np.abs(glass - (243, 242, 244)).mean() < 2
-    red, green, blue = at_map[(pen > 8) & (tissue < -20)].mean(0)
-    assert red < green < blue - 50
-    red, green, blue = at_map[(tissue > 30) & (pen < -20) & (fat < -10)].mean(0)
+        assert slide.mpp == 0.5
+        pixels = slide.read_region((0, 0), SIZE, mpp=0.5).astype(int)
+    glass = (picture == GLASS).all(axis=2)
+    assert 0.2 < glass.mean() < 0.9
+    assert np.abs(pixels[glass] - GLASS).mean() < 2
+    red, green, blue = pixels[ink(picture)].mean(0)
+    assert red < green < blue - 40
+    red, green, blue = pixels[(picture.min(axis=2) < 200) & ~ink(picture)].mean(0)
     assert green < blue < red  # pink
     assert green < 190
 
 
-def test_tissue_is_found_and_ink_is_not(tmp_path):
-    size = (10_000, 7_500)  # large enough for the fragments not to be joined with the stroke
-    with Slide(write_demo_slide(tmp_path / "a.svs", size=size)) as slide:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The demo slide as it comes: its picture at 4 µm/px, the tissue at each px, the tiles."""
+    with Slide(write_demo_slide(tmp_path_factory.mktemp("whole") / "a.svs")) as slide:
+        small = slide.read_region((0, 0), (1125, 843), mpp=4.0)
         tissue = find_tissue(slide)
-    layout = make_layout(size, 0)
-    found = _at_map(tissue, layout.tissue_um.shape)
-    assert found[(layout.tissue_um > 40) & (layout.pen_um < -50)].mean() > 0.97
-    assert found[(layout.pen_um > 0) & (layout.tissue_um < -60)].mean() < 0.05
-    assert found[layout.tissue_um < -120].mean() < 0.01
-
-
-def _at_map(tissue, shape):
-    """The mask at each px of the layout's maps."""
-    per_map = MAP_MPP / tissue.mpp
-    rows, cols = (np.floor((np.arange(n) + 0.5) * per_map).astype(int) for n in shape)
+        plan = plan_tiles(slide, TileSpec(), tissue=tissue)
+    rows, cols = (np.floor((np.arange(n) + 0.5) * 4 / tissue.mpp).astype(int) for n in (843, 1125))
     height, width = tissue.mask.shape
-    return tissue.mask[np.ix_(rows.clip(0, height - 1), cols.clip(0, width - 1))]
+    found = tissue.mask[np.ix_(rows.clip(0, height - 1), cols.clip(0, width - 1))]
+    return small, found, plan
+
+
+def test_tissue_is_found_and_ink_is_not(whole):
+    small, found, _ = whole
+    assert found[(small.min(axis=2) < 190) & ~ink(small)].mean() > 0.9
+    assert found[ink(small)].mean() < 0.05
+    assert (small[~found].min(axis=1) > 235).mean() > 0.9
+
+
+def test_a_slide_is_30_to_60_tiles_on_three_pieces_away_from_its_border(whole):
+    _, found, plan = whole
+    assert 30 <= len(plan) <= 60
+    labels, _ = ndimage.label(found)
+    assert (np.bincount(labels.ravel())[1:] > 10_000).sum() == 3
+    assert not np.concatenate([found[0], found[-1], found[:, 0], found[:, -1]]).any()
+
+
+def test_a_whole_slide_has_as_many_places_as_there_are_fields():
+    rng = np.random.default_rng(0)
+    assert [len(_places(DEMO_SIZE, piece, rng)) for piece in _PIECES] == [8, 8, 8]
+
+
+def longest_straight_edge(pixels):
+    """Px of the longest run along a row or column over which the picture changes abruptly."""
+    longest = 0
+    for turned in (pixels, pixels.swapaxes(0, 1)):
+        edges = np.abs(np.diff(turned.astype(np.int16), axis=0)).mean(axis=2) > 25
+        runs, _ = ndimage.label(edges, structure=[[0, 0, 0], [1, 1, 1], [0, 0, 0]])
+        longest = max(longest, np.bincount(runs.ravel())[1:].max())
+    return longest
+
+
+def test_no_field_and_no_piece_ends_in_a_straight_line(picture):
+    cut = picture.copy()
+    y = int(np.median(np.nonzero(picture.min(axis=2) < 160)[0]))
+    cut[y : y + 400] = GLASS
+    assert longest_straight_edge(picture) < 70 < longest_straight_edge(cut)
+
+
+def test_without_tumour_the_pieces_are_other_tissue():
+    with_tumour, without = (make_picture(SIZE, 0, tumour=t).reshape(-1, 3) for t in (True, False))
+    purple = [p[p.min(axis=1) < 190].astype(int) for p in (with_tumour, without)]
+    assert np.median(purple[0][:, 2] - purple[0][:, 0]) > np.median(
+        purple[1][:, 2] - purple[1][:, 0]
+    )
 
 
 def test_a_size_that_no_slide_has_is_refused(tmp_path):
@@ -139,7 +174,7 @@ def test_a_size_that_no_slide_has_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_missing_is_an_error_before_any_painting(tmp_path):
+def test_a_folder_that_is_missing_is_an_error_before_any_work(tmp_path):
     with pytest.raises(OutputError, match="create the folder first"):
         write_demo_slide(tmp_path / "missing" / "a.svs")
 
@@ -175,8 +210,8 @@ def test_the_summary_says_what_was_done_and_with_what(result):
     demo, warned = result
     assert warned == []
     for text in (
-        "aperio, 4,900 x 3,610 px, 0.25 µm/px (Aperio MPP)",
-        "level 1 at 1/2",
+        "aperio, 4,900 x 3,610 px, 0.5 µm/px (Aperio MPP)",
+        "from level 1; dropped: ",
         "float32 (",
         "tiles/s on ",
         "xmag-mini, for trying things out",

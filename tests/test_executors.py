@@ -226,7 +226,7 @@ def rows_of(folder, out, pool, model, *, shards, transform):
     jobs = jobs_of(folder, format="h5", mpp=None)
     options = {"encoder": engine.encoder, "out": out, "transform": transform, "processes": 0}
     options |= {"overlap": 0, "min_tissue": 0.25, "overlay": False, "on_mismatch": "error"}
-    options |= {"damaged": "error"}
+    options |= {"border": "shift", "damaged": "error"}
     settings = Settings(**{field.name: options.get(field.name) for field in fields(Settings)})
     return engine.rows(jobs, settings)
 

@@ -49,7 +49,7 @@ def cut(pixels: NDArray) -> NDArray[np.uint8]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     size = (COLUMNS * SIDE * 8, ROWS * SIDE * 8)
     path = write_demo_slide(tmp_path_factory.mktemp("fidelity") / "slide.svs", size=size)
-    with Slide(path) as slide:
+    with Slide(path, mpp=0.25) as slide:  # as if at 40x: its level 1 is decoded at 1/2
         full = read_level(slide.reader, 1, 1, (0, 0), (COLUMNS * SIDE * 2, ROWS * SIDE * 2))
     encoder = load_model("xmag-mini", device="cpu")
     boxes = full.reshape(ROWS * SIDE, 2, COLUMNS * SIDE, 2, 3).mean(axis=(1, 3))
@@ -60,7 +60,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def test_scaled_decoding_is_as_good_as_averaging_what_was_decoded_in_full(
     reference: Reference,
 ) -> None:
-    with Slide(reference.path) as slide:
+    with Slide(reference.path, mpp=0.25) as slide:
         plan = plan_tiles(slide, reference.encoder.tile_spec)
         assert (plan.scale.level, plan.scale.reduction) == (1, 2)
         ((_, tiles),) = read_tiles(slide, plan)

@@ -92,7 +92,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_slide(tmp_path_factory.mktemp("guest") / "slide.svs", size=(5400, 4500))
+    return write_demo_slide(tmp_path_factory.mktemp("guest") / "slide.svs", size=(5800, 4700))
 
 
 @pytest.fixture(scope="module")

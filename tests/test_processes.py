@@ -1,6 +1,7 @@
 """Decoding in child processes: the same results, and nothing left behind, whatever happens."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import (
     PROCESSES_SUPPORTED,
+    Begun,
     Decoded,
     DecodeJob,
     DecodingPool,
@@ -101,19 +103,20 @@ def test_slots_that_are_never_released_stop_the_children_but_nothing_else(folder
     assert children() == []
 
 
-def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_path):
-    os.mkfifo(tmp_path / "stuck.svs")  # opening it waits for a writer that never comes
+def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_path, monkeypatch):
+    paths = [str(Path(__file__).parent / "support/planted"), str(Path(__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    shutil.copy(folder / "0.svs", tmp_path / "hang@opening.svs")
+    slides = [folder / "0.svs", tmp_path / "hang@opening.svs", folder / "1.svs"]
     outcome = {}
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
-        jobs = [job(0, folder / "0.svs"), job(1, tmp_path / "stuck.svs"), job(2, folder / "1.svs")]
-        for event in pool.run(jobs):
-            if isinstance(event, Decoded):
+        for event in pool.run(job(number, path) for number, path in enumerate(slides)):
+            if isinstance(event, Begun) and event.number == 1:
+                os.kill(children()[0], signal.SIGSEGV)
+            elif isinstance(event, Decoded):
                 event.release()
             elif isinstance(event, Finished | Failed):
                 outcome[event.number] = event
-                if event.number == 0:
-                    time.sleep(0.3)
-                    os.kill(children()[0], signal.SIGSEGV)
     assert isinstance(outcome[0], Finished)
     assert isinstance(outcome[1], Failed)
     assert "the decoder crashed (signal SIGSEGV)" in outcome[1].reason

@@ -23,7 +23,7 @@ def _blocks(page: str, language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "slides").mkdir()
-    write_demo_slide(tmp_path / "slide.svs", size=(5400, 4500))
+    write_demo_slide(tmp_path / "slide.svs", size=(5800, 4700))
     shutil.copy(tmp_path / "slide.svs", tmp_path / "slides" / "a.svs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -40,7 +40,7 @@ def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixtu
     assert len(bag) > 0
     assert len(xmag.FeatureBag.load("slide.h5")) == len(bag)
     assert (folder / "overlay.png").stat().st_size > 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} "
+    assert capsys.readouterr().out.splitlines()[-1] == f"a.svs done {len(bag)} {bag.coverage} "
 
 
 def test_the_python_of_the_quickstart_runs(folder: Path) -> None:

@@ -91,7 +91,8 @@ for processes in (0, 2):
     assert [row.status for row in report] == ["done"]
 os.mkdir(f"{out}/model")
 encoder.save(f"{out}/model")
-assert len(xmag.extract_features(slide, model=f"{out}/model", progress=False)) == len(bag)
+again = xmag.extract_features(slide, model=f"{out}/model", progress=False)
+assert len(again) == len(bag)
 classifier = xmag.MILClassifier(aggregator="mean", epochs=1, progress=False, random_state=0)
 bags = [bag.features + shift for shift in range(8)]
 classifier.fit(bags, [0, 1] * 4, groups=range(8), validation=None)
@@ -232,7 +233,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     for name in ("hook", "home", "tmp", "out", "cwd"):
         (root / name).mkdir()
     (root / "hook" / "sitecustomize.py").write_text(WATCH)
-    slide = write_demo_slide(root / "slide.svs", size=(5400, 4500))
+    slide = write_demo_slide(root / "slide.svs", size=(5800, 4700))
     environment = {
         # PyTorch notes where its compiler is to write, which children of this process inherit.
         **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TORCH"))},

@@ -15,7 +15,7 @@ def write_wheel(path: Path, *, without: str = "", extra: str = "") -> Path:
             name = f"xmag/{module.relative_to(PACKAGE).as_posix()}"
             if name != without:
                 archive.writestr(name, module.read_bytes())
-        for name in ("xmag/py.typed", "xmag/hub/mini.safetensors", extra):
+        for name in ("xmag/py.typed", "xmag/hub/mini.safetensors", "xmag/demo/fields.avif", extra):
             if name:
                 archive.writestr(name, b"")
         for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"):
@@ -32,7 +32,7 @@ def test_the_package_and_nothing_else_is_fine(tmp_path: Path) -> None:
     [
         "tests/test_wheel.py", "xmag/slide/.env", "xmag/notes.txt", "xmag/slide/a.svs",
         "xmag-0.1.0.data/scripts/run.sh", "evil.pth", "xmag/../evil.py",
-        "xmag/hub/other.safetensors",
+        "xmag/hub/other.safetensors", "xmag/demo/other.avif",
     ],
 )  # fmt: skip
 def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> None:

@@ -207,9 +207,16 @@ def test_processes_read_the_same_and_leave_none_behind(
 
 
 @in_processes
-def test_a_slide_that_kills_who_reads_it_is_damaged(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "stuck.svs")  # opening it waits for a writer that never comes
-    stuck = Places(str(tmp_path / "stuck.svs"), None, REGION_SPEC, np.array([[0, 0]]))
+def test_a_slide_that_kills_who_reads_it_is_damaged(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = Path(__file__).parents[1]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (tests / "support/planted", tests.parent)))
+    )
+    hanging = tmp_path / "hang@opening.svs"
+    shutil.copy(next(folder.glob("*.svs")), hanging)
+    stuck = Places(str(hanging), None, REGION_SPEC, np.array([[0, 0]]))
     tiles = np.empty((1, 896, 896, 3), np.uint8)
     with PlacePool(1, slot_tiles=1, size_px=896) as pool:
 

@@ -192,7 +192,9 @@ def test_log_probabilities_are_the_logarithms_of_probabilities() -> None:
     np.testing.assert_array_equal(np.exp(empty[0]), fitted.class_prior_)
 
 
-@pytest.mark.parametrize("estimator", [MILClassifier(), LinearProbe()], ids=["MILClassifier", "LinearProbe"])
+@pytest.mark.parametrize(
+    "estimator", [MILClassifier(), LinearProbe()], ids=["MILClassifier", "LinearProbe"]
+)
 def test_what_is_not_fitted_is_scikit_learns_own_error(estimator: Any) -> None:
     for method in ("predict", "predict_proba", "predict_log_proba"):
         with pytest.raises(NotFittedError, match="is not fitted; call fit") as caught:

@@ -8,6 +8,7 @@ from pathlib import Path
 _ALLOWED = re.compile(
     r"xmag/([a-z_0-9]+/)*[a-z_0-9]+\.py"
     r"|xmag/py\.typed"
+    r"|xmag/demo/fields\.avif"
     r"|xmag/hub/mini\.safetensors"
     r"|xmag-[\w.]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/LICENSE)"
 )

@@ -65,7 +65,10 @@ def add_commands(commands: Commands) -> None:
 
     demo = commands.add_parser("demo", help="run the main job on a small slide", allow_abbrev=False)
     demo.add_argument(
-        "slide", metavar="SLIDE", nargs="?", help="your slide (default: one that is made)"
+        "slide",
+        metavar="SLIDE",
+        nargs="?",
+        help="your slide (default: one of real tissue that is made)",
     )
     demo.add_argument("-o", "--out", metavar="DIR", default="demo", help="default: demo")
     demo.set_defaults(run=_demo)
@@ -169,7 +172,12 @@ def _extract(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    def tell(step: str) -> None:
+        write(sys.stderr, f"xmag: {step}")
+
+    tell("loading PyTorch")  # takes seconds, so it is said before
     from xmag.demo import run_demo
 
-    write(sys.stdout, run_demo(args.out, slide=args.slide, mpp=args.mpp).summary)
+    done = run_demo(args.out, slide=args.slide, mpp=args.mpp, tell=tell)
+    write(sys.stdout, done.summary)
     return ALL_DONE

@@ -1,4 +1,4 @@
-"""The demo: writes a slide that looks like tissue, and runs the main job on it."""
+"""The demo: writes a slide of real tissue, and runs the main job on it."""
 
 from xmag.demo.run import DemoResult, run_demo
 from xmag.demo.slide import write_demo_slide

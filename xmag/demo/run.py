@@ -2,11 +2,11 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from xmag import draw
-from xmag.bag import FeatureBag
 from xmag.demo.slide import write_demo_slide
 from xmag.encoder import load_model
 from xmag.errors import OutputError
@@ -36,12 +36,14 @@ def run_demo(
     slide: str | os.PathLike[str] | None = None,
     mpp: float | None = None,
     progress: bool | None = None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> DemoResult:
     """The features and two pictures of a slide, written into the folder `out`, and a summary.
 
-    The model is the one inside the package. Without `slide`, one that looks like tissue is written
-    to ``out/demo.svs`` first. `mpp` is the µm/px of level 0, where the slide's own is missing or
-    wrong. Raises OutputError where `out` cannot be written to, and what `extract_features` raises.
+    The model is the one inside the package. Without `slide`, one of real tissue is written to
+    ``out/demo.svs`` first. `mpp` is the µm/px of level 0, where the slide's own is missing or
+    wrong. `tell` is called with a line for each step. Raises OutputError where `out` cannot be
+    written to, and what `extract_features` raises.
     """
     out = Path(out)
     try:
@@ -50,16 +52,21 @@ def run_demo(
         raise OutputError(
             f"the folder {out} cannot be made: {error.strerror}; name another one"
         ) from error
-    path = write_demo_slide(out / "demo.svs") if slide is None else Path(slide)
+    path = out / "demo.svs" if slide is None else Path(slide)
+    if slide is None:
+        tell(f"making a slide of real tissue: {path}")
+        write_demo_slide(path)
     features, overlay, feature_map = (
         out / f"{path.stem}{end}" for end in (".h5", "-overlay.png", "-features.png")
     )
     encoder = load_model(_MODEL)
     with Slide(path, mpp=mpp) as opened:
+        tell(f"looking for tissue on {path}")
         start = time.perf_counter()
         tissue = find_tissue(opened)
         plan = plan_tiles(opened, encoder.tile_spec, tissue=tissue)
         planned = time.perf_counter()
+        tell(f"extracting features with {_MODEL}")
         bag = extract_features(opened, model=encoder, plan=plan, progress=progress)
         seconds = time.perf_counter() - planned
         bag.save(features)
@@ -70,48 +77,33 @@ def run_demo(
             with atomic_path(file) as temporary:
                 picture.save(temporary, format="PNG")
         lines = [
-            ("slide", f"{path}: {_slide_line(opened)}"),
+            ("slide", f"{path}: {opened.format}, {opened.dimensions[0]:,} x"
+                      f" {opened.dimensions[1]:,} px, {opened.mpp:.4g} µm/px"
+                      f" ({opened.mpp_source})"),
             ("tissue", f"{tissue.fraction:.0%} of the slide, found in {planned - start:.2f} s"),
             ("tiles", _tiles_line(plan)),
-            ("features", f"{_features_line(bag)}, {seconds:.2f} s, {len(bag) / seconds:.0f}"
-                         f" tiles/s on {encoder.device.type}"),
+            ("features", f"{bag.features.dtype} {bag.features.shape}, {seconds:.2f} s,"
+                         f" {len(bag) / seconds:.0f} tiles/s on {encoder.device.type}"),
             ("model", f"{_MODEL}, for trying things out; load_model() fetches XMAG itself"),
             ("written", str(features)), ("", str(overlay)), ("", str(feature_map)),
         ]  # fmt: skip
     text = "\n".join(f"{label:<10}{value}" for label, value in lines)
-    summary = f"{text}\n\nNext, in Python:\n\n{_next_lines(path, mpp)}"
+    scale = "" if mpp is None else f", mpp={mpp:g}"
+    summary = (
+        f"{text}\n\nNext, in Python:\n\n    import xmag\n    bag = xmag.extract_features("
+        f'{str(path)!r}, model="{_MODEL}"{scale})\n    bag.features.shape'
+    )
     return DemoResult(
         slide=path, features=features, overlay=overlay, feature_map=feature_map, summary=summary
     )
 
 
-def _slide_line(slide: Slide) -> str:
-    width, height = slide.dimensions
-    return f"{slide.format}, {width:,} x {height:,} px, {slide.mpp:.4g} µm/px ({slide.mpp_source})"
-
-
 def _tiles_line(plan: TilePlan) -> str:
     dropped = ", ".join(f"{len(v):,} {k}" for k, v in plan.dropped.items() if len(v))
     side_um = plan.tiles.size_px * plan.tiles.mpp
-    scale = plan.scale
-    read = f"level {scale.level} at 1/{scale.reduction}" if scale.reduction > 1 else (
-        f"level {scale.level}"
-    )  # fmt: skip
+    reduction = f" at 1/{plan.scale.reduction}" if plan.scale.reduction > 1 else ""
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
     return (
         f"{len(plan):,} of {plan.tiles.size_px} px at {plan.tiles.mpp:.4g} µm/px ({side_um:.0f} µm)"
-        f" from {read}{share}; dropped: {dropped or 'none'}"
-    )
-
-
-def _features_line(bag: FeatureBag) -> str:
-    return f"{bag.features.dtype} {bag.features.shape}"
-
-
-def _next_lines(path: Path, mpp: float | None) -> str:
-    scale = "" if mpp is None else f", mpp={mpp:g}"
-    return (
-        "    import xmag\n"
-        f'    bag = xmag.extract_features({str(path)!r}, model="{_MODEL}"{scale})\n'
-        "    bag.features.shape"
+        f" from level {plan.scale.level}{reduction}{share}; dropped: {dropped or 'none'}"
     )

@@ -6,7 +6,6 @@ JPEG tiles of 240 px, YCbCr 4:2:0, whose tables are stored once for each level.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,19 @@ import simplejpeg
 import tifffile
 from PIL import Image, ImageDraw, ImageFont
 
-from xmag.demo.layout import SLIDE_MPP
-from xmag.demo.picture import Picture, make_picture
+from xmag.demo.mosaic import MPP, make_picture
 from xmag.errors import InputError
 from xmag.files import atomic_path
 from xmag.slide.reader import Pixels
 from xmag.tiles import default_threads
 
-DEMO_SIZE = (18_000, 13_500)
+DEMO_SIZE = (9_000, 6_750)
 """(width, height) of the demo slide in level-0 px: 4.5 by 3.4 mm."""
 
-_TILE = 240
-_STEP = 4
-"""Downsample from each level to the next: 1, 4, 16."""
-_BLOCK = _TILE * _STEP
-"""Level-0 px painted at once: what one tile of the second level covers."""
-_JPEG_QUALITY = 75
+_TILE, _STEP = 240, 4
+"""Px of a tile's side, and downsample from each level to the next: 1, 4, 16."""
 _VENDOR = "Aperio Image Library v11.2.1 \r\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """A painted block: its base tiles by row, its one tile of level 1, its pixels of level 2."""
-
-    base: list[list[bytes]]
-    level1: bytes
-    level2: Pixels
+_CREDIT = "Osteosarcoma-Tumor-Assessment (Leavey 2019), doi 10.7937/tcia.2019.bvhjhdas, CC BY 3.0"
 
 
 def write_demo_slide(
@@ -50,50 +36,72 @@ def write_demo_slide(
     seed: int = 0,
     tumour: bool = True,
 ) -> Path:
-    """The path of a synthetic slide, written there: 40x, 0.25 µm/px, Aperio layout, H&E-like.
+    """The path of a slide of real tissue, written there: 20x, 0.5 µm/px, Aperio layout, H&E.
 
-    `size` is (width, height) in level-0 px. The same arguments give the same file. Without
-    `tumour`, glands and stroma lie where its nests would. Raises InputError for a size that a slide
-    cannot have, OutputError where `path` cannot be written.
+    `size` is (width, height) in level-0 px. The same arguments give the same file. Its pieces are
+    viable tumour, necrotic tumour and tissue without; without `tumour`, all three are the last.
+    Raises InputError for a size that it cannot have, OutputError where `path` cannot be written.
     """
-    if min(size) < 1024 or max(size) > 60_000:
+    if min(size) < 1024 or max(size) > 20_000:
         raise InputError(
-            f"the demo slide cannot be {size[0]}x{size[1]} px; expected 1,024 to 60,000 px a side"
+            f"the demo slide cannot be {size[0]}x{size[1]} px; expected 1,024 to 20,000 px a side"
         )
     with atomic_path(path) as temporary:
-        rows = _make_blocks(make_picture(size, seed, tumour=tumour), size)
+        picture = make_picture(size, seed, tumour=tumour)
         with tifffile.TiffWriter(temporary) as tiff:
-            _write_pages(tiff, size, rows)
+            _write_pages(tiff, picture)
     return Path(path)
 
 
-def _make_blocks(picture: Picture, size: tuple[int, int]) -> list[list[_Block]]:
-    """All blocks, row by row, made in threads."""
-    rows, cols = -(-size[1] // _BLOCK), -(-size[0] // _BLOCK)
-    corners = [(col * _BLOCK, row * _BLOCK) for row in range(rows) for col in range(cols)]
+def _write_pages(tiff: tifffile.TiffWriter, picture: Pixels) -> None:
+    """All pages, in Aperio's order."""
+    levels = [picture]
+    while len(levels) < 3:
+        height, width = (n // _STEP for n in levels[-1].shape[:2])
+        whole = Image.fromarray(levels[-1][: height * _STEP, : width * _STEP])
+        levels.append(np.asarray(whole.reduce(_STEP)))
+    height, width = picture.shape[:2]
+    thumbnail = Image.fromarray(levels[2])
+    thumbnail.thumbnail((1024, 768))
+    scan = f"{_VENDOR}{width}x{height} [0,0 {width}x{height}] ({_TILE}x{_TILE})"
+    scale = f"|AppMag = 20|MPP = {MPP:.4f}"
+    _write_level(tiff, picture, f"{scan} JPEG/RGB Q=75{scale}|Credit = {_CREDIT}")
+    small = f"{width}x{height} -> {thumbnail.width}x{thumbnail.height}"
+    _write_image(tiff, thumbnail, f"{_VENDOR}{small} - {scale}")
+    for level in levels[1:]:
+        _write_level(tiff, level, f"{scan} -> {level.shape[1]}x{level.shape[0]} JPEG/RGB Q=75")
+    label = Image.new("RGB", (320, 360), (250, 250, 246))
+    draw = ImageDraw.Draw(label)
+    draw.text((24, 40), "XMAG", fill=(30, 30, 40), font=ImageFont.load_default(72))
+    text = "demo slide\nosteosarcoma, H&E, 20x\na mosaic of fields\nTCIA, CC BY 3.0"
+    draw.multiline_text((24, 150), text, fill=(60, 60, 70), font=ImageFont.load_default(26))
+    macro = Image.new("RGB", (1280, 430), (228, 229, 230))
+    macro.paste(label.resize((360, 400)), (14, 15))
+    thumbnail.thumbnail((780, 380))
+    macro.paste(thumbnail, (440 + (780 - thumbnail.width) // 2, (430 - thumbnail.height) // 2))
+    _write_image(tiff, label, f"{_VENDOR}label 320x360", compression="lzw", subfiletype=1)
+    _write_image(tiff, macro, f"{_VENDOR}macro 1280x430", subfiletype=9)
+
+
+def _write_level(tiff: tifffile.TiffWriter, level: Pixels, description: str) -> None:
+    """A page of JPEG tiles, those at the edge padded with their last row and column."""
+    rows, columns = (-(-n // _TILE) for n in level.shape[:2])
+
+    def encode(number: int) -> tuple[bytes, bytes]:
+        y, x = (n * _TILE for n in divmod(number, columns))
+        tile = level[y : y + _TILE, x : x + _TILE]
+        short = [(0, _TILE - n) for n in tile.shape[:2]]
+        tile = np.ascontiguousarray(np.pad(tile, (*short, (0, 0)), "edge"))
+        return _split_tables(simplejpeg.encode_jpeg(tile, 75, "RGB", "420"))
+
     with ThreadPoolExecutor(default_threads()) as pool:
-        blocks = list(pool.map(lambda xy: _make_block(picture, xy), corners))
-    return [blocks[row * cols : (row + 1) * cols] for row in range(rows)]
-
-
-def _make_block(picture: Picture, xy: tuple[int, int]) -> _Block:
-    """One block, painted and encoded."""
-    pixels = picture.paint(xy, (_BLOCK, _BLOCK))
-    half = Image.fromarray(pixels).reduce(_STEP)
-    starts = range(0, _BLOCK, _TILE)
-    return _Block(
-        base=[[_encode(pixels[y : y + _TILE, x : x + _TILE]) for x in starts] for y in starts],
-        level1=_encode(np.asarray(half)),
-        level2=np.asarray(half.reduce(_STEP)),
-    )
-
-
-def _encode(tile: Pixels) -> bytes:
-    """The tile's JPEG stream."""
-    jpeg: bytes = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(tile), quality=_JPEG_QUALITY, colorspace="RGB", colorsubsampling="420"
-    )
-    return jpeg
+        split = list(pool.map(encode, range(rows * columns)))
+    tiff.write(
+        iter([stream for _, stream in split]), shape=level.shape, dtype=np.uint8,
+        tile=(_TILE, _TILE), photometric="ycbcr", subsampling=(2, 2), compression="jpeg",
+        jpegtables=split[0][0], description=description, subfiletype=0, metadata=None,
+        software=False,
+    )  # fmt: skip
 
 
 def _split_tables(jpeg: bytes) -> tuple[bytes, bytes]:
@@ -101,112 +109,20 @@ def _split_tables(jpeg: bytes) -> tuple[bytes, bytes]:
     tables, rest, at = [], [], 2
     while jpeg[at + 1] != 0xDA:
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        marker, segment = jpeg[at + 1], jpeg[at:end]
-        if marker in (0xDB, 0xC4):
-            tables.append(segment)
-        elif not 0xE0 <= marker <= 0xEF:
-            rest.append(segment)
+        if jpeg[at + 1] in (0xDB, 0xC4):
+            tables.append(jpeg[at:end])
+        elif not 0xE0 <= jpeg[at + 1] <= 0xEF:
+            rest.append(jpeg[at:end])
         at = end
     start, stop = b"\xff\xd8", b"\xff\xd9"
     return start + b"".join(tables) + stop, start + b"".join(rest) + jpeg[at:]
-
-
-def _write_pages(
-    tiff: tifffile.TiffWriter, size: tuple[int, int], rows: list[list[_Block]]
-) -> None:
-    """All pages, in Aperio's order."""
-    sizes = [(size[0] // _STEP**n, size[1] // _STEP**n) for n in range(3)]
-    width2, height2 = sizes[2]
-    level2 = np.concatenate([np.concatenate([b.level2 for b in row], 1) for row in rows])
-    level2 = level2[:height2, :width2]
-    across, down = (-(-n // _TILE) for n in size)
-    base = [
-        tile
-        for row in rows
-        for y in range(_STEP)
-        for tile in [t for block in row for t in block.base[y]][:across]
-    ][: across * down]
-    thumbnail = Image.fromarray(level2)
-    thumbnail.thumbnail((1024, 768))
-    scan = f"{_VENDOR}{size[0]}x{size[1]} [0,0 {size[0]}x{size[1]}] ({_TILE}x{_TILE})"
-    scale = f"|AppMag = 40|MPP = {SLIDE_MPP:.4f}"
-    _write_level(tiff, sizes[0], base, f"{scan} JPEG/RGB Q={_JPEG_QUALITY}{scale}")
-    _write_image(
-        tiff, thumbnail,
-        f"{_VENDOR}{size[0]}x{size[1]} -> {thumbnail.width}x{thumbnail.height} - {scale}",
-    )  # fmt: skip
-    tiles_of_level2 = [
-        _encode(_padded(level2[y : y + _TILE, x : x + _TILE]))
-        for y in range(0, height2, _TILE)
-        for x in range(0, width2, _TILE)
-    ]
-    for (width, height), tiles in (
-        (sizes[1], _level1_tiles(rows, sizes[1])),
-        (sizes[2], tiles_of_level2),
-    ):
-        _write_level(
-            tiff, (width, height), tiles, f"{scan} -> {width}x{height} JPEG/RGB Q={_JPEG_QUALITY}"
-        )
-    label = _label()
-    macro = _macro(label, thumbnail)
-    _write_image(
-        tiff, label, f"{_VENDOR}label {label.width}x{label.height}",
-        compression="lzw", subfiletype=1,
-    )  # fmt: skip
-    _write_image(tiff, macro, f"{_VENDOR}macro {macro.width}x{macro.height}", subfiletype=9)
-
-
-def _level1_tiles(rows: list[list[_Block]], size: tuple[int, int]) -> list[bytes]:
-    """The tiles of level 1, row-major."""
-    across, down = (-(-n // _TILE) for n in size)
-    return [block.level1 for row in rows[:down] for block in row[:across]]
-
-
-def _write_level(
-    tiff: tifffile.TiffWriter, size: tuple[int, int], tiles: list[bytes], description: str
-) -> None:
-    """A page of encoded tiles."""
-    split = [_split_tables(tile) for tile in tiles]
-    tiff.write(
-        iter([stream for _, stream in split]), shape=(size[1], size[0], 3), dtype=np.uint8,
-        tile=(_TILE, _TILE), photometric="ycbcr", subsampling=(2, 2), compression="jpeg",
-        jpegtables=split[0][0], description=description, subfiletype=0, metadata=None,
-        software=False,
-    )  # fmt: skip
 
 
 def _write_image(
     tiff: tifffile.TiffWriter, image: Image.Image, description: str, **options: Any
 ) -> None:
     """A page in strips: one of the associated images."""
-    options = {"compression": "jpeg", **options}
     tiff.write(
         np.asarray(image), photometric="rgb", rowsperstrip=16, description=description,
-        metadata=None, software=False, **options,
+        metadata=None, software=False, **{"compression": "jpeg", **options},
     )  # fmt: skip
-
-
-def _padded(tile: Pixels) -> Pixels:
-    """The tile in full size, its last row and column repeated."""
-    rows, cols = _TILE - tile.shape[0], _TILE - tile.shape[1]
-    return np.pad(tile, ((0, rows), (0, cols), (0, 0)), mode="edge")
-
-
-def _label() -> Image.Image:
-    """The paper label."""
-    label = Image.new("RGB", (320, 360), (250, 250, 246))
-    draw = ImageDraw.Draw(label)
-    draw.text((24, 40), "XMAG", fill=(30, 30, 40), font=ImageFont.load_default(72))
-    text = "demo slide\nsynthetic, no patient\nH&E, 40x"
-    draw.multiline_text((24, 150), text, fill=(60, 60, 70), font=ImageFont.load_default(26))
-    return label
-
-
-def _macro(label: Image.Image, thumbnail: Image.Image) -> Image.Image:
-    """The whole glass, label at the left."""
-    glass = Image.new("RGB", (1280, 430), (228, 229, 230))
-    glass.paste(label.resize((360, 400)), (14, 15))
-    tissue = thumbnail.copy()
-    tissue.thumbnail((780, 380))
-    glass.paste(tissue, (440 + (780 - tissue.width) // 2, (430 - tissue.height) // 2))
-    return glass

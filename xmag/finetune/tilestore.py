@@ -196,7 +196,8 @@ def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedS
         plan = plan_tiles(
             opened, spec, tissue=mask, min_tissue=options.min_tissue, border=options.border
         )
-        warn_of_lost_tissue(plan, opened.name)
+        if len(plan):  # without tiles it is an error, which says why
+            warn_of_lost_tissue(plan, opened.name)
         # A slide without a file is known by its name alone.
         content = (opened.fingerprint or {"name": opened.name}).copy()
         if "content_sample_sha256" in content:
@@ -279,7 +280,10 @@ def _digest(tiles: NDArray[np.uint8]) -> str:
 
 
 def _why(plan: TilePlan) -> str:
-    return ", ".join(f"dropped {len(v)}: {k}" for k, v in plan.dropped.items() if len(v))
+    reasons = [f"dropped {len(v)}: {k}" for k, v in plan.dropped.items() if len(v)]
+    if small := plan.uncovered_mm2["too_small"]:
+        reasons.append(f"{small:.2g} mm² in pieces too small to count as tissue")
+    return ", ".join(reasons)
 
 
 def _without_tiles(slides: Sequence[str]) -> InputError:

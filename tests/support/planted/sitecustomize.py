@@ -68,5 +68,5 @@ def plant():
     module.open_reader = faulty
 
 
-if any("xmag.tiles.worker" in argument for argument in sys.orig_argv):
+if any("xmag.tiles." in argument for argument in sys.orig_argv):
     plant()
