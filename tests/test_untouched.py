@@ -207,10 +207,10 @@ def test_paths_with_dots_write_nothing_beside_the_output_folder(folder, tmp_path
 def test_a_full_disk_in_a_worker_stops_all_of_them(folder, tmp_path, monkeypatch):
     save, saved = single.save, []
 
-    def full(*arguments):
+    def full(*arguments, **options):
         if saved:
             raise files.cannot_write(tmp_path, OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
-        saved.append(save(*arguments))
+        saved.append(save(*arguments, **options))
         return saved[0]
 
     monkeypatch.setattr(single, "save", full)

@@ -268,7 +268,7 @@ def test_targets_of_something_else_are_refused_with_the_differences(
     header = json.loads((tmp_path / "targets.json").read_text())
     header["provenance"]["fingerprint"]["preprocessing_version"] = 0
     (tmp_path / "targets.json").write_text(json.dumps(header))
-    with pytest.raises(MismatchError, match="preprocessing_version: 0 there, 1 here"):
+    with pytest.raises(MismatchError, match="preprocessing_version: 0 there, 2 here"):
         KeptTargets(tmp_path, manifest=manifest)
 
 

@@ -68,7 +68,7 @@ def test_a_classifier_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [(1, 2), ("a", "b"), (True, False), (0.5, 2.0), (("a", 1), ("b", (2, True))), (1, "1")],
+    [(1, 2), ("a", "b"), (True, False), (1.0, 2.0), (("a", 1), ("b", (2, True))), (1, "1")],
 )
 def test_classes_keep_their_types(labels: tuple, tmp_path: Path) -> None:
     y = [labels[i % 2] for i in range(12)]

@@ -242,11 +242,16 @@ def _die_at(step: str, nth: int) -> None:
 def _die_in_writing(step: str, die_if_due: Callable[[], None]) -> None:
     whole = bag.write_bytes
 
-    def write_bytes(path: Path, data: bytes, *, validate: Callable[[Path], object] | None) -> None:
+    def write_bytes(
+        path: Path, data: bytes, *, validate: Callable[[Path], object] | None, inside: Path | None
+    ) -> None:
         if not str(path).endswith(".h5"):
-            whole(path, data, validate=validate)
+            whole(path, data, validate=validate, inside=inside)
             return
-        with files.atomic_path(path, validate=validate) as temp, temp.open("wb") as file:
+        with (
+            files.atomic_path(path, validate=validate, inside=inside) as temp,
+            temp.open("wb") as file,
+        ):
             if step == "before write":
                 die_if_due()
             file.write(data[: len(data) // 2])
