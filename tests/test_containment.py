@@ -20,10 +20,10 @@ from xmag.errors import InputError, XmagError, XmagWarning
 from xmag.geometry import TileSpec
 from xmag.tiles import (
     PROCESSES_SUPPORTED,
+    Decoded,
     DecodeJob,
     DecodingPool,
     Failed,
-    Filled,
     Finished,
     Limits,
 )
@@ -147,14 +147,14 @@ def test_the_time_limit_does_not_count_what_the_caller_takes_to_look(slide):
     limits, held, outcome = Limits(slide_timeout=5.0), [], None
     with DecodingPool(1, slot_tiles=1, size_px=56, limits=limits) as pool:
         for event in pool.run([job]):
-            if isinstance(event, Filled):
-                held.append(event.slot)
+            if isinstance(event, Decoded):
+                held.append(event.release)
             if len(held) == 3:
                 deadline = time.monotonic() + 6
                 while time.monotonic() < deadline:
                     time.sleep(0.1)
-                for slot in held:
-                    pool.release(slot)
+                for release in held:
+                    release()
                 held = []
             if isinstance(event, Finished | Failed):
                 outcome = event
@@ -178,8 +178,8 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
         for _ in range(2):
             outcome = []
             for event in pool.run([job]):
-                if isinstance(event, Filled):
-                    pool.release(event.slot)
+                if isinstance(event, Decoded):
+                    event.release()
                 outcome.append(type(event))
             assert outcome[-1] is Finished
             process = pool._children[0].process
@@ -195,8 +195,8 @@ def test_children_leave_no_core_file_and_are_the_first_to_go_when_memory_runs_ou
     limits = Limits(memory_limit=MEMORY)
     with DecodingPool(1, slot_tiles=64, size_px=56, limits=limits) as pool:
         for event in pool.run([job]):
-            if isinstance(event, Filled):
-                pool.release(event.slot)
+            if isinstance(event, Decoded):
+                event.release()
         of_child = Path(f"/proc/{pool._children[0].process.pid}")
         all_limits = (of_child / "limits").read_text()
         lines = {line[:26].strip(): line[26:].split() for line in all_limits.splitlines()}

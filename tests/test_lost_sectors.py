@@ -356,7 +356,7 @@ def test_a_slide_that_was_only_touched_keeps_its_bag_and_is_read_again_once(
     os.utime(path, (1, 1))
     assert run(path, out, processes=processes).status == "skipped"
     assert (out / SEEN_NAME).read_text().startswith(seen)
-    monkeypatch.setattr("xmag.cohort.single.reading_of", None)
+    monkeypatch.setattr("xmag.tiles.decoder.reading_of", None)
     seen = (out / SEEN_NAME).read_text()
     assert run(path, out, processes=processes).status == "skipped"
     assert (out / SEEN_NAME).read_text() == seen

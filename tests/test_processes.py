@@ -22,14 +22,14 @@ from xmag.slide import Slide
 from xmag.tiles import (
     PROCESSES_SUPPORTED,
     Begun,
+    Decoded,
     DecodeJob,
     DecodingPool,
     Failed,
-    Filled,
     Finished,
     Planned,
+    arena,
     read_tiles,
-    shared,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -82,9 +82,9 @@ def test_tiles_are_those_that_threads_read_and_no_process_is_left(folder):
         for event in pool.run(job(i, path) for i, path in enumerate(paths)):
             if isinstance(event, Planned):
                 plans[event.number] = event.plan
-            elif isinstance(event, Filled):
-                found.setdefault(event.number, []).append(pool.tiles(event).copy())
-                pool.release(event.slot)
+            elif isinstance(event, Decoded):
+                found.setdefault(event.number, []).append(event.tiles.copy())
+                event.release()
     assert children() == []
     for number, path in enumerate(paths):
         with Slide(path) as slide:
@@ -99,7 +99,7 @@ def test_slots_that_are_never_released_stop_the_children_but_nothing_else(folder
     with DecodingPool(1, slot_tiles=1, size_px=56) as pool:
         events = pool.run([job(0, folder / "4.svs")])
         filled = [event for event, _ in zip(events, range(30), strict=False)]
-        assert sum(isinstance(event, Filled) for event in filled) == 3
+        assert sum(isinstance(event, Decoded) for event in filled) == 3
     assert children() == []
 
 
@@ -113,8 +113,8 @@ def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_pa
         for event in pool.run(job(number, path) for number, path in enumerate(slides)):
             if isinstance(event, Begun) and event.number == 1:
                 os.kill(children()[0], signal.SIGSEGV)
-            elif isinstance(event, Filled):
-                pool.release(event.slot)
+            elif isinstance(event, Decoded):
+                event.release()
             elif isinstance(event, Finished | Failed):
                 outcome[event.number] = event
     assert isinstance(outcome[0], Finished)
@@ -127,21 +127,21 @@ def test_a_process_that_dies_costs_its_slide_and_the_others_go_on(folder, tmp_pa
 def test_children_do_not_import_torch(folder):
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         for event in pool.run([job(0, folder / "0.svs")]):
-            if isinstance(event, Filled):
+            if isinstance(event, Decoded):
                 maps = Path(f"/proc/{children()[0]}/maps").read_text()
-                pool.release(event.slot)
+                event.release()
     assert "simplejpeg" in maps
     assert "torch" not in maps
 
 
 def test_without_shared_memory_a_mapped_file_does(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(shared, "_SHM", tmp_path / "nowhere")
+    monkeypatch.setattr(arena, "_SHM", tmp_path / "nowhere")
     with DecodingPool(1, slot_tiles=8, size_px=56) as pool:
         tiles = 0
         for event in pool.run([job(0, folder / "0.svs")]):
-            if isinstance(event, Filled):
-                tiles += event.count
-                pool.release(event.slot)
+            if isinstance(event, Decoded):
+                tiles += len(event.tiles)
+                event.release()
     assert tiles == 20
 
 

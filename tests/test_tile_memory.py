@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmag.tiles.memory import Recycler
+from xmag.tiles.arena import Recycler
 
 
 def address(array: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from support.slides import write_svs
 
 from xmag import files
 from xmag.bag import FeatureBag
-from xmag.cohort import extract_cohort, gpus, single
+from xmag.cohort import extract_cohort, gpus, loop
 from xmag.encoder import load_model
 from xmag.errors import (
     BagError,
@@ -32,7 +32,7 @@ from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import DecodeJob, DecodingPool, shared
+from xmag.tiles import DecodeJob, DecodingPool, arena
 
 
 class Spec(TileSpec):
@@ -205,15 +205,14 @@ def test_paths_with_dots_write_nothing_beside_the_output_folder(folder, tmp_path
 
 
 def test_a_full_disk_in_a_worker_stops_all_of_them(folder, tmp_path, monkeypatch):
-    save, saved = single.save, []
+    save, saved = loop.save_bag, []
 
     def full(*arguments, **options):
         if saved:
             raise files.cannot_write(tmp_path, OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
         saved.append(save(*arguments, **options))
-        return saved[0]
 
-    monkeypatch.setattr(single, "save", full)
+    monkeypatch.setattr(loop, "save_bag", full)
     with ThreadPoolExecutor(1) as pool, pytest.raises(OutputError, match="quota"):
         run(folder, tmp_path, model="xmag-mini", executor=pool, shards=2)
 
@@ -255,10 +254,10 @@ def test_a_disk_that_fails_in_the_middle_of_a_file_is_told_with_its_name(
 
 def test_memory_is_shared_where_the_system_reserves_no_files(monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    arena = shared.Arena(slots=2, slot_tiles=3, size_px=224)
-    assert os.fstat(arena.fd).st_size >= arena.whole.nbytes == 2 * 3 * 224 * 224 * 3
-    arena.whole[:] = 7
-    arena.close()
+    memory = arena.Arena(slots=2, slot_tiles=3, size_px=224)
+    assert os.fstat(memory.fd).st_size >= memory.whole.nbytes == 2 * 3 * 224 * 224 * 3
+    memory.whole[:] = 7
+    memory.close()
 
 
 def test_children_that_die_before_they_begin_are_not_started_for_ever(folder, capfd):

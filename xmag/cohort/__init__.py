@@ -9,7 +9,7 @@ from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, share_of
 from xmag.cohort.jobs import Job, jobs_of
-from xmag.cohort.local import rows_here
+from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
@@ -132,7 +132,7 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
-    run = rows_here if engine is None else engine.rows
+    run = rows_of if engine is None else engine.rows
     with ReportFile(settings.out / report_name(shard), jobs, rows) as report:
         try:
             _fill(rows, run(jobs, settings), report, len(jobs), progress)

@@ -20,7 +20,7 @@ import torch
 from xmag import files
 from xmag.cohort.gpus import claimed_device
 from xmag.cohort.jobs import Job
-from xmag.cohort.local import rows_here
+from xmag.cohort.loop import rows_of
 from xmag.cohort.models import ModelName
 from xmag.cohort.report import CohortRow
 from xmag.cohort.settings import Settings
@@ -161,7 +161,7 @@ def _run(shard: Shard) -> Iterator[ShardStatus]:
     kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
     yield ShardStatus(rows=tuple(rows), dtype_class=kind)
     looked_at = time.monotonic()
-    with closing(rows_here(left, settings)) as done:
+    with closing(rows_of(left, settings)) as done:
         for job, row in done:
             rows.append((indices[job], row))
             yield ShardStatus(rows=tuple(rows), dtype_class=kind)

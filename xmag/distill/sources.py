@@ -18,9 +18,7 @@ from xmag.distill.manifest import Manifest, ManifestSource
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide
-from xmag.tiles import PROCESSES_SUPPORTED, default_threads
-from xmag.tiles.place_processes import PlacePool, Places
-from xmag.tiles.places import read_places
+from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, default_threads, read_places
 
 Regions = NDArray[np.uint8]
 """uint8 (B, REGION_PX, REGION_PX, 3) RGB: the high views of B regions."""

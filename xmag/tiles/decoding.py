@@ -22,7 +22,7 @@ from xmag.geometry import ReadScale
 from xmag.plan import Coords
 from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
 from xmag.slide.reader import Level, Pixels, SlideReader, TileReader
-from xmag.tiles.memory import Recycler
+from xmag.tiles.arena import Recycler
 
 Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""

@@ -1,4 +1,4 @@
-"""The child's side of decoding processes: paths come in, plans and tiles go out.
+"""The child's side of decoding processes: jobs come in, plans and tiles go out.
 
 Started as ``python -c "from xmag.tiles.worker import main; main(...)"``: nothing of the program
 that uses xmag is imported again, and so nothing is asked of its ``__main__``.
@@ -11,50 +11,74 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
-from contextlib import closing, suppress
+from collections import OrderedDict, deque
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from xmag.errors import XmagError, XmagWarning
-from xmag.plan import TilePlan, plan_tiles
-from xmag.slide import Slide, SlideFacts
-from xmag.tiles.decoding import Reading
-from xmag.tiles.messages import (
-    Begun,
-    DecodeJob,
-    Failed,
-    Filled,
-    Finished,
-    Free,
-    FromChild,
-    Opened,
-    Planned,
-    Ready,
-    Thumbnail,
-    Warned,
-)
-from xmag.tiles.shared import Arena
-from xmag.tiles.threads import read_rows, reading_of
-from xmag.tissue import TissueMask, find_tissue
+from xmag.errors import SlideError, XmagError, XmagWarning
+from xmag.geometry import TileSpec
+from xmag.plan import Coords
+from xmag.slide import Slide
+from xmag.tiles.arena import Arena
+from xmag.tiles.decoder import Decoded, DecodeJob, Event, Warned, decode, reason_of
+from xmag.tiles.stream import read_places
 
 _LOOK_FOR_PARENT_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
+_OPEN_SLIDES = 80
+"""Slides that stay open between calls for tiles at places."""
+_OPEN_BYTES = 256 << 20
+"""Of plain images, whose px stay in memory as long as they are open."""
 
-def reason_of(error: BaseException) -> str:
-    """An error as a person reads it in a report."""
-    return str(error) if isinstance(error, XmagError) else f"{type(error).__name__}: {error}"
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Tiles of one slide to read: their top-left corners, int64 (N, 2) in level-0 px."""
+
+    path: str
+    mpp: float | None
+    spec: TileSpec
+    coords: Coords
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The tiles of Places lie in the slot, or `error` says why not."""
+
+    error: XmagError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """A slot may be written to again."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The child has started, and takes jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """`count` tiles of a slide lie in a slot of the arena."""
+
+    number: int
+    slot: int
+    count: int
 
 
 def main(
     connection_fd: int,
     arena_fd: int,
-    arena: dict[str, int],
+    shape: dict[str, int],
     slots: list[int],
     *,
     threads: int,
@@ -63,21 +87,18 @@ def main(
 ) -> None:
     """Work on jobs until the other side hangs up."""
     _behave(parent, memory_limit)
-    worker = _Worker(Connection(connection_fd), Arena(fd=arena_fd, **arena), slots, threads)
-    worker.memory_limit = memory_limit
-    try:
-        worker.greet()
-        while True:
-            worker.work()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+    worker = _Worker(
+        Connection(connection_fd), Arena(fd=arena_fd, **shape), slots, threads, memory_limit
+    )
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        worker.run()
 
 
 def _behave(parent: int, memory_limit: int | None) -> None:
     """Arrange this process so that nothing a slide does to it reaches further."""
     import resource  # not on Windows, where this module is imported but never run
 
-    # The parent decides when to stop, and does so by hanging up.
+    # The parent decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(parent)
     # A core file would hold pixels of the slide, and lie in the current folder.
@@ -113,100 +134,81 @@ def _watch(parent: int) -> None:
 
 
 class _Worker:
+    """The line to the other side, the slots that are free, and the clock of the slide at hand."""
+
     def __init__(
-        self, connection: "Connection[Any, Any]", arena: Arena, slots: list[int], threads: int
+        self,
+        connection: "Connection[Any, Any]",
+        arena: Arena,
+        slots: list[int],
+        threads: int,
+        memory_limit: int | None,
     ) -> None:
         self._connection, self._arena, self._threads = connection, arena, threads
-        self._free, self._jobs = deque(slots), deque[DecodeJob]()
+        self._memory_limit = memory_limit
+        self._free, self._jobs = deque(slots), deque[DecodeJob | Places]()
+        self._slides = _OpenSlides()
         self._sending = threading.Lock()
         self._number, self._start, self._waited_s = 0, time.monotonic(), 0.0
-        self.memory_limit: int | None = None
         # Only the caller knows which warnings it wants to see: it gets all that are meant for it.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", XmagWarning)
         warnings.showwarning = self._warn
 
-    def greet(self) -> None:
-        """Say that the start is over."""
+    def run(self) -> None:
+        """Do jobs, until the other side hangs up."""
         self._send(Ready())
+        while True:
+            while not self._jobs:
+                self._receive()
+            job = self._jobs.popleft()
+            if isinstance(job, Places):
+                self._send(Answer(self._read(job)))
+            else:
+                self._decode(job)
 
-    def work(self) -> None:
-        """Do the next job."""
-        while not self._jobs:
-            self._receive()
-        job = self._jobs.popleft()
+    def _decode(self, job: DecodeJob) -> None:
         self._number, self._start, self._waited_s = job.number, time.monotonic(), 0.0
-        self._send(Begun(job.number))
+        slot_tiles = len(self._arena.slot(0))
+        for event in decode(
+            job, batch_size=slot_tiles, threads=self._threads, told=self._reason_of
+        ):
+            if not isinstance(event, Decoded):
+                self._send(event)
+                continue
+            while not self._free:
+                self._receive()
+            slot = self._free.popleft()
+            self._arena.slot(slot)[: len(event.tiles)] = event.tiles
+            self._send(Filled(job.number, slot, len(event.tiles)))
+
+    def _read(self, places: Places) -> XmagError | None:
+        """Read tiles into the shared memory; the error that stood in the way, or None."""
         try:
-            lost, reading = self._decode(job)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        # Whatever is wrong with one slide is told, and the next one is done.
+            slide = self._slides.opened(places.path, places.mpp)
+            tiles = read_places(slide, places.spec, places.coords)
+        except XmagError as error:
+            return error
+        # Whatever else is wrong with a slide has to reach who asked, and not end this process.
         except Exception as error:  # noqa: BLE001
-            self._send(Failed(job.number, self._reason_of(error)))
-        else:
-            self._send(Finished(job.number, lost, reading))
-
-    def _decode(self, job: DecodeJob) -> tuple[NDArray[np.bool_] | None, Reading | None]:
-        """Send all that is wanted of a slide; which tiles were lost, and what was read."""
-        with Slide(job.path, mpp=job.mpp) as slide:
-            self._send(Opened(job.number, slide.facts))
-            planned, reading = None, None
-            if job.earlier is not None and job.earlier.is_to_compare(slide.facts):
-                planned = _planned(job, slide)
-                reading = reading_of(slide, planned[1], threads=self._threads)
-            tiles, thumbnail = _wanted(job, slide.facts, reading)
-            if not (tiles or thumbnail):
-                return None, reading
-            mask, plan = planned or _planned(job, slide)
-            small = None
-            if thumbnail and job.thumbnail_px is not None:
-                small = Thumbnail(
-                    pixels=np.asarray(slide.thumbnail(max_px=job.thumbnail_px).convert("RGB")),
-                    dimensions=slide.dimensions,
-                    tissue=mask,
-                )
-            self._send(Planned(job.number, plan, small))
-            return self._send_tiles(slide, plan, mask, job) if tiles else (None, reading)
-
-    def _send_tiles(
-        self, slide: Slide, plan: TilePlan, mask: TissueMask | None, job: DecodeJob
-    ) -> tuple[NDArray[np.bool_] | None, Reading]:
-        lost = np.ones(len(plan), np.bool_)
-        readings: list[Reading] = []
-        batches = read_rows(
-            slide,
-            plan,
-            batch_size=len(self._arena.slot(0)),
-            threads=self._threads,
-            damaged=job.damaged,
-            tissue=mask,
-            note=readings.append,
-        )
-        with closing(batches):
-            for rows, pixels in batches:
-                lost[rows] = False
-                while not self._free:
-                    self._receive()
-                slot = self._free.popleft()
-                self._arena.slot(slot)[: len(pixels)] = pixels
-                self._send(Filled(job.number, slot, len(pixels)))
-        return lost if lost.any() else None, readings[0]
+            return SlideError(f"{places.path} cannot be read: {type(error).__name__}: {error}")
+        self._arena.slot(self._free[0])[: len(tiles)] = tiles
+        return None
 
     def _reason_of(self, error: Exception) -> str:
         # A thread that gets no stack is told like this.
         starved = isinstance(error, MemoryError) or "can't start new thread" in str(error)
-        if starved and self.memory_limit is not None:
+        if starved and self._memory_limit is not None:
             return (
-                f"decoding it took more memory than memory_limit={self.memory_limit:,} bytes; raise"
-                " the limit if the slide is worth it"
+                f"decoding it took more memory than memory_limit={self._memory_limit:,} bytes;"
+                " raise the limit if the slide is worth it"
             )
         return reason_of(error)
 
     def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self._send(Warned(self._number, str(message)))
 
-    def _send(self, message: FromChild) -> None:
+    def _send(self, message: Event | Filled | Ready | Answer) -> None:
         """Send a message, with the seconds that the slide has cost so far.
 
         Waiting for the other side, here or for a slot, is no fault of the slide.
@@ -226,24 +228,23 @@ class _Worker:
             self._jobs.append(message)
 
 
-def _planned(job: DecodeJob, slide: Slide) -> tuple[TissueMask | None, TilePlan]:
-    mask = find_tissue(slide) if job.tissue == "auto" else None
-    plan = plan_tiles(
-        slide,
-        job.spec,
-        tissue=mask,
-        overlap=job.overlap,
-        min_tissue=job.min_tissue,
-        border=job.border,
-    )
-    return mask, plan
+class _OpenSlides:
+    """Slides that stay open; those not used for longest are closed again."""
 
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[str, float | None], Slide] = OrderedDict()
 
-def _wanted(job: DecodeJob, slide: SlideFacts, reading: Reading | None) -> tuple[bool, bool]:
-    """Whether tiles, and whether a thumbnail, are wanted of a slide with these facts."""
-    earlier = job.earlier
-    if earlier is None:
-        return True, job.thumbnail_px is not None
-    if earlier.is_of(slide, None if reading is None else reading.sha256):
-        return False, earlier.thumbnail
-    return earlier.redo, earlier.redo and job.thumbnail_px is not None
+    def opened(self, path: str, mpp: float | None) -> Slide:
+        key = (path, mpp)
+        if key not in self._open:
+            self._open[key] = Slide(path, mpp=mpp)
+        self._open.move_to_end(key)
+        while len(self._open) > 1 and (
+            len(self._open) > _OPEN_SLIDES or self._bytes() > _OPEN_BYTES
+        ):
+            self._open.popitem(last=False)[1].close()
+        return self._open[key]
+
+    def _bytes(self) -> int:
+        images = [s for s in self._open.values() if s.format in ("png", "jpeg")]
+        return sum(3 * int(np.prod(slide.dimensions)) for slide in images)

@@ -1,4 +1,4 @@
-"""Plan -> batches, with threads in this process: what works anywhere, at no start-up cost."""
+"""Tiles of one slide: batches of a plan in order, or tiles at any places, read with threads."""
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,6 +16,7 @@ from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
 from xmag.slide.pixels import resample, tiles_at_once
 from xmag.slide.reader import Level, Pixels
+from xmag.tiles.arena import Tiles
 from xmag.tiles.decoding import (
     Damaged,
     Decoding,
@@ -26,9 +27,6 @@ from xmag.tiles.decoding import (
     windows_of,
 )
 from xmag.tissue import TissueMask, find_tissue
-
-Tiles = NDArray[np.uint8]
-"""uint8 (B, size_px, size_px, 3) RGB."""
 
 _MOSTLY = 0.5
 """Of a source tile, the share that has to be tissue in the mask, which fills gaps and holes."""
@@ -229,3 +227,43 @@ def finished(
     for i, pixels in enumerate(map(one, rows) if pool is None else pool.map(one, rows)):
         tiles[i] = pixels
     return tiles
+
+
+def read_places(
+    slide: Slide, spec: TileSpec, coords: Coords, *, pool: Executor | None = None
+) -> Tiles:
+    """The tiles with these top-left corners: uint8 (N, S, S, 3), as `read_tiles` reads them.
+
+    `coords` is int64 (N, 2) in level-0 px, in any order and at any px. A source tile that several
+    of them touch is decoded once. The work is done in this thread, or shared among those of `pool`.
+
+    Raises:
+        SlideScaleError: The slide has no µm/px, or is coarser than `spec` tolerates.
+        InputError: A tile is not wholly on the slide.
+        DamagedSlideError: Some bytes do not decode; no pixel is made up for them.
+    """
+    scale = slide.scale_for(spec)
+    level = slide.reader.levels[scale.level]
+    side = spec.size_px * scale.factor * level.downsample * scale.reduction
+    outside = (coords < 0) | (coords + side > np.asarray(slide.dimensions) + 1)
+    if outside.any():
+        x, y = coords[int(outside.any(1).argmax())].tolist()
+        raise InputError(
+            f"a tile at ({x}, {y}) of {side:.0f} level-0 px is not wholly on {slide.name}, which"
+            f" has {slide.dimensions[0]}x{slide.dimensions[1]} px"
+        )
+    if not len(coords):
+        return np.empty((0, spec.size_px, spec.size_px, 3), np.uint8)
+    windows = windows_of(coords, scale, spec.size_px, level)
+    decoding = Decoding(slide.reader, scale, windows, len(coords))
+    batches = {0: decoding.new_batch(0)}
+    try:
+        if pool is None:
+            for run in decoding.runs:
+                decoding.decode(run, batches)
+        else:
+            for future in [pool.submit(decoding.decode, run, batches) for run in decoding.runs]:
+                future.result()
+    except DamagedSlideError as error:
+        raise DamagedSlideError(f"{slide.name}: {error}") from error
+    return finished(batches[0], windows, slice(None), spec, pool)

@@ -1,0 +1,373 @@
+"""The loop of a cohort: slides decoded ahead, embedded in full batches, saved by threads.
+
+The next slides are opened, masked and decoded, by child processes or by this one, while earlier
+ones are embedded and saved, so that neither the cores nor the GPU wait for each other. All that
+touches the stream of the encoder, claims and rows happens in the one thread that runs the loop.
+"""
+
+import logging
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xmag import files
+from xmag.bag import save_bag
+from xmag.cohort.jobs import Job
+from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
+from xmag.cohort.report import CohortRow
+from xmag.cohort.resume import Found, earlier_of
+from xmag.cohort.settings import Settings
+from xmag.cohort.sharing import Share
+from xmag.encoder import Encoder, TileStream, pinned
+from xmag.errors import XmagWarning
+from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
+from xmag.plan import TilePlan
+from xmag.slide import SlideFacts
+from xmag.tiles import (
+    Begun,
+    Decoded,
+    DecodeJob,
+    DecodingPool,
+    Event,
+    Failed,
+    Finished,
+    Opened,
+    Planned,
+    Reading,
+    Thumbnail,
+    Warned,
+    decode_here,
+    default_threads,
+    reason_of,
+)
+from xmag.urls import readable, without_folder
+
+logger = logging.getLogger(__name__)
+
+_SLOT_TILES = 64
+"""Tiles that travel together from a decoding process: 10 MB, a hundred messages a second."""
+
+_SAVING_THREADS = 8
+"""Saving a bag is mostly waiting for the disk to have it, and a disk takes several at once."""
+
+_MOST_SAVES = 2 * _SAVING_THREADS
+"""Bags that may wait to be saved: where the disk is what is slow, all else waits for it."""
+
+_Row = tuple[Job, CohortRow]
+
+
+def rows_of(jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
+    """The rows of jobs, each as soon as it is done.
+
+    Raises MismatchError before any work, see `find_earlier`; OutputError where nothing more can be
+    written.
+    """
+    processes = settings.processes_for(len(jobs))
+    with Share(jobs, settings) as share, ExitStack() as stack:
+        loop = _Loop(share, settings, processes, stack)
+        # However the caller stops: all ends with this call, and not with its last trace.
+        rows = stack.enter_context(closing(loop.rows()))
+        for job, row in rows:
+            share.release(job)
+            yield job, row
+
+
+@contextmanager
+def _saving_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that save; on an error those that are at it finish, and the rest is left."""
+    pool = ThreadPoolExecutor(_SAVING_THREADS, "xmag-save")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown(wait=True)
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A slide that is being decoded, embedded or saved, and what there is of it so far."""
+
+    number: int
+    job: Job
+    start: float
+    found: Found | None = None
+    slide: SlideFacts | None = None
+    plan: TilePlan | None = None
+    thumbnail: Thumbnail | None = None
+    features: NDArray[np.float32] | None = None
+    reading: Reading | None = None
+    landed: int = 0
+    all_sent: bool = False
+
+
+class _Loop:
+    """Where each slide stands, from its first event to its row."""
+
+    def __init__(self, share: Share, settings: Settings, processes: int, stack: ExitStack) -> None:
+        self._share, self._settings = share, settings
+        self._saving = stack.enter_context(_saving_threads())
+        encoder = settings.encoder
+        on_cuda = isinstance(encoder, Encoder) and encoder.device.type == "cuda"
+        batch_size = settings.batch_size or default_batch_size(encoder)
+        # Batches are made of tiles of several slides on a GPU; others are given them as they come.
+        self._chunk = _SLOT_TILES if on_cuda else min(batch_size, _SLOT_TILES)
+        self._pool: DecodingPool | None = None
+        self._is_pinned = False
+        if processes:
+            self._pool = stack.enter_context(
+                DecodingPool(
+                    processes,
+                    slot_tiles=self._chunk,
+                    size_px=encoder.tile_spec.size_px,
+                    threads=max(1, default_threads() // processes),
+                    limits=settings.limits,
+                )
+            )
+            if on_cuda:
+                self._is_pinned = stack.enter_context(pinned(self._pool.arena.whole))
+        self._stream: TileStream[int] | None = None
+        if on_cuda:
+            assert isinstance(encoder, Encoder)
+            self._stream = TileStream(encoder, batch_size=batch_size)
+        self._under_way: dict[int, _UnderWay] = {}
+        self._numbers = 0
+        self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
+        self._done: deque[_Row] = deque()
+
+    def rows(self) -> Generator[_Row, None, None]:
+        """The rows of the jobs of the share."""
+        try:
+            for jobs in self._share.rounds():
+                for event in self._events(self._to_decode(jobs)):
+                    self._take(event)
+                    yield from self._ready_rows(_MOST_SAVES)
+                if self._stream is not None:
+                    self._collect(self._stream.finish())
+                yield from self._ready_rows(0)
+        except KeyboardInterrupt:
+            yield from self._rows_of_begun_saves()
+            raise
+
+    def _events(self, jobs: Iterable[DecodeJob]) -> Iterator[Event]:
+        if self._pool is None:
+            return decode_here(jobs, batch_size=self._chunk)
+        return self._pool.run(jobs)
+
+    def _to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
+        """The work of a decoder for each job that another run has not done by now."""
+        settings = self._settings
+        for job in jobs:
+            self._numbers += 1
+            slide = _UnderWay(self._numbers, job, time.monotonic())
+            self._under_way[slide.number] = slide
+            earlier = None
+            with self._costs_a_row(slide):
+                slide.found = self._share.earlier(job)
+                if slide.found is not None:
+                    thumbnail = is_picture_missing(job, settings)
+                    seen = self._share.seen
+                    earlier = earlier_of(slide.found, job, settings, seen, thumbnail=thumbnail)
+            if slide.number not in self._under_way:
+                continue
+            yield DecodeJob(
+                number=slide.number,
+                path=job.path,
+                mpp=job.mpp,
+                spec=settings.encoder.tile_spec,
+                tissue=settings.tissue,
+                overlap=settings.overlap,
+                min_tissue=settings.min_tissue,
+                border=settings.border,
+                thumbnail_px=THUMBNAIL_PX if settings.overlay else None,
+                earlier=earlier,
+                damaged=settings.damaged,
+            )
+
+    @contextmanager
+    def _costs_a_row(self, slide: _UnderWay) -> Iterator[None]:
+        """Make whatever goes wrong inside the failed row of a slide, and go on.
+
+        Only what would go wrong with all the others is raised: a disk that is full, or gone.
+        """
+        try:
+            yield
+        # Users' encoders and transforms, and libraries at damaged files, raise anything.
+        except Exception as error:
+            if files.is_of_the_place(error):
+                raise
+            logger.debug("%s failed", slide.job.name, exc_info=True)
+            self._fail(slide, reason_of(error))
+
+    def _fail(self, slide: _UnderWay, reason: str) -> None:
+        job, seconds = slide.job, time.monotonic() - slide.start
+        if isinstance(job.path, Path):
+            reason = without_folder(reason, job.path)
+        error = readable(reason)
+        self._end(slide, CohortRow(slide=job.name, status="failed", seconds=seconds, error=error))
+
+    def _end(self, slide: _UnderWay, row: CohortRow) -> None:
+        self._under_way.pop(slide.number, None)
+        self._done.append((slide.job, row))
+
+    def _take(self, event: Event) -> None:
+        """Do what an event of a decoder calls for."""
+        slide = self._under_way.get(getattr(event, "number", 0))  # none: it failed on this side
+        if isinstance(event, Decoded):
+            self._embed(slide, event)
+        elif slide is not None:
+            with self._costs_a_row(slide):
+                self._note(slide, event)
+        if self._stream is not None:
+            self._collect(self._stream.landed())
+
+    def _note(self, slide: _UnderWay, event: Event) -> None:
+        if isinstance(event, Begun):
+            slide.start = time.monotonic()
+        elif isinstance(event, Warned):
+            warnings.warn(event.text, XmagWarning, stacklevel=2)
+        elif isinstance(event, Opened):
+            slide.slide = event.slide
+        elif isinstance(event, Planned):
+            slide.plan, slide.thumbnail = event.plan, event.thumbnail
+            slide.features = np.empty((len(event.plan), self._settings.encoder.embed_dim), "f4")
+        elif isinstance(event, Finished):
+            slide.reading = event.reading
+            self._note_all_sent(slide, event.lost)
+        elif isinstance(event, Failed):
+            self._fail(slide, event.reason)
+
+    def _note_all_sent(self, slide: _UnderWay, lost: NDArray[np.bool_] | None) -> None:
+        assert slide.slide is not None
+        if lost is not None:
+            assert slide.plan is not None
+            slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
+        found = slide.found
+        sha256 = None if slide.reading is None else slide.reading.sha256
+        if found is None or not found.is_of(slide.slide, sha256, slide.job, self._settings):
+            slide.all_sent = True
+            self._save_if_complete(slide)
+            return
+        self._share.seen.add(slide.job, found.sha256, slide.slide.version)
+        if slide.thumbnail is None:
+            self._end(slide, _skipped_row(slide.job, found))
+        else:
+            del self._under_way[slide.number]
+            self._saves.append((slide, self._saving.submit(self._make_up, slide, found)))
+
+    def _embed(self, slide: _UnderWay | None, event: Decoded) -> None:
+        """Embed tiles, at once or in a batch with others, and release their memory."""
+        transform, tiles = self._settings.transform, event.tiles
+        if slide is None:
+            event.release()
+            return
+        with self._costs_a_row(slide):
+            if transform is not None:
+                # What comes back may be a view of some kind, which torch does not take.
+                tiles = np.require(transformed(tiles.copy(), transform), requirements=["C", "W"])
+            if self._stream is None:
+                self._collect([(slide.number, embedded(self._settings.encoder, tiles))])
+        if self._stream is not None and slide.number in self._under_way:
+            if self._is_pinned and transform is None:
+                on_copied = event.release
+                self._stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
+                return
+            self._stream.put(slide.number, torch.from_numpy(tiles))
+        event.release()
+
+    def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
+        for number, features in landed:
+            slide = self._under_way.get(number)
+            if slide is None:
+                continue  # the slide failed after these tiles were sent
+            assert slide.features is not None
+            slide.features[slide.landed : slide.landed + len(features)] = features
+            slide.landed += len(features)
+            self._save_if_complete(slide)
+
+    def _save_if_complete(self, slide: _UnderWay) -> None:
+        assert slide.plan is not None
+        if slide.all_sent and slide.landed == len(slide.plan):
+            del self._under_way[slide.number]
+            self._saves.append((slide, self._saving.submit(self._save, slide)))
+
+    def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
+        """The rows that are ready; waits until at most so many bags are still to be saved."""
+        while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
+            slide, save = self._saves.popleft()
+            with self._costs_a_row(slide):
+                self._done.append((slide.job, save.result()))
+        while self._done:
+            yield self._done.popleft()
+
+    def _rows_of_begun_saves(self) -> Iterator[_Row]:
+        """The rows of what is saved, or nearly; no other bag is begun."""
+        begun = [(slide.job, save) for slide, save in self._saves if not save.cancel()]
+        for job, save in begun:
+            if save.exception() is None:
+                yield job, save.result()
+
+    def _save(self, done: _UnderWay) -> CohortRow:
+        """The row of a slide whose picture and bag are written now, in a thread that saves."""
+        assert done.features is not None
+        assert done.plan is not None
+        assert done.slide is not None
+        settings, share, job = self._settings, self._share, done.job
+        bag = bag_of(
+            done.features[: done.landed],
+            done.plan,
+            done.slide,
+            settings.encoder,
+            transform=settings.transform,
+            damaged=settings.damaged,
+            reading=done.reading,
+        )
+        self._draw(done)
+        share.check_folder()
+        # Once more when it is written: a share may go away at any time.
+        save_bag(bag, settings.out / job.output, check=share.check_folder, inside=settings.out)
+        assert bag.provenance is not None
+        made = Found(len(bag), bag.provenance.record)
+        share.seen.add(job, made.sha256, done.slide.version)
+        return CohortRow(
+            slide=job.name,
+            status="done" if len(bag) else "empty",
+            tiles=len(bag),
+            coverage=bag.coverage,
+            seconds=time.monotonic() - done.start,
+            output=str(job.output),
+            empty_source_tiles=made.empty,
+        )
+
+    def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
+        """The row of a slide whose bag is there, and whose picture alone is written now."""
+        self._draw(slide)
+        return _skipped_row(slide.job, found)
+
+    def _draw(self, slide: _UnderWay) -> None:
+        if slide.thumbnail is not None:
+            assert slide.slide is not None
+            assert slide.plan is not None
+            kept = Kept.of(slide.slide, slide.thumbnail)
+            tissue = slide.thumbnail.tissue
+            write_picture(kept, slide.job, self._settings, tissue, slide.plan)
+
+
+def _skipped_row(job: Job, found: Found) -> CohortRow:
+    return CohortRow(
+        slide=job.name,
+        status="skipped",
+        tiles=found.tiles,
+        coverage=found.coverage,
+        output=str(job.output),
+        empty_source_tiles=found.empty,
+    )
