@@ -85,7 +85,7 @@ class Runner:
             yield Part(rows=rows, features=features, mask=mask)
 
     def forward(self, part: Part, labels: Tensor | None = None) -> MILOutput:
-        """The aggregator's output of a part, in the runner's dtype; ModelError for another kind."""
+        """Aggregator output for a micro-batch; ModelError for anything but logits (B, C)."""
         with self._precision():
             output = self.module(part.features, part.mask, labels)
         expected = (len(part.rows), self.classes)

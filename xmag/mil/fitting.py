@@ -55,7 +55,7 @@ def checked_settings(params: dict[str, Any]) -> Settings:
     return Settings(**{name: params[name] for name in Settings.__dataclass_fields__})
 
 
-def prepare(  # one argument for each thing that fit was told
+def prepare(  # the arguments of fit, and parameters that it needs
     X: Any,  # noqa: N803
     y: Any,
     groups: Any,

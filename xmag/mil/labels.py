@@ -127,7 +127,7 @@ def to_json(label: Hashable) -> list[Any]:
 
 
 def from_json(value: Any) -> Hashable:
-    """The label that `to_json` wrote; ValueError for anything else."""
+    """Decode a label of `to_json`; ValueError for anything else."""
     kind, content = value if isinstance(value, list) and len(value) == 2 else (None, None)
     if kind == "tuple" and isinstance(content, list):
         return tuple(from_json(item) for item in content)
