@@ -46,7 +46,7 @@ def embed_all(encode: Encode, count: int, *, chunk: int) -> Tensor:
 
 
 def spans(count: int, chunk: int) -> list[tuple[int, int]]:
-    """The (start, stop) of consecutive chunks."""
+    """The (start, stop) of consecutive chunks of `count` tiles."""
     return [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 

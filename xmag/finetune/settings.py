@@ -89,7 +89,7 @@ class Settings:
 
 
 def checked_mode(mode: str) -> Mode:
-    """`mode` as it is; InputError for any other than "exact" and "sampled"."""
+    """Check `mode` and return it; InputError for any other than "exact" and "sampled"."""
     if mode not in get_args(Mode):
         raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
     return mode  # type: ignore[return-value]
