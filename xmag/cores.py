@@ -1,10 +1,10 @@
-"""How many cores there are to use."""
+"""The number of usable CPU cores."""
 
 import os
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The number of CPU cores that this process may use, by its affinity mask where known."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

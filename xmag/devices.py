@@ -1,4 +1,4 @@
-"""Where torch computes, and in what; and its random state, borrowed and given back."""
+"""Device and dtype to compute with, and contexts that set torch's state and restore it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +13,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device=` means; InputError where this machine has none of that kind."""
+    """The torch.device for a `device=` argument; InputError where this machine has none."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -33,7 +33,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `dtype=` means on a device; InputError for any that is not computed in."""
+    """The torch.dtype for a `dtype=` argument on a device; InputError for an unsupported one."""
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -47,7 +47,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast, which a caller may have switched on, changes no dtype."""
+    """A context without autocast, even where the caller has switched it on."""
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -60,16 +60,16 @@ _MAKERS = {
 
 
 class Float32(TorchFunctionMode):
-    """A context, of this thread alone, in which new tensors of floats are float32 by default.
+    """A context in which new float tensors are float32 by default, in this thread alone.
 
-    Whatever torch.set_default_dtype says, which is the whole program's: what is drawn in another
-    dtype are other numbers.
+    Whatever torch.set_default_dtype says, which is the whole program's: random numbers that are
+    drawn in another dtype are other numbers.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """The result of a function of torch, as its modes are told of each."""
+        """Call a torch function; factories of floats get dtype=float32 unless one is given."""
         kwargs = kwargs or {}
         if func not in _MAKERS or kwargs.get("dtype") is not None:
             return func(*args, **kwargs)
@@ -82,7 +82,7 @@ class Float32(TorchFunctionMode):
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's default generators of the CPU and of `device`, seeded; afterwards as they were.
+    """A context with torch's default generators of the CPU and of `device` seeded, then restored.
 
     What torch draws inside, for initial weights and dropout, depends on `seed` alone as long as no
     other thread draws too. torch.manual_seed would seed every other device as well.
@@ -105,7 +105,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_torch(device: torch.device) -> Iterator[None]:
-    """A context to train in, whatever the caller has set: gradients, and kernels that repeat."""
+    """A context to train in: gradients on, cuDNN deterministic, whatever the caller has set."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with torch.inference_mode(False), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Progress bars that a person sees and a program does not notice."""
+"""tqdm progress bars, by default on terminals and in notebooks alone."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ from tqdm.notebook import tqdm as tqdm_widget
 
 
 def progress_bar(progress: bool | None, **options: Any) -> "tqdm[Any]":
-    """A tqdm bar, shown if asked for, or by default where a person would see it.
+    """A tqdm bar, shown if `progress`; None shows it on a terminal and in a notebook.
 
     It is a widget in a notebook that has ipywidgets, and text on stderr everywhere else.
     """
@@ -23,7 +23,7 @@ def progress_bar(progress: bool | None, **options: Any) -> "tqdm[Any]":
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic for checkers alone
-    """A bar that leaves the process as it was: no monitoring thread, and no lock of its own kind.
+    """A tqdm text bar without side effects: no monitoring thread, no multiprocessing lock.
 
     tqdm's own lock is shared with child processes, and making one fixes the start method of
     multiprocessing for the whole program.
@@ -33,7 +33,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic for checkers alon
 
 
 class _Widget(tqdm_widget):  # type: ignore[type-arg]
-    """The same in a notebook."""
+    """A tqdm notebook widget without the side effects that `_Bar` avoids."""
 
     monitor_interval = 0
 

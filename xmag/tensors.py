@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file, written whole or not at all."""
+"""Atomic writing of tensors to a safetensors file."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -14,7 +14,7 @@ from xmag.files import atomic_path
 def write_tensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
 ) -> None:
-    """Write contiguous tensors in CPU memory to `path`; see `atomic_path`.
+    """Write contiguous CPU tensors to `path` as safetensors, atomically; see `atomic_path`.
 
     Raises OutputError where it cannot be written; what was there before is untouched.
     """

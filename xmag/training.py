@@ -1,6 +1,6 @@
-"""What every training loop of xmag needs: schedule, epoch to keep, average of weights, processes.
+"""Parts shared by all training loops: learning-rate schedule, best epoch, EMA, distributed ranks.
 
-The loops themselves live with what they train: `mil`, `finetune`, `distill`.
+The loops themselves are in `mil`, `finetune` and `distill`.
 """
 
 import copy
@@ -23,7 +23,7 @@ _RENDEZVOUS_LIMIT = timedelta(minutes=30)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """The factor of the learning rate at `step` (from 0): linear up to 1, then half a cosine.
+    """The learning-rate factor at `step` (from 0): linear warm-up to 1, then cosine decay.
 
     The last of `warmup` steps has factor 1, and the last of `total` steps has `floor`. Raises
     InputError where the warm-up leaves no step to decay in: a rate that only ever rises is a
@@ -40,7 +40,7 @@ def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> 
 
 
 def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
-    """The epoch, from 1 on, whose weights are to be kept, by the validation losses so far.
+    """The best epoch (from 1), whose weights to keep, by smoothed validation losses so far.
 
     Of few patients a single loss is mostly luck, so that an epoch counts as the mean of the last
     losses up to its own, a tenth of `epochs` of them; the lowest mean wins. Until a fifth of
@@ -56,9 +56,9 @@ def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
 
 
 def warn_of_early_best(best: int, *, trained: int, epochs: int, stacklevel: int) -> None:
-    """Warn where no epoch of `trained` was better than the first that may be kept.
+    """Warn (XmagWarning) where the best epoch is the first that may be kept.
 
-    A single later one says nothing.
+    Not where a single epoch came after it, which says nothing.
     """
     if best == _first_epoch(epochs) < trained - 1:
         warnings.warn(
@@ -76,7 +76,7 @@ def _first_epoch(epochs: int) -> int:
 
 
 class Ema:
-    """An exponential moving average of a module's parameters and buffers, kept in float32.
+    """Exponential moving average (EMA) of a module's parameters and buffers, in float32.
 
     `module` is a frozen copy that holds the average; call `update` after the optimizer's step.
     Integer buffers (counters) are copied as they are.
@@ -102,7 +102,7 @@ class Ema:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Where a process stands among those that train together; one alone is rank 0 of 1."""
+    """Rank and world size of this process in distributed training; rank 0 of 1 without it."""
 
     rank: int = 0
     world: int = 1
@@ -110,17 +110,17 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def device(self) -> torch.device:
-        """The device that this process trains on: its own GPU where there is one."""
+        """The device that this rank trains on: the GPU of its local rank, or the CPU."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all processes, each with the same weight; not for gradients."""
+        """The mean of a tensor over all ranks, equally weighted; not differentiable."""
         if self.world == 1:
             return value
         total = value.detach().clone()
@@ -128,14 +128,14 @@ class Ranks:
         return total / self.world
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Barrier: return when all ranks have reached this call."""
         if self.world > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The processes that torchrun started, joined for as long as the context lasts.
+    """A context in which the processes of torchrun form a process group; yields the `Ranks`.
 
     Without torchrun's variables, or where the program has joined a group by itself already, that
     group is used and left as it is.

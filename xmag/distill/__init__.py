@@ -1,17 +1,18 @@
-"""Cross-magnification distillation: a student at 2.0 µm/px learns what teachers see at 0.5.
+"""Cross-magnification distillation: a student at 2.0 µm/px learns teacher features at 0.5 µm/px.
 
 Regions of slides are read once (`plan_slides`, `SlideRegions`) and seen twice: by teachers as 4 x 4
 tiles (`load_teacher`, `keep_targets`), by the student as one. `distill` trains and exports it;
 `run_config` does all of it as a TOML file says.
 
-    views        a region's two views; augment: the same change for both
-    manifest     which regions of which slides; sampling makes one, sources read it
-    teachers     tiles -> features; targets and keeping: features computed once
-    lessons      what teachers say; curriculum: of a batch of regions that loader has read
-    losses       the objective; heads, student: what it is computed of
-    step         one step; session: many; training: a whole run
-    checkpoint, record, validation, export: what a run leaves
-    config, settings, run, needs, summary: the configuration file, and what it comes to
+    views        the high and low view of a region; augment: the same augmentation for both
+    manifest     the list of training regions; sampling draws it, sources read its pixels
+    loader       threads that read batches of regions ahead; order: the sampler of an epoch
+    teachers     models from tiles to features; targets, keeping: the cache of features
+    lessons      teacher targets, computed online or cached; curriculum: augmented batches of them
+    student      the ViT and its projection heads (heads); losses: the objective
+    step         one optimizer step; session: many; training: a whole run
+    checkpoint, record (metrics logger), validation, export: outputs of a run
+    config, settings, run, needs (dry-run estimates), summary: a run from a TOML file
 """
 
 from xmag.distill.augment import Augmentation

@@ -1,4 +1,4 @@
-"""The augmentation of regions: flips, quarter turns and a mild colour jitter, drawn by number.
+"""Region augmentation: flips, quarter turns and mild colour jitter, with counter-based draws.
 
 A draw depends on (seed, epoch, region, view) and nothing else: not on the rank, the batch, or what
 was drawn before. The same draw fits both views of a region, and the grids of their tokens.
@@ -20,18 +20,18 @@ from xmag.distill.views import checked_side
 from xmag.errors import InputError
 
 _LUMA = (0.299, 0.587, 0.114)
-"""Weights of R, G and B in grey (ITU-R BT.601), as in Pillow and torchvision."""
+"""Luma weights of R, G and B (ITU-R BT.601), as in Pillow and torchvision."""
 _WORDS = 6
-"""32-bit words drawn for a region and view: geometry, and one for each kind of colour change."""
+"""Random 32-bit words for a region and view: geometry, and one for each colour change."""
 _PART_PX = 1 << 24
-"""Px recoloured at once: enough to fill a GPU, at 0.3 GB."""
+"""Px of a chunk in recolouring: enough to fill a GPU, at 0.3 GB."""
 _VERSION = 1
-"""Goes up whenever the same numbers give other images."""
+"""Version of the augmentation; raised whenever the same draws give other images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """How strongly regions are changed; the defaults are the paper's.
+    """Augmentation strengths; the defaults are those of arXiv 2509.23097.
 
     `brightness`, `contrast` and `saturation` are the largest relative changes (0.05: factors from
     0.95 to 1.05), `hue` the largest turn of the colour circle in whole turns. `flips` and `turns`
@@ -54,12 +54,12 @@ class Augmentation:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, and the version of what they mean."""
+        """The fields and the augmentation's version as plain JSON values."""
         return {**asdict(self), "version": _VERSION}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Augmentation":
-        """The Augmentation with these fields; InputError where one is unknown."""
+        """Augmentation from its fields; InputError for an unknown one."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known - {"version"}):
             raise InputError(
@@ -75,12 +75,12 @@ class Augmentation:
 
 PAPER = Augmentation()
 NONE = Augmentation(flips=False, turns=False, brightness=0, contrast=0, saturation=0, hue=0)
-"""Regions as they are."""
+"""No augmentation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draws:
-    """What is done to each of B images: one row for each, on the CPU.
+    """Augmentation parameters drawn for B images: one row for each, on the CPU.
 
     An image is mirrored left to right where `flips` is 1, then turned counter-clockwise by `turns`
     quarters; both int64 (B,). `brightness`, `contrast` and `saturation` are factors, `hue` is in
@@ -99,13 +99,13 @@ class Draws:
         return len(self.flips)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Draws":
-        """The draws of these rows."""
+        """The draws of some rows (images)."""
         if not isinstance(rows, slice):
             rows = torch.as_tensor(rows)
         return Draws(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def colours(self) -> tuple[Tensor, Tensor]:
-        """What is done to RGB: `matrix` (B, 3, 3) and `pivot` (B, 3, 3), float32.
+        """Colour transform of each image: `matrix` and `pivot`, both float32 (B, 3, 3).
 
         The colour x (RGB) of an image whose mean colour is m becomes ``matrix @ x + pivot @ m``.
         In this order: brightness scales, contrast draws away from the image's mean grey, saturation
@@ -134,7 +134,7 @@ def draw(
     *,
     augmentation: Augmentation = PAPER,
 ) -> Draws:
-    """The draws for `regions` (their numbers in the manifest) in a view of an epoch.
+    """Draw augmentations for `regions` (their numbers in the manifest) in a view of an epoch.
 
     `epoch` is one number for all, or one for each. A row depends on (seed, epoch, region, view)
     alone; the random words are those of ``numpy.random.SeedSequence((seed, epoch, region, view))``,
@@ -163,7 +163,7 @@ def draw(
 
 
 def augment(images: Tensor, draws: Draws) -> Tensor:
-    """The images as `draws` has them: uint8 (B, S, S, 3), on the same device.
+    """Augment images by `draws`: uint8 (B, S, S, 3), on the same device.
 
     `images` is uint8 (B, S, S, 3). Colours are computed in float32, clipped and rounded once.
     Raises InputError where shapes or numbers do not fit.
@@ -192,11 +192,10 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
 
 
 def map_tokens(grid: Tensor, draws: Draws) -> Tensor:
-    """A grid of tokens (B, n, n, D) flipped and turned as the images are.
+    """Flip and turn a grid of tokens (B, n, n, D) as `augment` does the images.
 
-    Row by row, so that what was computed of plain images (teacher features, n = 4) stands where it
-    stands in the augmented ones. Any dtype and device; gradients pass. Raises InputError where the
-    shapes do not fit.
+    So cached features of plain images (n = 4, row by row) match the augmented ones. Any dtype and
+    device; gradients pass. Raises InputError where the shapes do not fit.
     """
     if grid.ndim != 4 or grid.shape[1] != grid.shape[2]:
         raise InputError(
@@ -211,7 +210,7 @@ def map_tokens(grid: Tensor, draws: Draws) -> Tensor:
 
 
 def _recoloured(images: Tensor, matrix: Tensor, pivot: Tensor) -> Tensor:
-    """Images with their colours changed, as `Draws.colours` has it."""
+    """Images after the colour transform of `Draws.colours`."""
     # Sums of integers are exact, so that a mean is the same wherever it is computed.
     mean = images.sum((1, 2), dtype=torch.int64).float() / images.shape[1] ** 2
     shift = (pivot * mean[:, None]).sum(-1)  # (B, 3)
@@ -236,7 +235,7 @@ def _check_rows(images: Tensor, draws: Draws) -> None:
 
 @lru_cache(maxsize=8)
 def _sources(n: int) -> Tensor:
-    """Which cell of an n x n grid each cell shows in each of the 8 positions: int64 (8, n * n)."""
+    """Source cell of each cell of an n x n grid, for the 8 flips and turns: int64 (8, n * n)."""
     cells = torch.arange(n * n).view(n, n)
     return torch.stack(
         [side.rot90(k).flatten() for side in (cells, cells.flip(1)) for k in range(4)]

@@ -1,8 +1,8 @@
-"""The state of a run in one file, from which it goes on as if it had never stopped.
+"""Checkpoints of a run: one safetensors file, from which it resumes exactly.
 
-A safetensors file: the weights, their average, the optimizer's moments and the teachers' means as
-tensors; the step and what decides the run as JSON in its header. One file, replaced as a whole: a
-run that is killed, or a disk that runs full, leaves the one before.
+The weights, their moving average (EMA), the optimizer's moments and the teachers' means as tensors;
+the step and what decides the run as JSON in its header. One file, replaced as a whole: a run that
+is killed, or a disk that runs full, leaves the one before.
 """
 
 import json
@@ -29,11 +29,11 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a run goes on from; `step` is the number of steps taken.
+    """Checkpoint to resume a run from; `step` is the number of steps taken.
 
     `decisive` is all that decides the weights, as plain JSON; `seconds` is the time so far, and
-    `validation` and `untrained` what the last and the first validation found. `centres` are the
-    teachers' means, None where they are not taken off; `damaged` (bool, regions) marks what could
+    `validation` and `untrained` are the last and the first validation metrics. `centres` are the
+    teachers' mean features, None where not subtracted; `damaged` (bool, regions) marks what could
     not be read. `tensors` are the weights and moments, of a checkpoint that was loaded.
     """
 
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
-    """Write the state of a run, whole or not at all.
+    """Save a checkpoint, atomically.
 
     Raises OutputError where it cannot be written; what was there before is untouched.
     """
@@ -66,7 +66,7 @@ def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The state that `save_checkpoint` wrote; OutputError where the file is something else."""
+    """Load a checkpoint; OutputError where the file is none."""
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
@@ -91,7 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise MismatchError, with what differs, where a checkpoint is of another run."""
+    """Raise MismatchError, listing the differences, where a checkpoint is of another run."""
     # Through JSON, which has lists and no tuples.
     old, new = dict(_leaves(there)), dict(_leaves(json.loads(json.dumps(here))))
     lines = [
@@ -108,7 +108,7 @@ def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put the weights, their average and the optimizer back to where they were."""
+    """Restore weights, EMA and optimizer state from a checkpoint."""
     parts: dict[str, dict[str, Tensor]] = {"student": {}, "ema": {}, "optimizer": {}}
     for name, tensor in checkpoint.tensors.items():
         part, _, key = name.partition(".")
@@ -140,7 +140,7 @@ def _tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _optimized(trainer: Trainer) -> Iterator[str]:
-    """The names of the parameters in the order that the optimizer numbers them."""
+    """Parameter names in the order of the optimizer's state."""
     names = {parameter: name for name, parameter in trainer.student.named_parameters()}
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:

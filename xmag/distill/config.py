@@ -1,4 +1,4 @@
-"""The TOML file of a distillation -> what it says, checked; examples/distill.toml has every key."""
+"""TOML configuration of a distillation, read and checked; examples/distill.toml has every key."""
 
 import difflib
 import os
@@ -26,11 +26,11 @@ Config_ = TypeVar("Config_")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Where regions come from, and how many; paths are relative to the file's folder.
+    """Data section: slides or images, and region sampling; paths relative to the file's folder.
 
     Either `slides` or `images` (large tiles of known `mpp`): a folder, or a list of paths. The rest
-    is as in `plan_slides` and `plan_images`. `hold_out` is the share of the regions that is only
-    looked at: whole slides, where there is more than one.
+    is as in `plan_slides` and `plan_images`. `hold_out` is the share of the regions that validate:
+    whole slides, where there is more than one.
     """
 
     slides: str | list[str] | None = None
@@ -60,11 +60,11 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """A teacher by the name that `load_teacher` takes, and how much it counts.
+    """Teacher section: name for `load_teacher`, loss weight, and feature caching.
 
-    With `keep` "no" it looks at every augmented view; with "plain" its features of the regions as
-    they are are computed once and kept; with "augmented" those of `variants` augmented views of
-    each. `keep_low` keeps the low views too, so that no slide is read while training.
+    With `keep` "no" features are computed online for every augmented view; with "plain" those of
+    unaugmented regions are computed once and cached; with "augmented" those of `variants` augmented
+    views of each. `keep_low` caches the low views too, so that no slide is read while training.
     """
 
     name: str
@@ -77,7 +77,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentConfig:
-    """What the student begins as: the weights of a model, or random ones of a configuration.
+    """Student section: initial weights of a model, or random ones of a configuration.
 
     `weights` is a name or path that `load_model` takes, such as "facebook/dinov2-base". `config` is
     the name of an architecture or the fields of a ViTConfig; `layer_scale` and `seed` are those of
@@ -100,7 +100,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """All that a configuration file says. `out` is the folder of the run."""
+    """A whole configuration file; `out` is the folder of the run."""
 
     out: str
     data: DataConfig
@@ -115,7 +115,7 @@ class DistillConfig:
 
     @property
     def settings(self) -> Settings:
-        """How to train."""
+        """The training settings of the file, for `distill`."""
         return Settings(
             loss=self.loss,
             augment=self.augment,
@@ -126,7 +126,7 @@ class DistillConfig:
 
 
 def read_config(path: str | os.PathLike[str]) -> DistillConfig:
-    """What a TOML file says.
+    """Read and check the TOML configuration of a distillation.
 
     Raises InputError for a file that cannot be read, an unknown key (with the nearest known one), a
     missing one, and a value of the wrong type or out of range.
@@ -142,7 +142,7 @@ def read_config(path: str | os.PathLike[str]) -> DistillConfig:
 
 
 def _built(kind: type[Config_], values: Mapping[str, Any], where: str) -> Config_:
-    """The dataclass `kind` with these values; `where` is the place in the file, for errors."""
+    """Build the dataclass `kind` from values; `where` is the place in the file, for errors."""
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -161,7 +161,7 @@ def _built(kind: type[Config_], values: Mapping[str, Any], where: str) -> Config
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
-    """A value of the file as the type that a field wants; InputError where it is another."""
+    """Convert a value of the file to a field's type; InputError where it is of another."""
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _built(hint, value, where)
     if get_origin(hint) is list and isinstance(value, list):

@@ -1,4 +1,4 @@
-"""From regions that were read to what a step is taken on: augmented views and their targets."""
+"""Training batches: augmented low views of regions, with their teacher targets."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ from xmag.distill.stopwatch import Stopwatch
 from xmag.distill.views import low_view
 
 _UNDRAWN = 0
-"""The variant that stands for a region where none is augmented: the first."""
+"""Index of the cached variant to use without augmentation: the first."""
 
 
 class Curriculum:
-    """Makes the views of regions, and gathers what each teacher says of them.
+    """Builds training batches: augmented views of regions, and each teacher's targets for them.
 
-    `centres` are the means that are taken off the teachers' features, if any. With `reads_low` the
-    pixels that come are low views already.
+    `centres` are the means to subtract from the teachers' features, if any. With `reads_low` the
+    pixels of a batch are low views already.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Curriculum:
         self._sees_pixels = any(lesson.sees_pixels for lesson in self.lessons)
 
     def views(self, batch: RegionBatch, watch: Stopwatch) -> Views:
-        """All views of a batch, the first of every region, then the second: (views * B, ...)."""
+        """Augmented views and targets of a batch, view by view: (views * B, ...)."""
         regions = batch.group.regions
         with watch.part("low view and augment"):
             pixels = batch.pixels.to(self._device, non_blocking=True)
@@ -68,10 +68,10 @@ class Curriculum:
         )
 
     def plain(self, batch: RegionBatch) -> tuple[Tensor, list[Tensor]]:
-        """The good regions without augmentation: low views, and each teacher's features.
+        """Unaugmented low views and teacher features of the undamaged regions, for validation.
 
-        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, of which no mean is taken off. Where only
-        augmented features are kept, it is their first variant.
+        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, with no mean subtracted. Where only
+        augmented features are cached, it is their first variant.
         """
         good = self._good(batch)
         regions = batch.group.regions[good]
@@ -87,12 +87,12 @@ class Curriculum:
         return low, [features.to(self._device).float() for features in said]
 
     def _good(self, batch: RegionBatch) -> NDArray[np.bool_]:
-        """The regions that were read, and that every teacher knows."""
+        """Mask of the regions that were read, and that every teacher has targets for: bool (B,)."""
         known = [lesson.knows(batch.group.regions) for lesson in self.lessons]
         return np.asarray(np.stack([batch.good, *known]).all(0))
 
     def _drawn(self, batch: RegionBatch, view: int) -> tuple[Draws, NDArray[np.int64]]:
-        """What is done to the regions in a view, and the number of that among what was kept."""
+        """Augmentations of the regions in a view, and the indices of cached variants, (B,)."""
         regions, epochs = batch.group.regions, batch.group.epochs
         if self._kept is None:
             draws = draw(self._seed, epochs, regions, view, augmentation=self._augmentation)

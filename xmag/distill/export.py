@@ -1,4 +1,4 @@
-"""A trained student as a folder that `load_model` reads, and on the Hub."""
+"""Export of a trained student to a folder for `load_model`, and to the Hugging Face Hub."""
 
 import json
 import os
@@ -27,9 +27,9 @@ WEIGHTS, CONFIG, CARD, MADE_BY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What the card of a model says that its training does not know.
+    """Author's part of a model card: name, terms and license.
 
-    `name` is what the model is called in provenance, `terms` are those under which its weights may
+    `name` is the name of the model in provenance, `terms` are those under which its weights may
     be used (the teacher's may bind them, and so may the slides'), and `license` is the identifier
     that the Hub shows.
     """
@@ -47,11 +47,11 @@ def export_student(
     made_by: Mapping[str, Any],
     card: Card | None = None,
 ) -> Encoder:
-    """The student as an Encoder, float32 on the CPU, once it is written to a folder.
+    """Write the student to a folder; returns it as an Encoder, float32 on the CPU.
 
     The folder gets model.safetensors and config.json (with the tile specification), which
-    `load_model` reads, README.md, its card, and distillation.json, with what it was `made_by`.
-    Raises OutputError where they cannot be written.
+    `load_model` reads, README.md, its card, and distillation.json, with `made_by` as JSON. Raises
+    OutputError where they cannot be written.
     """
     folder, card = Path(directory), card or Card()
     try:
@@ -73,7 +73,7 @@ def export_student(
 
 
 def model_card(config: ModelConfig, made_by: Mapping[str, Any], card: Card) -> str:
-    """The text of a model's card, with the header that the Hub reads."""
+    """Model card in Markdown, with the YAML header that the Hub reads."""
     spec, vit = config.tile_spec, config.vit
     began = made_by["student"].get("name") or "random weights"
     teachers = "\n".join(
@@ -158,7 +158,7 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Upload a model distilled with xmag",
 ) -> str:
-    """The address of the commit that uploading an exported model made; the repository is made too.
+    """Upload an exported model to the Hub, in a new or existing repository; the commit's URL.
 
     Uploaded are model.safetensors, config.json, README.md and distillation.json, and nothing else
     that lies there. The account is that of `token`, by default HF_TOKEN or what `hf auth login`

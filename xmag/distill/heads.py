@@ -1,4 +1,4 @@
-"""The heads that bring a student's vectors into a teacher's space; only training needs them."""
+"""Projection heads from the student's width to a teacher's, for training only."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
@@ -8,7 +8,7 @@ from xmag.distill.ranks import summed
 
 
 class SyncedBatchNorm(nn.Module):
-    """`torch.nn.BatchNorm1d` whose statistics are those of all ranks' rows, on any device.
+    """Synchronised BatchNorm1d: statistics over the rows of all ranks, on any device.
 
     PyTorch's SyncBatchNorm refuses the CPU. The names, the defaults and the running statistics are
     those of BatchNorm1d. Rows may carry weights; those of weight 0 count nowhere.
@@ -39,7 +39,7 @@ class SyncedBatchNorm(nn.Module):
             return centred * scale + self.bias
 
     def _centred(self, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows less their mean over all ranks, and their biased variance; keeps the running ones.
+        """Centred rows and biased variance over all ranks; updates the running statistics.
 
         The variance is summed over what is centred already: E[x^2] - E[x]^2 would cancel.
         """
@@ -62,7 +62,7 @@ class SyncedBatchNorm(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Linear, batch norm, GELU, Linear: a student's width to a teacher's.
+    """Projection head (Linear, BatchNorm, GELU, Linear): a student's width to a teacher's.
 
     The heads of arXiv 2509.23097, with statistics over all ranks.
     """
@@ -74,6 +74,6 @@ class ProjectionHead(nn.Module):
         self.last = nn.Linear(teacher_dim, teacher_dim)
 
     def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Rows (N, width) as float32 (N, teacher_dim); `weights` (N,) are those of the norm."""
+        """Project rows (N, width) to float32 (N, teacher_dim); `weights` (N,) are for the norm."""
         projected: Tensor = self.last(F.gelu(self.norm(self.first(rows), weights)))
         return projected.to(torch.promote_types(projected.dtype, torch.float32))

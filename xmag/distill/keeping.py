@@ -1,4 +1,4 @@
-"""Regions -> a teacher -> a folder of kept features, shard by shard; see `targets`."""
+"""Computing the cache of teacher features, shard by shard; `targets` reads it."""
 
 import logging
 import os
@@ -46,10 +46,10 @@ _logger = logging.getLogger(__name__)
 
 _BEGUN = "targets.begun.json"
 _MOST_SHARDS = 64
-"""Files of a kind in a folder, at most: each one stays open while it is read from."""
+"""Limit of shards in a folder: each file stays open while the cache is read."""
 _LEAST_SHARD_REGIONS = 512
 _AHEAD = 3
-"""Batches that are read while the teacher works on one."""
+"""Batches to prefetch while the teacher works on one."""
 
 PLAIN = TargetSettings()
 
@@ -66,20 +66,19 @@ def keep_targets(
     progress: bool | None = None,
     ranks: Ranks | None = None,
 ) -> KeptTargets:
-    """The teacher's features of all regions, computed and kept in `folder`.
+    """Compute a teacher's features of all regions into a cache in `folder`; returns it opened.
 
-    What is there already is used: a finished folder as it is, an unfinished one goes on after its
-    last whole shard. Regions that cannot be decoded are logged, counted (`KeptTargets.good`), and
-    have no features.
+    A finished folder is used as it is, an unfinished one is resumed after its last whole shard.
+    Regions that cannot be decoded are logged, counted (`KeptTargets.good`), and have no features.
 
     Args:
-        folder: Where to; it is made.
-        source: What reads the regions of `manifest`, such as SlideRegions.
+        folder: The folder of the cache; it is made.
+        source: Reader of the regions of `manifest`, such as SlideRegions.
         manifest: The regions.
-        teacher: Whose features; for several teachers, a folder each.
-        settings: What is kept of each region.
-        device: Where views are augmented and cut into tiles: best that of the teacher.
-        batch_regions: Regions that are worked on at once, 16 tiles each.
+        teacher: The teacher; for several teachers, a folder each.
+        settings: Plain or augmented features, with or without low views.
+        device: Device on which views are augmented and cut into tiles: best the teacher's.
+        batch_regions: Regions of a batch, 16 tiles each.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
         ranks: The processes that share the work, each some of the shards; all of them call this.
 
@@ -126,11 +125,11 @@ class _Job:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(K, 16, D): the features of a region."""
+        """Shape of the features of a region: (K, 16, D)."""
         return (self.settings.count, TILES, self.teacher.dim)
 
     def header(self, shard_regions: int, damaged: Sequence[int] = ()) -> Header:
-        """What the folder says of itself."""
+        """The cache's header: sizes, damaged regions and provenance."""
         fingerprint = fingerprint_of(self.manifest, self.teacher.identity, self.settings.to_dict())
         record = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,7 +147,7 @@ class _Job:
 
 
 def _begun(job: _Job, ranks: Ranks) -> int:
-    """The size of the shards of a folder that is begun now, or was before."""
+    """Start or resume a cache folder; returns its regions per shard."""
     path = job.folder / _BEGUN
     if ranks.leads and not path.is_file():
         try:
@@ -166,7 +165,7 @@ def _begun(job: _Job, ranks: Ranks) -> int:
 
 
 def _is_whole(job: _Job, number: int, rows: range) -> bool:
-    """Whether a shard was written before; what is of another shape is written again."""
+    """Whether a shard is complete: all its files there, and of the expected shape."""
     features = mapped(job.folder / shard_name("features", number))
     if features is None or features.shape != (len(rows), *job.shape):
         return False
@@ -174,7 +173,7 @@ def _is_whole(job: _Job, number: int, rows: range) -> bool:
 
 
 def _write_shard(job: _Job, number: int, rows: range) -> Iterator[int]:
-    """Write a shard, and say how many regions are done with each batch."""
+    """Write a shard; yields the number of regions of each batch done, for progress."""
     with ExitStack() as stack:
 
         def opened(kind: str, shape: tuple[int, ...], descr: str) -> IO[bytes]:
@@ -204,7 +203,7 @@ def _write_shard(job: _Job, number: int, rows: range) -> Iterator[int]:
 def _read_ahead(
     job: _Job, rows: range
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Regions | None]]:
-    """The regions of a shard in batches: their numbers, which are good, and the views of those."""
+    """Prefetched batches of a shard: region numbers, rows of undamaged ones, and their views."""
     numbers = np.arange(rows.start, rows.stop)
     batches = deque(
         numbers[at : at + job.batch_regions] for at in range(0, len(numbers), job.batch_regions)
@@ -226,7 +225,7 @@ def _read_ahead(
 
 
 def _features(job: _Job, regions: NDArray[np.int64], high: Tensor) -> NDArray[np.float16]:
-    """The features of regions in all variants: float16 (B, K, 16, D)."""
+    """Compute the features of regions in all variants: float16 (B, K, 16, D)."""
     kept = np.empty((len(regions), *job.shape), np.float16)
     for variant in range(job.settings.count):
         tiles = teacher_tiles(augment(high, job.settings.draws(regions, variant)))
@@ -257,7 +256,7 @@ def _log_damage(job: _Job, region: int) -> None:
 
 
 def _finish(job: _Job, shard_regions: int) -> None:
-    """Write the header, now that all shards are there."""
+    """Write the header, which marks the cache as complete."""
     damaged: list[int] = []
     for number, rows in enumerate(shards_of(len(job.manifest), shard_regions)):
         features = mapped(job.folder / shard_name("features", number))

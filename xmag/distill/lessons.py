@@ -1,4 +1,4 @@
-"""What teachers say of regions: asked on the way, or computed before and kept."""
+"""Teacher features as distillation targets, computed online or cached."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,93 +22,91 @@ Numbers = NDArray[np.int64]
 
 @runtime_checkable
 class Lesson(Protocol):
-    """What one teacher says of regions."""
+    """Protocol of a source of teacher features (targets) for regions."""
 
     @property
     def name(self) -> str:
-        """What the teacher is called in records."""
+        """The teacher's name in logs and checkpoints."""
         ...
 
     @property
     def dim(self) -> int:
-        """The length of its features."""
+        """Length of a feature vector."""
         ...
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells it from others, as plain JSON values."""
+        """Identity of the teacher (and cache), as plain JSON values."""
         ...
 
     @property
     def weight(self) -> float:
-        """How much its losses count."""
+        """Weight of the teacher's losses."""
         ...
 
     @property
     def sees_pixels(self) -> bool:
-        """Whether it needs the augmented high views."""
+        """Whether `targets` needs the augmented high views."""
         ...
 
     @property
     def variants(self) -> TargetSettings | None:
-        """The augmentations that its features were kept for, where it has no others."""
+        """Settings of cached augmented variants; None where any augmentation will do."""
         ...
 
     def knows(self, regions: Numbers) -> NDArray[np.bool_]:
-        """Which of the regions it has something to say of: bool (B,)."""
+        """Mask of the regions that have targets: bool (B,)."""
         ...
 
     def targets(
         self, regions: Numbers, draws: Draws, high: Tensor | None, variants: Numbers
     ) -> Tensor:
-        """The features of augmented regions: (B, 16, dim), 0 where it knows nothing.
+        """Targets of augmented regions: (B, 16, dim), 0 for a region without targets.
 
-        They are float32 or float16, wherever they are.
-
-        `high` are the augmented high views, for a lesson that sees pixels; `variants` (B,) are the
-        numbers of the kept augmentations, for one that has `variants`.
+        float32 or float16, on any device. `high` are the augmented high views, where `sees_pixels`;
+        `variants` (B,) are the indices of cached variants, where it has `variants`.
         """
         ...
 
     def check(self, student: TileSpec) -> None:
-        """Raise InputError where a student of this tile specification cannot learn from it."""
+        """Raise InputError where a student of this tile specification cannot use the targets."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineLesson:
-    """A teacher that looks at every augmented region, each time anew."""
+    """Online teacher: computes the features of every augmented view."""
 
     teacher: Teacher
     weight: float = 1.0
 
     @property
     def name(self) -> str:
-        """The teacher's."""
+        """The teacher's name."""
         return self.teacher.name
 
     @property
     def dim(self) -> int:
-        """The teacher's."""
+        """Length of the teacher's feature vectors."""
         return self.teacher.dim
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The teacher's."""
+        """The teacher's identity, as plain JSON values."""
         return self.teacher.identity
 
     @property
     def sees_pixels(self) -> bool:
-        """It does."""
+        """True: the teacher computes features of pixels."""
         return True
 
     @property
     def variants(self) -> TargetSettings | None:
-        """None: it takes any augmentation."""
+        """None: any augmentation will do."""
         return None
 
     def knows(self, regions: Numbers) -> NDArray[np.bool_]:
-        """All of them."""
+        """Mask of the regions that have targets: all, bool (B,)."""
         return np.ones(len(regions), np.bool_)
 
     def targets(
@@ -118,7 +116,7 @@ class OnlineLesson:
         high: Tensor | None,
         variants: Numbers,  # noqa: ARG002
     ) -> Tensor:
-        """The features of the 16 tiles of `high`: float32 (B, 16, dim)."""
+        """Compute the features of the 16 tiles of each view in `high`: float32 (B, 16, dim)."""
         assert high is not None
         features = self.teacher.features(teacher_tiles(high)).float()
         return features.view(len(high), SIDE**2, self.dim)
@@ -137,11 +135,11 @@ class OnlineLesson:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptLesson:
-    """Features that were computed once and kept; see `keep_targets`.
+    """Cached teacher features; see `keep_targets`.
 
-    Those of regions as they are ("plain") are flipped and turned with the student's image, whose
-    colours change without them. Those of augmented variants go with images changed likewise, all
-    variants in turn.
+    Features of unaugmented regions ("plain") are flipped and turned with the student's image, but
+    do not follow its colour jitter. Those of augmented variants go with images augmented likewise,
+    all variants in turn.
     """
 
     kept: KeptTargets
@@ -149,32 +147,32 @@ class KeptLesson:
 
     @property
     def name(self) -> str:
-        """The teacher's."""
+        """The teacher's name."""
         return str(self.kept.provenance.fingerprint["teacher"]["name"])
 
     @property
     def dim(self) -> int:
-        """The teacher's."""
+        """Length of the teacher's feature vectors."""
         return self.kept.dim
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The teacher's, and what was kept."""
+        """Identity of the teacher, and settings of the cache, as plain JSON values."""
         found = json.loads(self.kept.provenance.to_json())["fingerprint"]
         return {**found["teacher"], "kept": found["kept"]}
 
     @property
     def sees_pixels(self) -> bool:
-        """It does not: it has seen them."""
+        """False: the features are cached, so no pixels are needed."""
         return False
 
     @property
     def variants(self) -> TargetSettings | None:
-        """The settings of kept augmented variants; None where any flip and turn will do."""
+        """Settings of cached augmented variants; None where the features are plain."""
         return self.kept.settings if self.kept.augmented else None
 
     def knows(self, regions: Numbers) -> NDArray[np.bool_]:
-        """Those that could be decoded when the features were computed."""
+        """Mask of the regions that were not damaged when features were computed: bool (B,)."""
         return np.asarray(self.kept.good[regions])
 
     def targets(
@@ -184,7 +182,7 @@ class KeptLesson:
         high: Tensor | None,  # noqa: ARG002 (its features are computed)
         variants: Numbers,
     ) -> Tensor:
-        """The kept features, as augmented: float16 (B, 16, dim), on the CPU."""
+        """Cached features, flipped and turned by `draws` if plain: float16 (B, 16, dim), CPU."""
         known = self.knows(regions)
         chosen = variants[known] if self.kept.augmented else 0
         result = torch.zeros(len(regions), SIDE**2, self.dim, dtype=torch.float16)
@@ -205,7 +203,7 @@ class KeptLesson:
 
 
 def check_lessons(lessons: Sequence[Lesson], student: TileSpec) -> None:
-    """Raise InputError where lessons do not go together, or not with the student."""
+    """Raise InputError where teachers are incompatible with each other, or with the student."""
     names = [lesson.name for lesson in lessons]
     if not names or len(set(names)) < len(names):
         raise InputError(

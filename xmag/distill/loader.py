@@ -1,4 +1,4 @@
-"""Regions read ahead of the training by a few threads; damaged ones are marked, and counted."""
+"""Data loader: threads that prefetch batches of regions; damaged ones are masked."""
 
 import logging
 from collections import deque
@@ -22,7 +22,7 @@ _WHITE = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Regions to be read together: their numbers in the source, and the epoch of each."""
+    """Request of a batch: numbers of regions in the source, and the epoch of each."""
 
     regions: NDArray[np.int64]
     epochs: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionBatch:
-    """A group that was read: `pixels` are uint8 (B, S, S, 3), white where they are not `good`."""
+    """Batch of regions: `pixels` uint8 (B, S, S, 3), white where not `good` (damaged)."""
 
     group: Group
     pixels: Tensor
@@ -38,7 +38,7 @@ class RegionBatch:
 
 
 class LowViews:
-    """The low views that were kept with a teacher's features, as a source of images."""
+    """Region source of the low views in a feature cache."""
 
     def __init__(self, kept: KeptTargets) -> None:
         self._kept = kept
@@ -47,7 +47,7 @@ class LowViews:
         return len(self._kept)
 
     def read(self, indices: Sequence[int], /) -> NDArray[np.uint8]:
-        """Low views, uint8 (B, 224, 224, 3); DamagedSlideError where a region has none."""
+        """Read low views, uint8 (B, 224, 224, 3); DamagedSlideError where a region has none."""
         if not self._kept.good[list(indices)].all():
             raise DamagedSlideError(
                 f"of regions {list(indices)} some were damaged when the features were kept"
@@ -56,11 +56,11 @@ class LowViews:
 
 
 class RegionLoader:
-    """Reads groups of regions, each region a task of its own for `threads` threads.
+    """Data loader with `threads` threads, which read the regions of groups one by one.
 
-    `ahead` groups are under way while one is worked on. Images are `side` px wide. On CUDA they
-    lie in pinned memory, from which the device copies by itself. `damaged` marks those of the
-    source that could not be read.
+    `ahead` groups are prefetched. Images are `side` px wide. On CUDA they lie in pinned memory,
+    from which the device copies by itself. `damaged` marks the regions of the source that could not
+    be read.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RegionLoader:
         self._pinned = device.type == "cuda"
 
     def read(self, groups: Iterable[Group]) -> Generator[RegionBatch]:
-        """The groups in their order, on the host.
+        """Read groups in their order; yields batches in host memory.
 
         Raises what the source raises, but for DamagedSlideError; InputError for regions of another
         size or type.
@@ -116,7 +116,7 @@ class RegionLoader:
 
 
 def _read_into(into: NDArray[np.uint8], source: RegionSource, region: int) -> bool:
-    """Whether the region could be read; `into` gets its pixels, or white."""
+    """Read a region into `into`; False, and white pixels, where it is damaged."""
     try:
         found = source.read([region])
     except DamagedSlideError as error:

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: of whole regions, and of the 16 tiles in each.
+"""Distillation losses: global, of whole regions, and local, of the 16 tiles in each.
 
 The two-level objective of arXiv 2509.23097. Shapes in comments: B regions, 16 tiles (4 x 4, row by
 row), D width of the student, Dt width of the teacher.
@@ -15,11 +15,11 @@ from xmag.distill.ranks import gathered, summed
 from xmag.errors import InputError
 
 BLOCKS = 4
-"""The blocks of tokens along each side of a region: one for each of the teacher's tiles."""
+"""Blocks of tokens along a side of a region: one for each of the teacher's tiles."""
 
 
 def block_means(tokens: Tensor) -> Tensor:
-    """The mean token of each of the 4 x 4 blocks, row by row as the teacher's tiles: (B, 16, D).
+    """Average-pool patch tokens over 4 x 4 blocks, row by row as the tiles: (B, 16, D).
 
     `tokens` are the patch tokens (B, n * n, D), row by row. Raises InputError where n is no
     multiple of 4.
@@ -42,7 +42,7 @@ def global_loss(
     distance: str = "cosine",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The mean distance of regions to the means of their 16 teacher vectors, a scalar.
+    """Global loss, a scalar: mean distance of regions to the means of 16 teacher vectors.
 
     `projected` is (B, Dt), `teacher` (B, 16, Dt); regions of weight 0 in `weights` (B,) do not
     count. For `distance` see `DISTANCES`.
@@ -57,7 +57,7 @@ def local_loss(
     distance: str = "cosine",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The mean distance of the 16 blocks of each region to their teacher vectors, a scalar.
+    """Local loss, a scalar: mean distance of the 16 blocks to their teacher vectors.
 
     Both are (B, 16, Dt); the rest is as for `global_loss`.
     """
@@ -67,7 +67,7 @@ def local_loss(
 def global_distances(
     projected: Tensor, teacher: Tensor, distance: str, weights: Tensor | None = None
 ) -> Tensor:
-    """The distance of each region, (B,); see `global_loss`."""
+    """Global distance of each region, (B,); see `global_loss`."""
     target = teacher.mean(1)
     if distance == "relational":
         return _relations_of_regions(projected, target, weights)
@@ -75,7 +75,7 @@ def global_distances(
 
 
 def local_distances(projected: Tensor, teacher: Tensor, distance: str) -> Tensor:
-    """The mean distance of the blocks of each region, (B,); see `local_loss`."""
+    """Mean local distance of the blocks of each region, (B,); see `local_loss`."""
     if distance == "relational":
         return (_cosines(projected, projected) - _cosines(teacher, teacher)).square().mean((1, 2))
     return _distance(distance)(projected, teacher).mean(1)
@@ -90,7 +90,7 @@ def _smooth_l1(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def _relations_of_regions(projected: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    """Each region's mean squared difference of similarities to all regions of all ranks, (B,)."""
+    """Relational loss of each region, (B,): mean squared difference of cosines over all ranks."""
     if weights is None:
         weights = projected.new_ones(len(projected))
     to_all = gathered(weights.to(projected.dtype).detach())
@@ -101,7 +101,7 @@ def _relations_of_regions(projected: Tensor, target: Tensor, weights: Tensor | N
 
 
 def _cosines(rows: Tensor, others: Tensor) -> Tensor:
-    """The cosine of each row with each of the others: (..., N, M)."""
+    """Pairwise cosine similarities: (..., N, M)."""
     return F.normalize(rows, dim=-1) @ F.normalize(others, dim=-1).transpose(-1, -2)
 
 
@@ -112,7 +112,7 @@ DISTANCES: Mapping[str, str] = MappingProxyType(
         "relational": "squared difference of pairwise cosines, of regions and of tiles",
     }
 )
-"""The distances by name. "relational" is the similarity-preserving loss of Tung and Mori (2019)."""
+"""Distances by name. "relational" is the similarity-preserving loss of Tung and Mori (2019)."""
 
 _OF_VECTORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {"cosine": _negative_cosine, "smooth_l1": _smooth_l1}

@@ -1,4 +1,4 @@
-"""The manifest: which regions of which slides a student is trained on.
+"""Manifest: the list of the training regions, by slide and coordinates.
 
 It is a file of numbers and relative paths, so that it can be counted, kept, published, and read
 again beside the slides wherever they lie.
@@ -22,17 +22,17 @@ from xmag.files import write_text
 from xmag.geometry import TileSpec
 
 REGION_SPEC = TileSpec(mpp=HIGH_MPP, size_px=REGION_PX)
-"""What a region is; its `resample` names the kernel where a slide's own px do not fit."""
+"""Tile specification of a region; `resample` is the kernel for slides of another scale."""
 
 _FORMAT, _SCHEMA_VERSION = "xmag-regions", 1
 
 _HELD_OUT = 0x4E1D
-"""Keeps the choice of sources to hold out apart from other numbers drawn from the same seed."""
+"""Salt of the random stream that draws held-out sources from the seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestSource:
-    """A slide or image that regions come from.
+    """Slide or image that regions are read from.
 
     `path` is relative to the root that is given when it is read, with slashes. `fingerprint` is
     `xmag.provenance.file_fingerprint`'s, `mpp` the µm/px of level 0 and `mpp_source` who says so,
@@ -53,7 +53,7 @@ class ManifestSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """One region: the number of its source in `Manifest.sources`, its corner in level-0 px."""
+    """Region: the index of its source in `Manifest.sources`, its corner in level-0 px."""
 
     source: int
     x: int
@@ -62,11 +62,11 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
-    """The regions to train on, in an order that never changes: their numbers are their names.
+    """Regions to train on, in a fixed order: a region's number is its id.
 
-    `places` is int64 (N, 3), a row (source, x, y) a region, read-only. `spec` says what a region
-    is, `options` how they were sampled, and `refused` which files were left out: (path, reason).
-    Raises InputError where a region names no source.
+    `places` is int64 (N, 3), a row (source, x, y) a region, read-only. `spec` is the tile
+    specification, `options` are those of the sampling, and `refused` lists files left out: (path,
+    reason). Raises InputError where a region names no source.
     """
 
     spec: TileSpec
@@ -90,7 +90,7 @@ class Manifest:
         return len(self.places)
 
     def region(self, index: int) -> Region:
-        """The region of this number."""
+        """The region with this number."""
         source, x, y = self.places[index].tolist()
         return Region(source=source, x=x, y=y)
 
@@ -105,7 +105,7 @@ class Manifest:
         return tuple(sorted({source.site for source in self.sources}))
 
     def counts(self) -> dict[str, Any]:
-        """How many slides and regions there are, in all and per site, as plain JSON values.
+        """Counts of slides and regions, in all and per site, as plain JSON values.
 
         "slides" counts those that regions come from, "empty" those without any, "refused" those
         that cannot be read at the scale; "teacher_tiles" is 16 a region.
@@ -129,7 +129,7 @@ class Manifest:
         }
 
     def to_json(self) -> str:
-        """The manifest as JSON text, the same for the same manifest."""
+        """The manifest as JSON text, byte for byte the same for the same manifest."""
         by_source = [self.places[self.places[:, 0] == n] for n in range(len(self.sources))]
         if not np.array_equal(np.concatenate([self.places[:0], *by_source]), self.places):
             raise InputError("the regions are not in the order of their sources; sort them")
@@ -149,7 +149,7 @@ class Manifest:
 
     @cached_property
     def sha256(self) -> str:
-        """What tells this manifest from others: the SHA-256 of its JSON text."""
+        """SHA-256 of the JSON text, which identifies the manifest."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -158,7 +158,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "the text") -> "Manifest":
-        """The manifest that `to_json` wrote; InputError that names `name` for anything else."""
+        """Manifest from a text of `to_json`; InputError, with `name`, for anything else."""
         try:
             fields = json.loads(text)
             if fields.get("format") != _FORMAT:
@@ -192,7 +192,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Manifest":
-        """The manifest in a file. Raises InputError where it holds none."""
+        """Load the manifest from a file. Raises InputError where it holds none."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -205,7 +205,7 @@ class Manifest:
 def held_out(
     manifest: Manifest, *, fraction: float, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers of the regions to train on, and of those to validate with; both sorted.
+    """Training and validation split: sorted numbers of the regions of each.
 
     Whole sources are held out, at least one, drawn at random site by site, until they hold
     `fraction` of the regions or more. Raises InputError where that leaves nothing to train on.
@@ -240,7 +240,7 @@ def held_out(
 def shuffled(
     sources: NDArray[np.int64] | Sequence[int], rng: np.random.Generator, *, at_once: int = 64
 ) -> NDArray[np.int64]:
-    """An order of regions, int64 (N,), in which no more than `at_once` sources are open at a time.
+    """Shuffled order of regions, int64 (N,), that needs at most `at_once` open sources.
 
     `sources` is the source of each region, ``manifest.places[:, 0]``. The sources are shuffled and
     dealt into groups of `at_once`, and the regions of a group are shuffled; so a slide is opened

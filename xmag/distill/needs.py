@@ -1,4 +1,4 @@
-"""What a run needs in memory and time, by taking a few steps of it."""
+"""Dry-run estimates of memory and time, measured on a few training steps."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _KEPT_REGIONS = 4
 
 
 def measured_needs(session: Session) -> Needs:
-    """What the run of a session needs; its student is trained a little for it.
+    """Estimate memory and time of a run from a few steps, which train its student a little.
 
     The first step is not timed: it begins with an empty queue of regions, and on a GPU with work
     that is done once.
@@ -63,7 +63,7 @@ def measured_needs(session: Session) -> Needs:
 def seconds_to_keep(
     source: RegionSource, teacher: Teacher, *, device: torch.device, variants: int
 ) -> float:
-    """The seconds that a teacher's features of one region take, reading included; measured."""
+    """Measured seconds to compute a teacher's features of one region, reading included."""
     rows = list(range(min(_KEPT_REGIONS, len(source))))
     for timed in (False, True):
         start = time.perf_counter()
@@ -78,38 +78,38 @@ def seconds_to_keep(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnkeptLesson:
-    """In the place of features that are not kept yet: zeros, for a dry run."""
+    """Placeholder of a feature cache in a dry run: targets are zeros."""
 
     teacher: Teacher
     weight: float
 
     @property
     def name(self) -> str:
-        """The teacher's."""
+        """The teacher's name."""
         return self.teacher.name
 
     @property
     def dim(self) -> int:
-        """The teacher's."""
+        """Length of the teacher's feature vectors."""
         return self.teacher.dim
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The teacher's."""
+        """The teacher's identity, as plain JSON values."""
         return self.teacher.identity
 
     @property
     def sees_pixels(self) -> bool:
-        """It does not."""
+        """False: no pixels are needed, as with a cache."""
         return False
 
     @property
     def variants(self) -> TargetSettings | None:
-        """None."""
+        """None: any augmentation will do."""
         return None
 
     def knows(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """All of them."""
+        """Mask of the regions that have targets: all, bool (B,)."""
         return np.ones(len(regions), np.bool_)
 
     def targets(
@@ -119,17 +119,17 @@ class UnkeptLesson:
         high: Tensor | None,  # noqa: ARG002
         variants: NDArray[np.int64],  # noqa: ARG002
     ) -> Tensor:
-        """Zeros, float32 (B, 16, dim)."""
+        """Zeros in place of targets: float32 (B, 16, dim)."""
         return torch.zeros(len(regions), SIDE**2, self.dim, dtype=torch.float32)
 
     def check(self, student: TileSpec) -> None:
-        """As a teacher that is asked."""
+        """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
         OnlineLesson(teacher=self.teacher).check(student)
 
 
 @contextmanager
 def _kept_for_backward(parameters: Iterator[Tensor]) -> Iterator[list[int]]:
-    """The bytes that autograd holds at the most while the context lasts, as one number in a list.
+    """A context that measures the peak bytes saved for backward, as a list of one number.
 
     Each storage counts once, and those of parameters not at all.
     """
@@ -158,7 +158,7 @@ def _kept_for_backward(parameters: Iterator[Tensor]) -> Iterator[list[int]]:
 
 
 class _Held:
-    """A tensor that autograd keeps, and what it was counted for."""
+    """Tensor saved for backward, with its storage and counted bytes."""
 
     def __init__(self, tensor: Tensor, where: int, count: int) -> None:
         self.tensor, self.where, self.count = tensor, where, count

@@ -1,4 +1,4 @@
-"""Which regions a step takes: every region once an epoch, whatever the number of ranks.
+"""Sampler of regions: shuffled epochs, the same whatever the number of ranks.
 
 The epochs' shuffles, one after another, are one endless sequence; step s takes positions
 s * batch to (s + 1) * batch of it. The step is thus all there is to remember of where a run was.
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from xmag.distill.manifest import shuffled
 
 _PURPOSE = 0x5F1E
-"""Keeps the shuffles apart from other numbers drawn from the same seed."""
+"""Salt of the random stream that shuffles draw from the seed."""
 
 
 class Order:
-    """The order of some regions, int64 (N,), epoch by epoch; the same for the same seed.
+    """Sampler of regions, int64 (N,), in shuffled epochs; the same for the same seed.
 
-    `sources` (N,) says which slide each is from, where that is known: slides are then mixed so that
-    only some of them are open at a time.
+    `sources` (N,) is the slide of each region, where known: slides are then mixed so that only some
+    of them are open at a time.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Order:
         self._epoch = lru_cache(maxsize=4)(self._shuffled)
 
     def step(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The regions that a step takes, and the epoch of each: int64 (batch,) both."""
+        """The batch of regions of a step, and the epoch of each: int64 (batch,) both."""
         return self.positions(number * self._batch, self._batch)
 
     def positions(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The regions at some positions of the endless sequence, and the epoch of each."""
+        """Regions at `count` positions of the endless sequence, and the epoch of each."""
         epochs, within = np.divmod(np.arange(first, first + count), len(self._regions))
         regions = np.empty(count, np.int64)
         for epoch in np.unique(epochs):
@@ -55,7 +55,7 @@ class Order:
 
 
 def share(rank: int, world: int, *, batch: int, micro_batch: int) -> Sequence[slice]:
-    """The slices of a step's batch that a rank takes, one after another."""
+    """Micro-batches of a rank: slices of a step's batch."""
     each = batch // world
     start = rank * each
     return [

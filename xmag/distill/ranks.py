@@ -1,4 +1,4 @@
-"""Sums and rows over all ranks that gradients flow through, also on the CPU (gloo)."""
+"""Differentiable all-reduce and all-gather over ranks, also on the CPU (gloo)."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """How many processes train together; 1 without a process group."""
+    """World size: the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, each of which must give the same shape.
+    """Differentiable sum over all ranks (all-reduce); each must give the same shape.
 
     The gradient of the sum of all ranks' losses: each rank's tensor is in every rank's sum, so
     that what comes back to it is the sum of what all ranks send back.
@@ -25,7 +25,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows (N, ...) of all ranks, in the order of ranks: (N * world, ...); with gradients.
+    """Differentiable all-gather of rows (N, ...) in the order of ranks: (N * world, ...).
 
     Each rank must give as many rows.
     """

@@ -1,4 +1,4 @@
-"""The metrics of a run: CSV files that are always whole, and TensorBoard."""
+"""Metrics logger of a run: CSV files, written atomically, and TensorBoard."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ TRAINING, VALIDATION = "metrics.csv", "validation.csv"
 
 
 class RunRecord:
-    """Rows of numbers by step, in a folder; of a run that goes on, rows after `step` are dropped.
+    """Metrics logger in a folder; on resuming, rows after `step` are dropped.
 
     The CSV files are written as a whole by `flush`. TensorBoard's event files are its own.
     """
@@ -28,7 +28,7 @@ class RunRecord:
         self._board = _board(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """Take a row in; `name` is that of its CSV file."""
+        """Add a row of metrics at a step to the CSV file `name`, and to TensorBoard."""
         row = {"step": str(step)} | {key: f"{value:.6g}" for key, value in values.items()}
         rows = self._rows[name]
         if not (rows and rows[-1]["step"] == row["step"]):
@@ -39,7 +39,7 @@ class RunRecord:
                 self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def flush(self) -> None:
-        """Write what was added; OutputError where that cannot be."""
+        """Write the rows added to the CSV files; OutputError where that is not possible."""
         for name, rows in self._rows.items():
             if rows:
                 text = io.StringIO()
@@ -51,13 +51,13 @@ class RunRecord:
             self._board.flush()
 
     def close(self) -> None:
-        """Let go of TensorBoard's file."""
+        """Close TensorBoard's event file."""
         if self._board is not None:
             self._board.close()
 
 
 def check_tensorboard() -> None:
-    """Raise MissingExtraError where TensorBoard is wanted and not installed."""
+    """Raise MissingExtraError where TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
         raise MissingExtraError(
             "TensorBoard is not installed: run pip install 'xmag[distill]', or set"

@@ -1,4 +1,4 @@
-"""A distillation from its configuration file: `xmag distill CONFIG.toml`."""
+"""Run a distillation from its TOML configuration: `xmag distill CONFIG.toml`."""
 
 import os
 from contextlib import ExitStack
@@ -34,12 +34,12 @@ TARGETS = "targets"
 def run_config(
     path: str | os.PathLike[str], *, dry_run: bool = False, progress: bool | None = None
 ) -> Summary:
-    """Distil as a TOML file says; what came of it is returned.
+    """Train a student by distillation from a TOML configuration; returns a Summary.
 
-    The folder `out` gets manifest.json (what was sampled, used again when the run goes on),
-    targets/ (features, where they are kept), and what `distill` writes. With `dry_run` the regions
-    are sampled and a few steps taken to see what memory and time the run needs, and nothing is
-    written. Started by torchrun, the processes share the work.
+    The folder `out` gets manifest.json (the sampled regions, used again on resuming), targets/
+    (cached features, if any), and the outputs of `distill`. With `dry_run` the regions are sampled
+    and a few steps taken to see what memory and time the run needs, and nothing is written. Started
+    by torchrun, the processes share the work.
 
     Raises InputError for a file or values that make no sense, MismatchError where `out` was sampled
     otherwise, and what `plan_slides`, `load_teacher`, `pretrained_student`, `keep_targets` and
@@ -54,7 +54,7 @@ def run_config(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A configuration, the folders it means, and who carries it out."""
+    """A run of one configuration: its folders and ranks."""
 
     config: DistillConfig
     folder: Path
@@ -63,7 +63,7 @@ class _Job:
     progress: bool | None
 
     def run(self, stack: ExitStack) -> Summary:
-        """Sample, keep features where that is wanted, train and export."""
+        """Sample regions, cache features where configured, train and export."""
         source = self._source(self._manifest(), stack)
         lessons = [self._lesson(teacher, source, stack) for teacher in self.config.teachers]
         validation = _validation(source.manifest, self.config.data)
@@ -83,7 +83,7 @@ class _Job:
         return replace(summary, data=about, plan=plan)
 
     def dry_run(self, stack: ExitStack) -> Summary:
-        """Sample, and take a few steps; nothing is written."""
+        """Sample regions, and estimate memory and time from a few steps; writes nothing."""
         if self.config.log.tensorboard:
             check_tensorboard()
         known = (self.out / MANIFEST).exists()
@@ -132,7 +132,7 @@ class _Job:
         return stack.enter_context(regions)
 
     def _manifest(self) -> Manifest:
-        """The regions that `out` keeps, sampled by the first process where there are none yet."""
+        """The manifest in `out`; rank 0 samples one where there is none yet."""
         kept, data = self.out / MANIFEST, self.config.data
         if self.ranks.leads and not kept.exists():
             sampled = self._sampled()
@@ -183,7 +183,7 @@ class _Job:
         )
 
     def _paths(self) -> tuple[Path | list[Path], Path]:
-        """The folder or files that regions come from, and the root of the manifest's paths."""
+        """The folder or files to sample, and the root of the manifest's paths."""
         data = self.config.data
         given = data.images if data.slides is None else data.slides
         assert given is not None
@@ -218,7 +218,7 @@ class _Job:
         return KeptLesson(kept=stack.enter_context(kept), weight=wanted.weight)
 
     def _plan(self, manifest: Manifest, lessons: list[Lesson], validation: int) -> tuple[str, ...]:
-        """What is done, in words."""
+        """Description of the run for the summary, line by line."""
         counts, train = manifest.counts(), self.config.train
         training = len(manifest) - validation
         lines = [
@@ -259,7 +259,7 @@ def _student(wanted: StudentConfig) -> StudentStart:
 
 
 def _validation(manifest: Manifest, data: DataConfig) -> NDArray[np.int64]:
-    """The regions held out: whole slides; of a single one, every so many of its regions."""
+    """Held-out regions: whole slides; of a single slide, every so many of its regions."""
     if not data.hold_out:
         return np.empty(0, np.int64)
     if len(np.unique(manifest.places[:, 0])) > 1:
@@ -268,7 +268,7 @@ def _validation(manifest: Manifest, data: DataConfig) -> NDArray[np.int64]:
 
 
 def _about(manifest: Manifest) -> dict[str, Any]:
-    """What identifies the data, as plain JSON values."""
+    """Identity of the data for checkpoints and the model, as plain JSON values."""
     counts = manifest.counts()
     return {
         "manifest_sha256": manifest.sha256,

@@ -1,4 +1,4 @@
-"""Slides and images -> a manifest: which regions there are, and a fair sample of them."""
+"""Sampling of regions from slides and images into a manifest, balanced by site and slide."""
 
 import math
 import os
@@ -33,7 +33,7 @@ from xmag.tissue import TISSUE_METHOD, find_tissue
 
 Paths = str | PathLike[str] | Iterable[str | PathLike[str]]
 Sites = Mapping[str, str] | Callable[[str], str]
-"""The site of a source by its path relative to the root."""
+"""Mapping or function from a source's path, relative to the root, to its site."""
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 _REFUSALS = (SlideScaleError, DamagedSlideError, UnsupportedSlideError)
@@ -54,7 +54,7 @@ def plan_slides(
     skip_refused: bool = False,
     progress: bool | None = None,
 ) -> Manifest:
-    """A manifest of regions over the tissue of slides.
+    """Sample regions over the tissue of slides into a manifest.
 
     Candidates are the cells of each slide's grid of regions that hold enough tissue. Of these
     `regions` are drawn at random, as many from each site as from any other, and within a site as
@@ -64,7 +64,7 @@ def plan_slides(
 
     Args:
         slides: A folder, which is searched, or paths.
-        regions: How many to draw; None takes every candidate.
+        regions: The number to draw; None takes every candidate.
         root: The folder that paths in the manifest are relative to; by default the folder given,
             or the deepest that holds all slides.
         sites: The site of a slide by its relative path, from a mapping or a function; by default
@@ -73,7 +73,8 @@ def plan_slides(
         tissue: "auto" finds the tissue; None takes every region.
         min_tissue: The smallest fraction of a region that tissue covers.
         overlap: Px of 0.5 µm that neighbouring candidates share.
-        spec: What a region is: its `mpp_tolerance` and `resample` (kernel) may be chosen.
+        spec: Tile specification of a region: its `mpp_tolerance` and `resample` (kernel) may be
+            chosen.
         seed: Of the draw.
         skip_refused: Go on without slides that cannot be used, and list them in
             `Manifest.refused`.
@@ -117,7 +118,7 @@ def plan_images(
     skip_refused: bool = False,
     progress: bool | None = None,
 ) -> Manifest:
-    """A manifest of random crops of large tiles: PNG and JPEG images of known µm/px.
+    """Sample random crops of large tiles (PNG and JPEG images of known µm/px) into a manifest.
 
     A crop may begin at any px. `regions` are shared among sites and images as `plan_slides` does;
     no crop is drawn twice. Tissue is not looked for: what is not to be learned is not to be in the
@@ -131,7 +132,7 @@ def plan_images(
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The files to look at: paths relative to the root, in alphabetical order."""
+    """Files to sample from: paths relative to the root, in alphabetical order."""
 
     root: Path
     names: tuple[str, ...]
@@ -139,7 +140,7 @@ class _Files:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What `plan_slides` and `plan_images` were asked for."""
+    """Checked arguments of `plan_slides` and `plan_images`."""
 
     files: _Files
     sites: Sites | None
@@ -164,20 +165,20 @@ class _Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Looked:
-    """What was found in a file: the source it is, and its candidates in the order of the draw."""
+    """Source made of a file, and its candidate corners in the order of the draw."""
 
     source: ManifestSource
     drawn: Coords
 
 
 _Look = Callable[[Slide, np.random.Generator], tuple[Coords, int]]
-"""A slide -> the candidates that may be needed, in the order of the draw, and how many exist."""
+"""Candidate finder: slide -> corners in the order of the draw, and the number that exist."""
 
 
 def _found(
     paths: Paths, root: str | PathLike[str] | None, wanted: Callable[[Path], bool], *, kind: str
 ) -> _Files:
-    """The files that are meant by `paths`; InputError where there are none, or not below `root`."""
+    """List the files of `paths`; InputError where there are none, or not below `root`."""
     if isinstance(paths, str | PathLike):
         folder = Path(paths)
         listed = [folder]
@@ -276,7 +277,7 @@ def _drawn(candidates: Coords, rng: np.random.Generator) -> tuple[Coords, int]:
 def _crops(
     slide: Slide, rng: np.random.Generator, *, spec: TileSpec, most: int
 ) -> tuple[Coords, int]:
-    """Up to `most` different corners, int64 (N, 2), and how many there are in all."""
+    """Up to `most` different random corners, int64 (N, 2), and the number that exist."""
     scale = slide.scale_for(spec)
     assert slide.mpp is not None  # scale_for raises otherwise
     side = math.ceil(spec.size_px * scale.mpp / slide.mpp - 1e-6)
@@ -287,7 +288,7 @@ def _crops(
 
 
 def _shares(sources: Sequence[ManifestSource], regions: int | None, seed: int) -> list[int]:
-    """How many regions each source gives."""
+    """The number of regions to take from each source, balanced by site, then by source."""
     candidates = [source.candidates for source in sources]
     if regions is None:
         return candidates
@@ -311,7 +312,7 @@ def _shares(sources: Sequence[ManifestSource], regions: int | None, seed: int) -
 
 
 def fair_shares(capacity: Sequence[int], total: int, rng: np.random.Generator) -> list[int]:
-    """`total` dealt out so that the smallest shares are as large as can be (max-min fairness).
+    """Max-min fair shares of `total`: the smallest shares are as large as can be.
 
     Nobody gets more than its `capacity`; what does not divide goes to some at random.
     """
@@ -374,7 +375,7 @@ def _refusal(refused: Sequence[tuple[str, SlideError]], total: int) -> SlideErro
 
 
 def _reason(name: str, error: SlideError, root: Path) -> str:
-    """Why a file is refused, without the folder it lies in: manifests travel."""
+    """Reason of a refused file, without its folder: manifests are shared."""
     return str(error).replace(os.fspath(root / name), name).replace(os.fspath(root), ".")
 
 

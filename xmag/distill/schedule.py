@@ -1,4 +1,4 @@
-"""How the learning rate goes."""
+"""Learning-rate schedules by name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -18,11 +18,11 @@ SCHEDULES: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""The schedules by name, and what they do."""
+"""Schedules by name, with a description."""
 
 
 def rate_factor(name: str, step: int, *, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """The factor of the learning rate at `step` (from 0) of `total`; see `SCHEDULES`.
+    """The learning-rate factor at `step` (from 0) of `total`; see `SCHEDULES`.
 
     `warmup` (steps) and `floor` are those of "cosine". Raises InputError for another name.
     """

@@ -1,4 +1,4 @@
-"""A student, its teachers and its regions, ready to take steps; writes nothing."""
+"""Training session on one rank: data loader, teachers, student, trainer; writes nothing."""
 
 import hashlib
 import os
@@ -34,14 +34,14 @@ _MOST_CORES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Which regions of a source are learned from, and which are only looked at; int64 numbers."""
+    """Training and validation split: numbers of regions in the source, int64."""
 
     training: NDArray[np.int64]
     validation: NDArray[np.int64]
 
     @classmethod
     def of(cls, regions: int, validation: Sequence[int] | NDArray[np.int64]) -> "Split":
-        """`validation` on one side, all the other regions on the other.
+        """Split with the given validation regions; all others train.
 
         Raises InputError for numbers that are no regions, and where none is left to learn from.
         """
@@ -61,7 +61,7 @@ class Split:
 
 
 class Session:
-    """What a run needs in memory, on one rank: regions, teachers, student, optimizer."""
+    """Training session on one rank: data loader, teachers, student and optimizer."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Session:
     def steps(
         self, first: int, last: int, *, watch: Stopwatch | None = None
     ) -> Iterator[StepRecord]:
-        """Take steps `first` to `last` (exclusive), a record for each."""
+        """Train steps `first` to `last` (exclusive); yields a StepRecord for each."""
         watch = watch or Stopwatch(self.device)
         groups = (group for number in range(first, last) for group in self.groups(number))
         with closing(self.loader.read(groups)) as batches:
@@ -151,18 +151,18 @@ class Session:
                 yield self.trainer.step(parts(), number=number, count=len(self._share), watch=watch)
 
     def groups(self, number: int) -> Iterator[Group]:
-        """The share of this rank in the regions of a step, in parts that are read together."""
+        """Micro-batches of this rank at a step, for the loader."""
         regions, epochs = self._order.step(number)
         for part in self._share:
             yield Group(regions=regions[part], epochs=epochs[part])
 
     def validation_set(self) -> ValidationSet:
-        """The share of this rank in the regions held out, read now."""
+        """Read this rank's share of the validation regions."""
         dims = [lesson.dim for lesson in self.curriculum.lessons]
         return ValidationSet.of(self._plain(self.split.validation), dims=dims)
 
     def find_centres(self) -> None:
-        """Find the mean feature of each teacher over the first regions, the same on all ranks."""
+        """Compute the teachers' mean features over the first regions, the same on all ranks."""
         count = min(self.settings.loss.centre_regions, len(self.split.training))
         regions, _ = self._order.positions(0, count)
         lessons = self.curriculum.lessons
@@ -183,13 +183,13 @@ class Session:
         self.curriculum.centres = [mean.float() for mean in means]
 
     def damaged(self) -> NDArray[np.bool_]:
-        """Which regions of the source were found damaged, by any rank; each knows of all then."""
+        """Mask of the regions found damaged by any rank, bool (regions,); synchronises ranks."""
         found = torch.from_numpy(self.loader.damaged.astype(np.int32)).to(self.device)
         self.loader.damaged |= (summed(found) > 0).cpu().numpy()
         return self.loader.damaged
 
     def _plain(self, regions: NDArray[np.int64]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """The share of this rank in some regions, without augmentation, in parts."""
+        """Unaugmented batches of this rank's share of some regions."""
         mine = regions[self.ranks.rank :: self.ranks.world]
         size = self._share[0].stop - self._share[0].start
         groups = (
@@ -204,7 +204,7 @@ class Session:
 
 
 def decisive(session: Session, student: StudentStart, data: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the weights of a run, as plain JSON values."""
+    """All inputs that determine the weights of a run, as plain JSON values."""
     split = session.split
     return {
         "settings": session.settings.decisive(),
@@ -223,12 +223,12 @@ def decisive(session: Session, student: StudentStart, data: Mapping[str, Any]) -
 
 
 def _slides_of(source: RegionSource, regions: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """Which slide each region is from, where that is known."""
+    """Slide number of each region, int64 (N,); None where the source does not tell."""
     return source.manifest.places[regions, 0] if isinstance(source, SlideRegions) else None
 
 
 def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
-    """The low views that were kept with features, where that spares reading the slides."""
+    """Cached low views, if all teachers are cached, so that no slide has to be read."""
     if any(lesson.sees_pixels for lesson in lessons):
         return None
     kept = [lesson.kept for lesson in lessons if isinstance(lesson, KeptLesson)]
@@ -236,14 +236,14 @@ def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
 
 
 def reading_processes(loader: LoaderSettings, device: torch.device) -> int:
-    """How many child processes decode for this rank."""
+    """The number of decoding child processes of this rank."""
     if loader.processes is not None:
         return loader.processes
     return _cores_of_a_rank() if device.type == "cuda" and os.name == "posix" else 0
 
 
 def reading_threads(loader: LoaderSettings, device: torch.device) -> int:
-    """How many threads ask for regions: as many as keep all processes busy."""
+    """The number of loader threads of this rank: enough to keep all processes busy."""
     return loader.threads or max(_cores_of_a_rank(), reading_processes(loader, device))
 
 

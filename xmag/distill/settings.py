@@ -1,4 +1,4 @@
-"""What a distillation can be told, with the defaults; the same names stand in the TOML file."""
+"""Settings of a distillation with their defaults, under the names of the TOML file."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -13,13 +13,13 @@ _PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings:
-    """What is compared, and how.
+    """Loss settings: levels, distances, their weights, and centring.
 
     The loss is `global_weight` times the distance of regions plus `local_weight` times that of
     their 16 tiles; a level of weight 0 is left out. A distance is the sum of "cosine", "smooth_l1"
-    and "relational", each times its weight. With `centre` the teacher's features have their mean
-    taken off first, so that the cosine measures how regions differ and not what they share; the
-    mean is that of `centre_regions` regions (of all kept features), found once and kept.
+    and "relational", each times its weight. With `centre` the mean of the teacher's features is
+    subtracted first, so that the cosine measures differences of regions, not what they share; the
+    mean is that of `centre_regions` regions (of all cached features), computed once and kept.
     """
 
     global_weight: float = 1.0
@@ -51,14 +51,14 @@ class LossSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """How long, in which steps, and how fast.
+    """Training settings: length, batch size, learning-rate schedule, optimizer, EMA.
 
     A step is `batch` regions over all GPUs, whatever their number, `micro_batch` of them at once on
     each (by default its whole share); `batch` is thus what an optimizer step averages over, and the
-    number of GPUs changes nothing but the time. The rate follows `schedule`, with a warm-up of
-    the fraction `warmup` of all steps, down to the fraction `floor` of `lr`. Weight decay is for
-    matrices and tables alone: not for biases, norms and LayerScale. With `ema_ramp` the average
-    forgets its start faster: its decay is at most (1 + step) / (10 + step).
+    number of GPUs changes nothing but the time. The rate follows `schedule`, with a warm-up of the
+    fraction `warmup` of all steps, down to the fraction `floor` of `lr`. Weight decay is for
+    matrices and tables alone: not for biases, norms and LayerScale. With `ema_ramp` the EMA forgets
+    its start faster: its decay is at most (1 + step) / (10 + step).
     """
 
     epochs: float = 10.0
@@ -91,16 +91,15 @@ class TrainSettings:
         _check("train", self, "precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
 
     def total_steps(self, regions: int) -> int:
-        """The steps of a run over so many regions."""
+        """The number of steps of a run over `regions` regions."""
         return self.steps or max(1, round(self.epochs * regions / self.batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSettings:
-    """What is written on the way, every so many steps; 0 is never but at the end.
+    """Logging settings: intervals in steps; 0 is at the end only.
 
-    `every`: a row of metrics. `checkpoint_every`: the state from which a run goes on.
-    `validate_every`: the fixed regions.
+    `every`: a row of metrics. `checkpoint_every`: a checkpoint. `validate_every`: validation.
     """
 
     every: int = 20
@@ -116,7 +115,7 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderSettings:
-    """Who reads regions, and how many batches ahead.
+    """Data-loader settings: threads, child processes, prefetched batches.
 
     Each rank has `threads` (None: one for each of its cores) and as many child `processes`, which
     go further than threads of one interpreter can (None: one for each of its cores where it trains
@@ -136,7 +135,7 @@ class LoaderSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All of them together; see the parts."""
+    """All settings of a distillation; see the parts."""
 
     loss: LossSettings = field(default_factory=LossSettings)
     augment: Augmentation = field(default_factory=Augmentation)
@@ -149,7 +148,7 @@ class Settings:
         return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the weights that come out: all but how it is read and logged."""
+        """The settings that determine the weights: all but loader and logging, as JSON values."""
         return {key: value for key, value in asdict(self).items() if key not in ("loader", "log")}
 
 

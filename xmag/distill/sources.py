@@ -1,4 +1,4 @@
-"""Where regions come from: a manifest's slides, read as they are asked for."""
+"""Region datasets: pixels of a manifest's regions, read from slides on demand."""
 
 import os
 import threading
@@ -21,31 +21,31 @@ from xmag.slide import Slide
 from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, default_threads, read_places
 
 Regions = NDArray[np.uint8]
-"""uint8 (B, REGION_PX, REGION_PX, 3) RGB: the high views of B regions."""
+"""High views of B regions: uint8 (B, REGION_PX, REGION_PX, 3) RGB."""
 
 _OPEN_SOURCES = 160
-"""Slides kept open: more than twice what `manifest.shuffled` mixes, and few enough for the 256
+"""Limit of open slides: more than twice what `manifest.shuffled` mixes, and few enough for the 256
 files that some systems allow."""
 _OPEN_IMAGE_BYTES = 1 << 30
-"""Of plain images, whose px stay in memory as long as they are open."""
+"""Limit of bytes of open plain images, whose px stay in memory while open."""
 
 _IN_MEMORY = {"png", "jpeg"}
-"""Formats of plain images."""
+"""Formats of plain images, which are decoded whole."""
 _CLOSED = "the regions are closed; use them inside their `with` block"
 _TASKS_EACH = 2
-"""Tasks that each thread gets of a call, at least: fewer would leave some idle at its end."""
+"""Tasks for each thread of a call, at least: fewer would leave some idle at its end."""
 
 
 @runtime_checkable
 class RegionSource(Protocol):
-    """What a training loop reads from: `SlideRegions`, or the user's own."""
+    """Protocol of a region dataset: `SlideRegions`, or the user's own."""
 
     def __len__(self) -> int:
         """The number of regions."""
         ...
 
     def read(self, indices: Sequence[int], /) -> Regions:
-        """The high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
+        """Read high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
 
         Safe to call from several threads. Raises DamagedSlideError where one cannot be decoded.
         """
@@ -55,7 +55,7 @@ class RegionSource(Protocol):
 def read_intact(
     source: RegionSource, indices: Sequence[int]
 ) -> tuple[NDArray[np.int64], Regions | None]:
-    """The regions of any source that can be decoded: their rows, int64 (K,), and their views.
+    """Read the undamaged regions of any source: their rows, int64 (K,), and their views.
 
     Where one cannot, all are read one by one. The views are None where there is none.
     """
@@ -73,13 +73,13 @@ def read_intact(
 
 
 class SlideRegions:
-    """The regions of a manifest, read from the slides below `root`; a context manager.
+    """Dataset of a manifest's regions, read from the slides below `root`; a context manager.
 
     Slides are opened when they are first needed, and their content is compared with the manifest's
     fingerprints then. `damaged` holds the reason for each region that could not be decoded so far.
 
     Args:
-        manifest: What to read.
+        manifest: The regions.
         root: The folder that the manifest's paths are relative to.
         threads: Decoding threads that a call for several regions shares; by default one a usable
             core, at most 8. A call for a single region decodes in the thread that makes it.
@@ -118,11 +118,11 @@ class SlideRegions:
 
     @property
     def damaged(self) -> Mapping[int, str]:
-        """The regions that could not be decoded so far: number -> reason."""
+        """Regions that could not be decoded so far: number -> reason."""
         return MappingProxyType(self._damaged)
 
     def read(self, indices: Sequence[int], /) -> Regions:
-        """The high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
+        """Read high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
 
         Regions of one slide are read together, each of its source tiles once. May be called from
         several threads.
@@ -143,9 +143,9 @@ class SlideRegions:
         return regions
 
     def read_intact(self, indices: Sequence[int], /) -> tuple[NDArray[np.int64], Regions]:
-        """The regions that can be decoded: rows of `indices`, int64 (K,), and uint8 (K, S, S, 3).
+        """Read the undamaged regions: rows of `indices`, int64 (K,), and uint8 (K, S, S, 3).
 
-        What cannot is added to `damaged`. Raises what `read` does otherwise.
+        Each other one is added to `damaged`. Raises what `read` does otherwise.
         """
         wanted = self._checked(indices)
         size = self.manifest.spec.size_px
@@ -187,7 +187,7 @@ class SlideRegions:
         return wanted
 
     def _tasks(self, wanted: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """What one thread does at a time: a source, and some of the rows to be read from it."""
+        """Tasks of the threads: (source, rows of `wanted` to read from it)."""
         places = self.manifest.places[wanted]
         order = np.lexsort((places[:, 1], places[:, 2], places[:, 0]))
         most = -(-len(wanted) // (_TASKS_EACH * self._threads))
@@ -200,7 +200,7 @@ class SlideRegions:
     def _read_rows(
         self, wanted: NDArray[np.int64], regions: Regions, source: int, rows: NDArray[np.int64]
     ) -> None:
-        """Read some rows of `regions`, all from one source; what cannot be read is marked."""
+        """Read some rows of `regions` from one source; damaged ones are recorded."""
         coords, spec = self.manifest.places[wanted[rows], 1:], self.manifest.spec
         try:
             if self._children is not None:
@@ -220,7 +220,7 @@ class SlideRegions:
 
 @dataclass(slots=True)
 class _Entry:
-    """A source that is open, or about to be: its slide, and how many calls use it now."""
+    """Cache entry of an open source: its slide, and the number of calls using it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     slide: Slide | None = None
@@ -229,7 +229,7 @@ class _Entry:
 
 
 class _OpenSlides:
-    """The slides of a manifest, opened when needed; those not used for longest are closed again."""
+    """LRU cache of the open slides of a manifest."""
 
     def __init__(self, sources: Sequence[ManifestSource], root: Path) -> None:
         self._sources, self._root = sources, root
@@ -240,7 +240,7 @@ class _OpenSlides:
 
     @contextmanager
     def opened(self, number: int) -> Iterator[Slide]:
-        """The slide of a source, open for as long as the context lasts."""
+        """A context with the slide of a source, open."""
         with self._lock:
             if self._closed:
                 raise ClosedSlideError(_CLOSED)
@@ -263,7 +263,7 @@ class _OpenSlides:
                 self._close_some()
 
     def close(self) -> None:
-        """Close all of them, for good."""
+        """Close all slides, for good."""
         with self._lock:
             self._closed = True
             for entry in self._entries.values():
@@ -272,7 +272,7 @@ class _OpenSlides:
             self._entries.clear()
 
     def verified(self, number: int) -> Path:
-        """The path of a source, once its content is known to be the manifest's."""
+        """The path of a source, after its content is checked against the manifest."""
         if self._closed:
             raise ClosedSlideError(_CLOSED)
         source = self._sources[number]
@@ -298,7 +298,7 @@ class _OpenSlides:
         return Slide(self.verified(number), mpp=self._sources[number].mpp)
 
     def _close_some(self) -> None:
-        """Close what was not used for longest, until the rest fits. Called under the lock."""
+        """Evict least recently used slides until the rest fits. Called under the lock."""
         for number, entry in list(self._entries.items()):
             count = len(self._entries)
             size = sum(other.size_bytes for other in self._entries.values())

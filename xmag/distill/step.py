@@ -1,4 +1,4 @@
-"""One step of training: loss, gradients of all ranks, optimizer, average."""
+"""Trainer of the student: loss, distributed gradients, optimizer and EMA, step by step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ from xmag.training import Ema, Ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """Augmented images for the student, and what each teacher says of them.
+    """Micro-batch: augmented images for the student, and each teacher's targets.
 
     `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher, and `weights`
     (B,) is 1 for an image and 0 for one whose region is damaged.
@@ -32,7 +32,7 @@ class Views:
 
 
 class Objective:
-    """The loss of several teachers: each one's weight times its global and local distances.
+    """Distillation loss of several teachers: weighted global and local distances.
 
     `teachers` maps names to weights, in the order of the targets.
     """
@@ -43,10 +43,10 @@ class Objective:
         self._levels = {level: weight for level, weight in levels.items() if weight}
         self._distances = {name: w for name, w in settings.distances().items() if w}
         self.terms = [f"{level}/{name}" for name in self._teachers for level in self._levels]
-        """The names of what `sums` returns besides the whole."""
+        """Names of the loss terms that `sums` returns besides the total."""
 
     def sums(self, projections: Sequence[Projection], views: Views) -> tuple[Tensor, Tensor]:
-        """The summed loss of the images, a scalar, and that of each level and teacher, detached.
+        """Total loss summed over images, a scalar, and its terms by level and teacher, detached.
 
         Sums, and not means: parts of a batch, on one rank or several, add up to the whole.
         """
@@ -75,7 +75,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What a step did; `values` are still on the device, in the order of `names`."""
+    """Metrics of a step; `values` are still on the device, in the order of `names`."""
 
     names: Sequence[str]
     values: Tensor
@@ -83,7 +83,7 @@ class StepRecord:
 
 
 class Trainer:
-    """A student, its average and its optimizer; `step` moves all three.
+    """Trainer: the student, its EMA and its optimizer; `step` updates all three.
 
     The gradients are those of the mean over all images of the step that are not damaged, on
     whichever rank.
@@ -118,7 +118,7 @@ class Trainer:
     def step(
         self, parts: Iterable[Views], *, number: int, count: int, watch: Stopwatch | None = None
     ) -> StepRecord:
-        """Take step `number` (from 0) on the `count` parts of this rank's share of the batch."""
+        """Train step `number` (from 0) on the `count` micro-batches of this rank."""
         train, watch = self.settings.train, watch or Stopwatch(self.device)
         images = train.batch * train.views  # of all ranks
         self.optimizer.zero_grad(set_to_none=True)
@@ -142,7 +142,7 @@ class Trainer:
         return StepRecord(names=names, values=means, rate=rate)
 
     def rate_factor(self, number: int) -> float:
-        """The factor of the learning rate at a step."""
+        """The learning-rate factor at a step."""
         train = self.settings.train
         return rate_factor(
             train.schedule,
@@ -153,13 +153,13 @@ class Trainer:
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the student computes in."""
+        """Autocast context of the student's forward pass."""
         if self.dtype == torch.float32:
             return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _update(self, number: int, scale: Tensor) -> Tensor:
-        """Scale and clip the gradients, move the student, then its average; the norm before it."""
+        """Scale and clip gradients, update student and EMA; returns the norm before clipping."""
         parameters = list(self.student.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, scale)  # by 1 exactly, unless regions were damaged
@@ -175,19 +175,19 @@ class Trainer:
         return norm
 
     def _reducing(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Only with the last part of a batch do ranks exchange gradients."""
+        """Context that synchronises gradients over ranks at the last micro-batch alone."""
         if isinstance(self._model, DistributedDataParallel) and not last:
             return self._model.no_sync()
         return nullcontext()
 
 
 def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay is for this parameter: matrices and tables, as in DINOv2."""
+    """Whether a parameter has weight decay: matrices and tables, as in DINOv2."""
     return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the student's products are computed in: "auto" is bfloat16 on CUDA that has it."""
+    """Compute dtype of the student; "auto" is bfloat16 on CUDA that has it natively."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

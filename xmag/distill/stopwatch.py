@@ -1,4 +1,4 @@
-"""Where the time of a step goes, part by part, without making the device wait."""
+"""Profiling of a step by named parts, with CUDA events and no synchronisation."""
 
 import time
 from collections import defaultdict
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds of named parts of the work on one device; `seconds` sums them up.
+    """Timer of named parts of the work on one device; `seconds` sums them up.
 
     On CUDA a part is what the device did between its events, on the CPU what the host did. A part
     named by `host` is always timed on the host.
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what happens in the context towards `name`."""
+        """A context whose device time counts towards `name`."""
         if self._device.type != "cuda":
             with self.host(name):
                 yield
@@ -35,7 +35,7 @@ class Stopwatch:
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
-        """Counts the time that this thread spends in the context towards `name`."""
+        """A context whose host time counts towards `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -43,7 +43,7 @@ class Stopwatch:
             self._host[name] += time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """The seconds of each part so far; waits for the device, and begins anew."""
+        """The seconds of each part so far; synchronises the device, and resets."""
         if self._events:
             torch.cuda.synchronize(self._device)
         for name, start, end in self._events:

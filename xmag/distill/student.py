@@ -1,4 +1,4 @@
-"""The student: a ViT at 2.0 µm/px, and the heads that compare it with its teachers."""
+"""Student model: a ViT at 2.0 µm/px with a pair of projection heads for each teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _TOKEN_STD = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentStart:
-    """A ViT to begin with, its configuration, and where its weights came from (plain JSON)."""
+    """Initial student: a ViT, its configuration, and the provenance of its weights (JSON)."""
 
     vit: ViT
     config: ModelConfig
@@ -30,16 +30,16 @@ class StudentStart:
 
 
 class Projection(NamedTuple):
-    """What the heads of one teacher make of B images; None for a level that is not trained."""
+    """Projections of B images by the heads of one teacher; None for a level not trained."""
 
     region: Tensor | None
-    """float32 (B, Dt): the class token through the global head."""
+    """Class token through the global head, float32 (B, Dt)."""
     tiles: Tensor | None
-    """float32 (B, 16, Dt): the blocks' means through the local head."""
+    """Block means through the local head, float32 (B, 16, Dt)."""
 
 
 class Student(nn.Module):
-    """A ViT and, for each teacher, a pair of heads; uint8 images in, projections out.
+    """Student model: a ViT with a pair of heads for each teacher; uint8 images to projections.
 
     `teacher_dims` are the widths of the teachers' features. A level that carries no weight in the
     loss (`with_global`, `with_local`) has no heads.
@@ -107,7 +107,7 @@ def _heads(width: int, dims: Sequence[int]) -> nn.ModuleList:
 def fresh_student(
     config: ModelConfig | ViTConfig | str, *, layer_scale: float = 0.1, seed: int = 0
 ) -> StudentStart:
-    """A student with random weights, the same for the same seed; torch's own generator stays as is.
+    """Randomly initialised student, reproducible by seed; torch's own generator is untouched.
 
     Matrices are drawn from a normal distribution of 0.02 cut at two of them, biases are 0, as
     DINOv2 begins; LayerScale begins at `layer_scale`, since DINOv2's 1e-5 keeps a ViT that is
@@ -140,7 +140,7 @@ def fresh_student(
 def pretrained_student(
     name_or_path: str, *, config: ModelConfig | ViTConfig | str | None = None, **options: Any
 ) -> StudentStart:
-    """A student with the weights of a model that `load_model` reads, such as DINOv2.
+    """Student initialised from a model that `load_model` reads, such as DINOv2.
 
     `options` are revision, token, cache_dir and local_files_only, as for `load_model`. Raises
     InputError where the model is for tiles of another scale than the student's 2.0 µm/px, and
@@ -160,7 +160,7 @@ def pretrained_student(
 
 
 def student_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
-    """The student's configuration: its tiles are at 2.0 µm/px, made with the Lanczos kernel.
+    """ModelConfig of a student, whose tiles are at 2.0 µm/px, made with the Lanczos kernel.
 
     Raises InputError for an unknown name and for a tile specification of another scale.
     """

@@ -1,4 +1,4 @@
-"""What a run came to, or would take."""
+"""Summary of a run, and estimates of a dry run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,13 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a run needs, from a few steps that were taken to see.
+    """Estimated memory and time of a run, measured on a few steps.
 
-    `parameters` of the student and of its heads. `state_bytes` are weights, gradients, moments and
-    average; `activation_bytes` what the forward pass of one part of a batch keeps for the backward
-    pass, as measured; `peak_bytes` the most that was allocated on a GPU, everything (teachers too)
-    together, None on a CPU. `seconds_per_step` is measured, reading included, and
-    `keeping_seconds` is what computing the features takes that are to be kept.
+    `state_bytes` are those of weights, gradients, moments and EMA; `activation_bytes` those saved
+    for backward in one micro-batch; `peak_bytes` is the peak GPU allocation with teachers, None on
+    a CPU. `seconds_per_step` includes reading, and `keeping_seconds` is the time to compute the
+    feature caches.
     """
 
     student_parameters: int
@@ -28,13 +27,13 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a run came to; with `needs`, what it would take, as nothing was trained or written.
+    """Summary of a run; of a dry run, with `needs`, where nothing was trained or written.
 
-    `regions` are those learned from. `validation` are the last cosines to the teachers, and
+    `regions` is the number trained on. `validation` are the last cosines to the teachers, and
     `untrained` those before the first step; both are empty without regions held out. `damaged` is
     the number of regions that could not be read; `model` is the folder for `load_model`, and
     `seconds` the time of all parts of the run. `data` counts slides and regions, where they were
-    sampled from slides, and `plan` says in words what is done.
+    sampled from slides, and `plan` describes the run in words.
     """
 
     steps: int
@@ -50,7 +49,7 @@ class Summary:
     needs: Needs | None = None
 
     def lines(self) -> list[str]:
-        """The summary for a person to read, line by line."""
+        """The summary as lines of text."""
         return [*self.plan, *(self._needed() if self.needs else self._done())]
 
     def _done(self) -> Iterator[str]:
@@ -86,12 +85,12 @@ class Summary:
 
 
 def size(count: float) -> str:
-    """A number of bytes as MB or GB."""
+    """Format a number of bytes as MB or GB."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as days, hours, minutes or seconds, whichever can be read."""
+    """Format seconds in days, hours, minutes or seconds."""
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"

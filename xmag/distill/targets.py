@@ -1,4 +1,4 @@
-"""Teacher features computed once and kept: a teacher costs some thirty times its student.
+"""Cache of teacher features on disk, since a teacher costs some thirty times its student.
 
 A folder holds the features of one teacher for the regions of one manifest, in shards that are each
 written whole, and `targets.json`, which is written last: without it the folder is not done.
@@ -30,12 +30,12 @@ TILES = SIDE * SIDE
 
 _FORMAT, _SCHEMA_VERSION = "xmag-kept-targets", 1
 _VIEW = 0
-"""The view that variants are drawn as; their epoch is the number of the variant."""
+"""View number in the draws of variants, whose epoch is the index of the variant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSettings:
-    """What is kept of each region.
+    """Settings of a feature cache: plain or augmented, with or without low views.
 
     With `variants` None it is the features of the region as it is ("plain"), which flips and turns
     can be applied to afterwards (`map_tokens`), but no change of colour. With a number K it is the
@@ -60,18 +60,18 @@ class TargetSettings:
         regions: Sequence[int] | NDArray[np.int64],
         variants: Sequence[int] | NDArray[np.int64] | int,
     ) -> Draws:
-        """What is done to the regions before the teacher sees them: nothing, where plain."""
+        """Augmentations of the regions for the teacher; none where plain."""
         if self.variants is None:
             return draw(0, 0, regions, _VIEW, augmentation=NONE)
         return draw(self.seed, variants, regions, _VIEW, augmentation=self.augmentation)
 
     @property
     def count(self) -> int:
-        """K: how many variants there are of each region."""
+        """The number K of variants of each region."""
         return self.variants or 1
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the features, as plain JSON values."""
+        """The settings that determine the cached features, as plain JSON values."""
         drawn = self.variants is not None
         return {
             "kind": "augmented" if drawn else "plain",
@@ -83,7 +83,7 @@ class TargetSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TargetSettings":
-        """The settings that `to_dict` described."""
+        """Settings from a dict of `to_dict`."""
         if values["kind"] == "plain":
             return cls(low=values["low"])
         return cls(
@@ -95,16 +95,16 @@ class TargetSettings:
 
 
 class KeptTargets:
-    """Kept features, mapped into memory; a context manager. Made by `keep_targets`.
+    """Feature cache, mapped into memory; a context manager. Made by `keep_targets`.
 
-    `provenance` says what they were made of (its fingerprint decides what they serve for), and
+    `provenance` records manifest, teacher and settings (its fingerprint has to match), and
     `good` marks, bool (N,), the regions that could be decoded; the features of the others are NaN.
 
     Args:
-        folder: What `keep_targets` wrote.
-        manifest: The regions they are expected to be of.
-        teacher: The teacher they are expected to be of; None takes whichever it was.
-        settings: What is expected to be kept; None takes whatever it is.
+        folder: The folder that `keep_targets` wrote.
+        manifest: The expected manifest.
+        teacher: The expected teacher; None accepts any.
+        settings: The expected settings; None accepts any.
 
     Raises:
         InputError: The folder holds no finished targets, or its files were damaged.
@@ -139,12 +139,12 @@ class KeptTargets:
         self._low = self._mapped("low", low_shape, np.dtype(np.uint8)) if self.has_low else []
 
     def __len__(self) -> int:
-        """The number of regions, damaged ones among them."""
+        """The number of regions, including damaged ones."""
         return self._shape[0]
 
     @property
     def variants(self) -> int:
-        """K: how many variants there are of each region."""
+        """The number K of variants of each region."""
         return self._shape[1]
 
     @property
@@ -154,12 +154,12 @@ class KeptTargets:
 
     @property
     def augmented(self) -> bool:
-        """Whether the variants are augmented views, or the one is the region as it is."""
+        """Whether the variants are augmented views; False for a single plain one."""
         return self.settings.variants is not None
 
     @property
     def has_low(self) -> bool:
-        """Whether the low views are kept too."""
+        """Whether low views are cached too."""
         return self.settings.low
 
     def features(
@@ -167,7 +167,7 @@ class KeptTargets:
         regions: Sequence[int] | NDArray[np.int64],
         variants: Sequence[int] | NDArray[np.int64] | int = 0,
     ) -> Tensor:
-        """The features of regions: float16 (B, 16, D) on the CPU; one variant for all, or each.
+        """Cached features of regions: float16 (B, 16, D), CPU; one variant for all, or for each.
 
         Raises InputError for numbers that do not exist, and for a region that is damaged.
         """
@@ -190,23 +190,23 @@ class KeptTargets:
         regions: Sequence[int] | NDArray[np.int64],
         variants: Sequence[int] | NDArray[np.int64] | int = 0,
     ) -> Draws:
-        """What was done to the regions before the teacher saw them: to be done to their low views.
+        """Augmentations that the cached features were computed with, to apply to the low views.
 
-        Nothing, where the targets are plain.
+        None is applied where the targets are plain.
         """
         return self.settings.draws(regions, variants)
 
     def variants_for(
         self, regions: Sequence[int] | NDArray[np.int64], turn: int
     ) -> NDArray[np.int64]:
-        """Which variant of each region to use in the `turn`-th view of it since training began.
+        """Index of the variant of each region for its `turn`-th view since training began.
 
         With ``turn = epoch * views + view`` all K come in turn, and the views of an epoch differ.
         """
         return np.asarray((np.asarray(regions, np.int64) + turn) % self.variants)
 
     def low(self, regions: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """The low views of regions as they are: uint8 (B, 224, 224, 3) on the CPU.
+        """Cached low views of regions, unaugmented: uint8 (B, 224, 224, 3) on the CPU.
 
         Raises InputError where they are not kept.
         """
@@ -222,7 +222,7 @@ class KeptTargets:
         return torch.from_numpy(result)
 
     def mean(self) -> Tensor:
-        """The mean feature of all tiles of good regions: float32 (D,)."""
+        """Mean feature of all tiles of undamaged regions: float32 (D,)."""
         total, count = np.zeros(self.dim), 0
         for shard, features in enumerate(self._features):
             first = shard * self._shard_regions
@@ -232,7 +232,7 @@ class KeptTargets:
         return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
     def close(self) -> None:
-        """Let go of the files. Closing twice is fine."""
+        """Close the memory maps. Closing twice is fine."""
         self._features, self._low = [], []
 
     def __enter__(self) -> Self:
@@ -287,7 +287,7 @@ class KeptTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What `targets.json` says."""
+    """Header of a feature cache: the content of `targets.json`."""
 
     regions: int
     dim: int
@@ -310,7 +310,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header in a file. Raises InputError where there is none, or none that is understood."""
+    """Read the header of a cache. Raises InputError where it is missing or not understood."""
     if not path.is_file():
         raise InputError(
             f"{os.fspath(path.parent)!r} holds no kept targets, or none that are finished; make"
@@ -342,7 +342,7 @@ def read_header(path: Path) -> Header:
 def fingerprint_of(
     manifest: Manifest, teacher: Mapping[str, Any], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What decides which training kept features serve for."""
+    """Fingerprint of a cache: manifest, teacher, settings and preprocessing; it has to match."""
     return {
         "manifest_sha256": manifest.sha256,
         "teacher": teacher,
@@ -352,7 +352,7 @@ def fingerprint_of(
 
 
 def check_same(folder: Path, expected: Mapping[str, Any], there: Provenance) -> None:
-    """Raise MismatchError where kept targets were made of something else than is expected."""
+    """Raise MismatchError where the fingerprint of a cache is not the expected one."""
     if differences := Provenance(expected, {}).differences(there):
         raise MismatchError(
             f"the kept targets in {folder.name!r} were made of something else: "
@@ -362,7 +362,7 @@ def check_same(folder: Path, expected: Mapping[str, Any], there: Provenance) -> 
 
 
 def shards_of(regions: int, shard_regions: int) -> list[range]:
-    """The numbers of the regions in each shard."""
+    """The range of region numbers of each shard."""
     return [
         range(first, min(first + shard_regions, regions))
         for first in range(0, regions, shard_regions)
@@ -375,7 +375,7 @@ def shard_name(kind: str, number: int) -> str:
 
 
 def mapped(path: Path) -> NDArray[Any] | None:
-    """The array in a .npy file, mapped into memory; None where there is no whole one."""
+    """Memory-map the array in a .npy file; None where it is missing or incomplete."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):

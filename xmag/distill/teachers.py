@@ -1,6 +1,6 @@
-"""Teachers: what turns tiles at 0.5 µm/px into the features that a student learns.
+"""Teacher models: features of tiles at 0.5 µm/px, for a student to learn.
 
-`load_teacher` makes one of a name, an Encoder, or any function from tiles to features.
+`load_teacher` makes one from a name, an Encoder, or any function from tiles to features.
 """
 
 import hashlib
@@ -25,36 +25,36 @@ from xmag.provenance import dtype_class
 from xmag.vit import ViTConfig
 
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
-"""The tiles that every teacher gets."""
+"""Tile specification of all teachers."""
 
 _TIMM = "timm:"
 _SAME_MPP = 1e-6
 _BATCH_TILES = 256
-"""Tiles that go through a teacher at once: enough to fill a GPU."""
+"""Batch size of a teacher in tiles: enough to fill a GPU."""
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What a teacher offers."""
+    """Protocol of a teacher model."""
 
     @property
     def name(self) -> str:
-        """What it is called in records; unique among the teachers of a student."""
+        """Name in logs and checkpoints; unique among the teachers of a student."""
         ...
 
     @property
     def dim(self) -> int:
-        """The length of a feature."""
+        """Length of a feature vector."""
         ...
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells it from others, as plain JSON values: name, weights_sha256, and more."""
+        """Identity of the model as plain JSON values: name, weights_sha256, and more."""
         ...
 
     @property
     def tile_spec(self) -> TileSpec:
-        """The tiles it wants."""
+        """Size and scale of the tiles that it takes."""
         ...
 
     def features(self, tiles: Tensor, /) -> Tensor:
@@ -64,7 +64,7 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WeightedTeacher:
-    """A teacher and the weight of its losses; each has heads of its own."""
+    """Teacher with the weight of its losses; each has heads of its own."""
 
     teacher: Teacher
     weight: float = 1.0
@@ -77,7 +77,7 @@ class WeightedTeacher:
 
 
 class TileTeacher:
-    """A function from tiles to features, with a name, and with every result looked at."""
+    """Teacher from a function of tiles; checks shape and finiteness of its features."""
 
     def __init__(
         self,
@@ -147,18 +147,18 @@ def load_teacher(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Teacher:
-    """The teacher that a name, an Encoder or a function means.
+    """Load a teacher from a model name, an Encoder or a function.
 
     Args:
-        teacher: What `load_model` takes ("MahmoodLab/UNI2-h", whose terms are logged when it is
-            fetched; a path); "timm:NAME" for a pretrained model of timm; an Encoder; a Teacher,
-            which is returned as it is; or a function from uint8 tiles (M, 224, 224, 3), on the
-            device where they are, to features (M, dim).
-        device: Where a model loaded by name computes.
-        dtype: What it computes in: "auto" takes bfloat16 on CUDA that has it.
-        name: What a function is called in records.
+        teacher: A name or path for `load_model` ("MahmoodLab/UNI2-h", whose terms are logged when
+            it is fetched; a path); "timm:NAME" for a pretrained model of timm; an Encoder; a
+            Teacher, which is returned as it is; or a function from uint8 tiles (M, 224, 224, 3), on
+            the device where they are, to features (M, dim).
+        device: Device of a model loaded by name.
+        dtype: Its compute dtype: "auto" takes bfloat16 on CUDA that has it.
+        name: Name of a function in logs and checkpoints.
         dim: The length of a function's features.
-        identity: What else tells a function from others, as JSON values. The SHA-256 of its weights
+        identity: More of a function's identity, as JSON values. The SHA-256 of its weights
             is added for a torch.nn.Module.
         config: As in `load_model`, and so are the rest.
         revision: As in `load_model`.
@@ -207,7 +207,7 @@ def load_teacher(
 
 
 def check_tile_spec(spec: TileSpec, name: str) -> None:
-    """Raise InputError where a teacher does not want the tiles that regions are cut into."""
+    """Raise InputError where a teacher's tile specification is not `TILE_SPEC`."""
     if spec.size_px != TILE_PX or abs(spec.mpp / HIGH_MPP - 1) > _SAME_MPP:
         raise InputError(
             f"{name} wants tiles of {spec.size_px} px at {spec.mpp:g} µm/px; a teacher sees"
@@ -218,7 +218,7 @@ def check_tile_spec(spec: TileSpec, name: str) -> None:
 
 
 def module_sha256(module: nn.Module) -> str:
-    """A SHA-256 of the names, types, shapes and values of a module's state."""
+    """SHA-256 of the names, types, shapes and values of a module's state."""
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous()

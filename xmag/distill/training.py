@@ -1,4 +1,4 @@
-"""The training of a student, from its first step, or its last checkpoint, to the exported model."""
+"""`distill`: train a student, resuming from a checkpoint, and export it."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ from xmag.training import joined_ranks
 _logger = logging.getLogger(__name__)
 
 AnyTeacher = Teacher | WeightedTeacher | Lesson
-"""A teacher that looks at every view, with a weight if it has one; or what else says of regions."""
+"""Accepted teachers: online ones, weighted or not, or any source of targets (Lesson)."""
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
@@ -57,24 +57,24 @@ def distill(
     card: Card | None = None,
     progress: bool | None = None,
 ) -> Summary:
-    """Train a student on what teachers see, and export its average; what came of it is returned.
+    """Train a student on teachers' features, and export its EMA; returns a Summary.
 
     Started by torchrun, the processes share the work; each calls this with the same arguments, its
     teachers on its own device (`xmag.training.joined_ranks` says which). A run that was stopped
     goes on from its last checkpoint in `out`: the same call gives, on a CPU, the same bits.
 
     Args:
-        source: Where regions are read: `SlideRegions`, or anything with its `read`. Regions that
+        source: Dataset of regions: `SlideRegions`, or anything with its `read`. Regions that
             raise DamagedSlideError are counted, and never trained on.
-        teachers: One, or several, each with heads of its own; WeightedTeacher says how much one
-            counts, and a KeptLesson takes features that were computed before.
+        teachers: One, or several, each with heads of its own; WeightedTeacher weights one,
+            and a KeptLesson takes cached features.
         student: From `fresh_student` or `pretrained_student`; its ViT is trained in place.
         out: The folder of the run: metrics.csv, validation.csv, tensorboard/,
             checkpoint.safetensors and model/, which `load_model` reads.
-        settings: How to train; the defaults are those of `Settings`.
-        validation: The numbers of the regions that are only looked at.
-        about: What identifies the data, as JSON values; it goes into the checkpoint and the model.
-        card: What the exported model's card says besides.
+        settings: Training settings; the defaults are those of `Settings`.
+        validation: The numbers of the regions to validate on, which are not trained on.
+        about: Identity of the data, as JSON values; it goes into the checkpoint and the model.
+        card: Name, terms and license for the exported model's card.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
 
     Raises:
@@ -118,7 +118,7 @@ def distill(
 
 
 def lessons_of(teachers: AnyTeacher | Sequence[AnyTeacher]) -> list[Lesson]:
-    """The lessons that teachers give, each of weight 1 where nothing else is said."""
+    """Sources of targets from teachers, of weight 1 where none is given."""
     each = teachers if isinstance(teachers, Sequence) else [teachers]
     return [_lesson_of(teacher) for teacher in each]
 
@@ -130,7 +130,7 @@ def _lesson_of(teacher: AnyTeacher) -> Lesson:
 
 
 class _Run:
-    """The loop around a session: resume, log, validate, checkpoint."""
+    """Training loop of a session: resume, log, validate, checkpoint."""
 
     def __init__(self, session: Session, folder: Path, decides: Mapping[str, Any]) -> None:
         self._session, self._folder, self._decides = session, folder, decides
@@ -144,7 +144,7 @@ class _Run:
         self._damaged = 0
 
     def carried_out(self, *, progress: bool | None) -> Summary:
-        """Take all steps that are left, and say what came of the whole run."""
+        """Train all steps that are left; returns the Summary of the whole run."""
         session = self._session
         first = self._resumed()
         with ExitStack() as stack:
@@ -167,7 +167,7 @@ class _Run:
         return self._summary()
 
     def _after_step(self, held: ValidationSet | None, record: RunRecord | None) -> None:
-        """Log, validate and write the checkpoint, each where it is due."""
+        """Log, validate and save a checkpoint, each where it is due."""
         due = {
             name: self._taken == self._session.total_steps or (every and self._taken % every == 0)
             for name, every in (
@@ -189,7 +189,7 @@ class _Run:
             self._session.ranks.wait()
 
     def _resumed(self) -> int:
-        """The steps that an earlier part of this run took, once its state is back."""
+        """Restore the last checkpoint, if any; returns the number of steps taken before."""
         session, path = self._session, self._folder / CHECKPOINT
         if not path.exists():
             if session.ranks.leads:
@@ -288,7 +288,7 @@ class _Run:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results; OutputError where that is not possible."""
+    """Make an output folder; OutputError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -298,5 +298,5 @@ def make_folder(folder: Path) -> None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which `device` is CUDA's current one; nothing for others."""
+    """A context with `device` as CUDA's current device; a null context for other types."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

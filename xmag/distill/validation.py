@@ -1,4 +1,4 @@
-"""How close a student is to its teachers on fixed regions that it does not learn from."""
+"""Validation: cosine similarity of the student to its teachers on held-out regions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSet:
-    """The share of this rank in the fixed regions: read once, kept on the host.
+    """Validation set: this rank's share of the held-out regions, in host memory.
 
     `low` is uint8 (N, S, S, 3), `targets` hold each teacher's features, float32 (N, 16, Dt).
     """
@@ -30,7 +30,7 @@ class ValidationSet:
     def of(
         cls, parts: Iterable[tuple[Tensor, Sequence[Tensor]]], *, dims: Sequence[int]
     ) -> "ValidationSet":
-        """All parts together; `dims` are the widths of the teachers, for a rank without a part."""
+        """Concatenate batches; `dims` are the widths of the teachers, for a rank without any."""
         lows: list[Tensor] = []
         targets: list[list[Tensor]] = [
             [torch.empty(0, BLOCKS**2, dim, dtype=torch.float32)] for dim in dims
@@ -46,12 +46,12 @@ class ValidationSet:
 def validate(
     trainer: Trainer, held: ValidationSet, *, names: Sequence[str], centres: Sequence[Tensor | None]
 ) -> dict[str, float]:
-    """The cosines of the average student to each teacher, over the regions of all ranks.
+    """Mean cosine similarities of the EMA student to each teacher, over all ranks.
 
     "cosine/global/NAME" and "cosine/local/NAME" compare as the loss does (with the teacher's mean
-    taken off, where that is trained); "centred_cosine/..." takes off, on both sides, the mean over
-    these very regions, so that only what tells them apart counts. A student that says the same of
-    every region has a centred cosine of 0.
+    subtracted, where that is trained); "centred_cosine/..." subtracts, on both sides, the mean over
+    these very regions, so that only what tells them apart counts. A student with the same output
+    for every region has a centred cosine of 0.
     """
     result = {}
     projected = _projections(trainer, held)
@@ -76,7 +76,7 @@ def validate(
 def _projections(
     trainer: Trainer, held: ValidationSet
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """What the heads of each teacher make of all regions, in one piece: (region, tiles)."""
+    """Projections of all regions for each teacher, concatenated: (region, tiles)."""
     student = cast(Student, trainer.ema.module)
     if not len(held.low):  # all of this rank's are damaged; the others wait for its sums
         nothing = [target.to(trainer.device) for target in held.targets]
@@ -98,7 +98,7 @@ def _projections(
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """The mean row over all ranks."""
+    """Mean of the rows of all ranks."""
     total = summed(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
     return total[:-1] / total[-1]
 
@@ -108,6 +108,6 @@ def _mean_cosine(ours: Tensor, theirs: Tensor) -> float:
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """The rows in pieces of at most `size`."""
+    """Consecutive chunks of at most `size` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

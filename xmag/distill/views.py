@@ -1,4 +1,4 @@
-"""The two views of a region: what the teacher sees at 0.5 µm/px, and what the student sees at 2.0.
+"""High and low view of a region: teacher tiles at 0.5 µm/px, and the student's image at 2.0.
 
 A region is `REGION_PX` wide at 0.5 µm/px, the high view. The low view is its Lanczos resize to
 `LOW_PX`: Pillow's, to the bit, on any device.
@@ -20,18 +20,18 @@ TILE_PX = 224
 REGION_PX, LOW_PX = SIDE * TILE_PX, TILE_PX
 
 _LOBES = 3
-"""Of the Lanczos kernel, on either side."""
+"""Lobes of the Lanczos kernel, on either side."""
 _PRECISION = 22
-"""Bits of a weight behind the point; Pillow keeps 32 - 8 - 2, for sums of 8-bit px."""
+"""Fractional bits of a resize weight; Pillow keeps 32 - 8 - 2, for sums of 8-bit px."""
 _LOW_BITS = 11
 """Bits of the lower part of a weight. Sums of parts times px stay below 2**24, where float32 counts
 without rounding, and a part fits TensorFloat-32, so that this setting changes nothing."""
 _PART = 16
-"""Regions resized at once on a GPU: enough to fill it, at 0.4 GB."""
+"""Regions of a chunk in a resize on a GPU: enough to fill it, at 0.4 GB."""
 
 
 def low_view(high: Tensor) -> Tensor:
-    """The views at 2.0 µm/px of regions at 0.5 µm/px: uint8 (B, S / 4, S / 4, 3).
+    """Low views (2.0 µm/px) of regions at 0.5 µm/px: uint8 (B, S / 4, S / 4, 3).
 
     `high` is uint8 (B, S, S, 3) on any device, S a multiple of 4 and `REGION_PX` in training. The
     result is on the same device, and equals ``Image.resize(..., Image.Resampling.LANCZOS)`` in
@@ -51,7 +51,7 @@ def low_view(high: Tensor) -> Tensor:
 
 
 def teacher_tiles(high: Tensor) -> Tensor:
-    """The 4 x 4 tiles of each region, row by row: uint8 (B * 16, S / 4, S / 4, 3).
+    """Cut regions into 4 x 4 teacher tiles, row by row: uint8 (B * 16, S / 4, S / 4, 3).
 
     `high` is uint8 (B, S, S, 3); with S = `REGION_PX` the tiles have `TILE_PX`. Raises InputError
     for another shape or dtype.
@@ -62,7 +62,7 @@ def teacher_tiles(high: Tensor) -> Tensor:
 
 
 def checked_side(images: Tensor) -> int:
-    """The side S of square uint8 images (B, S, S, 3); InputError where they are no such thing."""
+    """The side S of square uint8 images (B, S, S, 3); InputError for other shapes or dtypes."""
     shape = tuple(images.shape)
     fits = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3 and shape[1] % SIDE == 0
     if not fits or images.dtype != torch.uint8 or not shape[1]:
@@ -74,14 +74,14 @@ def checked_side(images: Tensor) -> int:
 
 
 def _lanczos(high: Tensor) -> Tensor:
-    """Pillow's resize as matrix products: rows, rounded to uint8, then columns."""
+    """Pillow's Lanczos resize as matrix products: rows, rounded to uint8, then columns."""
     weights = _weights(high.shape[1], high.device)
     rows = _weighted(high.permute(0, 1, 3, 2), weights)  # (B, y, 3, x / 4)
     return _weighted(rows.permute(0, 2, 3, 1), weights).permute(0, 3, 2, 1)  # from (B, 3, x, y)
 
 
 def _weighted(pixels: Tensor, weights: Tensor) -> Tensor:
-    """The last axis of uint8 px resized, in the integer arithmetic of Pillow's 8-bit resize."""
+    """Resize the last axis of uint8 px, in the integer arithmetic of Pillow's 8-bit resize."""
     with torch.autocast(pixels.device.type, enabled=False):
         upper, lower = (pixels.float() @ weights).to(torch.int32).chunk(2, dim=-1)
     total = (upper << _LOW_BITS) + lower + (1 << (_PRECISION - 1))
@@ -90,7 +90,7 @@ def _weighted(pixels: Tensor, weights: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _weights(size: int, device: torch.device) -> Tensor:
-    """The upper and the lower part of the weights side by side: float32 (size, 2 * size / 4)."""
+    """Upper and lower parts of the resize weights side by side: float32 (size, 2 * size / 4)."""
     weights = _integer_weights(size)
     upper = weights >> _LOW_BITS
     parts = np.concatenate([upper, weights - (upper << _LOW_BITS)])
@@ -98,7 +98,7 @@ def _weights(size: int, device: torch.device) -> Tensor:
 
 
 def _integer_weights(size: int) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
-    """Weights of px (columns) in px of the resize by 4 (rows), times 2**22: int64 (size / 4, size).
+    """Resize weights of px (columns) in resized px (rows), times 2**22: int64 (size / 4, size).
 
     As Pillow's Resample.c has them (precompute_coeffs, normalize_coeffs_8bpc).
     """

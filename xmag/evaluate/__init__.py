@@ -1,4 +1,4 @@
-"""Evaluation as the field does it: cross-validation, external cohorts, probes, and their report.
+"""Model evaluation: cross-validation, external validation, probes of embeddings, and reports.
 
 Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pictures.
 """

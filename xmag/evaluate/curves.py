@@ -1,4 +1,4 @@
-"""ROC curves over splits, and their bootstrap bands."""
+"""Mean ROC curves over splits, with bootstrap confidence bands."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from xmag.metrics.bootstrap import drawn_weights
 Floats = NDArray[np.float64]
 
 _MOST_DRAWS = 500
-"""Draws for a band, which is a picture and no figure."""
+"""Limit of bootstrap draws for a band, which is drawn and not reported as a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Curve:
 
 
 def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
-    """The curve of the class at `place` against the rest; None without a pair to compare."""
+    """The ROC curve of the class at `place` against the rest; None without a pair to compare."""
     strata = [
         stratum
         for split in np.unique(result.splits)
@@ -52,14 +52,14 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Stratum:
-    """The predictions of one split, by falling score of one class."""
+    """The predictions of one split, sorted by descending score of one class."""
 
     order: NDArray[np.int64]
     positive: NDArray[np.bool_]
     last_of_tie: NDArray[np.int64]
 
     def curves(self, weights: Floats) -> tuple[Floats, Floats, Floats]:
-        """(R, k) false and true positive rates, and (R,) pairs; rates are 0 where there is none."""
+        """False and true positive rates (R, k), and pairs (R,), under weights; 0 without a pair."""
         sorted_weights = weights[:, self.order]
         hits = np.cumsum(sorted_weights * self.positive, axis=1)[:, self.last_of_tie]
         alarms = np.cumsum(sorted_weights * ~self.positive, axis=1)[:, self.last_of_tie]
@@ -80,7 +80,7 @@ def _stratum(result: Result, places: NDArray[np.int64], place: int) -> _Stratum 
 
 
 def _mean(strata: list[_Stratum], weights: Floats, grid: Floats) -> Floats:
-    """(R, g) mean true positive rate at each rate of false positives; NaN without pairs."""
+    """Mean true positive rate (R, g) at each false positive rate of `grid`; NaN without pairs."""
     total = np.zeros((len(weights), len(grid)))
     pairs = np.zeros((len(weights), 1))
     for stratum in strata:

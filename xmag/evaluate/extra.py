@@ -1,4 +1,4 @@
-"""The optional packages of `xmag[evaluate]`, loaded where they are used."""
+"""Lazy import of the optional packages of `xmag[evaluate]`."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ from xmag.errors import MissingExtraError
 
 
 def optional(module: str, purpose: str) -> Any:
-    """A module of scikit-learn or matplotlib; MissingExtraError where it is not installed."""
+    """Import a module of scikit-learn or matplotlib; MissingExtraError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

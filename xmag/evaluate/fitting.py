@@ -1,4 +1,4 @@
-"""Fit clones of an estimator and take its predictions, in one order of classes."""
+"""Fit clones of an estimator and collect their predictions, in one order of classes."""
 
 import inspect
 from collections.abc import Hashable
@@ -27,19 +27,19 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """An estimator that is fitted; `by_place` if it knows classes by their places in the order."""
+    """A fitted estimator; `by_place` if its classes are indices into the order of classes."""
 
     estimator: Any
     by_place: bool = False
 
     def labels(self, values: Any, name: str, order: tuple[Hashable, ...]) -> list[Hashable]:
-        """What the estimator calls classes, as their labels."""
+        """Class values of the estimator (labels, or indices where `by_place`) as labels."""
         found = as_labels(values, name)
         return [order[int(place)] for place in found] if self.by_place else found  # type: ignore[call-overload]
 
 
 def name_of(estimator: Any) -> str:
-    """What messages and titles call an estimator."""
+    """The name of an estimator in messages and titles: its class."""
     return type(estimator).__name__
 
 
@@ -55,7 +55,7 @@ def fitted_classes(estimator: Any) -> Any:
 
 
 def require_classes(data: Samples, rows: Rows, order: tuple[Hashable, ...], *, where: str) -> None:
-    """Raise InputError where a class has no case in `rows`."""
+    """Raise InputError where a class of `order` has no case in `rows`."""
     present = {data.y[row] for row in rows.tolist()}
     missing = [label for label in order if label not in present]
     if missing:
@@ -68,7 +68,7 @@ def require_classes(data: Samples, rows: Rows, order: tuple[Hashable, ...], *, w
 def fit(
     estimator: Any, data: Samples, rows: Rows, order: tuple[Hashable, ...], *, where: str
 ) -> Fitted:
-    """A clone of `estimator`, fitted on `rows`."""
+    """Fit a clone of `estimator` on `rows`."""
     for method in ("fit", "predict_proba"):
         if not callable(getattr(estimator, method, None)):
             raise InputError(
@@ -94,7 +94,7 @@ def held_out(
     *,
     on_identical: OnIdentical,
 ) -> tuple[Any, Result]:
-    """A clone of `estimator` fitted on `train`, and its predictions of `test`, without metrics."""
+    """Fit a clone of `estimator` on `train` and predict `test`: (clone, Result without metrics)."""
     every = np.arange(len(train))
     where = f"trained on {train.name}, tested on {test.name}"
     require_separate((train, every), (test, np.arange(len(test))), where=where)
@@ -106,7 +106,7 @@ def held_out(
 def tested(
     fitted: Fitted, data: Samples, order: tuple[Hashable, ...], *, trained_on: str
 ) -> Result:
-    """The predictions of one model of all of `data`, without metrics."""
+    """Predict all of `data` with one model: a Result without metrics."""
     rows = np.arange(len(data))
     scores, predicted = predict(fitted, data, rows, order)
     return Result(
@@ -128,7 +128,7 @@ def tested(
 def predict(
     fitted: Fitted, data: Samples, rows: Rows, order: tuple[Hashable, ...]
 ) -> tuple[NDArray[np.float64], Rows]:
-    """float64 (m, C) scores and int64 (m,) decisions, in the order of classes.
+    """Scores, float64 (m, C), and predicted class indices, int64 (m,), in the order of classes.
 
     Raises InputError for scores of the wrong shape or not finite, and for classes that the
     estimator and the order do not both know.

@@ -1,4 +1,4 @@
-"""Folds: which cases a model is fitted on and which it is tested on, as a list that can be kept."""
+"""Folds: cross-validation splits by patient, stratified, saved and loaded as JSON."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _FORMAT = "xmag.Folds"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """One split: the rows of the cases to fit on, and of those to test on.
+    """One train-test split: the rows of the cases to fit on, and of those to test on.
 
     Splits of one `repeat` have test cases of their own; their predictions are put together.
     """
@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folds:
-    """The splits of a cohort of `samples` cases.
+    """Cross-validation splits of a cohort of `samples` cases.
 
     Raises InputError where a split is empty on one side, has a case on both, or names a case that
     is not there, and where a case is tested twice in one repeat.
@@ -84,12 +84,12 @@ class Folds:
         repeats: int = 1,
         random_state: int = 0,
     ) -> "Folds":
-        """Folds with each class spread evenly, and each patient (group) in one of them.
+        """Stratified k-fold splits by patient (group), `repeats` times.
 
-        `repeats` times over, each time shuffled anew. scikit-learn's StratifiedGroupKFold, or
-        StratifiedKFold without groups. Raises InputError for one class only, a class of one
-        patient, or fewer patients than folds; warns where a class has fewer patients than folds, so
-        that some folds lack it.
+        Each patient is in one fold, each class is spread evenly; each repeat is shuffled anew.
+        scikit-learn's StratifiedGroupKFold, or StratifiedKFold without groups. Raises InputError
+        for one class only, a class of one patient, or fewer patients than folds; warns where a
+        class has fewer patients than folds, so that some folds lack it.
         """
         labels = as_labels(y, "y")
         refuse_continuous(labels, "y")
@@ -117,7 +117,7 @@ class Folds:
 
     @classmethod
     def leave_one_group_out(cls, groups: Labels) -> "Folds":
-        """A fold for each patient (group), in order of first appearance, tested on all the others.
+        """Leave-one-patient-out splits: a fold for each group, in order of first appearance.
 
         Raises InputError for fewer than two of them.
         """
@@ -134,7 +134,7 @@ class Folds:
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[tuple[ArrayLike, ArrayLike]], *, samples: int) -> "Folds":
-        """Splits that were made elsewhere, each as (rows to fit on, rows to test on).
+        """Folds from given splits, each as (rows to fit on, rows to test on).
 
         They are one repeat if no case is tested twice (a cross-validation), else each is a repeat
         of its own (a Monte-Carlo one). Raises InputError as `Folds` does.
@@ -155,7 +155,7 @@ class Folds:
         return cls(samples=samples, splits=tuple(splits))
 
     def to_dict(self) -> dict[str, Any]:
-        """The folds as plain lists and numbers."""
+        """The folds as plain JSON values."""
         return {
             "format": _FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -168,7 +168,7 @@ class Folds:
 
     @classmethod
     def from_dict(cls, content: Any) -> "Folds":
-        """The folds that `to_dict` made; InputError for anything else."""
+        """The Folds from a dict of `to_dict`; InputError for anything else."""
         try:
             if content["format"] != _FORMAT or content["schema_version"] > SCHEMA_VERSION:
                 raise InputError(
@@ -193,12 +193,12 @@ class Folds:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Folds":
-        """The folds that `save` wrote; InputError for another file."""
+        """Load the Folds from a file of `save`; InputError for another file."""
         return cls.from_dict(read_json(path, "folds"))
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """The content of a JSON file; InputError where it is not there, or not JSON."""
+    """Read a JSON file; InputError where it is missing, or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -213,7 +213,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
 
 
 def _sorted_codes(labels: Sequence[Any]) -> NDArray[np.int64]:
-    """Numbers for labels in sorted order, as scikit-learn has them, where they can be sorted."""
+    """Class codes of labels, int64 (n,), in sorted order as scikit-learn's, where sortable."""
     found = dict.fromkeys(labels)
     try:
         return encode(labels, sorted(found))

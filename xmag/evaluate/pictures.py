@@ -1,4 +1,4 @@
-"""ROC curves and confusion matrices as figures, through matplotlib's object interface alone.
+"""Figures of ROC curves and confusion matrices, by matplotlib's object interface alone.
 
 Neither pyplot, nor a global backend, nor rcParams are touched.
 """
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from xmag.evaluate.report import Report
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which all kinds of colour vision tell apart, less the yellow: faint on white."""
+"""Colour-blind safe palette of Okabe and Ito, without its yellow, which is faint on white."""
 _DASHES = ("-", "--", "-.", (0, (1, 1)))
 _INK, _FAINT = "#222222", "#8A8A8A"
 _DPI = 150
 _MOST_COLUMNS = 3
 _MOST_BANDS = 4
-"""Curves of a panel that have bands; those of more would hide each other."""
+"""Limit of curves with a confidence band in a panel; more would hide each other."""
 
 
 def roc_figure(report: "Report") -> "Figure":
-    """A figure of ROC curves, a panel for each result and a curve for each class against the rest.
+    """Figure of ROC curves: a panel for each result, a curve for each class against the rest.
 
     Bands and legends have the report's intervals; of two classes, the second one's curve is drawn.
     Raises MissingExtraError without matplotlib.
@@ -44,7 +44,7 @@ def roc_figure(report: "Report") -> "Figure":
 
 
 def confusion_figure(report: "Report") -> "Figure":
-    """A figure of confusion matrices, a panel for each result.
+    """Figure of confusion matrices, a panel for each result.
 
     A cell has the share of its row's class, which is its colour, and the number of cases; over
     several repeats, their mean. Raises MissingExtraError without matplotlib.
@@ -57,7 +57,7 @@ def confusion_figure(report: "Report") -> "Figure":
 
 
 def as_png(figure: "Figure") -> bytes:
-    """The figure as the bytes of a PNG."""
+    """Render a figure as PNG bytes."""
     backend = optional("matplotlib.backends.backend_agg", "a picture")
     out = io.BytesIO()
     backend.FigureCanvasAgg(figure).print_png(out)
@@ -161,7 +161,7 @@ def _draw_confusion(axes: "Axes", result: Result) -> None:
 
 
 def _entitle(axes: "Axes", report: "Report", result: Result) -> None:
-    """Says above the panel which cohorts it is of, where there are several, and how many cases."""
+    """Set the title of a panel: its cohorts, where there are several, and the number of cases."""
     patients = len(np.unique(result.patients))
     size = f"{result.cases:,} cases, {patients:,} patients"
     if len(report.results) > 1:
@@ -175,7 +175,7 @@ def _entitle(axes: "Axes", report: "Report", result: Result) -> None:
 
 
 def _title(report: "Report", width_in: float) -> str:
-    """The title in lines that fit, broken where its parts meet."""
+    """The report's title, wrapped to the width of the figure between its parts."""
     most = int(12 * width_in)
     if len(report.title) <= most:
         return report.title
@@ -183,7 +183,7 @@ def _title(report: "Report", width_in: float) -> str:
 
 
 def _write(setter: Any, text: str, **look: Any) -> None:
-    """Set a text as it stands: a dollar sign in a name is no formula."""
+    """Set a text without mathtext: a dollar sign in a name is no formula."""
     setter(text, parse_math=False, **look)
 
 

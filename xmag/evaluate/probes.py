@@ -1,4 +1,4 @@
-"""Linear probe, k-NN and SimpleShot: estimators that learn next to nothing on embeddings."""
+"""Probes of frozen embeddings: linear probe, k-NN and SimpleShot, as scikit-learn estimators."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
@@ -15,7 +15,7 @@ Distance = Literal["cosine", "euclidean"]
 
 
 class _Probe(ABC):
-    """What the probes share: scikit-learn's conventions, labels of any kind, checks."""
+    """Base class of the probes: scikit-learn's estimator interface, label encoding, checks."""
 
     _estimator_type = "classifier"  # for scikit-learn before 1.6
     _parameters: tuple[str, ...] = ()
@@ -24,20 +24,20 @@ class _Probe(ABC):
 
     @abstractmethod
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+        """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
 
     def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """float64 (n, C), the logarithm of `predict_proba`, -inf where that is 0."""
+        """Log of `predict_proba`, float64 (n, C), -inf where that is 0."""
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
-        """(n,), the class with the largest probability; of equal ones, the first."""
+        """The class with the largest probability, (n,); of equal ones, the first."""
         places = self.predict_proba(X).argmax(1)
         return np.asarray(self.classes_[places])
 
     def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
-        """The accuracy of `predict`, cases counting as much as `sample_weight` (n,) says."""
+        """Accuracy of `predict`, weighted by `sample_weight` (n,)."""
         predicted, labels = as_labels(self.predict(X), "predict"), as_labels(y, "y")
         require_same_length(len(predicted), len(labels), "y")
         right = np.array([a == b for a, b in zip(predicted, labels, strict=True)])
@@ -67,14 +67,14 @@ class _Probe(ABC):
         )
 
     def get_metadata_routing(self) -> Any:
-        """What scikit-learn's metadata routing may hand on: weights to `score`, as all have it."""
+        """scikit-learn's MetadataRequest: `sample_weight` may be routed to `score`."""
         routing = optional("sklearn.utils.metadata_routing", "a probe in a pipeline")
         request = routing.MetadataRequest(owner=type(self).__name__)
         request.score.add_request(param="sample_weight", alias=None)
         return request
 
     def _training(self, x: ArrayLike, y: Labels) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The embeddings, and the labels as places among the classes, which are remembered."""
+        """Checked embeddings (n, D) and class indices (n,); sets `classes_`."""
         embeddings = _embeddings(x)
         labels = as_labels(y, "y")
         require_same_length(len(embeddings), len(labels), "y")
@@ -98,7 +98,7 @@ class _Probe(ABC):
 
 
 class LinearProbe(_Probe):
-    """Logistic regression on embeddings, with the strength of its penalty set by their size.
+    """Linear probe: logistic regression on embeddings, with a penalty scaled by their width.
 
     scikit-learn's LogisticRegression (L-BFGS, L2) with ``C = dim * classes / 100``, the inverse of
     the penalty: it minimises C times the sum of the cross-entropies plus half the squared norm of
@@ -127,20 +127,20 @@ class LinearProbe(_Probe):
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+        """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
         embeddings = self._queries(X)
         return np.asarray(self._model.predict_proba(embeddings), dtype=np.float64)
 
 
 class NearestNeighbours(_Probe):
-    """The votes of the k nearest training embeddings.
+    """k-nearest-neighbours (k-NN) probe: votes of the k nearest training embeddings.
 
     UNI's: embeddings are centred by the training mean, brought to length 1, and compared by
     Euclidean distance, which ranks as the cosine does; all k votes are equal. scikit-learn's
     KNeighborsClassifier.
 
     Args:
-        k: How many neighbours vote.
+        k: Number of neighbours.
         metric: "cosine", or "euclidean" of embeddings whose length is left as it is.
         center: Whether the training mean is taken off first.
     """
@@ -169,7 +169,7 @@ class NearestNeighbours(_Probe):
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """float64 (n, C), the share of the votes of each class, in the order of `classes_`."""
+        """Class probabilities: shares of the votes, float64 (n, C), in the order of `classes_`."""
         embeddings = self._queries(X)
         votes = self._model.predict_proba(self._compared(embeddings))
         return np.asarray(votes, dtype=np.float64)
@@ -180,7 +180,7 @@ class NearestNeighbours(_Probe):
 
 
 class SimpleShot(_Probe):
-    """The nearest mean of a class, among embeddings that are centred and brought to length 1.
+    """SimpleShot probe: nearest class mean of embeddings that are centred and L2-normalised.
 
     Wang et al. 2019, "SimpleShot", as UNI has it: the mean is that of the training set, and class
     means are not brought to length 1 again. Probabilities are the softmax of minus the squared
@@ -188,7 +188,7 @@ class SimpleShot(_Probe):
     """
 
     def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
-        """Take the class means of embeddings (n, D)."""
+        """Fit the class means of embeddings (n, D)."""
         embeddings, places = self._training(X, y)
         self._mean = embeddings.mean(0)
         compared = _unit(embeddings - self._mean)
@@ -197,7 +197,7 @@ class SimpleShot(_Probe):
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """float64 (n, C) of embeddings (n, D), in the order of `classes_`."""
+        """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
         compared = _unit(self._queries(X) - self._mean).astype(np.float64)
         # |a - b|² without the term of the query alone, which the softmax does not see.
         logits = 2 * compared @ self._means.T - (self._means**2).sum(1)
@@ -206,7 +206,7 @@ class SimpleShot(_Probe):
 
 
 def _embeddings(x: Any) -> NDArray[Any]:
-    """(n, D) finite floats of an array, a tensor, or a list of vectors."""
+    """Checked embeddings, finite floats (n, D), from an array, a tensor, or a list of vectors."""
     if hasattr(x, "detach"):  # a tensor, which may be on a GPU
         x = x.detach().cpu()
     try:
@@ -228,13 +228,13 @@ def _embeddings(x: Any) -> NDArray[Any]:
 
 
 def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Brought to length 1; a zero vector stays."""
+    """L2-normalised vectors; a zero vector stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
 
 
 def _array_of(classes: Sequence[Hashable]) -> NDArray[Any]:
-    """(C,), of text or numbers where all classes are, else of objects; never of more axes."""
+    """Array of classes (C,): of text or numbers where all are, else of objects; always 1-D."""
     if len({type(label) for label in classes}) == 1 and isinstance(classes[0], str | int | float):
         return np.array(classes)
     array = np.empty(len(classes), dtype=object)

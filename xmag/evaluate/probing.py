@@ -1,4 +1,4 @@
-"""linear_probe, knn and simpleshot: a probe, fitted on one set of embeddings, tested on another."""
+"""linear_probe, knn and simpleshot: fit a probe on embeddings, and report on a test set."""
 
 from typing import Any
 
@@ -30,11 +30,12 @@ def linear_probe(
     random_state: int = 0,
     on_identical: OnIdentical = "raise",
 ) -> Report:
-    """A report of `LinearProbe`, fitted on training embeddings (n, D) and tested on (m, D).
+    """Linear-probe evaluation: a Report of `LinearProbe` fitted on (n, D) and tested on (m, D).
 
-    `groups` are the patients of the test cases, for the intervals, and `train_groups` those of the
-    training cases: with both, a patient on both sides is an error. ``report.settings`` has C and
-    the iterations it took. The other options, and errors, are those of `cross_validate`.
+    `train_x` and `test_x` are embeddings. `groups` are the patients of the test cases, for the
+    intervals, and `train_groups` those of the training cases: with both, a patient on both sides is
+    an error. ``report.settings`` has C and the iterations it took. The other options, and errors,
+    are those of `cross_validate`.
     """
     return _probed(
         LinearProbe(max_iter=max_iter),
@@ -66,7 +67,7 @@ def knn(
     random_state: int = 0,
     on_identical: OnIdentical = "raise",
 ) -> Report:
-    """A report of `NearestNeighbours`, fitted on training embeddings (n, D) and tested on (m, D).
+    """k-NN evaluation: a Report of `NearestNeighbours` fitted on (n, D), tested on (m, D).
 
     Options and errors are those of `linear_probe`; `k`, `metric` and `center` those of
     `NearestNeighbours`.
@@ -98,7 +99,7 @@ def simpleshot(
     random_state: int = 0,
     on_identical: OnIdentical = "raise",
 ) -> Report:
-    """A report of `SimpleShot`, fitted on training embeddings (n, D) and tested on (m, D).
+    """SimpleShot evaluation: a Report of `SimpleShot` fitted on (n, D) and tested on (m, D).
 
     Options and errors are those of `linear_probe`.
     """

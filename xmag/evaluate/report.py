@@ -1,4 +1,4 @@
-"""Report: what an evaluation found, as a table, as JSON, and as pictures."""
+"""Evaluation reports: results as a Markdown table, JSON and figures."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling
 from xmag.metrics.bootstrap import METRICS, Interval
 
 SCHEMA_VERSION = 1
-"""Of the JSON; changes when an older xmag could no longer read it."""
+"""Version of the JSON format; changes when an older xmag could no longer read it."""
 
 _FORMAT = "xmag.Report"
 _JSON_NAME, _ROC_NAME, _CONFUSION_NAME = "report.json", "roc.png", "confusion.png"
@@ -25,14 +25,16 @@ _JSON_NAME, _ROC_NAME, _CONFUSION_NAME = "report.json", "roc.png", "confusion.pn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What an evaluation found. ``print(report)`` shows its table; two reports can be compared.
+    """Report of an evaluation: results, metrics, settings. ``print(report)`` shows its table.
+
+    Two reports can be compared with ``==``.
 
     Attributes:
-        title: What was evaluated, and how.
+        title: Estimator and protocol, in words.
         classes: The order of classes.
         results: One for each pair of training and test cohort; a single one for a
             cross-validation and for a probe.
-        sampling: How the intervals were made.
+        sampling: Level, draws and seed of the bootstrap intervals.
         folds: The splits of a cross-validation; None otherwise.
         settings: The protocol, estimator and versions, as plain JSON.
     """
@@ -51,7 +53,7 @@ class Report:
     def estimate(
         self, metric: str, *, trained_on: str | None = None, tested_on: str | None = None
     ) -> Estimate:
-        """The metric of the one result, or of the one on these cohorts.
+        """A metric with its interval, of the only result or of the one on these cohorts.
 
         Raises InputError where there is no such metric, no such result, or more than one.
         """
@@ -71,7 +73,7 @@ class Report:
         return found[0].estimates[metric]
 
     def table(self, metric: str | None = None) -> str:
-        """A Markdown table of all metrics; of one, the cross-institution table.
+        """Markdown table of all metrics, or with `metric` the cross-institution table.
 
         With `metric`, rows are the cohorts trained on and columns those tested on. Without, a
         single result has a row for each metric, and several have a row each. Values are followed by
@@ -93,7 +95,7 @@ class Report:
         return _markdown(rows)
 
     def to_json(self) -> str:
-        """The whole report as JSON, from which `from_json` makes an equal one.
+        """The whole report as JSON; `from_json` restores an equal one.
 
         Raises InputError for classes that JSON cannot hold: others than text, numbers, bools and
         tuples of these.
@@ -112,7 +114,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote; InputError for anything else."""
+        """The Report from a text of `to_json`; InputError for anything else."""
         try:
             return _from_dict(json.loads(text))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -121,7 +123,7 @@ class Report:
             raise InputError(f"this is not a report that xmag saved: {error!r}") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``report.json``, ``roc.png`` and ``confusion.png`` into `folder`, made if need be.
+        """Save ``report.json``, ``roc.png`` and ``confusion.png`` to `folder`, which is made.
 
         Each file is whole or not there, and ``report.json`` comes last. Raises OutputError where
         they cannot be written, and MissingExtraError without matplotlib.
@@ -143,7 +145,7 @@ class Report:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Report":
-        """The report in a folder that `save` wrote; InputError where there is none."""
+        """Load the Report from a folder of `save`; InputError where there is none."""
         path = Path(folder) / _JSON_NAME
         read_json(path, "report")
         return cls.from_json(path.read_text(encoding="utf-8"))
@@ -152,7 +154,7 @@ class Report:
         return [name for name in METRICS if name in self.results[0].estimates]
 
     def _shown(self) -> list[str]:
-        """The metrics of the table: of two classes, both kinds of AUROC are one."""
+        """Names of the metrics in the table; with two classes, one AUROC, as both are equal."""
         return [n for n in self._metrics() if len(self.classes) > 2 or n != "auroc_ovo"]
 
     def _title(self, metric: str) -> str:
@@ -203,7 +205,7 @@ class Report:
 
 
 def _own(result: Result) -> bool:
-    """Whether the model was tested on cases of the cohort that it was fitted on: on other folds."""
+    """Whether the result is a cross-validation on the cohort that the model was fitted on."""
     return result.trained_on == result.tested_on
 
 

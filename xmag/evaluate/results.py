@@ -16,7 +16,7 @@ from xmag.metrics.ranking import class_aurocs, missing_classes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A metric and its interval.
+    """Estimate of a metric, with its bootstrap interval.
 
     Attributes:
         value: The metric; None where it is not defined.
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How intervals are made: the share they hold, the number of draws, and the seed."""
+    """Settings of bootstrap intervals: confidence level, number of draws, and seed."""
 
     level: float = 0.95
     resamples: int = 1000
@@ -56,18 +56,18 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """The predictions of one evaluation: a cross-validation, or one model on one cohort.
+    """Predictions and metrics of a cross-validation, or of one model on one cohort.
 
     Row i of the arrays is one prediction; a case that is tested in several repeats has several.
-    The arrays are read-only. Two results are equal if all in them is.
+    The arrays are read-only. Two results are equal if all their fields are.
 
     Attributes:
         trained_on: The cohort that the model was fitted on; empty where that is not known.
         tested_on: The cohort that it was tested on.
         classes: The order of classes, C of them.
-        rows: int64 (m,), the place of the case in X.
-        truth: int64 (m,), its class, as a place in `classes`.
-        predicted: int64 (m,), the class it was given.
+        rows: int64 (m,), the index of the case in X.
+        truth: int64 (m,), its class, as an index in `classes`.
+        predicted: int64 (m,), the predicted class, likewise.
         scores: float64 (m, C), the probabilities in the order of `classes`.
         patients: int64 (m,), its patient, numbered from 0 by first appearance in X.
         splits: int64 (m,), the number of the split whose model predicted it.
@@ -105,16 +105,16 @@ class Result:
 
     @property
     def cases(self) -> int:
-        """How many cases were tested."""
+        """The number of cases tested."""
         return len(np.unique(self.rows))
 
     def counts(self) -> NDArray[np.int64]:
-        """int64 (C,), how many cases of each class were tested."""
+        """The number of cases tested of each class, int64 (C,)."""
         _, first = np.unique(self.rows, return_index=True)
         return np.bincount(self.truth[first], minlength=len(self.classes))
 
     def confusion(self) -> NDArray[np.float64]:
-        """float64 (C, C), cases of the class of the row given that of the column, mean of repeats.
+        """Confusion matrix, float64 (C, C): true class (row), predicted class; mean over repeats.
 
         A case that is tested in some repeats only counts by their share.
         """
@@ -137,7 +137,7 @@ class Result:
         return tuple(values)
 
     def each_repeat(self) -> Iterator[tuple[NDArray[np.int64], Cases]]:
-        """For each repeat, the places of its predictions, and its cases.
+        """For each repeat, the indices of its predictions, and its `Cases`.
 
         Scores are compared within a split alone: those of two models have no common scale.
         """
@@ -156,11 +156,11 @@ class Result:
 
 
 ARRAYS = ("rows", "truth", "predicted", "scores", "patients", "splits", "repeats")
-"""The fields of a Result that are arrays."""
+"""Names of the fields of a Result that are arrays."""
 
 
 def with_estimates(result: Result, *, ordered: bool, sampling: Sampling) -> Result:
-    """The result with the metrics of its predictions, and their intervals."""
+    """A copy of the result with its metrics and bootstrap intervals computed."""
     names = [name for name, metric in METRICS.items() if ordered or not metric.needs_order]
     repeats = list(result.each_repeat())
     estimates = {
@@ -186,7 +186,7 @@ def _estimate(
     *,
     sampling: Sampling,
 ) -> Estimate:
-    """The mean over repeats, with the interval of draws that take a patient in all of them."""
+    """Estimate of a metric: mean over repeats, and an interval that draws patients in all."""
 
     def of_draws(weights: Floats) -> Floats:
         parts = [values(cases, weights[:, places]) for places, cases in repeats]

@@ -1,4 +1,4 @@
-"""What is evaluated: X of any kind of cases, their labels, and their patients."""
+"""Evaluation datasets: cases X of any type, with labels and patients, checked for leakage."""
 
 import hashlib
 import os
@@ -29,11 +29,11 @@ OnIdentical = Literal["raise", "warn"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
-    """Cases, their labels, and the patient of each, checked against each other.
+    """Dataset of cases with labels and patients, of checked lengths.
 
     Attributes:
-        name: What messages call them.
-        x: A list, an array, or whatever can be taken apart with `taken`.
+        name: The name of the dataset in messages.
+        x: A list, an array, or whatever `taken` can index.
         y: Their labels.
         groups: Their patients; None where they are not known.
     """
@@ -47,14 +47,14 @@ class Samples:
         return len(self.y)
 
     def patients(self) -> NDArray[np.int64]:
-        """int64 (n,), the patients, numbered by first appearance; each case its own without any."""
+        """Patient ids, int64 (n,), by first appearance; without groups, each case its own."""
         if self.groups is None:
             return np.arange(len(self.y))
         return encode(self.groups, tuple(dict.fromkeys(self.groups)))
 
 
 def samples(x: Any, y: Labels, groups: Labels | None, *, name: str) -> Samples:
-    """The cases, once it is clear that there is one label and one patient for each."""
+    """Make Samples; InputError unless there is one label and one patient for each case."""
     try:
         n = len(x)
     except TypeError as error:
@@ -74,7 +74,7 @@ def samples(x: Any, y: Labels, groups: Labels | None, *, name: str) -> Samples:
 
 
 def warn_without_groups(*, stacklevel: int) -> None:
-    """Warn that cases of one patient are taken for cases of several."""
+    """Warn that no groups were given, so that each case counts as a patient of its own."""
     warnings.warn(
         "groups were not given, so patients are not separated: slides of one patient may be on both"
         " sides of a split, and intervals take each case for a patient of its own; give groups=,"
@@ -97,7 +97,7 @@ def agreed_classes(parts: Sequence[Samples], classes: Labels | None) -> tuple[Ha
 
 
 def taken(x: Any, rows: NDArray[np.int64]) -> Any:
-    """The cases at `rows`: a part of a table or array, or a list of what is in a sequence."""
+    """Index the cases by `rows`: a part of a table or array, or a list from a sequence."""
     if hasattr(x, "iloc"):
         return x.iloc[rows]
     if hasattr(x, "shape"):
@@ -106,9 +106,9 @@ def taken(x: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def for_fit(labels: Iterable[Hashable], classes: Sequence[Hashable]) -> tuple[NDArray[Any], bool]:
-    """Labels as scikit-learn takes them, and whether they are places in `classes`.
+    """Labels that scikit-learn accepts, and whether they are encoded as indices in `classes`.
 
-    Text, whole numbers or bools stay as they are; labels of other kinds, or mixed, become places.
+    Text, whole numbers or bools stay as they are; labels of other types, or mixed, become indices.
     """
     kinds = {type(label) for label in classes}
     if kinds in ({str}, {int}, {bool}):
@@ -122,7 +122,7 @@ def require_separate(
     *,
     where: str,
 ) -> None:
-    """Raise InputError where a patient is in the rows of `train` and in those of `test`."""
+    """Raise InputError where a patient is in both the `train` and the `test` rows (leakage)."""
     (first, train_rows), (second, test_rows) = train, test
     if first.groups is None or second.groups is None:
         return
@@ -139,7 +139,7 @@ def require_separate(
 def require_different(
     train: NDArray[np.object_], test: NDArray[np.object_], *, where: str, on_identical: OnIdentical
 ) -> None:
-    """Raise or warn where the digest of a case of `test` is that of a case of `train`."""
+    """Raise or warn where a test case has the features of a training case, by digest."""
     places = {digest: place for place, digest in enumerate(train) if digest is not None}
     pairs = [(places[digest], place) for place, digest in enumerate(test) if digest in places]
     if not pairs:
@@ -157,7 +157,7 @@ def require_different(
 
 
 def digests(x: Any) -> NDArray[np.object_]:
-    """A digest of the features of each case, object (n,); None for what has none.
+    """Hash of the features of each case, object (n,); None for a case without features.
 
     Bags, arrays and tensors are digested by value, feature files by what is in them, other files by
     their bytes. Bags without tiles have no features and are never identical.

@@ -1,4 +1,4 @@
-"""cross_validate and external: fit, predict what was held out, and report."""
+"""Cross-validation and external validation: fit, predict held-out cases, report."""
 
 import numbers
 from collections.abc import Hashable, Mapping, Sequence
@@ -49,11 +49,12 @@ def cross_validate(
     random_state: int = 0,
     on_identical: OnIdentical = "raise",
 ) -> Report:
-    """A report of a cross-validation: each case predicted by a model that has not seen its patient.
+    """Cross-validation by patient: a Report with metrics and bootstrap intervals.
 
-    Every split fits its own clone of `estimator`. Decisions are put together before their metrics
-    are computed; AUROC compares scores within a split alone, weighted by its pairs, since scores of
-    two models have no common scale (Forman and Scholz 2010). Over `repeats` values are averaged.
+    Each case is predicted by a clone of `estimator` that was not fitted on its patient. Decisions
+    are put together before their metrics are computed; AUROC compares scores within a split alone,
+    weighted by its pairs, since scores of two models have no common scale (Forman and Scholz 2010).
+    Over `repeats` values are averaged.
 
     Args:
         estimator: Anything with scikit-learn's `fit`, `predict_proba` and `classes_`. It is not
@@ -62,9 +63,9 @@ def cross_validate(
         X: n cases: an array, a table, or a list of bags, arrays or paths.
         y: n labels of any hashable kind.
         groups: n patients. None warns, and takes each case for a patient of its own.
-        folds: How many stratified folds by patient to make, or a `Folds`, such as the one of an
+        folds: The number of stratified folds by patient, or a `Folds`, such as the one of an
             earlier report.
-        repeats: How often to make them; not for a `Folds`, which has its own.
+        repeats: Repetitions of the folds; not for a `Folds`, which has its own.
         classes: The order of classes; by default, the sorted labels.
         ordered: Whether that order means something, as for grades: adds quadratic kappa.
         level: Share that the intervals hold.
@@ -115,7 +116,7 @@ def external(
     random_state: int = 0,
     on_identical: OnIdentical = "raise",
 ) -> Report:
-    """A report of cohorts side by side: the cross-institution table.
+    """External validation: a Report of several cohorts, the cross-institution table.
 
     Without `train`, `estimator` is fitted already, and is tested on each cohort. With it, a clone
     is fitted on each cohort named there and tested on all others; on its own cohort, the result is
@@ -179,7 +180,7 @@ def external(
 def protocol(
     name: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
 ) -> dict[str, Any]:
-    """What the report says of the protocol, the estimator and the versions, as plain JSON."""
+    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
     parameters = {}
     if hasattr(estimator, "get_params"):
         for key, value in estimator.get_params(deep=False).items():
@@ -257,7 +258,7 @@ def _matrix(
     random_state: int,
     on_identical: OnIdentical,
 ) -> list[Result]:
-    """Each of `names` trained on, all tested on; what can be checked is, before anything is fit."""
+    """Results of all cohorts for models fitted on each of `names`; checks come before any fit."""
     features = {name: digests(part.x) for name, part in parts.items()}
     everything = {name: np.arange(len(part)) for name, part in parts.items()}
     own = {
@@ -319,5 +320,5 @@ def _required_if(classes: Labels | None, ordered: bool) -> Labels | None:
 
 
 def _numbered(patients: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbered without gaps, where folds do not test every patient."""
+    """Patient ids renumbered from 0 without gaps, where folds do not test every patient."""
     return np.unique(patients, return_inverse=True)[1].astype(np.int64)

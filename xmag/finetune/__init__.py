@@ -1,4 +1,4 @@
-"""Encoder and aggregator trained together, end to end, from slides and their labels."""
+"""End-to-end fine-tuning of encoder and aggregator from slides and slide-level labels."""
 
 from xmag.finetune.augment import Augmentation
 from xmag.finetune.gradients import exact_backward

@@ -1,4 +1,4 @@
-"""Random flips, quarter turns and mild changes of colour, drawn for each tile and replayed."""
+"""Tile augmentation: random flips, quarter turns and colour jitter, replayable by seed."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from xmag.devices import Float32
 from xmag.errors import InputError
 
 _AXES = 3
-"""Mirroring left-right, up-down, across the diagonal: together all eight ways to lay a square."""
+"""Number of mirror axes (left-right, up-down, diagonal), which give the 8 square symmetries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """How much a tile may change.
+    """Augmentation strengths: flips and turns, brightness, contrast, saturation, hue.
 
     `flips` allows the eight flips and quarter turns of a square, all equally likely. `brightness`,
     `contrast` and `saturation` are the largest relative changes, `hue` the largest turn about the
@@ -36,7 +36,7 @@ class Augmentation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """What happens to each of N tiles: `axes` bool (N, 3), `colours` (N, 3, 3), `contrast` (N,)."""
+    """Augmentation of N tiles: `axes` bool (N, 3), `colours` (N, 3, 3), `contrast` (N,)."""
 
     axes: Tensor
     colours: Tensor
@@ -47,7 +47,7 @@ class Draws:
 
 
 def draw(augmentation: Augmentation, count: int, *, seed: int) -> Draws:
-    """The draws for `count` tiles; the same for the same seed, and tile by tile for any subset."""
+    """Draw augmentations for `count` tiles: the same for the same seed, and indexable by tile."""
     rng = torch.Generator().manual_seed(seed)
     uniform = torch.rand(count, _AXES + 4, generator=rng, dtype=torch.float32)
     axes = (uniform[:, :_AXES] < 0.5) & augmentation.flips
@@ -66,7 +66,7 @@ def draw(augmentation: Augmentation, count: int, *, seed: int) -> Draws:
 
 
 def augment(tiles: Tensor, draws: Draws) -> Tensor:
-    """The tiles as drawn: uint8 (B, S, S, 3) -> float32 (B, S, S, 3) from 0 to 255, not rounded.
+    """Augment tiles: uint8 (B, S, S, 3) -> float32 (B, S, S, 3) from 0 to 255, not rounded.
 
     Colours first are turned, saturated and brightened by a matrix, then their contrast changes
     about the mean of the tile, then they are cut off at 0 and 255.
@@ -83,7 +83,7 @@ def augment(tiles: Tensor, draws: Draws) -> Tensor:
 
 
 def _colour_matrices(brightness: Tensor, saturation: Tensor, angle: Tensor) -> Tensor:
-    """RGB -> RGB, (N, 3, 3): a turn about the grey axis, then away from grey, then brighter."""
+    """Colour matrices of RGB, (N, 3, 3): hue turn, then saturation, then brightness."""
     brightness, saturation, angle = (x.view(-1, 1, 1) for x in (brightness, saturation, angle))
     with Float32():
         grey, one = torch.full((3, 3), 1 / 3), torch.eye(3)

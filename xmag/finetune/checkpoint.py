@@ -1,4 +1,4 @@
-"""A run on disk, so that it can be taken up again: one safetensors file, its JSON in the header."""
+"""Checkpoints to resume fine-tuning from: one safetensors file with JSON in its header."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def train(
     ranks: Ranks,
     progress: bool | None,
 ) -> None:
-    """Run to the end, from the checkpoint at `path` if there is one, and keeping one there."""
+    """Train to the end with checkpoints at `path`, resuming from one that is there."""
     resumed = path is not None and load_checkpoint(path, trainer, identity)
     if path is not None:
         _check_path(path, trainer, ranks)
@@ -81,9 +81,9 @@ def _check_path(path: Path, trainer: Trainer, ranks: Ranks) -> None:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> None:
-    """Write all that `load_checkpoint` needs, whole or not at all.
+    """Save a checkpoint of the trainer to `path`, atomically.
 
-    `identity` says what the run is, as JSON values: a checkpoint is only taken up by the same.
+    `identity` describes the run, as JSON values: only a run with the same one resumes from it.
     Raises OutputError where it cannot be written; the file that was there stays.
     """
     header = {
@@ -98,7 +98,7 @@ def save_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -
 
 
 def load_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -> bool:
-    """Whether there is a checkpoint; `trainer` then stands where the one that wrote it stood.
+    """Restore `trainer` from the checkpoint at `path`; False where there is none.
 
     Raises WeightsError for a file that is damaged or no checkpoint, MismatchError for one of
     another run, with what is different.

@@ -1,4 +1,4 @@
-"""Labels and patients of the slides: classes, the split, and which process works on what."""
+"""Labelled slides of a run: classes, the validation split, and sharding over ranks."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from xmag.mil.labels import class_weights, distinct, hashables, indices
 from xmag.mil.splits import held_out, require_disjoint, units, warn_without_groups
 
 Source = TileStore | PlannedSlide
-"""A slide that is known to be there, and to have tiles."""
+"""Source of a slide's tiles: decoded already, or opened and planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """What is known of the slides before they are opened.
+    """Labels and patients of the slides, before any slide is opened.
 
-    Slides `count` and up only validate: they were given as `validation=(slides, labels, groups)`.
+    Slides `count` and up are for validation only: `validation=(slides, labels, groups)`.
     """
 
     classes: tuple[Hashable, ...]
@@ -33,9 +33,9 @@ class Labels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """The slides of a run, the index of the class of each, and who trains and who validates.
+    """Slides of a run with class indices, and the indices of those to train and validate on.
 
-    `weights` has what each class counts in the loss.
+    `weights` are the loss weights of the classes.
     """
 
     sources: tuple[Source, ...]
@@ -49,7 +49,7 @@ class Cohort:
 def read_labels(
     labels: Any, groups: Any, other_labels: Any, other_groups: Any, *, slides: int, others: int
 ) -> Labels:
-    """The labels and groups of so many slides, and of so many others that only validate.
+    """Check labels and groups of `slides` slides, and of `others` given for validation.
 
     Raises InputError for one class only, for counts that do not match, and for a label that no
     training slide has.
@@ -81,7 +81,7 @@ def make_cohort(
     class_weight: Any,
     seed: int,
 ) -> Cohort:
-    """The cohort of opened slides, of which about `share` of each class are held out to validate.
+    """Cohort of opened slides, with about `share` of each class held out for validation.
 
     Slides of one patient, and slides with the same content, stay on one side. Raises InputError
     where nothing can be held out, and where a slide that was given to validate also trains.
@@ -119,7 +119,7 @@ def make_cohort(
 
 
 def split_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any]]:
-    """The share of slides to hold out, and the slides, labels and groups that were given instead.
+    """The `validation=` argument as a share to hold out, or given slides, labels and groups.
 
     Raises InputError for anything else.
     """
@@ -138,7 +138,7 @@ def split_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any
 
 
 def shards(slides: Sequence[int], targets: Sequence[int], *, world: int) -> list[list[int]]:
-    """The slides of each of `world` processes, dealt class by class."""
+    """Shard the slides over `world` ranks, balanced by class: the slides of each rank."""
     dealt = sorted(slides, key=lambda i: (targets[i], i))
     return [dealt[rank::world] for rank in range(world)]
 
@@ -146,7 +146,7 @@ def shards(slides: Sequence[int], targets: Sequence[int], *, world: int) -> list
 def steps_of_epoch(
     parts: Sequence[Sequence[int]], *, slides_per_step: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
-    """For each step, for each process, the slides it works on: each slide once an epoch."""
+    """The batches of an epoch: for each step, for each rank, its slides; each slide once."""
     each = slides_per_step // len(parts)
     orders = []
     for rank, part in enumerate(parts):

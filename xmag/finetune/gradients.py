@@ -1,4 +1,4 @@
-"""The gradient of a whole bag at the memory of one chunk, and seeds for draws that replay."""
+"""Exact gradients of a whole bag by gradient caching, and seeds of replayable draws."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 Encode = Callable[[int, int], Tensor]
-"""(start, stop) -> the embeddings of those tiles, (stop - start, D); each call gives the same."""
+"""Encoder of tiles: (start, stop) -> embeddings (stop - start, D), the same at every call."""
 
 LossOf = Callable[[Tensor], Tensor]
-"""The embeddings of a bag, (N, D) -> its loss, a scalar."""
+"""Loss of a bag: embeddings (N, D) -> a scalar."""
 
 
 def exact_backward(encode: Encode, count: int, loss_of: LossOf, *, chunk: int) -> Tensor:
-    """The loss of a bag of `count` tiles; adds the gradients of the whole bag to `.grad`.
+    """Loss of a bag of `count` tiles; adds its exact gradients to `.grad`, by gradient caching.
 
     They are those of ``loss_of(all embeddings).backward()``, but no more than `chunk` tiles have a
     graph at any time: all are embedded without one, the loss gives the gradient at the embeddings,
@@ -41,16 +41,16 @@ def exact_backward(encode: Encode, count: int, loss_of: LossOf, *, chunk: int) -
 
 @torch.no_grad()
 def embed_all(encode: Encode, count: int, *, chunk: int) -> Tensor:
-    """The embeddings of `count` tiles, (N, D), without a graph, `chunk` at a time."""
+    """Embeddings of `count` tiles, (N, D), without a graph, `chunk` tiles at a time."""
     return torch.cat([encode(start, stop) for start, stop in spans(count, chunk)])
 
 
 def spans(count: int, chunk: int) -> list[tuple[int, int]]:
-    """The (start, stop) of consecutive chunks."""
+    """The (start, stop) of consecutive chunks of `count` tiles."""
     return [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed for the draws that `key` names: the same everywhere, unlike that of any other key."""
+    """Random seed derived from `key` by a hash: the same on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

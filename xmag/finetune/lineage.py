@@ -1,4 +1,4 @@
-"""What a run is: for the lineage of the encoder that comes of it, and for its checkpoint."""
+"""Metadata of a run: the lineage of the fine-tuned encoder, and a checkpoint's identity."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def describe(
     mode: Mode,
     seed: int,
 ) -> dict[str, Any]:
-    """What a run is, as JSON values: the part that an encoder's lineage and a checkpoint share."""
+    """Description of a run as JSON values: settings, aggregator, tiles, split, seed."""
     head = network.aggregator
     named = type(head) in AGGREGATORS.values()
     transform = options.transform
@@ -61,7 +61,7 @@ def identify(
     network: Network,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to be taken up."""
+    """Identity of a run as JSON values; it must be equal to resume from a checkpoint."""
     settings = {k: v for k, v in about["settings"].items() if k not in _NEUTRAL}
     slides = [source.identity for source in cohort.sources]
     head = network.aggregator.state_dict()

@@ -1,4 +1,4 @@
-"""The encoder as something that trains: uint8 tiles in, class tokens with a graph out."""
+"""Trainable encoder (uint8 tiles to embeddings), freezing, and AdamW parameter groups."""
 
 import copy
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ _WITHOUT_DECAY = ("pos_embed", "cls_token", "register_tokens")
 
 
 class TileNetwork(nn.Module):
-    """A trainable copy of a ViT, in float32, with the normalisation of its model in front."""
+    """Trainable float32 copy of a ViT, preceded by the normalisation of its model."""
 
     scale: Tensor
     shift: Tensor
@@ -33,7 +33,7 @@ class TileNetwork(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, tiles: Tensor, draws: Draws | None = None) -> Tensor:
-        """The embeddings of uint8 tiles (B, S, S, 3), float32 (B, D), augmented as drawn.
+        """Embeddings, float32 (B, D), of uint8 tiles (B, S, S, 3), augmented by `draws`.
 
         An embedding is the class token after the final norm, as that of `Encoder.embed`.
         """
@@ -73,7 +73,7 @@ def uses_half(precision: Precision, device: torch.device) -> bool:
 
 
 def freeze(vit: ViT, blocks: int | None) -> None:
-    """Freeze the embedding of patches, the positions and the first `blocks` blocks; None nothing.
+    """Freeze patch embedding, positions and the first `blocks` blocks; None freezes nothing.
 
     Raises InputError for more blocks than there are.
     """
@@ -100,7 +100,7 @@ def parameter_groups(
     layer_decay: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """What AdamW takes, `peak` being the highest rate of a group.
+    """Parameter groups of AdamW with layer-wise learning-rate decay; `peak`: maximal rate.
 
     The rate of the last block is `learning_rate`, and that of each layer before it is
     `layer_decay` times that of the next, down to the embedding of patches (Clark et al. 2020,
@@ -125,7 +125,7 @@ def parameter_groups(
 
 
 def _layer_of(name: str, depth: int) -> int:
-    """0 for what comes before the blocks, 1 to `depth` for the blocks, one more for the norm."""
+    """Layer index of a parameter: 0 before the blocks, 1 to `depth` in them, then the norm."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return depth + 1 if name.startswith("norm.") else 0

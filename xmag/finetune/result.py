@@ -1,4 +1,4 @@
-"""What fine-tuning gives: an Encoder, a classifier on its embeddings, and how they came about."""
+"""Result of fine-tuning: the Encoder, the classifier of its embeddings, and the history."""
 
 import copy
 import hashlib
@@ -25,11 +25,11 @@ class FinetuneResult:
     """A fine-tuned encoder and the classifier that was trained with it.
 
     Attributes:
-        encoder: In bfloat16 if it was trained so, else in float32. Its provenance says under
-            "lineage" what it was made from, and how.
+        encoder: In bfloat16 if it was trained so, else in float32. "lineage" in its provenance
+            has the encoder that it started from, and the settings of the run.
         classifier: Takes the bags that `encoder` makes, and no others.
-        history: A row for each epoch.
-        best_epoch: The one that the weights are of; None without validation: then the last.
+        history: Metrics of each epoch.
+        best_epoch: The epoch whose weights were kept; None without validation: then the last.
         exact_encoder: The encoder in float32 on the CPU, which `save` writes.
     """
 
@@ -40,7 +40,7 @@ class FinetuneResult:
     exact_encoder: Encoder
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write a folder that both ``load_model`` and ``MILClassifier.load`` read.
+        """Save to a folder that both ``load_model`` and ``MILClassifier.load`` read.
 
         It has model.safetensors and config.json, classifier.safetensors and classifier.json. Bags
         for the classifier are to be made in the precision that `encoder` has, which is what
@@ -61,7 +61,7 @@ def make_result(
     transform: Transform | None,
     device: torch.device,
 ) -> FinetuneResult:
-    """The result of a run: `network` has the weights to return, `lineage` says how it was made."""
+    """The FinetuneResult of a run; `network` has the final weights, `lineage` their origin."""
     exact = _exact_encoder(network.encoder.vit, parent, lineage)
     dtype = "bfloat16" if network.encoder.half_precision else "float32"
     encoder = Encoder(
@@ -92,7 +92,7 @@ def make_result(
 
 
 def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:
-    """The Encoder of trained weights in float32 on the CPU, under the terms of its parent.
+    """Encoder with the trained weights, float32 on the CPU, under the terms of its parent.
 
     Its weights_sha256 is that of the file that `Encoder.save` writes.
     """
@@ -117,7 +117,7 @@ def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Enc
 def _provenance_of_bags(
     encoder: Encoder, cohort: Cohort, transform: Transform | None
 ) -> Provenance | None:
-    """That of the bags that the classifier is for; None where tiles came without a plan."""
+    """Provenance of the bags that the classifier takes; None for tiles without a plan."""
     options = [source.options for source in cohort.sources]
     if options[0] is None or any(other != options[0] for other in options):
         return None

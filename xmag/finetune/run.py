@@ -1,4 +1,4 @@
-"""`finetune_slides`: slides and labels in, an encoder and a classifier out."""
+"""`finetune_slides`: fine-tune an encoder with a classifier, from slides and labels."""
 
 import copy
 import os
@@ -61,7 +61,7 @@ def finetune_slides(
     device: str | torch.device = "auto",
     progress: bool | None = None,
 ) -> FinetuneResult:
-    """The encoder and the classifier that were trained together, from slides and their labels.
+    """Fine-tune an encoder and an aggregator end to end, on slides and slide-level labels.
 
     Args:
         slides: Paths, open slides, or a TileStore for each.
@@ -76,8 +76,8 @@ def finetune_slides(
             loss are returned. None trains all epochs on all slides, and returns the last.
         mode: "exact" learns from every tile of a slide at each step, "sampled" from a random
             subset of `settings.sampled_tiles`.
-        settings: How training goes.
-        tiles: Which tiles of a slide are used, and where they are kept.
+        settings: Training hyperparameters.
+        tiles: The selection of tiles in a slide, and the storage of decoded ones.
         checkpoint: The path of a file that the run writes after each epoch, and goes on from if it
             is there: the same call again takes up a run that was stopped.
         random_state: Decides all draws: split, order, augmentation, dropout, fresh weights.
@@ -133,7 +133,7 @@ def finetune_slides(
 
 
 def check_processes(settings: Settings, ranks: Ranks) -> None:
-    """Raise InputError where the slides of a step cannot be shared out evenly."""
+    """Raise InputError where the slides of a step do not divide evenly over the ranks."""
     if settings.slides_per_step % ranks.world:
         raise InputError(
             f"slides_per_step is {settings.slides_per_step} for {ranks.world} processes; expected a"
@@ -142,7 +142,7 @@ def check_processes(settings: Settings, ranks: Ranks) -> None:
 
 
 def _parent(model: Encoder | str | os.PathLike[str] | None) -> Encoder:
-    """The encoder to start from; one that is loaded here stays on the CPU, for its copy trains."""
+    """The pretrained Encoder for `model`; loaded on the CPU where not given, as a copy trains."""
     if isinstance(model, Encoder):
         if model.dtype != torch.float32:
             warnings.warn(
@@ -170,7 +170,7 @@ def _device(
 
 
 def _sources(slides: Slides, encoder: Encoder, options: TileOptions) -> list[Source]:
-    """What each slide's tiles come from, known to be there."""
+    """The tile source of each slide: its TileStore, or the slide opened and planned."""
     size = encoder.tile_spec.size_px
     for slide in slides:
         if isinstance(slide, TileStore) and slide.tiles.shape[1] != size:
@@ -187,7 +187,7 @@ def _sources(slides: Slides, encoder: Encoder, options: TileOptions) -> list[Sou
 def _decoded(
     cohort: Cohort, ranks: Ranks, options: TileOptions, progress: bool | None
 ) -> Iterator[dict[int, TileStore]]:
-    """The tiles of the slides that this process works on, by their index in the cohort."""
+    """TileStores of this rank's slides, by their index in the cohort, within the context."""
     own = [
         *shards(cohort.train, cohort.targets, world=ranks.world)[ranks.rank],
         *cohort.validation[ranks.rank :: ranks.world],

@@ -1,4 +1,4 @@
-"""How encoder and aggregator are trained together."""
+"""Hyperparameters of fine-tuning."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ Mode = Literal["exact", "sampled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The options of a training run.
+    """Hyperparameters of a fine-tuning run.
 
     Attributes:
         epochs: Passes over the training slides, at most.
@@ -22,7 +22,7 @@ class Settings:
             `xmag.training.best_epoch`.
         slides_per_step: Slides whose gradients one step of the optimizer adds up, over all GPUs.
         sampled_tiles: Tiles a slide and step in mode "sampled".
-        chunk_tiles: Tiles that have a graph at the same time: what decides how much memory is
+        chunk_tiles: Tiles that have an autograd graph at the same time, which decides the memory
             needed. By default 64 on CUDA and 16 elsewhere. Halved where CUDA runs out of memory.
         learning_rate: Of the last block of the encoder, at its peak.
         classifier_learning_rate: Of the aggregator, at its peak.
@@ -32,10 +32,10 @@ class Settings:
         weight_decay: Of matrices.
         warmup: The part of all steps in which the rate rises; it then falls by half a cosine.
         clip: The largest norm of the gradient of a step; None does not clip.
-        ema: The decay of the average of weights that is validated and returned, None to return the
-            weights themselves. It is lower in the first steps: (1 + step) / (10 + step).
+        ema: Decay of the moving average of weights that is validated and returned, None to return
+            the weights themselves. It is lower in the first steps: (1 + step) / (10 + step).
         augmentation: None leaves tiles as they are.
-        class_weight: What a slide counts in the loss: "balanced" gives each class the same weight,
+        class_weight: Weight of a slide in the loss: "balanced" gives each class the same weight,
             None each slide; or {class: weight}.
         precision: "auto" is bfloat16 (autocast, float32 weights) on CUDA that has it, else float32.
         checkpoint_steps: Steps between checkpoints within an epoch; there always is one after each
@@ -89,7 +89,7 @@ class Settings:
 
 
 def checked_mode(mode: str) -> Mode:
-    """`mode` as it is; InputError for any other than "exact" and "sampled"."""
+    """Check `mode` and return it; InputError for any other than "exact" and "sampled"."""
     if mode not in get_args(Mode):
         raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
     return mode  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The tiles of slides, decoded once and kept as they are: in memory, or in a mapped file."""
+"""Cache of decoded tiles of slides, in memory or in memory-mapped files."""
 
 import hashlib
 import json
@@ -38,14 +38,14 @@ _BATCH = 256
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TileStore:
-    """The decoded tiles of one slide, all of them, in the order of its plan.
+    """All decoded tiles of one slide, in the order of its plan.
 
     Attributes:
         tiles: uint8 (N, S, S, 3) RGB, N at least 1; an array, or a file mapped into memory.
-        name: What errors call the slide.
+        name: The name of the slide in errors.
         coords: int64 (N, 2), top-left corners in level-0 px; None where there is no slide.
         identity: Tells the slide from others by its content; by default a hash of some tiles.
-        options: Those of the plan; None where there is none.
+        options: The options of the plan; None where there is none.
 
     Raises InputError for tiles of another type or shape, and where there are none.
     """
@@ -74,13 +74,13 @@ class TileStore:
         return f"<TileStore {self.name!r} of {len(self)} tiles>"
 
     def read(self, rows: Any) -> Tensor:
-        """A copy of some tiles, uint8 (B, S, S, 3) on the CPU; `rows` is a slice or indices."""
+        """Copy some tiles: uint8 (B, S, S, 3) on the CPU; `rows` is a slice or indices."""
         return torch.from_numpy(np.array(self.tiles[rows]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileOptions:
-    """Which tiles of a slide are learnt from, and where they are kept.
+    """Options of the tiles to train on: tissue, border, scale, transform, storage.
 
     Attributes:
         tissue: "auto" finds the tissue, None takes every tile.
@@ -111,7 +111,7 @@ class TileOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSlide:
-    """A slide that could be opened, the plan of its tiles, and what tells it from others."""
+    """An opened slide, its tile plan, and its identity by content."""
 
     slide: SlideLike
     name: str
@@ -120,7 +120,7 @@ class PlannedSlide:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Those of the plan."""
+        """The options of the tile plan."""
         return self.plan.options
 
 
@@ -132,7 +132,7 @@ def stored_tiles(
     options: TileOptions | None = None,
     progress: bool | None = None,
 ) -> Iterator[list[TileStore]]:
-    """A TileStore for each slide, for as long as the context lasts: for several runs on the same.
+    """A context with the TileStore of each slide, to share decoded tiles between runs.
 
     Every slide is opened and planned before the first is decoded, so that one that is missing or
     has no tiles is known early.
@@ -140,7 +140,7 @@ def stored_tiles(
     Args:
         slides: Paths, or open slides.
         spec: The tiles that the model wants, ``encoder.tile_spec``.
-        options: Which tiles, and where they are kept.
+        options: The selection of tiles, and their storage.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
 
     Raises:
@@ -168,7 +168,7 @@ def plan_slides(
 def decoded(
     slides: Sequence[PlannedSlide], *, options: TileOptions, progress: bool | None
 ) -> Iterator[list[TileStore]]:
-    """The tiles of planned slides, for as long as the context lasts."""
+    """A context with the decoded tiles (TileStore) of each planned slide."""
     kept = _fit_in_memory([_bytes_of(entry) for entry in slides], options.memory_gib * _GIB)
     total = sum(len(entry.plan) for entry in slides)
     # Windows does not delete a file that somebody still has mapped.
@@ -208,7 +208,7 @@ def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedS
 
 
 def _fit_in_memory(sizes: Sequence[int], room: float) -> list[bool]:
-    """Which slides are kept in memory: each that still fits, in order."""
+    """Mask of the slides to keep in memory: each, in order, that still fits into `room`."""
     kept = []
     for size in sizes:
         kept.append(size <= room)
@@ -243,7 +243,7 @@ def _in_memory(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> 
 def _in_file(
     slides: Sequence[PlannedSlide], folder: Path, options: TileOptions, on_tiles: OnTiles
 ) -> list[Tiles]:
-    """The tiles of slides, read-only, in one file that has no name any more."""
+    """Decode the tiles of slides into one unlinked file; memory maps of it, read-only."""
     if not slides:
         return []
     path = folder / "tiles"
@@ -264,7 +264,7 @@ def _in_file(
 
 @contextmanager
 def _opened(slide: SlideLike, mpp: float | None) -> Iterator[Slide]:
-    """The slide, which is closed again if it was given as a path."""
+    """A context with the slide opened; closed on exit if it was given as a path."""
     if isinstance(slide, Slide):
         yield slide
         return

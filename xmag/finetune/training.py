@@ -1,4 +1,4 @@
-"""The training loop: slides in, weights of encoder and aggregator out, the same after a resume."""
+"""Trainer of encoder and aggregator: steps, validation, best weights; resumes exactly."""
 
 import logging
 import time
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """What an epoch came to.
+    """Metrics of an epoch.
 
-    Losses are means over slides, weighted by class. What concerns validation is None where there
-    is none, and the AUROC also where only one class validates. `tiles` were learnt from.
+    Losses are means over slides, weighted by class. Validation metrics are None without validation,
+    and the AUROC also where only one class validates. `tiles` is the number trained on.
     """
 
     epoch: int
@@ -46,7 +46,7 @@ class Epoch:
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """How far a run has come: plain values, which a checkpoint keeps."""
+    """Progress of a run (epoch, step, history), in plain values for a checkpoint."""
 
     epoch: int = 0
     step: int = 0
@@ -59,7 +59,7 @@ class Progress:
 
 
 class Network(nn.Module):
-    """What is trained: the encoder, and the aggregator on its embeddings."""
+    """The trained module: the encoder, and the aggregator on its embeddings."""
 
     def __init__(self, encoder: TileNetwork, aggregator: nn.Module) -> None:
         super().__init__()
@@ -67,16 +67,16 @@ class Network(nn.Module):
         self.aggregator = aggregator
 
     def classify(self, features: Tensor, labels: Tensor | None = None) -> MILOutput:
-        """What the aggregator makes of one bag (N, D), in float32."""
+        """Aggregator output for one bag of embeddings (N, D), computed in float32."""
         mask = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
         with full_precision(features.device):
             return self.aggregator(features.unsqueeze(0), mask, labels)  # type: ignore[no-any-return]
 
 
 class Trainer:
-    """One run on one process: `run` goes on from where `progress` says.
+    """Trainer on one rank; `run` continues from `progress`.
 
-    `stores` has the tiles of the slides that this process works on, by their index in `cohort`.
+    `stores` has the tiles of this rank's slides, by their index in `cohort`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Trainer:
         self._shards = shards(cohort.train, cohort.targets, world=ranks.world)
 
     def result(self) -> Network:
-        """The network with the best weights: the average of weights where there is one."""
+        """The network with the best weights, in eval mode; those of the EMA where there is one."""
         final = self.network if self.ema is None else self.ema.module
         assert isinstance(final, Network)
         if self.best is not None:
@@ -122,7 +122,7 @@ class Trainer:
         return final.eval()
 
     def run(self, on_checkpoint: Callable[[], None], on_slides: Callable[[int], object]) -> None:
-        """Train to the end; `on_checkpoint` is called wherever a run may be taken up again."""
+        """Train to the end; `on_checkpoint` is called wherever a run can be resumed."""
         while not self._is_done():
             self._run_epoch(on_checkpoint, on_slides)
             on_checkpoint()
@@ -133,7 +133,7 @@ class Trainer:
             )
 
     def slides_left(self) -> int:
-        """The slides that this process still has to work on, if no epoch is left out."""
+        """Slides that this rank still has to process, if training does not stop early."""
         now, rank = self.progress, self._ranks.rank
         done = sum(len(step[rank]) for step in self.steps(now.epoch)[: now.step])
         return (self.settings.epochs - now.epoch) * len(self._shards[rank]) - done
@@ -165,7 +165,7 @@ class Trainer:
         self._end_epoch(started)
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
-        """For each step of an epoch, for each process, the slides it works on."""
+        """The batches of an epoch: for each step, for each rank, its slides."""
         return steps_of_epoch(
             self._shards,
             slides_per_step=self.settings.slides_per_step,
@@ -174,7 +174,7 @@ class Trainer:
         )
 
     def _step(self, slides: Sequence[int], *, slides_in_step: int, total: int) -> None:
-        """One step of the optimizer on the slides of all processes together."""
+        """One optimizer step on the slides of all ranks; `slides` are those of this rank."""
         now, settings = self.progress, self.settings
         self.network.train()
         gradients: list[Tensor | None] = [None] * len(self.parameters)
@@ -207,7 +207,7 @@ class Trainer:
             self.ema.update(self.network)
 
     def _backward(self, slide: int, slides_in_step: int) -> tuple[float, int]:
-        """The part of a slide in the loss of a step, its gradients left in `.grad`; its tiles."""
+        """Backward pass of a slide: its share of the step's loss, and its number of tiles."""
         self.optimizer.zero_grad()  # of a try that ran out of memory
         store, rows, key = self._stores[slide], self._rows(slide), self._key(slide)
         target = self._cohort.targets[slide]
@@ -244,7 +244,7 @@ class Trainer:
         return self._seed, self.progress.epoch, slide
 
     def _rows(self, slide: int) -> Tensor:
-        """The tiles of a slide that a step learns from: all, or a sample without replacement."""
+        """Indices of the tiles to train on: all, or a sample without replacement."""
         count = len(self._stores[slide])
         if self._mode == "exact" or count <= self.settings.sampled_tiles:
             return torch.arange(count)
@@ -253,7 +253,7 @@ class Trainer:
         return drawn.sort().values
 
     def _collect(self, gradients: list[Tensor | None]) -> None:
-        """Move what is in `.grad` to `gradients`, added to what is there."""
+        """Accumulate `.grad` into `gradients`, and clear it."""
         for i, parameter in enumerate(self.parameters):
             found, before = parameter.grad, gradients[i]
             gradients[i] = (
@@ -262,7 +262,7 @@ class Trainer:
             parameter.grad = None
 
     def _sum_over_processes(self) -> None:
-        """Add up the gradients of all processes; parts of one loss, they are no means."""
+        """All-reduce the gradients by sum, and not by mean: ranks have parts of one loss."""
         if self._ranks.world == 1:
             return
         flat = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
@@ -300,7 +300,7 @@ class Trainer:
         self.progress.best_epoch = self.progress.epoch
 
     def _validate(self) -> dict[str, float | None]:
-        """What the validation slides say of the network that would be returned now."""
+        """Validation loss, AUROC and balanced accuracy of the current (EMA) network."""
         network = self.network if self.ema is None else self.ema.module
         assert isinstance(network, Network)
         network.eval()
@@ -333,7 +333,7 @@ class Trainer:
         return network.classify(features).logits[0].double()
 
     def _with_less_memory(self, run: Callable[[], T]) -> T:
-        """What `run` returns; it is run again with half the chunk where CUDA has no memory left."""
+        """Result of `run`, retried with half the chunk where CUDA is out of memory."""
         while True:
             try:
                 return run()

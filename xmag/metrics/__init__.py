@@ -1,4 +1,4 @@
-"""Metrics of classifiers and their bootstrap intervals, in numpy alone.
+"""Classification metrics and their bootstrap confidence intervals, in numpy alone.
 
 Labels may be of any hashable kind. `classes` is the order of classes, and of the columns of scores;
 by default, the sorted labels. Nothing returns NaN: where a metric has no value, InputError says so.

@@ -1,4 +1,4 @@
-"""Bootstrap intervals that resample whole patients, all resamples at once."""
+"""Bootstrap confidence intervals of metrics, resampled by patient and vectorised."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from xmag.metrics.labels import Cases, Labels, as_labels, decided_cases, numbere
 
 Floats = NDArray[np.float64]
 Values = Callable[[Floats], Floats]
-"""Weights of the cases (R, n) -> values of a metric (R,), NaN where it is not defined."""
+"""A weighted metric: weights of the cases (R, n) -> values (R,), NaN where undefined."""
 
 RandomState = int | np.random.Generator | None
 
 _WEIGHTS_AT_ONCE = 250_000
 _LEAST_DRAWS_AT_ONCE = 32
-"""Blocks of draws are 2 MB, which caches hold, but not so few draws that sorting dominates."""
+"""Fewest draws of a block. Blocks are 2 MB, for caches, unless sorting would dominate."""
 _MOST_TRIES = 1000
-"""Draws for each resample that is wanted, before the attempt is given up."""
+"""Limit of draws for each wanted resample, before InputError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The ends of an interval. ``low, high = interval`` takes it apart."""
+    """Confidence interval with ends `low` and `high`; unpacks as ``low, high = interval``."""
 
     low: float
     high: float
@@ -43,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A metric that can be computed under many weightings of the cases at once."""
+    """A metric with its name, title, and vectorised function of case weights (R, n) -> (R,)."""
 
     name: str
     title: str
@@ -94,7 +94,7 @@ METRICS = {
         ),
     )
 }
-"""By name, in the order in which tables have them."""
+"""Metrics by name, in the order of the rows of tables."""
 
 _OF_FUNCTION = {
     decisions.balanced_accuracy: "balanced_accuracy",
@@ -118,7 +118,7 @@ def interval(
     resamples: int = 1000,
     random_state: RandomState = 0,
 ) -> Interval:
-    """A percentile bootstrap interval of `metric`, resampled by group: by patient.
+    """Percentile bootstrap confidence interval of `metric`, resampled by patient (`groups`).
 
     Each resample draws as many groups as there are, with replacement, and takes all their cases.
     Cases of one patient are alike, and an interval that drew them one by one would be too narrow.
@@ -161,7 +161,7 @@ def interval(
 
 
 def percentile_interval(values: Floats, *, level: float) -> Interval:
-    """The central part of `values` that holds the share `level`."""
+    """Percentile interval: the central share `level` of `values`."""
     if not 0 < level < 1:
         raise InputError(f"level is {level}; expected a share between 0 and 1, such as 0.95")
     low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
@@ -176,7 +176,7 @@ def resampled(
     resamples: int,
     random_state: RandomState,
 ) -> Floats:
-    """float64 (resamples,), the values of a metric under `resamples` draws of groups.
+    """Bootstrap values of a metric, float64 (resamples,), one for each draw of groups.
 
     `codes` (n,) are the classes, all of which each draw has to have; `groups` (n,) are numbered
     from 0 without gaps.
@@ -208,7 +208,7 @@ def drawn_weights(
     resamples: int,
     random_state: RandomState,
 ) -> Iterator[Floats]:
-    """Blocks (r, n) of how often each case is in each draw, without end; all classes are in each.
+    """Endless blocks of bootstrap weights (r, n): counts of each case in draws with all classes.
 
     The same seed gives the same draws, whatever they are used for.
     """
@@ -248,7 +248,7 @@ def _by_calls(
     y_hat: ArrayLike,
     options: dict[str, Any],
 ) -> Values:
-    """A metric that is only known as a function of cases, called for each draw."""
+    """Weighted metric from any function ``metric(y_true, y_hat)``, called once for each draw."""
     hats = np.asarray(y_hat)
     if len(hats) != len(truth):
         raise InputError(f"y_hat has {len(hats)} entries for {len(truth)} cases")

@@ -1,4 +1,4 @@
-"""Metrics of decisions, all from the confusion matrix."""
+"""Metrics of predicted classes, from the confusion matrix: accuracy, F1, kappa."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 def confusion_matrix(
     y_true: Labels, y_pred: Labels, *, classes: Labels | None = None
 ) -> NDArray[np.int64]:
-    """int64 (C, C): how many cases of the class of the row were given the class of the column.
+    """Confusion matrix, int64 (C, C): counts of true class (row) and predicted class (column).
 
     `classes` is the order of rows and columns; by default, the sorted labels of both. Raises
     InputError for labels that do not fit each other or `classes`.
@@ -22,12 +22,12 @@ def confusion_matrix(
 
 
 def accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
-    """The share of cases that were given their class. Raises InputError as `confusion_matrix`."""
+    """Accuracy: the share of correct predictions. Raises InputError as `confusion_matrix`."""
     return _value(accuracies(decided_cases(y_true, y_pred, classes), None))
 
 
 def balanced_accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
-    """The mean over classes of the share of its cases that were given it (macro recall).
+    """Balanced accuracy: the mean over classes of their recall (macro recall).
 
     A class that no case has is left out of the mean; with one class only it is that class's recall.
     Raises InputError as `confusion_matrix`. Brodersen et al. 2010, "The balanced accuracy and its
@@ -37,7 +37,7 @@ def balanced_accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None 
 
 
 def weighted_f1(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
-    """The mean of the classes' F1 = 2 TP / (2 TP + FP + FN), weighted by how many cases have each.
+    """Weighted F1: the mean of F1 = 2 TP / (2 TP + FP + FN) over classes, weighted by cases.
 
     A class that no case has weighs nothing. Raises InputError as `confusion_matrix`.
     """
@@ -69,7 +69,7 @@ def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = 
 
 
 def confusions(cases: Cases, weights: Floats | None) -> Floats:
-    """(R, C, C) confusion matrices under each row of weights (R, n); None weighs each case 1."""
+    """Confusion matrices (R, C, C) under each row of weights (R, n); None weighs each case 1."""
     if cases.predicted is None:
         raise InputError("a metric of decisions was asked for, but only scores are known")
     size = len(cases.classes)
@@ -84,13 +84,13 @@ def confusions(cases: Cases, weights: Floats | None) -> Floats:
 
 
 def accuracies(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) accuracy under each row of weights."""
+    """Accuracy (R,) under each row of weights (R, n)."""
     matrices = confusions(cases, weights)
     return np.asarray(_diagonals(matrices).sum(1) / matrices.sum((1, 2)))
 
 
 def balanced_accuracies(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) balanced accuracy under each row of weights."""
+    """Balanced accuracy (R,) under each row of weights (R, n)."""
     matrices = confusions(cases, weights)
     actual = matrices.sum(2)
     present = actual > 0
@@ -99,7 +99,7 @@ def balanced_accuracies(cases: Cases, weights: Floats | None) -> Floats:
 
 
 def weighted_f1s(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) weighted F1 under each row of weights."""
+    """Weighted F1 (R,) under each row of weights (R, n)."""
     matrices = confusions(cases, weights)
     actual, given = matrices.sum(2), matrices.sum(1)
     either = actual + given
@@ -108,7 +108,7 @@ def weighted_f1s(cases: Cases, weights: Floats | None) -> Floats:
 
 
 def quadratic_kappas(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) quadratic kappa under each row of weights; NaN where it is 0/0."""
+    """Quadratic kappa (R,) under each row of weights (R, n); NaN where it is 0/0."""
     matrices = confusions(cases, weights)
     places = np.arange(matrices.shape[1])
     cost = (places[:, None] - places) ** 2.0

@@ -1,4 +1,4 @@
-"""Labels of any hashable kind, and their places in an explicit order of classes."""
+"""Checked inputs of metrics: labels of any hashable type, encoded as class indices."""
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
@@ -18,12 +18,12 @@ Labels = Sequence[Hashable] | NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Cases:
-    """What metrics are computed from: n cases, their classes as places in the order of classes.
+    """Inputs of a metric for n cases: class indices, and predictions or scores.
 
     Attributes:
-        truth: int64 (n,), the true class.
+        truth: int64 (n,), the index of the true class.
         classes: The order of classes, C of them.
-        predicted: int64 (n,), the decision; None where only scores are known.
+        predicted: int64 (n,), the index of the predicted class; None where only scores are known.
         scores: float64 (n, C), larger for likelier; None where only decisions are known.
         within: int64 (n,); AUROC compares only cases with the same number. None compares all.
     """
@@ -38,12 +38,12 @@ class Cases:
         return len(self.truth)
 
     def counts(self) -> NDArray[np.int64]:
-        """int64 (C,), how many cases have each class."""
+        """Cases of each class, int64 (C,)."""
         return np.bincount(self.truth, minlength=len(self.classes))
 
 
 def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
-    """The labels as a list of plain Python values.
+    """Checked labels as a list of plain Python values.
 
     Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, pandas' NA,
     empty, or text such as "nan" that stands for it) or text with blanks around it, which would make
@@ -153,13 +153,13 @@ def class_order(
 
 
 def encode(labels: Iterable[Hashable], classes: Sequence[Hashable]) -> NDArray[np.int64]:
-    """int64 (n,), the place of each label in `classes`, which has them all."""
+    """The index of each label in `classes`, which has them all: int64 (n,)."""
     place = {label: number for number, label in enumerate(classes)}
     return np.array([place[label] for label in labels], dtype=np.int64)
 
 
 def numbered(labels: Labels | None, n: int, name: str) -> NDArray[np.int64] | None:
-    """int64 (n,), a number for each different label, by first appearance; None stays None.
+    """Label ids, int64 (n,), numbered from 0 by first appearance; None stays None.
 
     Raises InputError where there are not `n` of them.
     """
@@ -179,7 +179,7 @@ def require_same_length(n: int, other: int, name: str) -> None:
 def as_scores(
     scores: ArrayLike, n: int, classes: Sequence[Hashable], *, name: str = "scores"
 ) -> NDArray[np.float64]:
-    """float64 (n, C); for two classes also from (n,), the scores of the second class.
+    """Checked scores, float64 (n, C); from (n,) too, the scores of the second of two classes.
 
     Raises InputError for another shape, and for values that are not finite numbers.
     """
@@ -207,7 +207,7 @@ def as_scores(
 
 
 def decided_cases(y_true: Labels, y_pred: Labels, classes: Labels | None) -> Cases:
-    """Cases of decisions; the classes default to the sorted labels of both."""
+    """`Cases` with predicted classes; `classes` defaults to the sorted labels of both."""
     truth, predicted = as_labels(y_true, "y_true"), as_labels(y_pred, "y_pred")
     _require_cases(truth)
     require_same_length(len(truth), len(predicted), "y_pred")
@@ -222,7 +222,7 @@ def decided_cases(y_true: Labels, y_pred: Labels, classes: Labels | None) -> Cas
 def scored_cases(
     y_true: Labels, scores: ArrayLike, classes: Labels | None, within: Labels | None = None
 ) -> Cases:
-    """Cases of scores; the classes default to the sorted labels of `y_true`."""
+    """`Cases` with scores; `classes` defaults to the sorted labels of `y_true`."""
     truth = as_labels(y_true, "y_true")
     _require_cases(truth)
     order = class_order(truth, classes)

@@ -1,4 +1,4 @@
-"""Metrics of scores: the ROC curve and the area under it, by ranks, ties counted half."""
+"""Metrics of scores: ROC curve and AUROC (binary, one-vs-rest, one-vs-one), ties by half."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RocCurve:
-    """The points of a ROC curve, from (0, 0) to (1, 1), one for each different score.
+    """ROC curve: its points from (0, 0) to (1, 1), one for each different score.
 
     Attributes:
         fpr: float64 (k,), share of the negative cases with a score of at least the threshold.
@@ -65,7 +65,7 @@ def auroc(
     positive: Hashable | None = None,
     within: Labels | None = None,
 ) -> float:
-    """The area under the ROC curve of class `positive` against the rest.
+    """AUROC: the area under the ROC curve of class `positive` against the rest.
 
     It is the share of pairs of a positive and a negative case that the scores put in the right
     order; equal scores count half, so constant scores give 0.5. With `within` (the fold of each
@@ -83,7 +83,7 @@ def auroc_ovr(
     classes: Labels | None = None,
     within: Labels | None = None,
 ) -> float:
-    """The macro one-vs-rest AUROC: the mean of `auroc` over classes, each against all others.
+    """Macro one-vs-rest AUROC: the mean of `auroc` over classes, each against all others.
 
     `scores` are (n, C) in the order of `classes` (by default, the sorted labels). Of two classes it
     is the AUROC of the second. Raises InputError where a class of `classes` has no case.
@@ -99,7 +99,7 @@ def auroc_ovo(
     classes: Labels | None = None,
     within: Labels | None = None,
 ) -> float:
-    """The macro one-vs-one AUROC: Hand and Till's M.
+    """Macro one-vs-one AUROC: Hand and Till's M.
 
     The mean over ordered pairs of classes (i, j) of the AUROC of class i against class j by the
     scores of class i, among cases of these two; unlike one-vs-rest, it does not depend on how
@@ -111,7 +111,7 @@ def auroc_ovo(
 
 
 def class_aurocs(cases: Cases, weights: Floats | None, place: int) -> Floats:
-    """(R,) AUROC of the class at `place` against the rest, under each row of weights (R, n).
+    """AUROC (R,) of the class at `place` against the rest, under each row of weights (R, n).
 
     NaN where no pair can be compared.
     """
@@ -120,13 +120,13 @@ def class_aurocs(cases: Cases, weights: Floats | None, place: int) -> Floats:
 
 
 def ovr_aurocs(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) macro one-vs-rest AUROC under each row of weights."""
+    """Macro one-vs-rest AUROC (R,) under each row of weights (R, n)."""
     places = range(len(cases.classes)) if len(cases.classes) > 2 else (1,)
     return np.asarray(np.mean([class_aurocs(cases, weights, place) for place in places], axis=0))
 
 
 def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
-    """(R,) macro one-vs-one AUROC under each row of weights."""
+    """Macro one-vs-one AUROC (R,) under each row of weights (R, n)."""
     size = len(cases.classes)
     pairs = permutations(range(size), 2) if size > 2 else [(1, 0)]
     areas = [
@@ -139,7 +139,7 @@ def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
 def _areas(
     cases: Cases, weights: Floats | None, score: Floats, positive: Bools, negative: Bools
 ) -> Floats:
-    """(R,) share of the pairs that are in order, each pair weighted by both its cases."""
+    """Weighted AUROC (R,): the share of pairs ranked right, each weighted by both its cases."""
     kept = np.flatnonzero(positive | negative)
     within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
     order = kept[np.lexsort((score[kept], within[kept]))]
@@ -194,7 +194,7 @@ def _positive_place(cases: Cases, positive: Hashable | None) -> int:
 
 
 def missing_classes(cases: Cases) -> list[Hashable]:
-    """The classes that no case has."""
+    """The classes without any case."""
     counts = cases.counts()
     return [label for label, count in zip(cases.classes, counts, strict=True) if not count]
 

@@ -1,4 +1,4 @@
-"""From a bag of tile embeddings to a diagnosis: aggregators, and the classifier around them."""
+"""Multiple-instance learning (MIL): a classifier of bags of tile embeddings, and aggregators."""
 
 from xmag.mil.aggregators import AGGREGATORS, aggregator, aggregator_config
 from xmag.mil.attention import Attention

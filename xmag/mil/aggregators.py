@@ -1,4 +1,4 @@
-"""The aggregators by name, and how one is described so that it can be made again."""
+"""Registry of MIL aggregators: made by name, and described as a JSON config."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from xmag.mil.transmil import TransMIL
 AGGREGATORS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {"abmil": ABMIL, "mean": MeanPool, "max": MaxPool, "transmil": TransMIL, "clam_sb": CLAMSB}
 )
-"""The aggregators that have a name."""
+"""Aggregator classes by name."""
 
 _LARGEST_DIM = 2**20
 
@@ -89,7 +89,7 @@ def _check_options(name: str, kind: type[nn.Module], options: Mapping[str, Any])
 
 
 def _fault(key: str, value: Any) -> str | None:
-    """What was expected of an option, where its value is something else."""
+    """The expected range of an option, for an error message; None where `value` is in it."""
     number = _is_int(value) or isinstance(value, float)
     if key == "dropout":
         return None if number and 0 <= value < 1 else "a number from 0 on, and below 1"

@@ -1,4 +1,4 @@
-"""What an aggregator looked at, tile by tile."""
+"""Attention weights of an aggregator, one for each tile."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from xmag.geometry import TileGeometry
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attention:
-    """The weight of each tile of a bag in its prediction; row i belongs to tile i of the bag.
+    """Attention weights of the tiles of a bag; row i belongs to tile i of the bag.
 
     Attributes:
         scores: float32 (N,), not negative; they sum to 1 over a bag that has tiles.

@@ -1,4 +1,4 @@
-"""The bags of a cohort: FeatureBags, arrays, tensors or files, each read when it is its turn."""
+"""Lazy dataset of bags: FeatureBags, arrays, tensors, or files that are read when indexed."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 
 BagLike = FeatureBag | NDArray[Any] | torch.Tensor | str | os.PathLike[str]
-"""What stands for a bag: embeddings (N, D), or the path of a file that FeatureBag.load reads."""
+"""Accepted types of a bag: embeddings (N, D), or the path of a file for FeatureBag.load."""
 
 _WANTED = (
     "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
@@ -27,7 +27,7 @@ _WANTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bag:
-    """A bag as it is used here: float32 (N, D), and where it came from, as far as that is known."""
+    """A bag: embeddings float32 (N, D), with coords, provenance and tile geometry where known."""
 
     features: NDArray[np.float32]
     coords: NDArray[np.int64] | None = None
@@ -37,7 +37,7 @@ class Bag:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is remembered of a bag whose features are not kept."""
+    """Metadata of a bag without its features: tile count, width, digest, provenance."""
 
     tiles: int
     width: int
@@ -46,7 +46,7 @@ class Facts:
 
 
 class Bags(Sequence[Bag]):
-    """The bags that `X` stands for. What is in memory stays there; a file is read at each use."""
+    """Sequence of the bags in `X`: those in memory as they are, files read at each access."""
 
     def __init__(self, bags: Any, *, what: str = "X") -> None:
         if isinstance(bags, FeatureBag | str | bytes | os.PathLike | Mapping) or not (
@@ -70,13 +70,13 @@ class Bags(Sequence[Bag]):
             raise BagError(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
-        """How a message calls a bag: its place, and its file where it has one."""
+        """The name of a bag in messages: its index, and its file where it has one."""
         bag = self._bags[index]
         file = f" ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else ""
         return f"{self._what}[{index}]{file}"
 
     def facts(self) -> Iterator[Facts]:
-        """The facts of each bag, in order; reads all of them once."""
+        """The `Facts` of each bag, in order; reads every bag once."""
         for bag in self:
             features = bag.features
             digest = hashlib.blake2b(f"{features.shape}".encode(), digest_size=16)
@@ -90,7 +90,7 @@ class Bags(Sequence[Bag]):
 
 
 def require_width(width: int, expected: int, name: str, reference: str) -> None:
-    """Raise BagError where the features of a bag are not as wide as those of the others."""
+    """Raise BagError where the feature width of a bag differs from that of the others."""
     if width != expected:
         raise BagError(
             f"{name} has {width} features a tile, and {reference} {expected}; expected the same:"
@@ -101,7 +101,7 @@ def require_width(width: int, expected: int, name: str, reference: str) -> None:
 def require_same_origin(
     provenance: Provenance | None, expected: Provenance | None, name: str, reference: str
 ) -> None:
-    """Raise MismatchError where both are known and their fingerprints differ."""
+    """Raise MismatchError where both provenances are known and their fingerprints differ."""
     if provenance is None or expected is None:
         return
     if differences := expected.differences(provenance):

@@ -1,4 +1,4 @@
-"""Bags of different sizes as padded tensors, in parts that fit into a device's memory."""
+"""Padded batches of bags, in micro-batches that fit into a device's memory."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from xmag.mil.output import MILOutput
 _logger = logging.getLogger("xmag.mil")
 
 _PADDED_TILES = 2**17
-"""The rows of a padded part to begin with: 400 MB of features 768 wide."""
+"""Initial limit of rows in a padded micro-batch: 400 MB of features 768 wide."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A few bags of a batch, padded to the longest of them, on the device."""
+    """A micro-batch: a few bags of a batch, padded to the longest of them, on the device."""
 
     rows: list[int]
     features: Tensor
@@ -33,7 +33,7 @@ class Part:
 
 
 def padded(bags: Sequence[NDArray[np.float32]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features (B, N, D), zero where padded, and the mask (B, N), True on tiles."""
+    """Padded features (B, N, D), zero where padded, and their mask (B, N), True on tiles."""
     longest = max(len(bag) for bag in bags)
     features = np.zeros((len(bags), longest, bags[0].shape[1]), np.float32)
     mask = np.zeros((len(bags), longest), np.bool_)
@@ -44,7 +44,7 @@ def padded(bags: Sequence[NDArray[np.float32]], device: torch.device) -> tuple[T
 
 
 def groups_of_like_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """The places of bags, in groups of at most `limit` rows once padded to their longest.
+    """Indices of bags, grouped by size: at most `limit` rows once padded to the longest.
 
     No bag is padded to more than twice its size. A bag that is larger than `limit` is alone.
     """
@@ -61,7 +61,7 @@ def groups_of_like_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class Runner:
-    """Puts bags through an aggregator; goes on with smaller parts where memory runs out."""
+    """Runs an aggregator over bags, with smaller micro-batches after CUDA runs out of memory."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Runner:
         self._now: Sequence[int] = ()
 
     def parts(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Part]:
-        """The bags of a batch in parts, for `with_less` to make smaller."""
+        """The micro-batches of a batch; `with_less` makes them smaller when memory runs out."""
         sizes = [len(bag) for bag in bags]
         limit = self.limit if getattr(self.module, "batched", False) else 1
         for rows in groups_of_like_size(sizes, limit):
@@ -85,7 +85,7 @@ class Runner:
             yield Part(rows=rows, features=features, mask=mask)
 
     def forward(self, part: Part, labels: Tensor | None = None) -> MILOutput:
-        """The aggregator's output of a part, in the runner's dtype; ModelError for another kind."""
+        """Aggregator output for a micro-batch; ModelError for anything but logits (B, C)."""
         with self._precision():
             output = self.module(part.features, part.mask, labels)
         expected = (len(part.rows), self.classes)
@@ -99,7 +99,7 @@ class Runner:
         return output  # type: ignore[no-any-return]
 
     def with_less(self, run: Callable[[], _Result]) -> _Result:
-        """What `run` returns, which goes over `parts`; from anew in smaller ones if it has to be.
+        """Result of `run` (a loop over `parts`), retried with smaller parts when out of memory.
 
         Raises ModelError where a bag alone does not fit.
         """

@@ -1,4 +1,4 @@
-"""CLAM-SB: gated attention whose most and least attended tiles are told apart besides."""
+"""CLAM-SB: gated attention with an instance-level loss on the most and least attended tiles."""
 
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ InstanceLoss = Literal["svm", "ce"]
 
 
 class CLAMSB(nn.Module):
-    """CLAM with a single attention branch; takes one bag at a time.
+    """CLAM with a single attention branch (CLAM-SB); takes one bag at a time.
 
     The bag goes through gated attention as in ABMIL. While training, the `k_sample` most attended
     tiles are taken as evidence of the bag's class and the `k_sample` least attended ones as none,

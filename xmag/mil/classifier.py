@@ -1,4 +1,4 @@
-"""MILClassifier: labels of slides from the embeddings of their tiles."""
+"""MILClassifier: slide-level classification from the embeddings of tiles."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ _NOT_SAVED = ("aggregator", "aggregator_options", "device")
 
 
 class MILClassifier(Fitted):
-    """A classifier of bags, with scikit-learn's conventions.
+    """Multiple-instance classifier of bags of embeddings, with scikit-learn's conventions.
 
     `X` is a list of bags: FeatureBags, arrays or tensors (N, D), or paths of ``.h5``,
     ``.safetensors`` or ``.pt`` files, which are read each time they are needed, so that a cohort
@@ -47,11 +47,11 @@ class MILClassifier(Fitted):
         batch_size: Bags a step.
         lr: Learning rate of AdamW after the warm-up, from where it follows a cosine to 0.
         weight_decay: Of AdamW.
-        class_weight: What a bag counts in the loss: None, "balanced" or {class: weight}.
+        class_weight: Weight of a bag in the loss: None, "balanced" or {class: weight}.
         sampling: "balanced" draws every class equally often, "shuffled" each bag once an epoch.
         max_tiles: In training, a random subset of larger bags, another one each time.
         device: "auto" takes CUDA or MPS where there is one.
-        dtype: What training computes in: "auto" is bfloat16 or float16 on CUDA, else float32.
+        dtype: Compute dtype of training: "auto" is bfloat16 or float16 on CUDA, else float32.
             Weights stay in float32, and so do predictions.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
         random_state: An int makes fits repeat themselves on the same machine.
@@ -63,8 +63,9 @@ class MILClassifier(Fitted):
         history_: A dict for each epoch: epoch, train_loss, validation_loss, validation_auroc,
             validation_balanced_accuracy, lr; None where there is no such value.
         best_epoch_: The epoch whose weights were kept.
-        class_prior_: How frequent each class was among the labels, (C,).
-        fingerprint_: Of the bags, where they had a provenance: what may be predicted on.
+        class_prior_: Frequency of each class among the labels, (C,).
+        fingerprint_: Of the training bags, where they had a provenance: bags to predict on must
+            have the same.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class MILClassifier(Fitted):
         groups: Sequence[Any] | None = None,
         validation: float | tuple[Any, ...] | None = 0.2,
     ) -> Self:
-        """The classifier, trained; its weights are those of the epoch with the best validation.
+        """Train on bags and labels; returns self, with the weights of the best validation epoch.
 
-        That is the one with the lowest validation loss, as a mean of the last tenth of `epochs`,
-        once a fifth of them is over; where it is the first of those, a warning says so. Every
-        bag is read and checked before training starts. Bags without tiles are left out, with a
-        warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or more,
-        the classifier keeps the best weights so far, and the error goes on; before that it stays
-        what it was.
+        The best epoch is the one with the lowest validation loss, as a mean of the last tenth of
+        `epochs`, once a fifth of them is over; where it is the first of those, a warning says so.
+        Every bag is read and checked before training starts. Bags without tiles are left out, with
+        a warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or
+        more, the classifier keeps the best weights so far, and the error goes on; before that it
+        stays what it was.
 
         Args:
             X: The bags, n of them.
@@ -178,7 +179,7 @@ class MILClassifier(Fitted):
         return self._logs(X)[0]
 
     def _logs(self, X: Sequence[BagLike]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # noqa: N803
-        """The log-probabilities of bags (n, C), and which of them are without tiles (n,)."""
+        """Log-probabilities of bags (n, C), and the mask of those without tiles, bool (n,)."""
         self._require_fitted()
         bags = Bags(X)
         runner = self._runner()
@@ -223,7 +224,7 @@ class MILClassifier(Fitted):
         return float(np.average(right, weights=sample_weight))
 
     def attention(self, bag: BagLike) -> Attention:
-        """The weight of each tile of one bag, lined up with its coords.
+        """The attention weight of each tile of one bag, in the order of its coords.
 
         Raises InputError for an aggregator without attention (mean, max).
         """
@@ -243,7 +244,7 @@ class MILClassifier(Fitted):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder `path`: classifier.safetensors and classifier.json, without any pickle.
+        """Save to the folder `path`: classifier.safetensors and classifier.json, without pickle.
 
         Raises OutputError where it cannot be written, or a label or parameter is not what JSON can
         hold. A module of your own has to be given again to `load`.
@@ -277,11 +278,11 @@ class MILClassifier(Fitted):
         aggregator: nn.Module | None = None,
         device: str | torch.device = "auto",
     ) -> Self:
-        """The classifier in a folder that `save` wrote; nothing in it is ever run.
+        """Load the classifier from a folder that `save` wrote; no code in it is ever run.
 
-        `aggregator` is for a module of your own: one built as that which was saved; its weights
-        are replaced in a copy. Raises ModelError where the folder holds no classifier or a damaged
-        one, and WeightsError where its weights are damaged or do not fit.
+        `aggregator` is for a module of your own: one with the architecture of that which was
+        saved; its weights are replaced in a copy. Raises ModelError where the folder holds no
+        classifier or a damaged one, and WeightsError where its weights are damaged or do not fit.
         """
         saved = read_folder(path)
         module = rebuilt(saved, copy.deepcopy(aggregator))
@@ -320,16 +321,16 @@ class MILClassifier(Fitted):
         device: str | torch.device = "auto",
         **params: Any,
     ) -> Self:
-        """A fitted classifier around an aggregator that something else has trained.
+        """A fitted classifier from an aggregator that was trained elsewhere.
 
         Args:
             module: The aggregator, which is taken over: moved to the device, in eval mode.
             classes: The label of each column of its logits.
             in_dim: The width D of features.
-            class_prior: What to say of a bag without tiles, (C,); all the same by default.
-            provenance: That of bags like those it was trained on.
+            class_prior: Probabilities of a bag without tiles, (C,); uniform by default.
+            provenance: That of the bags it was trained on, or of others like them.
             device: As in the constructor.
-            params: Others of the constructor.
+            params: Other parameters of the constructor.
         """
         given = hashables(classes, count=len(classes), what="classes")
         if len(distinct(given)) != len(given):
@@ -362,7 +363,7 @@ class MILClassifier(Fitted):
         return module.float()
 
     def _adopt(self, setup: Setup, trainer: Trainer) -> None:
-        """Take over what was trained: all at once, or nothing where there is nothing yet."""
+        """Set all fitted attributes, from a trainer that completed an epoch or more."""
         assert trainer.best is not None
         trainer.module.load_state_dict(trainer.best.state)
         self._set_fitted(

@@ -1,4 +1,4 @@
-"""Bags with their labels, checked before anything is trained."""
+"""Labelled datasets of bags, checked before any training."""
 
 import warnings
 from collections.abc import Hashable, Sequence
@@ -16,7 +16,7 @@ from xmag.provenance import Provenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Bags to train on or to validate with: which of `bags`, their classes and weights."""
+    """Training or validation set: rows of `bags`, with class indices and loss weights."""
 
     bags: Bags
     facts: list[Facts]
@@ -42,9 +42,9 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
-    """What a caller gave as X, y and groups: read once, and found to fit together.
+    """The arguments X, y and groups of `fit`, read once and checked against each other.
 
-    `kept` are the rows of the bags that have tiles.
+    `kept` are the rows of the bags that have tiles, int64.
     """
 
     bags: Bags
@@ -55,20 +55,20 @@ class Labelled:
 
     @property
     def provenance(self) -> Provenance | None:
-        """That of the first bag that has one."""
+        """The provenance of the first bag that has one; None without any."""
         return next((f.provenance for f in self.facts if f.provenance is not None), None)
 
     def cohort(
         self, rows: NDArray[np.int64], labels: NDArray[np.int64], weights: NDArray[np.float64]
     ) -> Cohort:
-        """Some of the bags, with their classes, and weights by class."""
+        """A subset of the bags, with class indices, and loss weights by class."""
         return Cohort(
             bags=self.bags, facts=self.facts, rows=rows, labels=labels, weights=weights[labels]
         )
 
 
 def read_labelled(X: Any, y: Any, groups: Any, *, of: str = "") -> Labelled:  # noqa: N803
-    """Bags, labels and groups that fit together; `of` is put before their names in messages.
+    """Read and check bags, labels and groups; `of` is put before their names in messages.
 
     Reads every bag once, so that what is wrong with one is known before hours of training. Warns
     of bags without tiles. Raises InputError for counts that differ or labels that are missing,
@@ -98,6 +98,6 @@ def read_labelled(X: Any, y: Any, groups: Any, *, of: str = "") -> Labelled:  # 
 
 
 def warn_of_empty(names: Sequence[str], what: str) -> None:
-    """Warn of bags without tiles, and say what is done about them."""
+    """Warn of bags without tiles; `what` says what is done about them."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     warnings.warn(f"{', '.join(names[:3])}{more} have no tiles; {what}", XmagWarning, stacklevel=3)

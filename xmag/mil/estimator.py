@@ -1,6 +1,6 @@
-"""What scikit-learn expects of an estimator, without scikit-learn.
+"""scikit-learn's estimator interface without a dependency on scikit-learn.
 
-It is imported where scikit-learn itself calls, and is loaded then: see
+scikit-learn is imported only where it calls itself, and is loaded by then: see
 https://scikit-learn.org/stable/developers/develop.html.
 """
 
@@ -19,7 +19,7 @@ _UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.meta
 
 
 class Estimator:
-    """Parameters by name: those of the constructor, which stores each as it is."""
+    """Base estimator: get_params and set_params by the constructor, and metadata routing."""
 
     _estimator_type = "classifier"  # what scikit-learn before 1.6 asks for
 
@@ -29,11 +29,11 @@ class Estimator:
         return {parameter.name: parameter.default for parameter in parameters}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
-        """The constructor's parameters by name; `deep` is scikit-learn's, and changes nothing."""
+        """The constructor's parameters by name; `deep` changes nothing."""
         return {name: getattr(self, name) for name in sorted(self._defaults())}
 
     def set_params(self, **params: Any) -> Self:
-        """The same estimator with other parameters; InputError for a name it does not have."""
+        """Set constructor parameters and return self; InputError for an unknown name."""
         known = self._defaults()
         if unknown := sorted(set(params) - set(known)):
             raise InputError(
@@ -68,14 +68,14 @@ class Estimator:
     def set_fit_request(
         self, *, groups: bool | str | None = _UNCHANGED, validation: bool | str | None = _UNCHANGED
     ) -> Self:
-        """The same estimator, which asks scikit-learn's metadata routing for what `fit` takes.
+        """Request that scikit-learn's metadata routing passes these to `fit`; returns self.
 
         Needs ``sklearn.set_config(enable_metadata_routing=True)``, as with every estimator.
         """
         return self._ask("fit", groups=groups, validation=validation)
 
     def set_score_request(self, *, sample_weight: bool | str | None = _UNCHANGED) -> Self:
-        """The same estimator, which asks metadata routing for the weights that `score` takes."""
+        """Request that metadata routing passes `sample_weight` to `score`; returns self."""
         return self._ask("score", sample_weight=sample_weight)
 
     def _ask(self, method: str, **aliases: bool | str | None) -> Self:
@@ -94,7 +94,7 @@ class Estimator:
         return self
 
     def get_metadata_routing(self) -> "MetadataRequest":
-        """The request to scikit-learn's metadata routing: what it may hand to `fit` and `score`."""
+        """scikit-learn's MetadataRequest: the arguments of `fit` and `score` that it may route."""
         import copy
 
         from sklearn.utils.metadata_routing import MetadataRequest
@@ -114,7 +114,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def seed_of(random_state: Any) -> int:
-    """The seed that `random_state=` means: an int as it is, a draw from a generator, or chance.
+    """The seed for a `random_state=` argument: the int itself, or a draw from a generator.
 
     Raises InputError for anything else. None draws from the operating system, and leaves NumPy's
     global generator alone.

@@ -1,4 +1,4 @@
-"""What a fitted classifier holds, and how it goes through a pickle."""
+"""The state of a fitted classifier: its attributes, and its pickling."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from xmag.provenance import Provenance
 
 
 class Fitted(Estimator):
-    """The attributes that MILClassifier has once it is fitted."""
+    """Base of MILClassifier: its fitted attributes, and pickling without a device."""
 
     classes_: NDArray[Any]
     n_features_in_: int
@@ -66,7 +66,7 @@ class Fitted(Estimator):
         self._device = device
 
     def _fitting(self, bags: Bags, row: int) -> Bag:
-        """A bag to predict on, which is like those of the training."""
+        """Read a bag to predict on; raises where its width or fingerprint is not the training's."""
         bag: Bag = bags[row]
         reference = "those of the training"
         require_width(bag.features.shape[1], self.n_features_in_, bags.name(row), reference)

@@ -1,4 +1,4 @@
-"""From what a caller gives `fit` to two checked cohorts: one to train on, one to validate with."""
+"""Preparation of `fit`: checked settings, and the training and validation sets."""
 
 import math
 import warnings
@@ -21,9 +21,9 @@ from xmag.provenance import Provenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """All that a training needs but its settings and the aggregator.
+    """Training and validation sets, classes and other inputs of a `Trainer`.
 
-    `prior` is how frequent each class is among the labels, (C,).
+    `prior` is the frequency of each class among the labels, (C,).
     """
 
     train: Cohort
@@ -35,7 +35,7 @@ class Setup:
 
 
 def checked_settings(params: dict[str, Any]) -> Settings:
-    """The settings among the parameters of a classifier; InputError for one that makes no sense."""
+    """Training settings from a classifier's parameters; InputError for an invalid value."""
     whole = {name: params[name] for name in ("epochs", "patience", "batch_size")}
     if params["max_tiles"] is not None:
         whole["max_tiles"] = params["max_tiles"]
@@ -55,7 +55,7 @@ def checked_settings(params: dict[str, Any]) -> Settings:
     return Settings(**{name: params[name] for name in Settings.__dataclass_fields__})
 
 
-def prepare(  # one argument for each thing that fit was told
+def prepare(  # the arguments of fit, and parameters that it needs
     X: Any,  # noqa: N803
     y: Any,
     groups: Any,
@@ -65,7 +65,7 @@ def prepare(  # one argument for each thing that fit was told
     balanced: bool,
     rng: np.random.Generator,
 ) -> Setup:
-    """The cohorts to train on and to validate with; raises what `MILClassifier.fit` says."""
+    """Split X, y into training and validation sets; raises what `MILClassifier.fit` says."""
     fraction, other = _checked_validation(validation)
     data = read_labelled(X, y, groups)
     classes = distinct(data.labels)
@@ -102,7 +102,7 @@ def prepare(  # one argument for each thing that fit was told
 
 
 def _checked_validation(validation: Any) -> tuple[float | None, Labelled | None]:
-    """The fraction to hold out, or the bags that were given; neither without validation."""
+    """The `validation=` argument as (fraction, None) or (None, given bags); both None without."""
     if validation is None:
         return None, None
     if isinstance(validation, tuple | list) and len(validation) in (2, 3):
@@ -149,7 +149,7 @@ def _weighed(
     *,
     balanced: bool,
 ) -> Cohort:
-    """Bags to validate with, whose classes count as much as they do in training."""
+    """A validation set whose class weights match those of the training."""
     if balanced:
         counts = np.bincount(labels, minlength=len(weights))
         weights = weights / np.maximum(counts, 1)

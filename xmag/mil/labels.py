@@ -1,4 +1,4 @@
-"""Labels of any hashable kind, the classes they make up, and what a class counts."""
+"""Class labels of any hashable type: their order, indices, class weights and JSON."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -26,7 +26,7 @@ def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
 
 
 def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
-    """The classes, in order.
+    """The distinct labels (classes), in order.
 
     Raises InputError for fewer than two, for two that Python calls equal, and for numbers that are
     not whole.
@@ -49,7 +49,7 @@ def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
 
 
 def ordered(classes: list[Any]) -> list[Hashable]:
-    """The classes in their natural order where they have one, else by type and text."""
+    """The classes sorted where they can be compared, else by type and text."""
     if len({type(value) for value in classes}) == 1 and isinstance(
         classes[0], bool | int | float | str | tuple
     ):
@@ -61,7 +61,7 @@ def ordered(classes: list[Any]) -> list[Hashable]:
 
 
 def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
-    """The classes as an array (C,) that gives each of them back as it was."""
+    """The classes as an array (C,) from which each comes back unchanged."""
     if all(type(value) in _PLAIN.values() for value in classes):
         array = np.array(classes)
         if [(type(v), v) for v in array.tolist()] == [(type(v), v) for v in classes]:
@@ -75,7 +75,7 @@ def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
 def indices(
     labels: Sequence[Hashable], classes: Sequence[Hashable], what: str
 ) -> NDArray[np.int64]:
-    """The place of each label among the classes; InputError for one that is not there."""
+    """The class index of each label, int64 (n,); InputError for an unknown label."""
     place = {label: index for index, label in enumerate(classes)}
     for index, label in enumerate(labels):
         if label not in place:
@@ -89,7 +89,7 @@ def indices(
 def class_weights(
     weight: ClassWeight, classes: Sequence[Hashable], drawn: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What a bag of each class counts in the loss, (C,).
+    """The weight in the loss of a bag of each class, (C,).
 
     "balanced" makes up for how often each class is drawn: classes that are drawn equally often
     count the same. Raises InputError for other values than weights above 0 of known classes.
@@ -114,7 +114,7 @@ def class_weights(
 
 
 def to_json(label: Hashable) -> list[Any]:
-    """A label with its type, as JSON; OutputError for a type that JSON cannot tell."""
+    """A label as JSON, with its type; OutputError for a type that is not supported."""
     if isinstance(label, tuple) and type(label) is tuple:
         return ["tuple", [to_json(item) for item in label]]
     for name, kind in _PLAIN.items():
@@ -127,7 +127,7 @@ def to_json(label: Hashable) -> list[Any]:
 
 
 def from_json(value: Any) -> Hashable:
-    """The label that `to_json` wrote; ValueError for anything else."""
+    """Decode a label of `to_json`; ValueError for anything else."""
     kind, content = value if isinstance(value, list) and len(value) == 2 else (None, None)
     if kind == "tuple" and isinstance(content, list):
         return tuple(from_json(item) for item in content)

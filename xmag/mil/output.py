@@ -1,4 +1,4 @@
-"""What an aggregator returns, and the loss it is trained with."""
+"""The output of an aggregator, and its training loss."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MILOutput:
-    """What an aggregator makes of a batch of bags; `training_loss` puts its parts together.
+    """Output of an aggregator for a batch of bags: logits, attention and auxiliary loss.
 
     Attributes:
         logits: float (B, C).
         attention: float (B, N), the weight of each tile: sums to 1 over a bag, 0 where padded and
             in a bag without tiles. None for an aggregator that has no such thing.
         loss: An auxiliary loss of the whole batch, a scalar, to be added to that of the bags.
-        bag_weight: What the cross-entropy of the bags counts beside it.
+        bag_weight: Weight of the bags' cross-entropy beside it; see `training_loss`.
     """
 
     logits: Tensor
@@ -31,7 +31,7 @@ def training_loss(output: MILOutput, labels: Tensor, weights: Tensor | None = No
     Args:
         output: Of an aggregator that was given `labels` where it has an auxiliary loss.
         labels: int64 (B,).
-        weights: float (B,), what each bag counts in the mean; all the same by default.
+        weights: float (B,), weight of each bag in the mean; all the same by default.
     """
     losses = functional.cross_entropy(full(output.logits), labels, reduction="none")
     weights = torch.ones_like(losses) if weights is None else weights
@@ -40,7 +40,7 @@ def training_loss(output: MILOutput, labels: Tensor, weights: Tensor | None = No
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """The softmax of scores (..., N) over the tiles of a mask; all zero where there is none.
+    """Masked softmax of scores (..., N) over the tiles; all zero for a bag without tiles.
 
     In float32 where the scores are in half precision: weights of 100,000 tiles are small.
     """
@@ -52,5 +52,5 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def full(values: Tensor) -> Tensor:
-    """The values in float32 where they are in half precision, else as they are."""
+    """Half-precision values cast to float32; others as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,4 +1,4 @@
-"""Aggregators that take a batch of padded bags: gated attention, mean and maximum."""
+"""Batched aggregators: gated attention (ABMIL), mean pooling and max pooling."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from xmag.mil.output import MILOutput, masked_softmax
 
 
 class GatedAttention(nn.Module):
-    """Scores of tiles, (B, N, E) -> (B, N): w^T (tanh(V h) * sigmoid(U h)).
+    """Gated attention scores of tiles, (B, N, E) -> (B, N): w^T (tanh(V h) * sigmoid(U h)).
 
     Ilse et al. 2018, equation 9; the dropout on both branches is that of Lu et al. 2021.
     """
@@ -22,7 +22,7 @@ class GatedAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """The score of each tile, before the softmax."""
+        """The attention score of each tile, (B, N), before the softmax."""
         content = self.dropout(torch.tanh(self.content(tiles)))
         gate = self.dropout(torch.sigmoid(self.gate(tiles)))
         scores: Tensor = self.score(content * gate)
@@ -30,17 +30,17 @@ class GatedAttention(nn.Module):
 
 
 def tile_embedding(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
-    """Embeds features, (..., D) -> (..., E): a linear layer, ReLU and dropout."""
+    """Embedding layer of features, (..., D) -> (..., E): linear, ReLU and dropout."""
     return nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU(), nn.Dropout(dropout))
 
 
 def weighted_mean(tiles: Tensor, attention: Tensor) -> Tensor:
-    """The mean (B, E) of tiles (B, N, E) by weights (B, N); zero for a bag without tiles."""
+    """Attention-weighted mean (B, E) of tiles (B, N, E); zero for a bag without tiles."""
     return (attention.to(tiles.dtype).unsqueeze(1) @ tiles).squeeze(1)
 
 
 class ABMIL(nn.Module):
-    """Gated attention: the mean of embedded tiles by weights that are learned, then a linear layer.
+    """Attention-based MIL (ABMIL): gated attention pooling of embedded tiles, then a linear layer.
 
     h = dropout(ReLU(W x)), a = softmax over the bag of w^T (tanh(V h) * sigmoid(U h)), logits =
     head(sum of a h). A bag without tiles gives the bias of the head. Ilse, Tomczak and Welling,
@@ -78,7 +78,7 @@ class ABMIL(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Embedded tiles, brought together without any weights, then a linear layer."""
+    """Base of mean and max pooling: embedded tiles, pooled without attention, then a linear."""
 
     batched = True
     attention_kind = None
@@ -94,7 +94,7 @@ class _Pool(nn.Module):
 
 
 class MeanPool(_Pool):
-    """The mean of embedded tiles, then a linear layer: every tile counts the same.
+    """Mean pooling: the mean of embedded tiles, then a linear layer.
 
     logits = head(mean of dropout(ReLU(W x))). A bag without tiles gives the bias of the head.
     """
@@ -108,7 +108,7 @@ class MeanPool(_Pool):
 
 
 class MaxPool(_Pool):
-    """The largest value of each channel over the embedded tiles, then a linear layer.
+    """Max pooling: the largest value of each channel over embedded tiles, then a linear layer.
 
     logits = head(max of dropout(ReLU(W x))). A bag without tiles gives the bias of the head.
     """

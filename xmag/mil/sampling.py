@@ -1,4 +1,4 @@
-"""The order in which bags are trained on."""
+"""Sampler of bags: shuffled or class-balanced."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ Sampling = Literal["balanced", "shuffled"]
 
 
 class Order:
-    """The order of an epoch's bags; an epoch has as many as the cohort.
+    """Sampler of the bags of each epoch; an epoch has as many as the cohort.
 
     "shuffled" takes each bag once. "balanced" takes the classes equally often, and the bags of a
     class in turn: none comes again before all others of its class have come, over epochs too.
@@ -23,7 +23,7 @@ class Order:
         self._decks: dict[int, list[int]] = {}
 
     def epoch(self) -> NDArray[np.int64]:
-        """The rows of the cohort in the order of one epoch."""
+        """The rows of the cohort that one epoch takes, in order: int64 (n,)."""
         size = len(self._labels)
         if self._classes is None:
             return self._rng.permutation(size)

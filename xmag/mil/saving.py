@@ -1,4 +1,4 @@
-"""A classifier as a folder: its weights in safetensors, all the rest in JSON, and no pickle."""
+"""Saving and loading of a classifier: a folder with weights in safetensors, the rest in JSON."""
 
 import json
 import math
@@ -20,14 +20,14 @@ from xmag.mil.labels import from_json, to_json
 
 WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
 SCHEMA_VERSION = 1
-"""Of the folder; changes when an older xmag could no longer read it."""
+"""Version of the folder's format; changes when an older xmag could no longer read it."""
 
 _FORMAT = "xmag.MILClassifier"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What a folder holds.
+    """Content of a classifier's folder.
 
     `config` is the name and options of the aggregator, None for a module of the user's own, whose
     class is called `kind`. `params` are the classifier's parameters but for the aggregator's,
@@ -47,7 +47,7 @@ class Saved:
 
 
 def write_folder(path: str | os.PathLike[str], saved: Saved) -> None:
-    """Write both files; OutputError where that fails, or a value is not what JSON can hold.
+    """Save a classifier to a folder; OutputError where that fails, or JSON cannot hold a value.
 
     The description comes last and names the weights by their hash: a folder whose writing was
     interrupted has none, or one that does not fit, and is never read.
@@ -101,7 +101,7 @@ def _described(saved: Saved) -> dict[str, Any]:
 
 
 def read_folder(path: str | os.PathLike[str]) -> Saved:
-    """What `write_folder` wrote, checked; nothing in the files is ever run.
+    """Load and check a folder that `write_folder` wrote; no code in it is ever run.
 
     Raises ModelError where there is no classifier or its description is damaged, and WeightsError
     where the weights are damaged, not finite, or those of another classifier.
@@ -158,7 +158,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of Saved but the weights; ValueError or the like where one does not fit."""
+    """The checked fields of Saved without the weights; ValueError or the like for a bad one."""
     classes = [from_json(value) for value in values["classes"]]
     prior = [float(value) for value in values["class_prior"]]
     _require(len(set(classes)) == len(classes) >= 2, "classes")
@@ -192,7 +192,7 @@ def _require(fits: bool, what: str) -> None:
 
 
 def rebuilt(saved: Saved, module: nn.Module | None) -> nn.Module:
-    """The aggregator with its weights, in eval mode; `module` where it is not one of xmag's.
+    """The saved aggregator in eval mode: `module` with the weights, if it is not one of xmag's.
 
     Raises InputError where a module is needed or was given for nothing, WeightsError where the
     weights are not those of such an aggregator.

@@ -1,4 +1,4 @@
-"""Logits of bags, and what they are worth."""
+"""Inference of logits and attention, and metrics of logits."""
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def attention_of(runner: Runner, bag: NDArray[np.float32]) -> NDArray[np.float32
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float | None:
-    """The area under the ROC curve of each class against the rest, a mean over classes present.
+    """Macro one-vs-rest AUROC of logits, over the classes that are present.
 
     From the logits turned into probabilities. None where only one class is there.
     """
@@ -65,12 +65,12 @@ def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float | Non
 
 
 def balanced_accuracy(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
-    """The share of each class that is recognised, a mean over classes present."""
+    """Balanced accuracy of the largest logit: mean recall over the classes present."""
     right = scores.argmax(axis=1) == labels
     return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
 
 def log_sum_exp(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The log of the sum of exponentials of each row, (n,)."""
+    """Log-sum-exp of each row, (n,)."""
     largest = logits.max(axis=1)
     return np.asarray(largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)))

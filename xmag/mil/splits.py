@@ -1,4 +1,4 @@
-"""A validation split that no patient is on both sides of."""
+"""Validation splits by patient, stratified by class."""
 
 import warnings
 from collections.abc import Hashable, Sequence
@@ -12,7 +12,7 @@ _ORDERS = 16
 
 
 def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArray[np.int64]:
-    """A number for each bag, equal for those that must stay on the same side, (n,).
+    """Group ids of bags, (n,): equal for bags that must stay on the same side of a split.
 
     Those are the bags of a patient, and bags with identical features, and so on from one to the
     next.
@@ -42,7 +42,7 @@ def held_out(
     fraction: float,
     rng: np.random.Generator,
 ) -> NDArray[np.bool_]:
-    """Which bags validate, (n,): whole units, near to `fraction` of each class.
+    """Mask of the validation bags, bool (n,): whole units, about `fraction` of each class.
 
     Units are gone through in random order and taken where that brings the shares of the classes
     nearer to `fraction`; the last unit of a class always stays to be trained on. Of several such
@@ -70,7 +70,7 @@ def held_out(
 def _greedy(
     counts: NDArray[np.float64], fraction: float, order: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which units to take, by their numbers of bags of each class (U, C), in a given order."""
+    """Mask of the units to hold out, bool (U,), chosen greedily in `order` by counts (U, C)."""
     total = counts.sum(axis=0)
     taken, held = np.zeros(len(counts), dtype=np.bool_), np.zeros(len(total))
     for index in order:
@@ -101,7 +101,7 @@ def require_disjoint(
 
 
 def warn_without_groups() -> None:
-    """Warn that nothing is known about patients."""
+    """Warn that the validation split is by slide, as no patients (groups) were given."""
     warnings.warn(
         "no groups were given, so the validation split is by slide: if a patient has several"
         " slides, they may lie on both sides, and training stops too late. Give"

@@ -1,4 +1,4 @@
-"""The training of an aggregator: batches, steps, validation, and the best epoch's weights."""
+"""Trainer of an aggregator: optimizer steps, validation, and the best epoch's weights."""
 
 import math
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from xmag.progress import progress_bar
 from xmag.training import best_epoch, warmup_cosine, warn_of_early_best
 
 Epoch = dict[str, float | int | None]
-"""A row of the history; None where a value does not exist, as an AUROC of one class."""
+"""Metrics of an epoch; None where a value does not exist, as an AUROC of one class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to train; see MILClassifier."""
+    """Training hyperparameters; see MILClassifier."""
 
     epochs: int
     patience: int
@@ -37,14 +37,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
-    """The epoch whose weights are kept."""
+    """The best epoch so far, and its weights."""
 
     epoch: int
     state: dict[str, Tensor]
 
 
 class Trainer:
-    """Trains `module` on `train`; `best` and `history` grow epoch by epoch.
+    """Trainer of `module` on `train`; updates `best` and `history` after each epoch.
 
     Draws from torch's default generators for dropout, and from `rng` for everything else.
     """
@@ -75,7 +75,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
     def run(self) -> None:
-        """Train until the last epoch, or until validation stops improving."""
+        """Train until the last epoch, or until early stopping by `patience`."""
         settings = self.settings
         bar = progress_bar(settings.progress, total=settings.epochs, desc="training", unit="epoch")
         with bar:
@@ -108,7 +108,7 @@ class Trainer:
         return self.settings.lr * warmup_cosine(step, total=total, warmup=warmup)
 
     def _train_epoch(self, epoch: int) -> float:
-        """The mean loss of an epoch's bags, each as it was before its step."""
+        """Train one epoch; returns the mean loss of its bags, each computed before its step."""
         self.module.train()
         size, order = self.settings.batch_size, self._order.epoch()
         total = 0.0

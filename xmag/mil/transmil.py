@@ -1,4 +1,4 @@
-"""TransMIL: two transformer layers with Nystrom attention, and positions by convolution."""
+"""TransMIL: two transformer layers with Nystrom attention and convolutional positions (PPEG)."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ _RESIDUAL_KERNEL = 33
 
 
 class NystromAttention(nn.Module):
-    """Self-attention over (1, T, E) at a cost that grows with T alone, by landmarks.
+    """Nystrom self-attention over (1, T, E): linear cost in T, by landmarks.
 
     Xiong et al., Nystromformer, AAAI 2021, algorithm 1, with the depthwise convolution of the
     values beside it. The sequence is padded with zeros in front to a multiple of `landmarks`; a
@@ -31,7 +31,7 @@ class NystromAttention(nn.Module):
         self.residual = nn.Conv2d(heads, heads, kernel, padding=padding, groups=heads, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The new tokens (1, T, E), and how much the first one attends to each: (heads, T)."""
+        """The new tokens (1, T, E), and the attention of the first one to each: (heads, T)."""
         length = tokens.shape[1]
         front = -length % self.landmarks
         padded = nn.functional.pad(tokens, (0, 0, front, 0))
@@ -72,7 +72,7 @@ def pseudo_inverse(matrices: Tensor) -> Tensor:
 
 
 class PositionEncoding(nn.Module):
-    """PPEG of TransMIL: depthwise convolutions of 7, 5 and 3 over the square of tiles."""
+    """Position encoding (PPEG of TransMIL): depthwise convolutions of 7, 5, 3 over the square."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class PositionEncoding(nn.Module):
         )
 
     def forward(self, tokens: Tensor, side: int) -> Tensor:
-        """Tokens (1, 1 + side^2, E), the first of which has no place and stays as it is."""
+        """Tokens with positions, (1, 1 + side^2, E); the first, the class token, is unchanged."""
         first, tiles = tokens[:, :1], tokens[:, 1:]
         square = tiles.mT.reshape(1, -1, side, side)
         for convolution in self.convolutions:
@@ -90,7 +90,7 @@ class PositionEncoding(nn.Module):
 
 
 class TransMIL(nn.Module):
-    """Two transformer layers over all tiles of a bag and a class token; takes one bag at a time.
+    """TransMIL: two transformer layers over a class token and all tiles; takes one bag at a time.
 
     The tiles are embedded, laid out in a square in their order (the first ones are repeated to
     fill it), attend to each other, get their positions from convolutions over the square, and
@@ -154,7 +154,7 @@ class TransMIL(nn.Module):
 
 
 def _of_tiles(attended: Tensor, count: int) -> Tensor:
-    """Weights of tiles, (N,), that sum to 1, from those of the square they were laid out in."""
+    """Attention weights of the tiles, (N,), summing to 1, from those of the padded square."""
     attended = attended.clamp(min=0)
     repeated = attended[count:]
     weights = attended[:count] + nn.functional.pad(repeated, (0, count - len(repeated)))
