@@ -94,7 +94,7 @@ class OutputError(XmagError):
 
 
 class MismatchError(OutputError):
-    """What is already there was made with other weights, tiles or preprocessing."""
+    """Existing output was made with other weights, tiles or preprocessing."""
 
 
 class XmagWarning(UserWarning):

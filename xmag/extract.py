@@ -1,4 +1,4 @@
-"""One slide in, its FeatureBag out: the functions of the layers below, put together."""
+"""Features of one slide: `extract_features`, from a slide to its FeatureBag."""
 
 import logging
 import platform
@@ -28,10 +28,10 @@ from xmag.tissue import TissueMask, find_tissue
 logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tiles], Tiles]
-"""uint8 (B, S, S, 3) -> the same shape and type: the hook for stain normalisation."""
+"""Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""
 
 TissueChoice = TissueMask | Literal["auto"] | None
-"""Where tiles are wanted: "auto" finds the tissue, None takes every tile."""
+"""Tissue to take tiles from: "auto" finds it, None takes every tile."""
 
 
 def extract_features(
@@ -48,7 +48,7 @@ def extract_features(
     transform: Transform | None = None,
     damaged: Damaged = "error",
 ) -> FeatureBag:
-    """The embeddings of a slide's tiles, with where they lie and how they were made.
+    """FeatureBag of a slide: the embeddings of its tiles, their coordinates and provenance.
 
     Args:
         slide: An open Slide, or the path of one, which is opened and closed again.
@@ -246,7 +246,7 @@ def resolve_encoder(model: TileEncoder | str | None) -> TileEncoder:
 
 
 def default_batch_size(encoder: TileEncoder) -> int:
-    """Tiles a batch: 256 fill an accelerator, 32 stay in a CPU's caches."""
+    """Default number of tiles a batch: 256 fill an accelerator, 32 stay in a CPU's caches."""
     device = getattr(encoder, "device", None)
     return 32 if device is None or getattr(device, "type", "cpu") == "cpu" else 256
 
@@ -254,7 +254,7 @@ def default_batch_size(encoder: TileEncoder) -> int:
 def fingerprint_of(
     encoder: TileEncoder, plan_options: Mapping[str, Any], transform: Transform | None
 ) -> dict[str, Any]:
-    """What decides whether two bags may be mixed; the region of interest does not."""
+    """Fingerprint that decides whether two bags may be mixed; the region of interest does not."""
     return mixing_fingerprint(
         weights_sha256=encoder.provenance["weights_sha256"],
         tile_spec=encoder.tile_spec.to_dict(),
@@ -306,7 +306,7 @@ def _record(
     damaged: Damaged,
     reading: Reading | None,
 ) -> dict[str, Any]:
-    """What else made the bag. Nothing that tells who, where, or whose slide it is."""
+    """Record of how a bag was made; nothing that tells who, where, or whose slide it is."""
     scale = plan.scale
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -347,6 +347,6 @@ def _record(
 
 
 def name_of(transform: Transform) -> str:
-    """What a transform is called in a provenance: where it is defined, and its name there."""
+    """Name of a transform in a provenance: its module, and its name there."""
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
     return f"{kind.__module__}.{kind.__qualname__}"

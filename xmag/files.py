@@ -1,4 +1,4 @@
-"""Files that are either whole under their final name, or not there: every write of xmag goes here.
+"""Atomic writes: a file is whole under its final name, or not there. Every write goes here.
 
 The bytes go to a temporary file in the same folder, to the disk (fsync), through a check, and only
 then under the final name (os.replace). A run that is killed leaves the old file, or none, and
@@ -111,7 +111,7 @@ def write_bytes(
 
 @contextmanager
 def _blamed_on(place: Place) -> Iterator[None]:
-    """Errors of writing and syncing name no file, and are no others than of this place."""
+    """Context that turns errors of writing and syncing, which name no file, into OutputError."""
     try:
         yield
     except OSError as error:
@@ -129,7 +129,7 @@ def write_text(
 
 
 def linked_to(path: Path, folder: Place) -> Path:
-    """The file that is written where `path` is: itself, or what it is a symbolic link to.
+    """The file that is written for `path`: itself, or the target of the symbolic link it is.
 
     Raises OutputError where that link leads out of `folder`: whoever may write to a shared folder
     could send a file of this user's elsewhere. Links in the folders above it are its owner's.
@@ -206,7 +206,7 @@ def is_of_the_place(error: BaseException) -> bool:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove what writers that were killed left in a folder; how many files that was.
+    """Remove temporary files of writers that were killed from a folder; returns their number.
 
     Only temporary files of xmag that nobody has written to for a day: a writer needs seconds.
     """

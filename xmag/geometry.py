@@ -23,14 +23,14 @@ from xmag.errors import InputError, SlideScaleError
 Resample = Literal["area", "lanczos"]
 
 _MAX_TILE_PX = 1 << 14
-"""A side of a tile: 0.8 GB of pixels."""
+"""Largest side of a tile: 0.8 GB of pixels."""
 _SAME_MPP = 1e-6
 """Relative difference below which two scales are the same but for rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileSpec:
-    """What a model wants to see: a square of `size_px` at `mpp` µm/px.
+    """Tiles that a model takes: squares of `size_px` at `mpp` µm/px.
 
     A level, or a level decoded at 1/2, 1/4 or 1/8, whose scale is within the relative
     `mpp_tolerance` of `mpp` is read as it is (0: never, unless it is equal). Otherwise the next
@@ -76,7 +76,7 @@ class TileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadScale:
-    """How pixels of a wanted scale are made: `level` decoded at 1/`reduction`, then resampled.
+    """Level, reduction and resampling that make pixels of a wanted scale.
 
     `decoded_mpp` is the scale of the decoded pixels; `mpp` that of the result. The two are equal
     where the decoded pixels are used as they are.
@@ -130,7 +130,7 @@ def choose_scale(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileGeometry:
-    """Where the tiles of a slide lie: what a reader of `coords` needs to know besides.
+    """Geometry of a slide's tiles, which a reader of `coords` needs to know besides.
 
     `size_px` output px at `mpp` cover `size_level0` level-0 px (the nearest int; `mpp` and
     `level0_mpp` are exact). Neighbours share `overlap_px` output px.

@@ -1,4 +1,4 @@
-"""The grid of tiles over a slide: where its columns and rows lie, and which cells are tiles.
+"""Grid of tiles over a slide: its columns and rows, and the cells that are tiles.
 
 Pure arithmetic on rectangles and masks; `xmag.plan` puts it together.
 """
@@ -16,7 +16,7 @@ from xmag.slide.reader import Level
 from xmag.tissue import TissueMask
 
 Border = Literal["shift", "drop"]
-"""What becomes of tiles that would reach over the border of the slide."""
+"""Treatment of tiles that would reach over the border of the slide."""
 
 TILE, PIECE, BORDER, ROI, TISSUE = "#", "p", "b", "r", "t"
 
@@ -25,9 +25,9 @@ _Letters = NDArray[np.str_]
 _Area = Callable[[_Floats, _Floats], _Floats]
 
 _SLACK_PX = 1e-6
-"""What floating-point arithmetic may be off by where a window ends exactly at an edge."""
+"""Tolerance for floating-point arithmetic where a window ends exactly at an edge."""
 _NARROWEST = 1 / 16
-"""Of a tile: the widest strip that is not worth a tile of its own."""
+"""Widest strip that is not worth a tile of its own, as a fraction of a tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def letters_of(
     min_tissue: float | None,
     polygons: Sequence[Polygon] | None,
 ) -> tuple[str, ...]:
-    """A string a row of the grid, a character a cell, as `TilePlan.cells` has it.
+    """Letters of the cells, a string a row of the grid, as `TilePlan.cells` has them.
 
     `tissue` is that in the polygons.
     """

@@ -1,4 +1,4 @@
-"""Which tiles of a slide are read, from which level, and why the others are not."""
+"""Tile plan of a slide: the tiles to read, their level, and the reasons for dropping the others."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ Coords = NDArray[np.int64]
 _KEPT = TILE + PIECE
 _DAMAGED = "d"
 REASONS = {BORDER: "border", ROI: "roi", TISSUE: "tissue", _DAMAGED: "damaged"}
-"""Why a grid cell is no tile, by the character that stands for it in a plan's `cells`."""
+"""Reasons that a grid cell is no tile, by the character that stands for it in `cells`."""
 
 _SCHEMA_VERSION = 2
 
 _ENOUGH = 0.9
-"""Of the tissue: where tiles cover less, there is a warning."""
+"""Least share of tissue under tiles; where they cover less, there is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,7 @@ def plan_options(
     tissue_method: Mapping[str, Any] | None,
     roi: Sequence[Polygon] | None = None,
 ) -> dict[str, Any]:
-    """The `options` of a plan made with these: what may not differ between slides."""
+    """The `options` of a plan made with these, which may not differ between slides."""
     asked = None if tissue_method is None or min_tissue is None else float(min_tissue)
     return {
         "overlap_px": overlap,

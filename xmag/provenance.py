@@ -1,4 +1,4 @@
-"""What made a file: the fingerprint, which decides what may be mixed, and the record of the rest.
+"""Provenance: the fingerprint, which decides what may be mixed, and the record of the rest.
 
 Neither holds an absolute path, a user, a host, or anything a scanner wrote about the patient.
 """
@@ -36,7 +36,7 @@ _SAMPLE_BLOCK_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What made a bag. Both parts hold JSON values only, and are read-only all the way down.
+    """Provenance of a bag: JSON values only, read-only all the way down.
 
     Bags whose `fingerprint` is equal may be mixed; see `mixing_fingerprint`. The `record` holds
     what does not decide that: versions, device, time, the model, the slide, counts. Raises
@@ -85,7 +85,7 @@ class Provenance:
             ) from error
 
     def differences(self, other: "Provenance") -> list[str]:
-        """Where the fingerprint of `other` differs, a line each; empty if the two may be mixed.
+        """Differences of the fingerprint of `other`, a line each; empty if the two may be mixed.
 
         A line reads ``tile_spec.mpp: 2.0 there, 1.0 here``: *here* is this one, *there* `other`.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 from xmag.errors import InputError
 
 _FORMULA = ("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠")
-"""What text begins with that a spreadsheet runs; some take the wide forms as well."""
+"""First characters of text that a spreadsheet runs; some take the wide forms as well."""
 
 _MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "nat", "none", "null"}
 
@@ -21,10 +21,10 @@ CONTINUOUS = (
     " MILRegressor, for continuous labels, comes in a later release. Group them into classes, such"
     " as below and above a cutoff"
 )
-"""Why labels that are measurements are refused, and what to do."""
+"""Message for labels that are measurements: why they are refused, and the remedy."""
 
 _CLOSE = 0.66
-"""From this similarity on (difflib's ratio) a column is taken for a misspelt one: mmp for mpp."""
+"""Least similarity (difflib's ratio) of a column taken for a misspelt one: mmp for mpp."""
 
 
 def is_missing(text: str) -> bool:

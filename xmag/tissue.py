@@ -1,4 +1,4 @@
-"""Where tissue is, found classically on a coarse overview: `find_tissue` -> `TissueMask`.
+"""Classical tissue detection on a coarse overview: `find_tissue` -> `TissueMask`.
 
 Stain gives tissue a colour; glass, shading, dust, scanner borders and padding are neutral. So the
 decision rests on two logarithms of light, r = ln(R/G) and b = ln(B/G), relative to the glass.
@@ -61,13 +61,13 @@ _GLASS_SHADE = 0.75
 _GLASS_CONTRAST = 6
 """Grey levels by which neighbouring px of glass differ, at most; tissue varies more."""
 _GLASS_MIN_FRACTION = 0.02
-"""Of all px; with less glass than this there is nothing to calibrate on."""
+"""Least share of glass px; with less glass than this there is nothing to calibrate on."""
 _GLASS_LEVEL = 243.0
 """Grey level taken for glass, and neutral, where a field shows none."""
 _GLASS_SAMPLES = 2048
 """Px of glass that the fit looks at, about: six coefficients need no more."""
 _GLASS_BRIGHTEST_PERCENT = 20
-"""Of what looks like glass, the part that says what its colour is before the surface is fitted."""
+"""Brightest percent of apparent glass, whose colour is taken before the surface is fitted."""
 _GLASS_STIFFNESS = 1e-3
 """Ridge of the fit, a fraction of the px: where glass spans little, the surface stays level."""
 _GLASS_RESIDUAL = 0.02
@@ -87,7 +87,7 @@ _NEUTRAL_DENSITY = 0.4
 """Density (natural logarithm) from which that ratio is looked at; paler px are too noisy."""
 
 _INK_BLUE_GREEN = 0.05
-"""How far beyond the limit of haematoxylin, in r, the px of blue and green ink lie."""
+"""Distance in r beyond the limit of haematoxylin from which px are blue or green ink."""
 _INK_BLUE = 1.1
 """b of dark blue and violet ink, at least; haematoxylin averaged over 32 µm reaches 0.93."""
 _INK_RED = 0.68
@@ -98,9 +98,9 @@ _INK_BLACK, _INK_BLACK_CHROMA = 1.2, 0.4
 """Density of black ink, over tissue too, at least, and its chroma over density at most. Tissue so
 dark has a ratio above 0.6, and DAB one of 0.9."""
 _INK_MIN_AREA_MM2 = 0.1
-"""Smaller spots are no stroke but pigment, blood or marking dye, and left to the tissue."""
+"""Smallest stroke; smaller spots are pigment, blood or marking dye, and left to the tissue."""
 _INK_EDGE_UM = 64.0
-"""How far the blurred edge of a stroke reaches beyond what is clearly ink; gaps twice as wide
+"""Reach of the blurred edge of a stroke beyond what is clearly ink; gaps twice as wide
 are bridged."""
 
 
@@ -112,12 +112,12 @@ def _method(**parameters: float) -> dict[str, Any]:
 TISSUE_METHOD: Mapping[str, Any] = _method(
     mpp=_MPP, min_area_mm2=_MIN_AREA_MM2, max_hole_mm2=_MAX_HOLE_MM2, close_um=_CLOSE_UM
 )
-"""What `find_tissue` without options records as `TissueMask.method`."""
+"""Default `TissueMask.method`, which `find_tissue` without options records."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TissueMask:
-    """Which px of a coarse overview of a slide are tissue.
+    """Tissue mask of a slide, on a coarse overview.
 
     `mask` is bool (height, width), copied and read-only; its px are `mpp` µm and `downsample`
     level-0 px wide, the first begins at level-0 (0, 0), and beyond the last there is no tissue.
@@ -223,7 +223,7 @@ class TissueMask:
 
     @property
     def too_small_pieces(self) -> int:
-        """How many pieces the mask leaves out as too small."""
+        """Number of pieces that the mask leaves out as too small."""
         return 0 if self.too_small is None else labelled(self.too_small)[1]
 
     @property
@@ -234,7 +234,7 @@ class TissueMask:
 
     @property
     def fraction(self) -> float:
-        """How much of the mask is tissue, 0 to 1."""
+        """Share of the mask that is tissue, 0 to 1."""
         return float(self.mask.mean()) if self.mask.size else 0.0
 
     def to_geojson(self) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def find_tissue(
     max_hole_mm2: float = _MAX_HOLE_MM2,
     close_um: float = _CLOSE_UM,
 ) -> TissueMask:
-    """Where the slide shows stained tissue: a TissueMask with px of `mpp` µm.
+    """Stained tissue of a slide: a TissueMask with px of `mpp` µm.
 
     Glass, shading, dust, scanner borders, padding and strokes of a pen are left out. The same
     pixels give the same mask. A canvas smaller than one px of the mask gives an empty one.
@@ -370,7 +370,7 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
 
 
 def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> Bools:
-    """Which px look like glass: bright, nearly neutral, smooth, and not padding."""
+    """Mask of px that look like glass: bright, nearly neutral, smooth, and not padding."""
     darkest, green = functools.reduce(np.minimum, channels), channels[1]
     contrast = over_square(np.maximum, green, 1) - over_square(np.minimum, green, 1)
     return np.asarray(
@@ -414,7 +414,7 @@ def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:
 
 
 def _stain(red: _Field, blue: _Field) -> _Field:
-    """How strongly px are stained: r or b, the larger; 0 in the hues that only ink has."""
+    """Strength of stain: r or b, the larger; 0 in the hues that only ink has."""
     return np.where(red > -_BLUE_RED_LIMIT * blue, np.maximum(red, blue), np.float32(0))
 
 
@@ -425,7 +425,7 @@ def _chroma(red: _Field, blue: _Field) -> _Field:
 
 
 def _ink(red: _Field, blue: _Field, black: Bools, mpp: float) -> Bools:
-    """Strokes of a pen, with their blurred edges."""
+    """Mask of pen strokes, with their blurred edges."""
     ink = black | (red - 2 * np.abs(blue) > _INK_RED) | (blue > _INK_BLUE)
     ink |= red + _BLUE_RED_LIMIT * blue < -_INK_BLUE_GREEN
     edge_px = round(_INK_EDGE_UM / mpp)

@@ -1,4 +1,4 @@
-"""Where files lie: paths of this machine, and URLs of the stores that fsspec knows.
+"""Places of files: paths of this machine, and URLs of the stores that fsspec knows.
 
 A URL may carry a password or a signature. What is shown of one, in messages, reports, logs and
 provenance, has neither: ``str(url)`` leaves them out, and errors of the libraries below, which
@@ -40,7 +40,7 @@ class Url:
     """
 
     text: str
-    """All of it, with what must not be shown."""
+    """The whole URL, with the credentials and signatures that must not be shown."""
 
     def __str__(self) -> str:
         links = [self._bare, *_CHAINED.split(self._query)[1:]]
@@ -66,7 +66,7 @@ class Url:
 
     @property
     def suffix(self) -> str:
-        """What the name ends in, from its last dot."""
+        """Suffix of the name, from its last dot."""
         return PurePath(self.name).suffix
 
     @property
@@ -91,10 +91,10 @@ class Url:
             return bool(store.exists(path))
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
-        """Nothing: stores have no folders, or make them as they are written to."""
+        """Do nothing: stores have no folders, or make them as they are written to."""
 
     def store(self) -> tuple[Any, str]:
-        """(fsspec filesystem, its name for the path).
+        """Filesystem of fsspec, and its name for the path.
 
         Raises MissingExtraError where a package is missing, InputError for an unknown protocol.
         """
@@ -123,7 +123,7 @@ class Url:
         return int(self.info()["size"])
 
     def info(self) -> dict[str, Any]:
-        """What the store says of the file, its "size" at least. Raises what the store does."""
+        """Facts of the store about the file, its "size" at least. Raises what the store does."""
         store, path = self.store()
         facts: dict[str, Any] = store.info(path)
         if facts.get("type") == "directory":
@@ -186,7 +186,7 @@ class Url:
 
 
 Place = Path | Url
-"""Where a file lies."""
+"""Place of a file: a path or a URL."""
 
 
 def place_of(path: str | os.PathLike[str] | Url) -> Place:
@@ -250,7 +250,7 @@ def retold(kind: type[XmagError], place: object) -> Iterator[None]:
 
 
 def told(error: BaseException, place: object) -> str:
-    """What went wrong at a URL and what to do, without a word of the library's own message.
+    """Message for an error at a URL, with its remedy, without a word of the library's own.
 
     That may name the whole URL, with its signature.
     """
@@ -277,7 +277,7 @@ def told(error: BaseException, place: object) -> str:
 
 
 def common_parts(urls: Sequence[Url]) -> int:
-    """How many leading parts all the folders of `urls` share."""
+    """Number of leading parts that all the folders of `urls` share."""
     folders = [url.parts[:-1] for url in urls]
     shared = 0
     for level in zip(*folders, strict=False):

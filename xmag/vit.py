@@ -22,14 +22,14 @@ Mlp = Literal["gelu", "swiglu"]
 
 _MAX_DEPTH = 1_000
 _MAX_SIZE = 1 << 20
-"""Blocks are made one by one before weights are compared with them."""
+"""Largest size in a configuration: blocks are made before weights are compared with them."""
 _HISTORICAL_OFFSET = 0.1
-"""Added to the wanted grid before the division: DINOv2's guard against rounding, part of it."""
+"""Offset added to the wanted grid before the division: DINOv2's guard against rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTConfig:
-    """What defines the arithmetic of a ViT.
+    """Configuration that defines the arithmetic of a ViT.
 
     `hidden` is the inner width of the MLP (of each half for "swiglu"). The table of positions has
     `position_grid` ** 2 rows, one more in front with `class_position`. `position_rule` says how it

@@ -1,4 +1,4 @@
-"""FeatureBag: the embeddings of a slide, where their tiles lie, and what made them."""
+"""FeatureBag: the embeddings of a slide, the coordinates of their tiles, and provenance."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ from xmag.provenance import Provenance
 from xmag.urls import Place, Url, place_of
 
 SCHEMA_VERSION = 1
-"""Of the files; changes when an older xmag could no longer read them."""
+"""Version of the file format; changes when an older xmag could no longer read it."""
 
 _FORMAT = "xmag.FeatureBag"
 _ENCODERS = {".h5": encode_h5, ".safetensors": encode_safetensors}
@@ -50,18 +50,18 @@ _DECODERS = {
     ".npz": decode_npz,
 }
 SUFFIXES = tuple(_DECODERS)
-"""Of the files that `FeatureBag.load` reads."""
+"""Suffixes of the files that `FeatureBag.load` reads."""
 _EXPORT_SUFFIXES = {"clam": ".pt", "stamp": ".h5"}
 
 Layout = Literal["clam", "stamp"]
 
 
 class Canvas(Protocol):
-    """What a bag asks of a slide."""
+    """Protocol of a slide for `FeatureBag.on`: its name, size and scale."""
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """Base name of the file."""
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -130,7 +130,7 @@ class FeatureBag:
         return FeatureBag, parts
 
     def on(self, slide: Canvas) -> "FeatureBag":
-        """The same bag with what its file left out of where tiles lie, taken from the slide.
+        """The bag with tile geometry that its file left out, completed from the slide.
 
         STAMP writes µm and leaves out the scale of the slide: its corners become level-0 px,
         rounded to whole ones. TRIDENT writes magnifications, which are rounded: its tiles get the
@@ -164,7 +164,7 @@ class FeatureBag:
         return replace(self, coords=coords, tiles=tiles)
 
     def _scaled(self, slide: Canvas) -> "FeatureBag":
-        """With the slide's µm/px in place of those that another program rounded."""
+        """The bag with the slide's µm/px in place of those that another program rounded."""
         tiles, mpp = self.tiles, slide.mpp
         if self.provenance is not None or tiles is None or mpp is None:
             return self
@@ -215,7 +215,7 @@ class FeatureBag:
                 raise (kind if is_ours else ForeignBagError)(f"{place}: {error}") from error
 
     def export(self, path: str | os.PathLike[str] | Url, *, layout: Layout) -> None:
-        """Write what other software reads; unlike `save`, it does not keep everything.
+        """Write the features for other software; unlike `save`, it does not keep everything.
 
         Layout "clam" is a ``.pt`` with the features as a float32 tensor (N, D), which CLAM looks
         for as ``pt_files/<slide>.pt``. Layout "stamp" is an ``.h5`` with `feats` in float16 and
@@ -358,7 +358,7 @@ def _content(bag: FeatureBag, path: Place) -> Content:
 
 
 def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, str]) -> str:
-    """SHA-256 of all that makes a bag; neither format would notice a value that changed."""
+    """SHA-256 of a bag's content; neither format would notice a value that changed."""
     digest = hashlib.sha256()
     for array in (features, coords):
         digest.update(f"{array.shape} {array.dtype.str}".encode())
@@ -368,7 +368,7 @@ def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, s
 
 
 def _trident_attributes(bag: FeatureBag, path: Place) -> dict[str, Any]:
-    """What TRIDENT writes on `coords`; magnifications are 10 / mpp, and not rounded."""
+    """TRIDENT's attributes of `coords`; magnifications are 10 / mpp, and not rounded."""
     tiles = bag.tiles
     if tiles is None:
         return {}

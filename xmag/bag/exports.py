@@ -1,6 +1,6 @@
 """Features in the layouts of other software: CLAM's .pt and STAMP's .h5, made and checked.
 
-Also what files of CLAM, TRIDENT, STAMP and slide2vec say of their tiles.
+Also reads the tiles that files of CLAM, TRIDENT, STAMP and slide2vec record.
 """
 
 import io
@@ -20,7 +20,7 @@ from xmag.geometry import TileGeometry
 
 
 def encode_clam(features: NDArray[np.float32]) -> bytes:
-    """What CLAM loads as ``pt_files/<slide>.pt``: the features as a float32 tensor (N, D)."""
+    """Features as CLAM loads them from ``pt_files/<slide>.pt``: a float32 tensor (N, D)."""
     import torch  # only here: processes that decode slides import this module, but never torch
 
     buffer = io.BytesIO()
@@ -38,7 +38,7 @@ def holds_clam(path: Path, features: NDArray[np.float32]) -> bool:
 def encode_stamp(
     features: NDArray[np.float32], coords: NDArray[np.int64], tiles: TileGeometry, extractor: str
 ) -> bytes:
-    """What STAMP loads for a slide: `feats` float16 and `coords` float32 in µm.
+    """Features as STAMP loads them: `feats` float16 and `coords` float32 in µm.
 
     STAMP takes the scale from the root attributes `unit`, `tile_size_um` and `tile_size_px`. Its
     `stamp_version` is left out, since STAMP refuses files of a version newer than its own. The
@@ -77,12 +77,12 @@ def _half(features: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 _STAMP_UM, _STAMP_PX = 256.0, 224
-"""The tiles of STAMP's oldest files, which do not say it."""
+"""Side in µm and px of the tiles in STAMP's oldest files, which do not record it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicrometreTiles:
-    """Where the tiles of a slide lie in µm, in a file that does not say the scale of the slide.
+    """Tile coordinates in µm, from a file that does not record the scale of the slide.
 
     Attributes:
         coords: float64 (N, 2), top-left corner (x, y) of each tile, µm.
@@ -124,7 +124,7 @@ def read_foreign(content: Content, tiles: TileGeometry | None) -> ForeignParts:
 
 
 def _without_batch_axis(array: NDArray[Any]) -> NDArray[Any]:
-    """Without the leading axis of length 1 that some tools write."""
+    """The array without the leading axis of length 1 that some tools write."""
     return array[0] if array.ndim == 3 and len(array) == 1 else array
 
 

@@ -29,17 +29,17 @@ if TYPE_CHECKING:  # processes that decode slides import this module, but never 
     from torch import Tensor
 
 _MOST_UNPACKED = 50
-"""Features of compressed files take 1 to 3 times their bytes, coords up to 10 times."""
+"""Most bytes unpacked from one: features take 1 to 3 times their bytes, coords up to 10 times."""
 _CHECKSUM_BYTES = 4
 _SPARE_BYTES = 1 << 24
 
 _NOT_READ = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
-"""What the system answers about files that may be whole: closed to us, locked, out of reach."""
+"""Errors of the system on files that may be whole: closed to us, locked, out of reach."""
 
 HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
 
 _FEATURES = ("features", "feats", "patch_embeddings")
-"""Their names in files of other software; the last two are STAMP's."""
+"""Names of the features in files of other software; the last two are STAMP's."""
 _ROOT_ATTRIBUTES = ("tile_size_um", "tile_size_px", "tile_size", "unit", "encoder")
 _COORDS_ATTRIBUTES = (
     "patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap",
@@ -57,7 +57,7 @@ class UnreadableBagError(BagError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What a feature file holds, unchecked.
+    """Content of a feature file, unchecked.
 
     `header` has those of HEADER_KEYS that are there. `coords_attributes` of our own .h5 are only
     written: they repeat in TRIDENT's words what the header says exactly. Of foreign .h5 files those
@@ -93,7 +93,7 @@ def encode_h5(content: Content) -> bytes:
 
 
 def h5_bytes(fill: Callable[[h5py.File], None]) -> bytes:
-    """The HDF5 file that `fill` fills, without time stamps.
+    """Bytes of the HDF5 file that `fill` fills, without time stamps.
 
     In the layout of HDF5 1.8 (2008): it has checksums, and no limit on the size of an attribute.
     """
@@ -134,7 +134,7 @@ def decode_h5(path: Path) -> Content:
 
 
 def _attribute(file: h5py.File, key: str) -> str:
-    """What xmag wrote; "" for other types, of which HDF5 may hang or crash on damaged ones."""
+    """Text that xmag wrote; "" for other types: HDF5 may hang or crash on damaged ones."""
     attribute = file.attrs.get_id(key)
     if attribute.shape != () or attribute.dtype.kind != "S":
         return ""
@@ -177,7 +177,7 @@ def _dataset(file: h5py.File, name: str, most: int, *, is_ours: bool) -> NDArray
 
 
 def _is_whole(dataset: h5py.Dataset) -> bool:
-    """Whether all of it is in the file: where nothing was written, HDF5 would read zeros.
+    """Whether all of a dataset is in the file: where nothing was written, HDF5 would read zeros.
 
     It would read beside a chunk that has no room for its checksum.
     """

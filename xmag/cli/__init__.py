@@ -1,6 +1,6 @@
-"""The command ``xmag``: parses, calls, prints.
+"""Command line of xmag: the parser of ``xmag``, its errors and exit status.
 
-What was made goes to stdout; progress, warnings and errors go to stderr. Exit status: 0 all done,
+Results go to stdout; progress, warnings and errors go to stderr. Exit status: 0 all done,
 1 something failed, 2 wrong use or data that makes no sense, 130 interrupted.
 """
 
@@ -43,7 +43,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command line `argv`, once it has been carried out."""
+    """Run the command line `argv`; returns its exit status."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as end:  # how argparse leaves, after --help and after wrong use
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when asked for it."""
+    """Option --version; looks the version up only when asked for it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version

@@ -7,14 +7,14 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """The encoder, by name."""
+    """Add --model, the encoder by name."""
     command.add_argument(
         "--model", metavar="NAME", help="a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)"
     )
 
 
 def add_mpp(command: argparse.ArgumentParser) -> None:
-    """The scale of level 0."""
+    """Add --mpp, the scale of level 0."""
     command.add_argument(
         "--mpp", metavar="UM", type=float,
         help="µm per px of level 0, where the file's own is missing or wrong",
@@ -22,7 +22,7 @@ def add_mpp(command: argparse.ArgumentParser) -> None:
 
 
 def add_training(command: argparse.ArgumentParser) -> None:
-    """What decides how a classifier is trained."""
+    """Add the options for training a classifier."""
     command.add_argument(
         "--aggregator", metavar="NAME", default="abmil",
         help="abmil (default), mean, max, transmil or clam_sb",
@@ -35,7 +35,7 @@ def add_training(command: argparse.ArgumentParser) -> None:
 
 
 def add_seed(command: argparse.ArgumentParser) -> None:
-    """The seed of all draws."""
+    """Add --seed, the seed of all draws."""
     command.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of all draws (default: 0)"
     )

@@ -88,7 +88,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _seen(epoch: dict[str, Any]) -> str:
-    """What the validation patients said of an epoch."""
+    """Validation loss and metrics of an epoch, in words."""
     names = {
         "validation_loss": "validation loss",
         "validation_auroc": "AUROC",
@@ -188,7 +188,7 @@ def _own_labels(classifier: "MILClassifier", table: Table) -> list[Any]:
 
 
 def _make_folder(path: str) -> None:
-    """So that a place that cannot be written to is known before anything is trained."""
+    """Make the output folder before training, so that one that cannot be written to fails early."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a command says: on which stream, in which words, with which exit status."""
+"""Output of the commands: streams, wording of messages, warnings, log and exit status."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ _OF_PYTHON = (
     ", or give them the same patient in groups",
     ' Where equal features are no accident, as with empty tiles: on_identical="warn"',
 )
-"""Remedies that the command line does not have."""
+"""Remedies in messages that the command line does not have; they are left out."""
 
 
 @contextmanager
 def console(*, verbose: bool) -> Iterator[None]:
-    """Warnings as one line each, and the log where it is asked for; all is undone at the end."""
+    """Context: warnings as one line each, and the log where asked for; undone at the end."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, XmagWarning):

@@ -1,4 +1,4 @@
-"""The command heatmap: what a classifier looked at on a slide."""
+"""The command heatmap: a classifier's attention over a slide."""
 
 import argparse
 import json

@@ -86,7 +86,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _info_lines(slide: "Slide") -> Iterator[tuple[str, str]]:
-    """What there is to know of a slide, as (label, value)."""
+    """Facts about a slide, as (label, value)."""
     from xmag.errors import SlideScaleError
     from xmag.geometry import TileSpec
 

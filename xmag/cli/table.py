@@ -22,7 +22,7 @@ class Table:
     patients: list[str]
 
     def counts(self) -> str:
-        """How many slides, patients and slides of each class there are, in words."""
+        """Numbers of slides, of patients and of slides of each class, in words."""
         each = ", ".join(f"{label} {self.labels.count(label)}" for label in sorted({*self.labels}))
         return f"{len(self.slides):,} slides of {len({*self.patients}):,} patients: {each}"
 
@@ -115,7 +115,7 @@ def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
 
 
 def _stems(row: Row) -> list[str]:
-    """Where `extract_cohort` may have put a slide: its id, or the end of its path, longest first.
+    """Names under which `extract_cohort` may have put a slide: id or end of path, longest first.
 
     How much of the path it kept depends on what it was given. A slide may also be named alone,
     without the suffix of its file.

@@ -1,4 +1,4 @@
-"""Many slides in, a folder of bags and a report out; what is done already is not done again."""
+"""Feature extraction of many slides into a folder of bags with a report; finished ones are kept."""
 
 import logging
 from collections import Counter
@@ -153,7 +153,7 @@ def _fill(
     total: int,
     progress: bool | None,
 ) -> None:
-    """Take in the rows as they come, and tell of them."""
+    """Collect the rows as they come, with report, log and progress bar."""
     with (
         closing(source) as done,
         progress_bar(progress, total=total, desc="slides", unit="slide") as bar,

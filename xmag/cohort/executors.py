@@ -1,4 +1,4 @@
-"""A cohort on an engine that exists: shards go to an executor, and one report comes back.
+"""Cohort on an executor: shards of slides go to its workers, and one report comes back.
 
 An executor is anything whose `submit` returns something with `done()` and `result()`: a
 ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's.
@@ -34,7 +34,7 @@ from xmag.urls import Place, Url
 logger = logging.getLogger(__name__)
 
 _BUILDS = 4
-"""How often an executor is made by its factory: once, and again after it broke."""
+"""Most times that a factory makes an executor: once, and again after it broke."""
 
 _POLL_S = 0.1
 _STATUS_EVERY_S = 1.0
@@ -54,14 +54,14 @@ _DONE_WEIGHT = 0.01
 
 @runtime_checkable
 class Executor(Protocol):
-    """What runs functions elsewhere."""
+    """Protocol of an executor, such as a process pool, Dask's or submitit's."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Something with `done()` and `result()`."""
+        """Submit a call; returns an object with `done()` and `result()`."""
 
 
 class Engine:
-    """An executor, or what makes one, and the model in the two forms that it takes.
+    """An executor or its factory, and the model by name for workers and as an encoder here.
 
     `model` is what `extract_cohort` was given; `encoder` is it on this machine. Raises InputError
     for what is no executor, ModelError for a model that workers cannot load.
@@ -112,7 +112,7 @@ class Engine:
 
 @dataclass(slots=True)
 class _Cohort:
-    """Which slides are left, by their number, and what the workers said so far."""
+    """State of a cohort on its executor: slides left, by number, and the workers' errors."""
 
     settings: Settings
     model: ModelName
@@ -185,7 +185,7 @@ class _Cohort:
                 time.sleep(_POLL_S)
 
     def _end_of(self, future: Any, shard: Shard, piece: list[int]) -> ShardStatus:
-        """What a shard came to; what its status file says where its worker was lost."""
+        """Final status of a shard; that in its status file where its worker was lost."""
         try:
             status: ShardStatus = future.result()
         # Each engine has its own way to say that a worker is gone.
@@ -287,7 +287,7 @@ def _absolute(place: Place) -> Place:
 
 
 def _work_of(job: Job, out: Place) -> float:
-    """About how much there is to do, in bytes of the slide; 1 where nobody can tell."""
+    """Estimated work of a job, in bytes of the slide; 1 where nobody can tell."""
     try:
         size = job.path.stat().st_size if isinstance(job.path, Path) else job.path.size()
     # Its worker will say what is wrong with it.
@@ -298,7 +298,7 @@ def _work_of(job: Job, out: Place) -> float:
 
 
 def _is_factory(engine: object) -> bool:
-    """Whether it makes executors; a class of them does, too."""
+    """Whether `engine` makes executors; a class of them does, too."""
     return isinstance(engine, type) or not isinstance(engine, Executor)
 
 

@@ -1,4 +1,4 @@
-"""Which GPU a worker takes, where a host has several and nobody gave it one."""
+"""Choice of a GPU for a worker, where a host has several and nobody gave it one."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a cohort is made of: which slides, and which file each one's bag goes to."""
+"""Jobs of a cohort: its slides, and the output file of each one's bag."""
 
 import os
 import re
@@ -20,12 +20,12 @@ _RESERVED = re.compile(
     r'[<>:"/\\|?*\x00-\x1f]|\A\.*\Z|\A(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) *(\.|\Z)',
     re.IGNORECASE,
 )
-"""What an output is called on no system, or not on Windows (os.path.isreserved of Python 3.13)."""
+"""Names no output may have on any system, or on Windows (os.path.isreserved of Python 3.13)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A slide to do: where it lies, the name it has in the report, and where its bag goes."""
+    """Job of a cohort: the path of a slide, its name in the report, and the output for its bag."""
 
     path: Place
     name: str

@@ -28,10 +28,10 @@ _NO_LOCKS = {
     for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
     if hasattr(errno, name)
 }
-"""What file systems without locks answer."""
+"""Errors of file systems without locks."""
 
 _ATTEMPTS, _PAUSE_S = 20, 0.05
-"""How often, and how far apart, a lock is asked for whose maker may be about to share it."""
+"""Attempts at a lock whose maker may be about to share it, and seconds between them."""
 
 if sys.platform == "win32":
     import msvcrt
@@ -73,7 +73,7 @@ else:
 
 
 class Unclaimed:
-    """What `Claims` is for a store, which has no locks: every output is this run's to make.
+    """Claims in a store, which has no locks: every output is this run's to make.
 
     Two runs over one URL do the same slides, and each file is whole, from one run or the other.
     """
@@ -85,18 +85,18 @@ class Unclaimed:
         return
 
     def take(self, job: Job) -> bool:
-        """True."""
+        """Whether the output is this run's to make: in a store, always."""
         del job
         return True
 
     def check_folder(self) -> None:
-        """Nothing: a store that is gone says so when it is written to."""
+        """Check nothing: a store that is gone says so when it is written to."""
 
     def release(self, job: Job) -> None:
-        """Nothing."""
+        """Do nothing: in a store there is no claim to drop."""
 
     def tidy(self, job: Job) -> None:
-        """Nothing."""
+        """Do nothing: in a store no claim is left behind."""
 
 
 class Claims:

@@ -1,4 +1,4 @@
-"""Models by name: what another machine needs to load the very same weights."""
+"""Models by name, for workers on other machines to load the very same weights."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _loaded: dict[tuple["ModelName", str], Encoder] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelName:
-    """What `load_model` needs on another machine, and what has to come out of it.
+    """Name of a model for `load_model` on another machine, with the hash of its weights.
 
     `path_or_name` is an absolute path or a Hub name, `recorded` the name that the provenance has.
     `dtype` is None where each machine chooses its own.

@@ -21,7 +21,7 @@ THUMBNAIL_PX = OVERLAY_PX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What is needed of a slide to draw it, when only a decoding process may open it."""
+    """Facts and thumbnail of a slide, to draw it where only a decoding process may open it."""
 
     name: str
     mpp: float | None
@@ -41,7 +41,7 @@ class Kept:
 
 
 def picture_of(job: Job, settings: Settings) -> Place:
-    """Where the picture of a slide goes."""
+    """Path of the overlay of a slide, beside its bag."""
     output = settings.out / job.output
     return output.with_name(output.name + ".png")
 

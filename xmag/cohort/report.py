@@ -1,4 +1,4 @@
-"""What became of the slides of a cohort, and the CSV file that says so."""
+"""Report of a cohort: a row for each slide, kept as a CSV file."""
 
 import math
 import time
@@ -19,7 +19,7 @@ Status = Literal["done", "skipped", "empty", "failed", "lost"]
 
 REPORT_NAME = "report.csv"
 _OWN_START = b"slide,status,tiles"
-"""What every report of xmag begins with, whatever columns it has besides."""
+"""First bytes of every report of xmag, whatever columns it has besides."""
 
 _REPORT_EVERY_S = 2.0
 """Seconds between writings of the report while a cohort runs: cheap, and never far behind."""
@@ -27,7 +27,7 @@ _REPORT_EVERY_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CohortRow:
-    """What became of one slide.
+    """Report row of one slide.
 
     `status` is "done", "skipped" (it was there already), "empty" (no tile; a valid empty bag was
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
@@ -69,7 +69,7 @@ class CohortReport(Sequence[CohortRow]):
         return tuple(row for row in self.rows if row.status == "lost")
 
     def counts(self) -> dict[str, int]:
-        """How many slides have each status."""
+        """Number of slides by status."""
         return dict(Counter(row.status for row in self.rows))
 
     def to_csv(self) -> str:
@@ -88,7 +88,7 @@ class CohortReport(Sequence[CohortRow]):
 
 
 def report_name(shard: tuple[int, int] | None) -> str:
-    """What the report of a cohort, or of share i of n of one, is called."""
+    """File name of the report of a cohort, or of share i of n of one."""
     return REPORT_NAME if shard is None else f"report-{shard[0]}-of-{shard[1]}.csv"
 
 

@@ -1,4 +1,4 @@
-"""What is there already: which bags of an earlier run still count."""
+"""Bags of an earlier run that are still valid, and need not be made again."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SEEN_NAME = ".xmag-seen.jsonl"
 _OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Another user of the folder may have put a link or a FIFO there."""
+"""Flags for opening: another user of the folder may have put a link or a FIFO there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
 
 
 def _lost(provenance: Provenance, settings: Settings) -> list[str]:
-    """That tiles of a bag were dropped for damage, where they may not be; a line or none.
+    """Line saying that a bag lacks tiles, for damage or a region, where it may not; or none.
 
-    It is no part of the fingerprint: such a bag may be mixed with others, but is not all there is.
+    That is no part of the fingerprint: such a bag may be mixed with others, but is incomplete.
     """
     lost = provenance.record.get("tiles", {}).get("damaged", 0)
     if (provenance.record.get("plan") or {}).get("roi_sha256"):
@@ -132,7 +132,7 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
 
 
 class Seen:
-    """Which versions of the slides the bags in a folder were made from, or compared with.
+    """Versions of the slides that the bags in a folder were made from, or compared with.
 
     A version tells when a file was written, which may be when a patient was scanned. So it stands
     in a hidden file of the output folder and in no result; without that file, every version is
@@ -205,7 +205,7 @@ class Seen:
 def earlier_of(
     found: Found, job: Job, settings: Settings, seen: Seen, *, thumbnail: bool
 ) -> Earlier:
-    """A slide as it was when its bag was made, and what is wanted of it now."""
+    """A slide as it was when its bag was made, with the comparisons wanted now."""
     content, mpp = found.of_slide
     return Earlier(
         content=None if content is None else dict(content),

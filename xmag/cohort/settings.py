@@ -1,4 +1,4 @@
-"""What is the same for every slide of a cohort."""
+"""Settings of a cohort, the same for every slide."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from xmag.urls import Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is the same for every slide of a cohort."""
+    """Settings of a cohort, the same for every slide."""
 
     encoder: TileEncoder
     out: Place
@@ -66,11 +66,11 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """What a slide may cost."""
+        """Limits of time and memory for one slide."""
         return Limits(slide_timeout=self.slide_timeout, memory_limit=self.memory_limit)
 
     def processes_for(self, slides: int) -> int:
-        """How many decoding processes so many slides get: those asked for, or those that pay.
+        """Number of decoding processes for so many slides: those asked for, or those that pay.
 
         One a core where a GPU embeds faster than threads of one process decode. Elsewhere one: it
         keeps up, and a slide that crashes it does not take this process down.

@@ -33,7 +33,7 @@ from xmag.urls import Place, retold
 logger = logging.getLogger(__name__)
 
 MARKER = "run.json"
-"""There for as long as somebody waits for the shards of a run."""
+"""Marker file of a run, there for as long as somebody waits for its shards."""
 
 _LOOK_EVERY_S = 1.0
 """Seconds between looks whether anybody still waits."""
@@ -73,13 +73,13 @@ class Shard:
 
     @property
     def status(self) -> Place:
-        """The file that says how far it is."""
+        """Path of the status file."""
         return self.run / f"{self.number}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """How far a shard is: the rows of its jobs, by their index in it.
+    """Status of a shard: the rows of its jobs, by their index in it.
 
     `dtype_class` is what its model computes in. `error` is what stopped all of it, and `is_fatal`
     whether that would stop every other shard too, as a full disk does.
@@ -91,20 +91,20 @@ class ShardStatus:
     is_fatal: bool = False
 
     def to_json(self) -> str:
-        """The same as text, without `error`, which goes another way."""
+        """The status as JSON text, without `error`, which goes another way."""
         rows = [[index, asdict(row)] for index, row in self.rows]
         return json.dumps({"rows": rows, "dtype_class": self.dtype_class})
 
     @classmethod
     def from_json(cls, text: str) -> "ShardStatus":
-        """What `to_json` wrote."""
+        """The status in text that `to_json` wrote."""
         fields = json.loads(text)
         rows = tuple((index, CohortRow(**row)) for index, row in fields["rows"])
         return cls(rows=rows, dtype_class=fields["dtype_class"])
 
     @classmethod
     def read(cls, place: Place) -> "ShardStatus":
-        """What a status file says; nothing where there is none yet."""
+        """The status in a file; an empty one where there is none yet."""
         if not place.exists():
             return cls()
         with files.local_copy(place, OutputError) as path:
@@ -112,7 +112,7 @@ class ShardStatus:
 
 
 def read_status(shard: Shard) -> ShardStatus:
-    """What its status file says; nothing where it cannot be read just now."""
+    """Status of a shard by its file; an empty one where that cannot be read just now."""
     try:
         return ShardStatus.read(shard.status)
     except (OutputError, OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def read_status(shard: Shard) -> ShardStatus:
 
 
 def run_shard(shard: Shard) -> ShardStatus:
-    """What became of the slides of a shard: the function that workers are given.
+    """Extract the slides of a shard; returns its status. The function that workers are given.
 
     What stops all of them comes back as `error`, as not every engine brings an exception back.
     """
@@ -136,7 +136,7 @@ def run_shard(shard: Shard) -> ShardStatus:
 
 
 def _tell(shard: Shard, status: ShardStatus) -> None:
-    """Write the status, which work does not depend on: what is done is in its files."""
+    """Write the status; work does not depend on that, as what is done is in its files."""
     try:
         files.write_text(shard.status, status.to_json())
     except OutputError as error:
@@ -144,7 +144,7 @@ def _tell(shard: Shard, status: ShardStatus) -> None:
 
 
 def _run(shard: Shard) -> Iterator[ShardStatus]:
-    """How far the shard is, each time that a slide of it is done."""
+    """Status of the shard, each time that a slide of it is done."""
     if not _is_awaited(shard):
         raise OutputError(
             f"this worker does not see the output folder {shard.run.parent} of the program that"

@@ -1,4 +1,4 @@
-"""Which slides are this run's to do, and when: those that no other run over the folder is at."""
+"""Sharing of a cohort's slides between runs over one folder: claims, waits and earlier bags."""
 
 import logging
 import time
@@ -23,14 +23,14 @@ _LOOK_AGAIN_S = 0.5
 
 
 class Share:
-    """The jobs of a cohort, as this run gets to do them.
+    """Jobs of a cohort that this run takes, as other runs over the folder leave them.
 
     Two runs over one folder each take what the other has not taken. What is left in the end is
     waited for: it is done by the other run, or by this one if the other ends without.
     """
 
     def __init__(self, jobs: Sequence[Job], settings: Settings) -> None:
-        """Look at what is there; raises MismatchError before any work, see `find_earlier`."""
+        """Look for earlier bags; raises MismatchError before any work, see `find_earlier`."""
         self._jobs, self._settings = jobs, settings
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
         self._found: dict[Job, Found | None] = {}
@@ -55,7 +55,7 @@ class Share:
         self._claims.__exit__(kind, error, trace)
 
     def rounds(self) -> Iterator[Iterator[Job]]:
-        """The jobs to do now, again and again until none is left. Exhaust each before the next.
+        """Rounds of the jobs to do now, until none is left. Exhaust each before the next.
 
         Have all that was taken done and released before asking for the next round: the other run
         may be waiting for it.
@@ -75,7 +75,7 @@ class Share:
         self._claims.check_folder()
 
     def release(self, job: Job) -> None:
-        """Note that a job has its row."""
+        """Drop the claim on a job that has its row."""
         self._claims.release(job)
 
     def earlier(self, job: Job) -> Found | None:
@@ -102,7 +102,7 @@ class Share:
             refuse_foreign_picture(job, self._settings)
 
     def _looked_at(self, job: Job) -> Found | None:
-        """What is there before any work; a file that cannot be read now costs its own row."""
+        """Earlier bag of a job, before any work; one that cannot be read costs its own row."""
         try:
             return find_earlier(job, self._settings, self._expected)
         except MismatchError:

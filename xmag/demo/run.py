@@ -1,4 +1,4 @@
-"""The main job from end to end on one slide, with what a newcomer wants to see of it."""
+"""Demo run: the features of one slide, two pictures of it, and a summary for a newcomer."""
 
 import os
 import time
@@ -21,7 +21,7 @@ _MODEL = "xmag-mini"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What the demo did: the files it wrote, and a summary to print."""
+    """Result of the demo: the files it wrote, and a summary to print."""
 
     slide: Path
     features: Path

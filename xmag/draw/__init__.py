@@ -1,4 +1,4 @@
-"""Pictures of a slide: its tissue and tiles, what the embeddings see, what a classifier looked at.
+"""Pictures of a slide: tissue and tiles, embeddings as colours, attention of a classifier.
 
 Every function returns an image, or GeoJSON, and writes nothing.
 """

@@ -1,4 +1,4 @@
-"""What a classifier looked at: attention over the slide, and the tiles that got most of it."""
+"""Attention of a classifier: a heatmap over the slide, and a gallery of the tiles with the most."""
 
 import math
 from typing import TYPE_CHECKING
@@ -100,7 +100,7 @@ def gallery(
 
 
 def tile_um(tiles: TileGeometry) -> str:
-    """How large a tile is, in words."""
+    """Side of a tile in µm, in words."""
     return f"{tiles.size_px * tiles.mpp:.0f} um a side"
 
 

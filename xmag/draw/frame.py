@@ -18,11 +18,11 @@ INK: Rgb = (34, 34, 34)
 FAINT: Rgb = (105, 105, 105)
 
 _LEAST_WIDTH_PX = 560
-"""Narrower pictures are padded to this, so that what is written below them fits."""
+"""Least width of a picture: narrower ones are padded, so that the text below them fits."""
 
 
 class Pictured(Protocol):
-    """What a picture shows: a Slide, or what was kept of one that only others may open."""
+    """Protocol of a slide to draw: a Slide, or the facts kept of one that is not open here."""
 
     @property
     def name(self) -> str:
@@ -40,13 +40,13 @@ class Pictured(Protocol):
         ...
 
     def thumbnail(self, *, max_px: int) -> Image.Image:
-        """The whole of it, with at most `max_px` px on its longer side."""
+        """The whole slide, with at most `max_px` px on its longer side."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """One entry of a legend: a square of this look, and what it means.
+    """Entry of a legend: a square of this look, and its meaning.
 
     With a `second_fill`, that is the look of its right half. With a `ramp`, it is a bar of these
     colours; without a `line` there is text alone.
@@ -155,7 +155,7 @@ def _place_keys(
     *,
     first: int,
 ) -> tuple[list[tuple[int, int]], int]:
-    """Where each entry begins, as px from the left and line, and the number of lines."""
+    """Positions of the entries, as px from the left and line, and the number of lines."""
     places, x, line = [], first, 0
     for key in keys:
         length = _look_px(key, font) + round(font.getlength(f"{key.text}   "))
@@ -172,7 +172,7 @@ def _draw_key(
     place: tuple[int, int],
     font: Font,
 ) -> None:
-    """The entry's look, and its text."""
+    """Draw the entry's square or ramp, and its text."""
     x, y = place
     half = round(font.getlength("m") * 0.45)
     if key.ramp:
@@ -191,7 +191,7 @@ def _draw_key(
 
 
 def _look_px(key: Key, font: Font) -> int:
-    """How far the text of an entry lies from its left end."""
+    """Px from the left end of an entry to its text."""
     if key.ramp:
         return round(font.getlength("m") * 9)
     return round(font.getlength("m") * 0.9 + font.getlength(" ") * 1.5) if key.line else 0

@@ -1,4 +1,4 @@
-"""Attention as outlines of tiles, for other programs to show."""
+"""Attention as GeoJSON outlines of tiles, for QuPath and other programs."""
 
 from typing import TYPE_CHECKING, Any
 

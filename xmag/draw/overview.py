@@ -1,7 +1,7 @@
-"""Where tissue and tiles of a slide lie, and what their embeddings see.
+"""Overlay of a slide's tissue and tiles, and a map of its embeddings as colours.
 
-Colours are those of Okabe and Ito, which
-remain apart for colour-blind readers; kept and dropped tiles also differ in the line's weight.
+Colours are those of Okabe and Ito, which remain apart for colour-blind readers; kept and dropped
+tiles also differ in the line's weight.
 """
 
 import numpy as np
@@ -41,9 +41,9 @@ _RGB_OF_XYZ = np.array(
 OVERLAY_PX = 1600
 """The longer side of an overlay where the caller does not say."""
 _SMALLEST_OUTLINED_PX = 5
-"""Tiles that look smaller than this are tinted only: outlines would hide everything."""
+"""Smallest tile in px that is outlined: below it, tiles are tinted only."""
 _SMALLEST_DROPPED_PX = 24
-"""Cells that look smaller than this are drawn only where they are tiles."""
+"""Smallest dropped cell in px that is drawn; smaller cells are drawn only where they are tiles."""
 
 
 def overlay(

@@ -1,4 +1,4 @@
-"""From scores of tiles to colours: by rank within the slide, along a perceptual map."""
+"""Colours of tiles: their scores by rank within the slide, along a perceptual map."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ _VIRIDIS = np.array(
 
 
 def percentiles(scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Where each score stands among all, from 0 (least) to 100 (most); equal scores stand equal.
+    """Rank of each score among all, from 0 (least) to 100 (most); equal scores rank equal.
 
     It is the mean rank of equal scores, from 0, by N - 1. One score alone stands at 50.
     """

@@ -1,4 +1,4 @@
-"""A name or a path -> an Encoder."""
+"""Encoders loaded by name or path."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""The Encoder itself, and the least that anything else has to offer to serve as one."""
+"""Encoder, and TileEncoder, the protocol for encoders of the user's own."""
 
 import copy
 import json
@@ -30,11 +30,11 @@ Tiles = NDArray[np.uint8] | Tensor
 
 @runtime_checkable
 class TileEncoder(Protocol):
-    """What serves as an encoder: anything with these four, xmag's Encoder or the user's own."""
+    """Protocol of an encoder: these four members, of xmag's Encoder or the user's own."""
 
     @property
     def tile_spec(self) -> TileSpec:
-        """The tiles it wants."""
+        """The tiles it takes: side in px, and µm/px."""
 
     @property
     def embed_dim(self) -> int:
@@ -42,7 +42,7 @@ class TileEncoder(Protocol):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What identifies the model, as plain JSON values."""
+        """Identity of the model, as plain JSON values."""
 
     def embed(self, tiles: NDArray[np.uint8], /) -> Tensor:
         """The embeddings of uint8 tiles (B, S, S, 3), float32 (B, D)."""
@@ -102,7 +102,7 @@ class Encoder:
 
     @property
     def tile_spec(self) -> TileSpec:
-        """The tiles that the model wants: it travels with the weights."""
+        """The tiles that the model takes; the specification travels with the weights."""
         return self._config.tile_spec
 
     @property
@@ -117,7 +117,7 @@ class Encoder:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What identifies the model, as plain JSON values.
+        """Identity of the model, as plain JSON values.
 
         name, revision (the resolved commit), weights_sha256, key_layout, config, config_source
         ("given", "read", "registry" or "assumed"), terms, trained; and lineage, what it was made
@@ -127,12 +127,12 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model's weights and arithmetic."""
         return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in; embeddings are float32 whatever it is."""
+        """Dtype of the model's arithmetic; embeddings are float32 whatever it is."""
         return self._dtype
 
     @property

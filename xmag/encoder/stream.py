@@ -1,4 +1,4 @@
-"""Tiles on their way through one GPU: copied, embedded, fetched, and none waits for another."""
+"""Pipeline of tiles through one GPU: copies, embedding and fetches overlap."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Tag = TypeVar("Tag")
 
 _BATCHES_IN_FLIGHT = 3
-"""Enough that the device never waits for the host to fetch a result or to prepare a batch."""
+"""Most batches on the device: it never waits for the host to fetch or prepare one."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _Chunk(Generic[Tag]):
 
 @dataclass(slots=True)
 class _Batch(Generic[Tag]):
-    """A batch on the device: its tiles, and which rows of which chunks they are."""
+    """A batch on the device: its tiles, and the rows of chunks that they are."""
 
     tiles: Tensor
     filled: int = 0
@@ -41,7 +41,7 @@ class _Batch(Generic[Tag]):
 
 
 class TileStream(Generic[Tag]):
-    """Chunks of tiles in, their embeddings out, in order, by way of full batches on a GPU.
+    """Stream that embeds chunks of tiles in full batches on a GPU and returns them in order.
 
     Chunks of any size and from any number of slides are packed into batches of `batch_size`.
     Copies to the device have a CUDA stream of their own, so that they overlap with computing.
@@ -96,7 +96,7 @@ class TileStream(Generic[Tag]):
             yield chunk.tag, chunk.features
 
     def finish(self) -> Iterator[tuple[Tag, NDArray[np.float32]]]:
-        """The rest, once everything put in has been embedded."""
+        """Remaining tags and embeddings, once everything put in has been embedded."""
         if self._filling is not None:
             self._submit(self._filling)
         while self._flying:
@@ -104,7 +104,7 @@ class TileStream(Generic[Tag]):
         yield from self.landed()
 
     def _fill(self, chunk: _Chunk[Tag], tiles: Tensor, taken: int) -> int:
-        """Copy what fits of a chunk's tiles from `taken` on into the batch; how many that was."""
+        """Copy tiles of a chunk, from `taken` on, as far as they fit; returns their number."""
         if self._filling is None:
             with torch.cuda.stream(self._copying):
                 shape = (self._batch_size, *tiles.shape[1:])
@@ -150,7 +150,7 @@ class TileStream(Generic[Tag]):
 
 @contextmanager
 def pinned(memory: NDArray[np.uint8]) -> Iterator[bool]:
-    """Whether the memory could be pinned, for as long as the context lasts.
+    """Context that pins memory, and yields whether it could be pinned.
 
     Pinned memory, which the GPU copies from by itself, is scarce in some containers.
     """

@@ -1,4 +1,4 @@
-"""A name or a path -> local files. Talks to the Hub, and does not know what is in the files."""
+"""Local files of a model, by path or fetched from the Hub; their content is not read here."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ _CANONICAL = ("model.safetensors", "pytorch_model.bin")
 _SAFE, _PICKLED = (".safetensors",), (".bin", ".pth", ".pt", ".ckpt")
 _CONFIG = "config.json"
 _OF_CLASSIFIER = "classifier.safetensors"
-"""What MILClassifier.save writes: never the weights of an encoder, but it may lie beside them."""
+"""File that MILClassifier.save writes: never an encoder's weights, but it may lie beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class _HubModel:
         self._cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
 
     def get(self, *, local_files_only: bool) -> LocalModel:
-        """The files: from the cache without a request where that is enough, else fetched.
+        """Local files: from the cache without a request where that is enough, else fetched.
 
         Enough is any cached version for the default revision, and the very one for a commit; a
         branch or tag is looked up, as it may have moved.

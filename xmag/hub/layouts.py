@@ -1,4 +1,4 @@
-"""Tensors by the names that others gave them -> the state dict of our ViT.
+"""Conversion of checkpoints in DINOv2, timm or Hugging Face layout to the state dict of our ViT.
 
 Three layouts of the same model are known, each under any prefix:
 "dinov2" (facebookresearch/dinov2: blocks.0.attn.qkv, ls1.gamma, mlp.w12, register_tokens),
@@ -150,7 +150,7 @@ def _rename_dinov2(model: Mapping[str, Tensor], config: ViTConfig) -> dict[str, 
 
 
 def _with_class_position(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """A row of zeros where timm has none: it adds the class position to the token itself."""
+    """State with a position row of zeros for timm, which adds the class position to the token."""
     table = state.get("pos_embed")
     if not config.class_position or table is None or table.shape[1:2] != (config.position_grid**2,):
         return state

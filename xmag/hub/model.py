@@ -1,4 +1,4 @@
-"""A name or path -> the parameters of a ViT, its configuration, and where both came from."""
+"""Parameters and configuration of a model by name or path, with the provenance of both."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What is known about models: their configuration, the tiles they want, their terms."""
+"""Registry of known models, and configuration of any: ViT, tiles it takes, terms of its weights."""
 
 import json
 import math
@@ -136,7 +136,7 @@ def given_config(config: "ModelConfig | ViTConfig | str") -> ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
-    """A configuration, where it came from, and what config.json says besides.
+    """Configuration of a model, its source, terms and lineage.
 
     `source` is "given" (config=), "read" (config.json), "registry" (known by name) or "assumed".
     """

@@ -1,4 +1,4 @@
-"""A checkpoint file -> tensors and a hash, or a refusal that says why."""
+"""Tensors and SHA-256 of a checkpoint file, read without running code from it."""
 
 import io
 import pickle
@@ -28,7 +28,7 @@ _LOAD_ERRORS = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What torch may raise on a file that makes no sense, RecursionError as a RuntimeError."""
+"""Errors that torch may raise on a file that makes no sense, RecursionError as a RuntimeError."""
 
 
 def file_sha256(path: Path) -> str:
@@ -98,7 +98,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _checked_archive(path: Path) -> Path | io.BytesIO:
-    """What torch is to load: the file where it is a zip whose records take what they say.
+    """File for torch.load; WeightsError for a zip whose records unpack to more than it holds.
 
     A file of torch's older format is read to memory, where no read can ask for more than there is.
     """
@@ -119,7 +119,7 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
 
 
 def _found(error: pickle.UnpicklingError) -> str:
-    """What a pickle holds that is not read: of torch's message this alone.
+    """Name of the object for which a pickle is refused, from torch's message.
 
     The rest advises to trust the file (weights_only=False).
     """

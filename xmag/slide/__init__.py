@@ -1,4 +1,4 @@
-"""All that touches slide files: open one as a `Slide`."""
+"""Whole-slide image files: a reader for each format, opened as a `Slide`."""
 
 from xmag.slide.opening import is_slide_path
 from xmag.slide.slide import Slide, SlideFacts

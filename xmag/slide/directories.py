@@ -1,4 +1,4 @@
-"""The skeleton of a TIFF, walked before anything is built from it.
+"""Directories of a TIFF, checked before tifffile reads them.
 
 tifffile follows a file wherever it leads, and goes on with defaults where a tag makes no sense. So
 the directories are gone through first: where each lies, which tags it lists, how much they claim.
@@ -14,14 +14,14 @@ from typing import BinaryIO
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 
 _MAX_DIRECTORIES = 1_000
-"""Slides have some ten; thousands are the planes of stacks, which are not read anyway."""
+"""Most directories of a file: slides have some ten, stacks, which are not read, thousands."""
 _MAX_TAGS = 1_000
-"""Of one directory; scanners write up to a hundred."""
+"""Most tags of one directory; scanners write up to a hundred."""
 _MAX_TILES = 1 << 22
-"""Of one level: 240 Gpx in tiles of 240 px."""
+"""Most tiles of one level: 240 Gpx in tiles of 240 px."""
 _SPARE_BYTES = 1 << 20
 _MAX_OFFSET = 1 << 42
-"""4 TB, which no slide has."""
+"""Largest offset that is read: 4 TB, which no slide has."""
 
 _SIZES = {
     1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8,
@@ -33,7 +33,7 @@ _OFFSET_FORMATS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
 _NDPI_STARTS, _NDPI_STARTS_HIGH = 65426, 65432
 _TILE_LISTS = {273, 279, 324, 325, _NDPI_STARTS}
 _MAX_JPEG_HEADER = 1 << 20
-"""Bytes before the first restart interval; those of scanners are below 2,000."""
+"""Most bytes before an NDPI's first restart interval; scanners write fewer than 2,000."""
 _WHOLE = {3, 4, 13, 16, 18}
 _ONE_NUMBER = {254, 256, 257, 259, 262, 277, 284, 317, 322, 323}
 _NUMBERS = {258, 273, 278, 279, 324, 325, 338, 339}
@@ -42,7 +42,7 @@ _NUMBERS = {258, 273, 278, 279, 324, 325, 338, 339}
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a kind of TIFF stores offsets, counts of tags, and tags."""
+    """Format codes of offsets, tag counts and tags in a kind of TIFF."""
 
     order: str
     offset: str
@@ -62,7 +62,7 @@ class _Tag:
     count: int
     value_at: int
     high: int = 0
-    """What Hamamatsu adds: bits 32 to 63 of the value, or of where it lies."""
+    """Bits 32 to 63 of the value, or of its offset, which Hamamatsu adds."""
 
     @property
     def size(self) -> int:
@@ -70,7 +70,7 @@ class _Tag:
 
 
 def walk(file: BinaryIO, *, is_ndpi: bool) -> Mapping[int, Set[int]]:
-    """The codes of the tags of every directory, sub-directories too, by where it begins.
+    """Tag codes of every directory, sub-directories too, by the offset of the directory.
 
     `is_ndpi` says that pointers to directories have 8 bytes, as Hamamatsu writes them. Raises
     DamagedSlideError where directories lie outside the file, form a loop, or claim more than the
@@ -99,7 +99,7 @@ def walk(file: BinaryIO, *, is_ndpi: bool) -> Mapping[int, Set[int]]:
 
 
 def _header(file: BinaryIO, is_ndpi: bool) -> tuple[_Layout, int]:
-    """The layout, and where the first directory begins."""
+    """The layout, and the offset of the first directory."""
     order = "<" if _read(file, 0, 2) == b"II" else ">"
     if _unpacked(file, 2, f"{order}H")[0] == 43:
         if _unpacked(file, 4, f"{order}HH") != (8, 0):
@@ -113,7 +113,7 @@ def _header(file: BinaryIO, is_ndpi: bool) -> tuple[_Layout, int]:
 def _directory(
     file: BinaryIO, layout: _Layout, at: int, size: int, found: dict[int, Set[int]]
 ) -> tuple[list[_Tag], int]:
-    """The tags of a directory, and where the next one begins; it is added to `found`."""
+    """The tags of a directory, and the offset of the next one; its codes are added to `found`."""
     if at >= size:
         raise DamagedSlideError(
             "it begins like a TIFF, but holds no image, or only beyond its end; it is truncated or"
@@ -172,7 +172,7 @@ def _high_words(file: BinaryIO, layout: _Layout, end: int, count: int) -> tuple[
 
 
 def _check_kind(tag: _Tag, directory: int) -> None:
-    """Raise DamagedSlideError where a tag that counts is not of whole numbers, or of too many."""
+    """Raise DamagedSlideError for a tag of the pixels without whole numbers, or with too many."""
     one = tag.code in _ONE_NUMBER
     if not (one or tag.code in _NUMBERS):
         return
@@ -198,7 +198,7 @@ def _check_starts(file: BinaryIO, layout: _Layout, tag: _Tag) -> None:
 
 
 def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[int]:
-    """The values of a tag that points to directories."""
+    """Offsets of the directories that a tag points to."""
     kind = _OFFSET_FORMATS.get(tag.kind)
     if kind is None or tag.count > _MAX_DIRECTORIES:
         raise DamagedSlideError(
@@ -214,7 +214,7 @@ def _offsets(file: BinaryIO, layout: _Layout, tag: _Tag, size: int) -> Iterator[
 
 
 def _pointer(file: BinaryIO, layout: _Layout, tag: _Tag) -> int:
-    """Where the values of a tag are that are too many to lie in it."""
+    """Offset of a tag's values that are too many to lie in it."""
     at = _unpacked(file, tag.value_at, layout.order + ("Q" if layout.inline == 8 else "I"))[0]
     return at | tag.high << 32
 
@@ -239,7 +239,7 @@ def _unpacked(file: BinaryIO, at: int, format: str) -> tuple[int, ...]:
 
 @contextmanager
 def silent_tifffile() -> Iterator[None]:
-    """Without tifffile's complaints on stderr, where the program does not log.
+    """Context in which tifffile does not complain on stderr, where the program does not log.
 
     logging writes there what nobody takes. What counts of it is found out here and raised.
     """

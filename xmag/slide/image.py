@@ -18,9 +18,9 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8\xff"
 
 _MAX_BYTES = 1 << 30
-"""A plain image is held in memory as a whole."""
+"""Most bytes of a plain image file; the image is held in memory as a whole."""
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-"""What the pixels need. All else is left out: texts, profiles, animations."""
+"""PNG chunks that the pixels need; texts, profiles and animations are left out."""
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 
 
@@ -93,7 +93,7 @@ class ImageReader:
 
 
 def _pixels_of_png(data: bytes) -> io.BytesIO:
-    """The PNG without all that its pixels do not need, as a file."""
+    """The PNG as a file object, with the chunks that its pixels need alone."""
     kept, at = [PNG_MAGIC], len(PNG_MAGIC)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -104,7 +104,7 @@ def _pixels_of_png(data: bytes) -> io.BytesIO:
 
 
 def _on_white(image: Image.Image) -> Pixels:
-    """The pixels of an RGB or RGBA image, what is transparent in it on a white ground."""
+    """The pixels of an RGB or RGBA image, composited on white where it is transparent."""
     if image.mode == "RGB" and "transparency" in image.info:
         image = image.convert("RGBA")
     array = np.asarray(image)

@@ -23,12 +23,12 @@ from xmag.slide.reader import Pixels
 _SOC, _SIZ, _COD, _QCD = b"\xff\x4f", b"\xff\x51", b"\xff\x52", b"\xff\x5c"
 _COM, _SOT, _SOD, _EOC = b"\xff\x64", b"\xff\x90", b"\xff\x93", b"\xff\xd9"
 _PROGRESSION, _LAYERS, _TRANSFORM, _LEVELS, _WAVELET = 5, slice(6, 8), 8, 9, 13
-"""Where in COD: order of packets, quality layers, colour transform, wavelet levels and kind."""
+"""Offsets in COD of packet order, quality layers, colour transform, wavelet levels and kind."""
 _LRCP, _RLCP, _RPCL = 0, 1, 2
 _SIZ_END = 42
 _MAX_COMPONENTS = 4
 _CHROMA_STEPS = {(1, 1), (2, 1), (2, 2)}
-"""px from one sample to the next, across and down, in chroma that OpenJPEG makes RGB of."""
+"""Chroma subsampling factors (x, y) that OpenJPEG converts to RGB."""
 _MAX_TILES = 4096
 _PRECINCTS = 14
 _MOST_ZEROS, _SPARE_ZEROS = 4096, 128
@@ -37,7 +37,7 @@ _9_7 = 0
 _OWN_PRECINCTS = 1
 
 _QUARTER_TAPS = np.array([-0.0372, 0.3894, 0.5600, 0.1106, -0.0228], np.float32)
-"""What px 2i-1 to 2i+3 at 1/2 count for in the average of px 4i to 4i+3 of the full tile.
+"""Weights of px 2i-1 to 2i+3 at 1/2 in the average of px 4i to 4i+3 of the full tile.
 
 That is a 9/7 synthesis step (ISO/IEC 15444-1, annex F) with the finer bands zero, then the mean.
 """
@@ -46,7 +46,7 @@ That is a 9/7 synthesis step (ISO/IEC 15444-1, annex F) with the finer bands zer
 def decode(
     stream: bytes, *, size: tuple[int, int], ycbcr: bool, rounded: bool = False
 ) -> NDArray[Any]:
-    """The pixels of a stream, as OpenJPEG has them: (height, width, components).
+    """Decoded pixels of a JPEG 2000 stream, as OpenJPEG has them: (height, width, components).
 
     It may not be larger than `size` (width, height): OpenJPEG takes memory for what it says it is.
 
@@ -115,7 +115,7 @@ def check_body(stream: bytes) -> None:
 
 
 def _most_zeros(header: bytes) -> int:
-    """More zeros than a stream with this header has in a row: one for each packet, and some.
+    """Longest run of zeros allowed in a stream with this header: one for each packet, and some.
 
     There is a packet for each layer, component, resolution and precinct of it; ISO/IEC 15444-1,
     annexes A.6.1 and B.6.
@@ -140,7 +140,7 @@ def _most_zeros(header: bytes) -> int:
 
 
 def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:
-    """The stream of half the size that lies in that of an 8-bit RGB tile of `size`.
+    """The stream of an 8-bit RGB tile of `size` without its finest level: a tile of half the size.
 
     None where there is none: more than one tile, another wavelet, or packets in such an order that
     those of the finest level do not come last.
@@ -179,7 +179,7 @@ def quarter(half: NDArray[Any]) -> Pixels:
 
 
 def _reduced(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Half as many rows. Beyond the ends, the wavelet transform mirrors full px, not these."""
+    """Averages in half as many rows. Beyond the ends, the wavelet mirrors full px, not these."""
     extended = np.concatenate([rows[1:2], rows, rows[:-3:-1]])
     total = np.zeros((len(rows) // 2, *rows.shape[1:]), np.float32)
     for tap, weight in enumerate(_QUARTER_TAPS):
@@ -188,7 +188,7 @@ def _reduced(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _parsed(stream: bytes) -> tuple[dict[bytes, bytearray], bytes] | None:
-    """(segments of the main header, all that follows); None where a stream is out of the ordinary.
+    """Segments of the main header, and all that follows; None where a stream is not ordinary.
 
     Ordinary is one tile in one part, coded and quantised alike in all components.
     """
@@ -207,7 +207,7 @@ def _parsed(stream: bytes) -> tuple[dict[bytes, bytearray], bytes] | None:
 
 
 def _extent(width: int, height: int) -> bytes:
-    """The end of SIZ for one tile of three 8-bit components of this size."""
+    """The last bytes of SIZ for one tile of three 8-bit components of this size."""
     return struct.pack(">8IH", width, height, 0, 0, width, height, 0, 0, 3) + b"\7\1\1" * 3
 
 

@@ -1,4 +1,4 @@
-"""Which pages of a TIFF make up the slide: one function for each vendor's way of laying it out.
+"""Pyramid of a TIFF slide: a function for each vendor's layout finds the pages of its levels.
 
 A layout names the pages of one pyramid and where they lie on the canvas. Labels, macros and
 thumbnails are never among them.
@@ -91,7 +91,7 @@ def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
 
 
 def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
-    """Pages that are levels just as they are."""
+    """Levels of pages that are levels just as they are."""
     return tuple(PageLevel(page=page, size=page_size(page)) for page in pages)
 
 
@@ -152,7 +152,7 @@ def _is_aperio(page: TiffPage) -> bool:
 
 
 def _aperio(pages: _Pages, region: int | None) -> TiffLayout:
-    """The largest tiled page, and those of its shape; they lie in any order among others."""
+    """Layout of an Aperio slide: its largest tiled page, and those of its shape, in any order."""
     tiled = [page for page in _scan_pages(pages) if page.is_tiled]
     if not tiled:
         raise UnsupportedSlideError("no page of the scan in the Aperio file has tiles")
@@ -171,7 +171,7 @@ def _is_philips(page: TiffPage) -> bool:
 
 
 def _philips(pages: _Pages, region: int | None) -> TiffLayout:
-    """Levels are padded to whole tiles; their true sizes follow from the px spacings."""
+    """Layout of a Philips slide: levels padded to whole tiles, true sizes from the px spacings."""
     tiled = [page for page in _scan_pages(pages) if page.is_tiled]
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
@@ -192,7 +192,7 @@ def _is_leica(page: TiffPage) -> bool:
 
 
 def _leica(pages: _Pages, region: int | None) -> TiffLayout:
-    """Scans lie on one canvas, the whole slide, in the coordinates that OpenSlide uses."""
+    """Layout of a Leica slide: scans on one canvas, the whole slide, in OpenSlide's coordinates."""
     collection = metadata.leica_collection(pages[0].description)
     scans = [scan for scan in collection.scans if scan.illumination == "brightfield"]
     if not scans:
@@ -244,7 +244,7 @@ def _is_hamamatsu(page: TiffPage) -> bool:
 
 
 def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
-    """Pages taken through a lens are levels; the macro and the focus map have a negative one."""
+    """Layout of a Hamamatsu slide: pages with a positive lens, not macro or focus map."""
     levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
     if not levels:
         raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
@@ -320,7 +320,7 @@ def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
 
 
 def _generic(pages: _Pages, region: int | None) -> TiffLayout:
-    """Scans are pages that are not reduced; the smaller pages that follow one are its levels."""
+    """Layout of any other TIFF: scans are pages that are not reduced, then come their levels."""
     scans: list[list[TiffPage]] = []
     for page in _scan_pages(pages):
         larger = next((scan for scan in reversed(scans) if _is_level_of(scan[-1], page)), None)
@@ -351,14 +351,14 @@ def _is_level_of(finer: TiffPage, page: TiffPage) -> bool:
 
 
 def _or_resolution(found: ScaleMetadata, page: TiffPage) -> ScaleMetadata:
-    """What a vendor's text says, or else the resolution tags of `page`."""
+    """Scale in a vendor's text, or else in the resolution tags of `page`."""
     if found.mpp is not None:
         return found
     return replace(_resolution(page), objective_power=found.objective_power)
 
 
 def _resolution(page: TiffPage) -> ScaleMetadata:
-    """What the resolution tags of `page` say."""
+    """Scale in the resolution tags of `page`."""
     x, y = page.get_resolution()
     return metadata.resolution_scale(x, y, int(page.resolutionunit))
 

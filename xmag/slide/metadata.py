@@ -1,4 +1,4 @@
-"""What scanners write into their files, read from the text alone: no I/O here.
+"""Parsers of the text that scanners write into their files: scale, scans, levels; no I/O here.
 
 Functions raise ValueError, KeyError or ElementTree's ParseError where a text is not what its
 vendor writes; the TIFF reader turns them into DamagedSlideError.
@@ -20,8 +20,8 @@ _ASSOCIATED = re.compile(
     r"|\d+x\d+ -> ?\d+x\d+ -.*",
     re.IGNORECASE,
 )
-"""A line of its own as vendors write it: "label 387x463", "Macro -offset=(0,0)", "slide 1 macro
-image", and Aperio's thumbnail, "2220x2967 -> 574x768 - "."""
+"""Line by which vendors mark an associated image: "label 387x463", "Macro -offset=(0,0)", "slide 1
+macro image", and Aperio's thumbnail, "2220x2967 -> 574x768 - "."""
 
 
 def is_associated(text: str) -> bool:
@@ -96,7 +96,7 @@ class LeicaCollection:
 
 
 def leica_collection(description: str) -> LeicaCollection:
-    """What the XML of a Leica SCN file says."""
+    """The Leica collection that the XML of an SCN file describes."""
     root = ElementTree.fromstring(description)
     collection = _first(root, "collection")
     whole = _int_pair(collection, "sizeX", "sizeY")

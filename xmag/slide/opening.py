@@ -1,4 +1,4 @@
-"""A path or URL -> the reader for what lies there."""
+"""Reader of a slide, chosen by the first bytes and the name of the file at a path or URL."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What only OpenSlide reads, through the optional packages of `xmag[openslide]`."""
+"""Reader of the formats that only OpenSlide knows, through the packages of `xmag[openslide]`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +59,7 @@ class OpenSlideReader:
             raise type(error)(f"{path.name}: {error}") from None
 
     def _read_facts(self) -> None:
-        """All that is asked of the slide but pixels: after a failure it answers nothing more."""
+        """Read levels, scale and vendor at once: after a failure OpenSlide answers nothing more."""
         properties = self._slide.properties
         check_brightfield(properties)
         self.format = str(properties.get("openslide.vendor", "openslide"))

@@ -1,4 +1,4 @@
-"""Slides at URLs: the bytes that are asked for are fetched, and the rest stays where it is."""
+"""Slides at URLs, read by ranges of bytes over HTTP or from an object store."""
 
 import asyncio
 import io
@@ -14,16 +14,16 @@ from xmag.urls import Url, retold
 logger = logging.getLogger(__name__)
 
 _HEAD_BYTES = 32 * 1024
-"""Fetched first: what kind of file it is, often its first directory, and how long it is."""
+"""Bytes of the first request: they tell the format and the size, often the first directory."""
 
 _GAP_BYTES = 8 * 1024
-"""Bytes nobody asked for that are fetched along where that saves a request."""
+"""Largest gap between ranges that is fetched along where that saves a request."""
 
 _MOST_MERGED_BYTES = 8 * 1024 * 1024
-"""Longer requests would be slower than several at once."""
+"""Most bytes of a merged request; longer ones would be slower than several at once."""
 
 _MOST_REQUESTS = 16
-"""Requests of one call that are under way at once."""
+"""Most requests of one call that are under way at once."""
 
 _ATTEMPTS = 3
 _FIRST_PAUSE_S = 0.5
@@ -32,16 +32,16 @@ _TIMEOUT_S = 60.0
 
 _BLOCK_BYTES = 32 * 1024
 _MOST_PARSED_BYTES = 256 * 1024 * 1024
-"""Directories of a slide with a million tiles are a tenth of this."""
+"""Most bytes fetched for directories; those of a slide with a million tiles are a tenth of this."""
 
 _VERSIONS = (
     "ETag", "etag", "generation", "Last-Modified", "LastModified", "last_modified", "mtime",
     "updated", "modified", "created",
 )  # fmt: skip
-"""What servers and the stores of fsspec call it, the best first."""
+"""Names of an object's version in HTTP headers and the facts of fsspec's stores, the best first."""
 
 Ranges = Sequence[tuple[int, int]]
-"""(offset, length) of each."""
+"""(offset, length) of each range of bytes."""
 
 
 class RemoteSource:
@@ -75,7 +75,7 @@ class RemoteSource:
 
     @property
     def version(self) -> str | None:
-        """What the store says that changes when the file is written; None where it says nothing."""
+        """ETag or time that changes when the file is written; None where the store has none."""
         return self._fetcher.version
 
     def read_many(self, ranges: Ranges) -> list[bytes]:
@@ -106,11 +106,11 @@ class RemoteSource:
         return parts
 
     def file(self) -> "RangeFile":
-        """A file object over it, for a parser that hops between small pieces."""
+        """A file object over the source, for a parser that hops between small pieces."""
         return RangeFile(self)
 
     def close(self) -> None:
-        """Let go of it. Closing twice is fine."""
+        """Close the source, and log the bytes fetched. Closing twice is fine."""
         if not self._closed:
             logger.info(
                 "%s: %d of %d bytes fetched in %d requests",
@@ -142,11 +142,11 @@ class RangeFile(io.RawIOBase):
         self._blocks = {0: source.head}
 
     def readable(self) -> bool:
-        """It is."""
+        """Whether bytes can be read: always."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Whether offsets can be set: always."""
         return True
 
     def tell(self) -> int:
@@ -162,7 +162,7 @@ class RangeFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as the file goes; how many bytes that was."""
+        """Fill a buffer as far as the file goes; returns the number of bytes."""
         view = memoryview(buffer).cast("B")
         data = self.read(len(view))
         view[: len(data)] = data
@@ -208,7 +208,7 @@ class _Fetcher(Protocol):
 
 
 class _Store:
-    """Ranges of an object, by fsspec's own means."""
+    """Byte ranges of an object in a store, by fsspec's own means."""
 
     def __init__(self, url: Url) -> None:
         facts = url.info()
@@ -280,7 +280,7 @@ class _HttpRanges:
                 task.cancel()
 
     async def _persistently(self, session: Any, offset: int, length: int) -> bytes:
-        """The bytes of a span, asked for again where what went wrong may pass."""
+        """The bytes of a span, fetched again after errors that may pass."""
         for attempt in range(_ATTEMPTS):
             try:
                 return await self._get(session, offset, length)
@@ -330,7 +330,7 @@ class _HttpRanges:
         return bytes(body)
 
     def _expected(self, content_range: str, offset: int, length: int) -> int:
-        """How many bytes the answer has to have, by its Content-Range, which has to fit."""
+        """Length of the answer by its Content-Range; SlideError where that does not fit."""
         unit, _, rest = content_range.partition(" ")
         span, _, total = rest.partition("/")
         start, _, end = span.partition("-")
@@ -357,12 +357,12 @@ class _StatusError(Exception):
 
 
 def _version(facts: Mapping[str, Any]) -> str | None:
-    """What changes when an object is written, of what a store says of it."""
+    """Version of an object, its ETag or time, in the facts of a store; None without one."""
     return next((f"{key} {facts[key]}" for key in _VERSIONS if facts.get(key)), None)
 
 
 def _merged(ranges: Ranges) -> list[tuple[int, int]]:
-    """The spans to fetch for `ranges`, in order: close ones together."""
+    """The spans to fetch for `ranges`, in order, those that lie close together merged."""
     spans: list[tuple[int, int]] = []
     for offset, length in sorted({span for span in ranges if span[1]}):
         if spans:

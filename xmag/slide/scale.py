@@ -1,4 +1,4 @@
-"""Which µm/px to believe: what the caller says, what the file says, what its power suggests."""
+"""µm/px of a slide, judged from the caller's value, the file's and the objective power."""
 
 import math
 import warnings
@@ -8,11 +8,11 @@ from xmag.slide.reader import ScaleMetadata
 
 _PLAUSIBLE_MPP = (0.05, 20.0)
 _UM_PER_PX_AT_1X = 10.0
-"""A power of 40 goes with about 0.25 µm/px in every scanner's language."""
+"""µm/px at an objective power of 1; one of 40 goes with about 0.25 µm/px in every scanner."""
 _CONTRADICTION = 0.3
 _ANISOTROPY = 0.01
 _MAX_AREA_MM2 = 17_000.0
-"""The largest glass for microscopes, 6 by 4 inches, has 15,500 mm²."""
+"""Largest area of a slide; the largest glass for microscopes, 6 by 4 inches, has 15,500 mm²."""
 
 
 def checked_scale(mpp: float) -> float:
@@ -52,7 +52,7 @@ def known_mpp(mpp: float | None, found: ScaleMetadata, name: str) -> float:
 
 
 def _said(found: ScaleMetadata) -> str:
-    """The µm/px that a file says, as it says them, and where."""
+    """The µm/px in a file's metadata and their source, in words."""
     x, y = found.mpp or (math.nan, math.nan)
     width, height = (f"{side:.0f}" if side >= 100 else f"{side:.4g}" for side in (x, y))
     value = width if width == height else f"{width} by {height}"
@@ -74,7 +74,7 @@ def check_area(size: tuple[int, int], mpp: float, name: str) -> None:
 
 
 def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float | None, str]:
-    """(mpp, where it comes from) in the light of all that is known."""
+    """(mpp, its source), judged by the caller's value and the file's metadata."""
     if given is not None:
         return given, "given"
     power = found.objective_power

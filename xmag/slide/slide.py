@@ -26,7 +26,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideFacts:
-    """What a record of results says about a slide; each is the attribute of Slide by that name.
+    """Facts about a slide for the record of results; each is the attribute of Slide by that name.
 
     All but `version`, which changes when the file is written: its size and time of change, or the
     ETag that a store has for it. It may tell when a patient was scanned, and belongs into no
@@ -128,7 +128,7 @@ class Slide:
 
     @property
     def mpp_source(self) -> str:
-        """Where `mpp` comes from, such as "Aperio MPP", "given" or "objective power"."""
+        """Source of `mpp`, such as "Aperio MPP", "given" or "objective power"."""
         return self._mpp_source
 
     def known_mpp(self) -> float:
@@ -152,7 +152,7 @@ class Slide:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells this file from others (name, size, content); None without a file."""
+        """Identity of the file (name, size, content hash); None without a file."""
         if self._path is None:
             return None
         if isinstance(self._path, Path):
@@ -173,7 +173,7 @@ class Slide:
 
     @property
     def facts(self) -> SlideFacts:
-        """What a record of results says about the slide; unlike the slide, a plain value."""
+        """Facts about the slide for the record of results; unlike the slide, a plain value."""
         return SlideFacts(
             name=self.name,
             format=self.format,
@@ -184,7 +184,7 @@ class Slide:
         )
 
     def scale_for(self, spec: TileSpec) -> ReadScale:
-        """How pixels of the scale that `spec` asks for are read from this slide.
+        """Level, reduction and resampling that read pixels of the scale that `spec` asks for.
 
         Raises SlideScaleError where the slide's own scale is unknown, or too coarse.
         """
@@ -302,7 +302,7 @@ def _reopen(
     mpp: float | None,
     mpp_source: str,
 ) -> Slide:
-    """A pickled slide, its scale judged before: warnings are not repeated in every process."""
+    """A slide opened again after pickling; the warnings on its scale are not repeated."""
     slide = cls.__new__(cls)
     slide._path, slide._region = source if isinstance(source, tuple) else (None, None)
     reader = open_reader(*source) if isinstance(source, tuple) else source

@@ -10,7 +10,7 @@ from xmag.errors import ClosedSlideError, DamagedSlideError
 
 
 class ByteSource(Protocol):
-    """What the TIFF reader needs of a place where bytes lie."""
+    """Protocol of a source of bytes for the TIFF reader."""
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length); DamagedSlideError where the file is too short."""
