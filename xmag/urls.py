@@ -225,7 +225,10 @@ def without_folder(text: str, path: Path) -> str:
     folders = {path.parent, path.parent.absolute(), Path(os.path.realpath(path.parent))}
     for folder in sorted((str(folder) for folder in folders), key=len, reverse=True):
         if folder.strip(".") and folder != os.sep:
-            text = text.replace(folder + os.sep, "").replace(folder, path.parent.name)
+            # As a whole: a folder called "m" is not in "µm/px", and "/d" not in "/data".
+            begin = "" if os.path.isabs(folder) else r"(?<!\w)"
+            whole = rf"{begin}{re.escape(folder)}(?:({re.escape(os.sep)})|(?!\w))"
+            text = re.sub(whole, lambda found: "" if found[1] else path.parent.name, text)
     return text
 
 
