@@ -274,6 +274,20 @@ def test_what_is_declared_empty_beside_the_tissue_is_no_reason_to_warn(tmp_path:
             assert record["source_tiles"]["empty"] == len(missing)
 
 
+def test_a_jpeg_whose_components_have_no_samples_is_damaged(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    # Its tables are of a flat image, whose blocks may all be zeros: how many there are counts.
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(out, "JPEG", optimize=True, quality=50)
+    data = bytearray(out.getvalue())
+    frame = data.index(b"\xff\xc0")
+    for component in range(3):
+        data[frame + 11 + 3 * component] &= 0x0F
+    integrity.check_jpeg(bytes(data))
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(DamagedSlideError), Slide(tmp_path / "a.jpg", mpp=2.0) as slide:
+        slide.read_region((0, 0), (64, 64))
+
+
 def test_the_hash_of_what_was_read_is_the_same_however_it_was_read(tmp_path: Path) -> None:
     path = tmp_path / "a.svs"
     write_svs(path, size=(2000, 1900), levels=(1, 4))

@@ -171,6 +171,19 @@ def test_plans_are_the_same_each_time_and_survive_json():
     assert (again.spec, again.scale, again.tiles) == (plan.spec, plan.scale, plan.tiles)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mask", "bm90IHppcHBlZA=="), ("mask", "?"), ("size", [-8, 1]), ("size", [9, 9]), ("mpp", 0)],
+)
+def test_a_plan_whose_mask_is_damaged_is_refused(key, value):
+    slide = slide_of(3000, 2000, mpp=0.275)
+    tissue = TissueMask.from_array(np.ones((20, 30), bool), slide)
+    fields = json.loads(plan_tiles(slide, TileSpec(size_px=56), tissue=tissue).to_json())
+    fields["tissue"][key] = value
+    with pytest.raises(InputError):
+        TilePlan.from_json(json.dumps(fields))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 9}'])
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(InputError, match="tile plan"):

@@ -23,7 +23,7 @@ from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort
 from xmag.cohort.jobs import jobs_of
 from xmag.errors import BagError, InputError, MismatchError, OutputError
-from xmag.urls import Url, place_of
+from xmag.urls import Url, place_of, without_folder
 
 SECRET = "planted-secret"
 
@@ -333,3 +333,17 @@ def test_decoding_processes_read_urls_with_their_signatures(slide_bytes, tmp_pat
         report = extract_cohort([url], tmp_path / "out", processes=1, **options)
     assert [row.status for row in report] == ["done"]
     assert len(xmag.FeatureBag.load(tmp_path / "out" / "a.h5")) == report[0].tiles > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "expected"),
+    [
+        ("no /d/b.dat; /d is full, not /data", "/d/a.svs", "no b.dat; d is full, not /data"),
+        ("file:///home/u/b.dat", "/home/u/a.svs", "file://b.dat"),
+        ("m/b.dat has no µm/px; see ../m/c", "m/a.svs", "b.dat has no µm/px; see ../c"),
+        ("rows/b.dat and s/b.dat", "s/a.svs", "rows/b.dat and b.dat"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="folders of POSIX")
+def test_a_folder_is_taken_out_of_a_message_as_a_whole(text, path, expected):
+    assert without_folder(text, Path(path)) == expected

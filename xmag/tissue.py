@@ -276,11 +276,15 @@ def _packed(mask: Bools) -> str:
 def _unpacked(text: str, size: Sequence[int]) -> Bools:
     width, height = size
     count = width * height
-    # No more than the size says: a few bytes may unpack to any amount.
+    expected = max(-(-count // 8), 0)
     unpacker = zlib.decompressobj()
-    data = unpacker.decompress(base64.b64decode(text, validate=True), count // 8 + 1)
-    if len(data) != -(-count // 8):
-        raise ValueError(f"a mask of {width}x{height} px takes {-(-count // 8)} bytes, not these")
+    try:
+        # One more than the size says, and not all: a few bytes may unpack to any amount.
+        data = unpacker.decompress(base64.b64decode(text, validate=True), expected + 1)
+    except zlib.error as error:  # which is no ValueError
+        raise ValueError(f"its mask is damaged: {error}") from error
+    if len(data) != expected or not unpacker.eof:
+        raise ValueError(f"a mask of {width}x{height} px takes {expected} bytes, not these")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count)
     return bits.reshape(height, width).astype(np.bool_)
 

@@ -223,9 +223,13 @@ def without_folder(text: str, path: Path) -> str:
     into a report.
     """
     folders = {path.parent, path.parent.absolute(), Path(os.path.realpath(path.parent))}
-    for folder in sorted((str(folder) for folder in folders), key=len, reverse=True):
-        if folder.strip(".") and folder != os.sep:
-            text = text.replace(folder + os.sep, "").replace(folder, path.parent.name)
+    for folder in sorted(folders, key=lambda folder: len(str(folder)), reverse=True):
+        name = str(folder)
+        if name.strip(".") and name != os.sep:
+            # As a whole: a folder called "m" is not in "µm/px", and "/d" not in "/data".
+            begin = "" if folder.is_absolute() else r"(?<!\w)"
+            whole = rf"{begin}{re.escape(name)}(?:({re.escape(os.sep)})|(?!\w))"
+            text = re.sub(whole, lambda found: "" if found[1] else path.parent.name, text)
     return text
 
 

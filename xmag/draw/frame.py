@@ -105,7 +105,7 @@ def mean_on_picture(
     """The mean of the values (N, K) of the tiles on each px of a picture, and where there are any.
 
     `coords` and `side` are those of the tiles in level-0 px, `size` is (width, height).
-    """  # fmt: skip
+    """
     total = np.zeros((size[1], size[0], values.shape[1]))
     count = np.zeros((size[1], size[0], 1), np.int64)
     for corner, value in zip(coords, values, strict=True):

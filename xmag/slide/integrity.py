@@ -109,7 +109,7 @@ def _unexplained(header: bytes) -> bytes:
     try:
         found = _parsed(header)
         bits = _most_zero_bits(found)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, ZeroDivisionError):  # the decoder says what is wrong with it
         bits = None
     # One byte more for the rest of a byte, and one for the zero that follows each 0xFF.
     return bytes(LOST_BYTES if bits is None else max(_LEAST_BYTES, bits // 8 + 2))

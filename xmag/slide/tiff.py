@@ -72,8 +72,8 @@ class TiffReader:
             layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        aperio = layout.format == "aperio"
-        codings = [_coding(stored.page, aperio=aperio) for stored in layout.levels]
+        self._is_aperio = layout.format == _APERIO
+        codings = [_coding(stored.page, aperio=self._is_aperio) for stored in layout.levels]
         self.levels: tuple[Level, ...] = tuple(
             _level(stored, layout.levels[0].size, coding)
             for stored, coding in zip(layout.levels, codings, strict=True)
@@ -84,7 +84,6 @@ class TiffReader:
         self._lengths = [stored.page.databytecounts for stored in layout.levels]
         # Each stretch of a JPEG but the first has a restart marker before it.
         self._leads = [0 if coding.jpeg_header is None else _MARKER_BYTES for coding in codings]
-        self._is_aperio = layout.format == _APERIO
         for number, level in enumerate(self.levels):
             check_size(number, level)
             _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
