@@ -146,7 +146,8 @@ def test_paths_below_a_url_are_put_together_as_those_of_pathlib():
 
 @given(st.text(min_size=1))
 def test_a_decoded_segment_never_leaves_its_folder(text):
-    name = Url("https://host/folder/" + urllib.parse.quote(text, safe="")).parts[-1]
+    quoted = urllib.parse.quote(text, safe="").replace(".", "%2E")  # which quote leaves as it is
+    name = Url(f"https://host/folder/{quoted}").parts[-1]
     assert "/" not in name
     assert name not in (".", "..")
     assert name == text or {"/", "\\", "\0"} & set(text) or text in (".", "..")
