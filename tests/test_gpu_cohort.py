@@ -53,7 +53,7 @@ def test_batches_across_slides_change_no_slide(
         for processes in (0, 3)
     ]
     assert [row.status for row in reports[0]] == [row.status for row in reports[1]]
-    assert [row.tiles for row in reports[0]] == [2, 6, 0, 10, 4, 0]
+    assert [row.tiles for row in reports[0]] == [3, 12, 0, 15, 9, 0]
     for here in reports[0]:
         if here.status == "done":
             one, other = (FeatureBag.load(tmp_path / n / here.output) for n in ("0", "3"))
