@@ -7,7 +7,7 @@ full and averaged.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,8 +20,9 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import check_jpeg, check_zeros
+from xmag.slide.integrity import check_jpeg, check_zeros, end_of_header
 from xmag.slide.reader import Pixels
+from xmag.slide.stacks import stack_of
 
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
@@ -74,6 +75,15 @@ class TileCoding:
     aperio: bool = False
 
 
+def decode_many(
+    decode: Decoder, chunks: Sequence[bytes], reduction: int
+) -> Sequence[Pixels | None]:
+    """The pixels of tiles of a level, together; None for those that `decode` has to do alone."""
+    if isinstance(decode, _JpegDecoder) and len(chunks) > 1:
+        return decode.many(chunks, reduction)
+    return [None] * len(chunks)
+
+
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
     """The n for which tiles of this (width, height) can be had at 1/n."""
     return tuple(n for n in _REDUCTIONS if size[0] % n == 0 and size[1] % n == 0)
@@ -121,20 +131,38 @@ class _JpegDecoder:
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
             self._check(width, height, colorspace, expected)
-            scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
-            pixels: Pixels = simplejpeg.decode_jpeg(
-                stream,
-                fastupsample=scale != reduction,
-                min_factor=scale,
-                min_width=width // scale,
-                min_height=height // scale,
-            )
+            pixels = _decode_jpeg(stream, (width, height), subsampling, reduction)
         except ValueError as error:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
         except KeyError:
             raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
-        pixels = box_average(pixels, reduction // scale)
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+
+    def many(self, chunks: Sequence[bytes], reduction: int) -> list[Pixels | None]:
+        """The pixels of tiles, equal to those of each; None for those to be decoded alone.
+
+        What makes any of them differ from the others, or not a tile, is said where it is alone.
+        """
+        found: list[Pixels | None] = [None] * len(chunks)
+        try:
+            stream, expected = self._complete(chunks[0])
+            _, _, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
+        except (DamagedSlideError, ValueError, KeyError):
+            return found
+        # At full scale chroma is interpolated, over the seam of two tiles as well.
+        apart = subsampling == "444" or reduction > 1
+        stack = stack_of(stream[: end_of_header(stream)], self._size)
+        if stack is None or not apart or colorspace != expected or self._header is not None:
+            return found
+        for numbers, joined, height in stack.join(chunks, end_of_header(chunks[0])):
+            try:
+                pixels = _decode_jpeg(joined, (self._size[0], height), subsampling, reduction)
+            except ValueError:
+                continue
+            rows = self._size[1] // reduction
+            for row, number in enumerate(numbers):
+                found[number] = pixels[row * rows : (row + 1) * rows]
+        return found
 
     def _check(self, width: int, height: int, colorspace: str, expected: str) -> None:
         """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""
@@ -177,6 +205,19 @@ class _JpegDecoder:
         if names == b"RGB":
             return False
         return self._tagged_ycbcr or (says_ycbcr and names == b"\1\2\3")
+
+
+def _decode_jpeg(stream: bytes, size: tuple[int, int], subsampling: str, reduction: int) -> Pixels:
+    """The pixels of a JPEG of this (width, height) at 1/`reduction`; ValueError for damage."""
+    scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
+    pixels: Pixels = simplejpeg.decode_jpeg(
+        stream,
+        fastupsample=scale != reduction,
+        min_factor=scale,
+        min_width=size[0] // scale,
+        min_height=size[1] // scale,
+    )
+    return box_average(pixels, reduction // scale)
 
 
 def check_scans(stream: bytes) -> None:

@@ -1,7 +1,7 @@
 """Pixels of windows: tiles decoded, put together and resampled."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -13,7 +13,14 @@ from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
-from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
+from xmag.slide.reader import (
+    Level,
+    Pixels,
+    RegionReader,
+    SlideReader,
+    StackReader,
+    TileReader,
+)
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
@@ -23,6 +30,8 @@ _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
 _MOST_TILES_AT_ONCE = 256
+STACK_TILES = 8
+"""Tiles decoded together: enough to make a call of the decoder cheap, few enough to share."""
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
@@ -47,10 +56,16 @@ def read_level(
     shape = reader.levels[level]
 
     def paste(run: range) -> None:
-        for index, data in zip(run, tiles.read_tile_bytes(level, run), strict=True):
+        chunks = tiles.read_tile_bytes(level, run)
+        together: list[Pixels | None] = []
+        for number, (index, data) in enumerate(zip(run, chunks, strict=True)):
+            if number % STACK_TILES == 0:
+                some = chunks[number : number + STACK_TILES]
+                together = decode_together(tiles, level, some, reduction)
+            tile = together[number % STACK_TILES]
             if data is None:
                 tile = empty_tile(tiles, level, index, reduction)
-            else:
+            elif tile is None:
                 tile = decode_tile(tiles, level, index, data, reduction)
             left, top, _, _ = _tile_box(shape, index)
             at = (left // reduction - xy[0], top // reduction - xy[1])
@@ -66,6 +81,20 @@ def read_level(
         for run in runs:
             paste(run)
     return window
+
+
+def decode_together(
+    reader: TileReader, level: int, chunks: Sequence[object], reduction: int
+) -> list[Pixels | None]:
+    """The pixels of those tiles that a reader decodes together; None for all others.
+
+    Of `chunks`, what is not bytes is not decoded.
+    """
+    stored = [data for data in chunks if isinstance(data, bytes)]
+    if len(stored) < 2 or not hasattr(reader, "decode_many"):
+        return [None] * len(chunks)
+    found = iter(cast(StackReader, reader).decode_many(level, stored, reduction))
+    return [next(found) if isinstance(data, bytes) else None for data in chunks]
 
 
 def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from xmag.errors import DamagedSlideError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords
-from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
+from xmag.slide.pixels import (
+    STACK_TILES,
+    decode_tile,
+    decode_together,
+    empty_tile,
+    read_level,
+    tiles_at_once,
+)
 from xmag.slide.reader import Level, Pixels, SlideReader, TileReader
 from xmag.tiles.memory import Recycler
 
@@ -45,8 +52,6 @@ class Reading:
 
 
 _WHITE = 255
-_RUN_TILES = 8
-"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +190,11 @@ class Decoding:
 
     def _source_tiles(self, reader: TileReader, sources: list[int]) -> Iterator[Pixels | None]:
         """The pixels of source tiles; None for one that is damaged, where such are dropped."""
-        for source, data in zip(sources, self._chunks(reader, sources), strict=True):
-            pixels = self._pixels(reader, source, data)
+        chunks = self._chunks(reader, sources)
+        scale = self._scale
+        together = decode_together(reader, scale.level, chunks, scale.reduction)
+        for source, data, stacked in zip(sources, chunks, together, strict=True):
+            pixels = self._pixels(reader, source, data) if stacked is None else stacked
             self._note(source, data if isinstance(data, bytes) else pixels)
             yield pixels
 
@@ -248,9 +256,9 @@ class Decoding:
             pieces[:, 0] = source
         sources, first = np.unique(source, return_index=True)
         ends = np.append(first[1:], len(source))
-        runs, step = [], _RUN_TILES
+        runs, step = [], STACK_TILES
         if self._tile_reader is not None:
-            step = tiles_at_once(self._level, _RUN_TILES)
+            step = tiles_at_once(self._level, STACK_TILES)
         for at in range(0, len(sources), step):
             these = slice(at, at + step)
             low, high = int(first[these][0]), int(ends[these][-1])
