@@ -29,12 +29,8 @@ APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
-_MAX_SCANS = 200
-"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segments that say how large a JPEG is, and of which components."""
-_SCAN = re.compile(rb"\xff\xda")
-"""How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
 _RESTART = re.compile(rb"\xff[\xd0-\xd9]")
 _RESTART_BYTES = 16
 """In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
@@ -126,7 +122,6 @@ class _JpegDecoder:
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream, expected = self._complete(data)
-        check_scans(stream)
         check_jpeg(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
@@ -218,13 +213,6 @@ def _decode_jpeg(stream: bytes, size: tuple[int, int], subsampling: str, reducti
         min_height=size[1] // scale,
     )
     return box_average(pixels, reduction // scale)
-
-
-def check_scans(stream: bytes) -> None:
-    """Raise DamagedSlideError where a JPEG has so many scans that it was made to take for ever."""
-    scans = len(_SCAN.findall(stream))
-    if scans > _MAX_SCANS:
-        raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
 
 
 def _is_application(marker: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Signs of lost bytes in coded pixels, for decoders that make pixels of whatever bits they get."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,10 @@ _SEQUENTIAL = (0xC0, 0xC1)
 _NO_FRAMES = (_DHT, 0xC8, 0xCC)
 BLANK, _ZERO_RUN = 0x00, 0xF0
 """The symbol of no difference in DC, and of the end of a block in AC; and of 16 zeros in AC."""
+_MAX_SCANS = 200
+"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
+_EACH_SCAN = re.compile(_SCAN)
+"""bytes.count takes four times as long."""
 _COEFFICIENTS = 63
 """Of a block, without the first, which has codes of its own."""
 
@@ -40,13 +45,17 @@ def _lost(coding: str, count: int) -> DamagedSlideError:
 def check_jpeg(stream: bytes) -> None:
     """Raise DamagedSlideError where a JPEG holds more zeros in a row than its tables explain.
 
-    Zeros are codes like others, so that a lost sector becomes some blocks of wrong pixels, and all
-    that follows is shifted. Costs a walk over the header, and a search of a microsecond or two.
+    Or too many scans. Zeros are codes like others, so that a lost sector becomes some blocks of
+    wrong pixels, and all that follows is shifted. Costs a walk over the header, and a search of a
+    microsecond or two.
     """
     start = end_of_header(stream)
+    header = stream[:start]
+    if not _has_one_scan(header):
+        check_scans(stream)
     if start >= len(stream):
         return  # the decoder says what is wrong with it
-    zeros = unexplained_zeros(stream[:start])
+    zeros = unexplained_zeros(header)
     at = stream.find(zeros, start)
     while at >= 0 and _is_of_dc(stream, at):
         following = stream.find(_SCAN, at)
@@ -54,6 +63,23 @@ def check_jpeg(stream: bytes) -> None:
     # Some writers pad tiles behind their end.
     if at >= 0 and stream.find(_EOI, start, at) < 0:
         raise _lost("JPEG", len(zeros))
+
+
+def check_scans(stream: bytes) -> None:
+    """Raise DamagedSlideError where a JPEG has so many scans that it was made to take for ever."""
+    scans = len(_EACH_SCAN.findall(stream))
+    if scans > _MAX_SCANS:
+        raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
+
+
+@lru_cache(maxsize=256)
+def _has_one_scan(header: bytes) -> bool:
+    """Whether decoders take no second scan: the first has all components, and all of each."""
+    try:
+        found = parse_header(header)
+    except (LookupError, ValueError):
+        return False
+    return found.frame in _SEQUENTIAL and found.tables.keys() == found.sampling.keys()
 
 
 def _is_of_dc(stream: bytes, at: int) -> bool:

@@ -30,8 +30,6 @@ _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
 _MOST_TILES_AT_ONCE = 256
-STACK_TILES = 8
-"""Tiles decoded together: enough to make a call of the decoder cheap, few enough to share."""
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
@@ -56,16 +54,10 @@ def read_level(
     shape = reader.levels[level]
 
     def paste(run: range) -> None:
-        chunks = tiles.read_tile_bytes(level, run)
-        together: list[Pixels | None] = []
-        for number, (index, data) in enumerate(zip(run, chunks, strict=True)):
-            if number % STACK_TILES == 0:
-                some = chunks[number : number + STACK_TILES]
-                together = decode_together(tiles, level, some, reduction)
-            tile = together[number % STACK_TILES]
+        for index, data in zip(run, tiles.read_tile_bytes(level, run), strict=True):
             if data is None:
                 tile = empty_tile(tiles, level, index, reduction)
-            elif tile is None:
+            else:
                 tile = decode_tile(tiles, level, index, data, reduction)
             left, top, _, _ = _tile_box(shape, index)
             at = (left // reduction - xy[0], top // reduction - xy[1])

@@ -21,7 +21,6 @@ from xmag.errors import DamagedSlideError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords
 from xmag.slide.pixels import (
-    STACK_TILES,
     decode_tile,
     decode_together,
     empty_tile,
@@ -52,6 +51,11 @@ class Reading:
 
 
 _WHITE = 255
+_RUN_TILES = 8
+"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
+_STACKING_THREADS = 5
+"""From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
+decoding one by one is faster, as codes in a stack take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Decoding:
 
     What is damaged is an error, or with `damaged` "drop" noted in `lost`, bool (N,): the windows of
     those tiles hold no pixels. `white` are source tiles without bytes in any level. With `hashed`,
-    `sha256` is there once all runs are done.
+    `sha256` is there once all runs are done. `threads` is how many of this process decode at once.
     """
 
     def __init__(
@@ -114,9 +118,11 @@ class Decoding:
         *,
         damaged: Damaged = "error",
         hashed: bool = False,
+        threads: int = 1,
     ) -> None:
         self._reader, self._scale, self._damaged = reader, scale, damaged
         self._hashed, self._digests = hashed, dict[int, bytes]()
+        self._stacking = threads >= _STACKING_THREADS
         self.white: list[int] = []
         self.lost = np.zeros(len(windows.start), np.bool_)
         # Asked once, because looking for the methods of a protocol is slow.
@@ -192,7 +198,9 @@ class Decoding:
         """The pixels of source tiles; None for one that is damaged, where such are dropped."""
         chunks = self._chunks(reader, sources)
         scale = self._scale
-        together = decode_together(reader, scale.level, chunks, scale.reduction)
+        together: list[Pixels | None] = [None] * len(chunks)
+        if self._stacking:
+            together = decode_together(reader, scale.level, chunks, scale.reduction)
         for source, data, stacked in zip(sources, chunks, together, strict=True):
             pixels = self._pixels(reader, source, data) if stacked is None else stacked
             self._note(source, data if isinstance(data, bytes) else pixels)
@@ -256,9 +264,9 @@ class Decoding:
             pieces[:, 0] = source
         sources, first = np.unique(source, return_index=True)
         ends = np.append(first[1:], len(source))
-        runs, step = [], STACK_TILES
+        runs, step = [], _RUN_TILES
         if self._tile_reader is not None:
-            step = tiles_at_once(self._level, STACK_TILES)
+            step = tiles_at_once(self._level, _RUN_TILES)
         for at in range(0, len(sources), step):
             these = slice(at, at + step)
             low, high = int(first[these][0]), int(ends[these][-1])
