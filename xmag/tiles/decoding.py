@@ -163,8 +163,7 @@ class Decoding:
                 if pixels is None:
                     self.lost[tile] = True
                     continue
-                window = batches[tile // size][tile % size]
-                window[y : y + height, x : x + width] = pixels[
+                batches[tile // size][tile % size, y : y + height, x : x + width] = pixels[
                     from_y : from_y + height, from_x : from_x + width
                 ]
             first = end
