@@ -11,7 +11,14 @@ from xmag.plan import plan_tiles
 from xmag.slide import Slide, codecs, stacks
 from xmag.tiles import decoding, read_tiles
 
-PHOTOMETRIC = {"ycbcr420": 6, "ycbcr422": 6, "ycbcr440": 6, "ycbcr444": 6, "rgb444": 2}
+PHOTOMETRIC = {
+    "ycbcr420": 6,
+    "ycbcr422": 6,
+    "ycbcr440": 6,
+    "ycbcr411": 6,
+    "ycbcr444": 6,
+    "rgb444": 2,
+}
 BEHIND_HEADER = 14
 
 
@@ -98,6 +105,24 @@ def test_what_is_no_plain_baseline_jpeg_is_decoded_alone(change):
     decode = decoder("ycbcr420")
     assert decode(chunks[0], 2).shape == (48, 48, 3)
     assert together(decode, chunks, 2) == 0
+
+
+def test_tiles_of_which_no_two_fit_into_a_jpeg_are_decoded_alone():
+    size = (8, 32768)
+    assert together(decoder("ycbcr444", size), tiles("ycbcr444", 2, size, 5), 8) == 0
+
+
+@pytest.mark.parametrize("steps", [b"\x00", b"\x55"])
+def test_components_without_blocks_are_damage(steps):
+    chunks = [bytearray(stream) for stream in tiles("ycbcr444", 3)]
+    for data in chunks:
+        at = data.index(b"\xff\xc0") + 11
+        for number in range(3):
+            data[at + 3 * number : at + 3 * number + 1] = steps
+    decode = decoder("ycbcr444")
+    with pytest.raises(DamagedSlideError):
+        decode(bytes(chunks[0]), 2)
+    assert codecs.decode_many(decode, [bytes(data) for data in chunks], 2) == [None] * 3
 
 
 def test_large_tiles_are_decoded_alone():

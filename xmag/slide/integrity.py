@@ -77,7 +77,7 @@ def _has_one_scan(header: bytes) -> bool:
     """Whether decoders take no second scan: the first has all components, and all of each."""
     try:
         found = parse_header(header)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, ArithmeticError):
         return False
     return found.frame in _SEQUENTIAL and found.tables.keys() == found.sampling.keys()
 
@@ -139,7 +139,7 @@ def unexplained_zeros(header: bytes) -> bytes:
     try:
         found = parse_header(header)
         bits = _most_zero_bits(found)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, ArithmeticError):
         bits = None
     # One byte more for the rest of a byte, and one for the zero that follows each 0xFF.
     return bytes(LOST_BYTES if bits is None else max(_LEAST_BYTES, bits // 8 + 2))

@@ -68,9 +68,11 @@ class Stack:
         most = (_MOST_SIDE - self.mcu_height) // self.height
         for at in range(0, len(numbers), most):
             these = numbers[at : at + most]
+            if len(these) == 1:
+                continue
             height = len(these) * self.height + self.mcu_height
             stream = self._stream([scans[n] for n in these], height)
-            if stream is not None and len(these) > 1:
+            if stream is not None:
                 yield these, stream, height
 
     def _stream(self, scans: Sequence[memoryview], height: int) -> bytes | None:
@@ -95,13 +97,14 @@ def stack_of(header: bytes, size: tuple[int, int]) -> Stack | None:
     try:
         found = parse_header(header)
         blank = _blank_row(found)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, ArithmeticError):
         return None
     if not _is_plain(header, found, size):
         return None
     mcu_height = 8 * max(down for _, down in found.sampling.values())
     across, down = found.mcus
-    if size[1] % mcu_height or across * down > _MOST_MCUS:
+    fits = 2 * size[1] + mcu_height <= _MOST_SIDE and across * down <= _MOST_MCUS
+    if size[1] % mcu_height or not fits:
         return None
     restart = b"\xff\xdd\x00\x04" + (across * down).to_bytes(2, "big")
     at = found.frame_at + 5
