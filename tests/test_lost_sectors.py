@@ -138,8 +138,8 @@ def test_the_limit_is_that_of_the_standard_tables() -> None:
         ("ycbcr422", 2 * luma + 2 * chroma + luma),
     ):
         stream = encode_jpeg(texture(64, 64), color)
-        header = stream[: integrity._end_of_header(stream)]
-        assert len(integrity._unexplained(header)) == bits // 8 + 2
+        header = stream[: integrity.end_of_header(stream)]
+        assert len(integrity.unexplained_zeros(header)) == bits // 8 + 2
 
 
 def _patterns() -> dict[str, np.ndarray]:

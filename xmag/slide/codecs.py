@@ -7,7 +7,7 @@ full and averaged.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,20 +20,17 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import check_jpeg, check_zeros
+from xmag.slide.integrity import check_jpeg, check_zeros, end_of_header
 from xmag.slide.reader import Pixels
+from xmag.slide.stacks import stack_of
 
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
-_MAX_SCANS = 200
-"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segments that say how large a JPEG is, and of which components."""
-_SCAN = re.compile(rb"\xff\xda")
-"""How a scan begins. Looked for in each tile: bytes.count takes four times as long."""
 _RESTART = re.compile(rb"\xff[\xd0-\xd9]")
 _RESTART_BYTES = 16
 """In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
@@ -72,6 +69,15 @@ class TileCoding:
     jpeg_tables: bytes | None = None
     jpeg_header: bytes | None = None
     aperio: bool = False
+
+
+def decode_many(
+    decode: Decoder, chunks: Sequence[bytes], reduction: int
+) -> Sequence[Pixels | None]:
+    """The pixels of tiles of a level, together; None for those that `decode` has to do alone."""
+    if isinstance(decode, _JpegDecoder) and len(chunks) > 1:
+        return decode.many(chunks, reduction)
+    return [None] * len(chunks)
 
 
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
@@ -116,25 +122,42 @@ class _JpegDecoder:
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         stream, expected = self._complete(data)
-        check_scans(stream)
         check_jpeg(stream)
         try:
             height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
             self._check(width, height, colorspace, expected)
-            scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
-            pixels: Pixels = simplejpeg.decode_jpeg(
-                stream,
-                fastupsample=scale != reduction,
-                min_factor=scale,
-                min_width=width // scale,
-                min_height=height // scale,
-            )
+            pixels = _decode_jpeg(stream, (width, height), subsampling, reduction)
         except ValueError as error:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
         except KeyError:
             raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
-        pixels = box_average(pixels, reduction // scale)
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+
+    def many(self, chunks: Sequence[bytes], reduction: int) -> list[Pixels | None]:
+        """The pixels of tiles, equal to those of each; None for those to be decoded alone.
+
+        What makes any of them differ from the others, or not a tile, is said where it is alone.
+        """
+        found: list[Pixels | None] = [None] * len(chunks)
+        try:
+            stream, expected = self._complete(chunks[0])
+            _, _, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
+        except (DamagedSlideError, ValueError, KeyError):
+            return found
+        # At full scale chroma is interpolated, over the seam of two tiles as well.
+        apart = subsampling == "444" or reduction > 1
+        stack = stack_of(stream[: end_of_header(stream)], self._size)
+        if stack is None or not apart or colorspace != expected or self._header is not None:
+            return found
+        for numbers, joined, height in stack.join(chunks, end_of_header(chunks[0])):
+            try:
+                pixels = _decode_jpeg(joined, (self._size[0], height), subsampling, reduction)
+            except ValueError:
+                continue
+            rows = self._size[1] // reduction
+            for row, number in enumerate(numbers):
+                found[number] = pixels[row * rows : (row + 1) * rows]
+        return found
 
     def _check(self, width: int, height: int, colorspace: str, expected: str) -> None:
         """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""
@@ -179,11 +202,17 @@ class _JpegDecoder:
         return self._tagged_ycbcr or (says_ycbcr and names == b"\1\2\3")
 
 
-def check_scans(stream: bytes) -> None:
-    """Raise DamagedSlideError where a JPEG has so many scans that it was made to take for ever."""
-    scans = len(_SCAN.findall(stream))
-    if scans > _MAX_SCANS:
-        raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
+def _decode_jpeg(stream: bytes, size: tuple[int, int], subsampling: str, reduction: int) -> Pixels:
+    """The pixels of a JPEG of this (width, height) at 1/`reduction`; ValueError for damage."""
+    scale = max(1, reduction // _CHROMA_LAG.get(subsampling, 1))
+    pixels: Pixels = simplejpeg.decode_jpeg(
+        stream,
+        fastupsample=scale != reduction,
+        min_factor=scale,
+        min_width=size[0] // scale,
+        min_height=size[1] // scale,
+    )
+    return box_average(pixels, reduction // scale)
 
 
 def _is_application(marker: bytes) -> bool:

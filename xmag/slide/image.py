@@ -10,8 +10,8 @@ import simplejpeg
 from PIL import Image
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, UnsupportedSlideError
-from xmag.slide.codecs import check_scans, over_white
-from xmag.slide.integrity import check_jpeg
+from xmag.slide.codecs import over_white
+from xmag.slide.integrity import check_jpeg, check_scans
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"

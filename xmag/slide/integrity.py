@@ -1,5 +1,6 @@
 """Signs of lost bytes in coded pixels, for decoders that make pixels of whatever bits they get."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +17,12 @@ _SOI, _EOI, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _DHT, _SOS = 0xC4, 0xDA
 _SEQUENTIAL = (0xC0, 0xC1)
 _NO_FRAMES = (_DHT, 0xC8, 0xCC)
-_END_OF_BLOCK, _ZERO_RUN = 0x00, 0xF0
+BLANK, _ZERO_RUN = 0x00, 0xF0
+"""The symbol of no difference in DC, and of the end of a block in AC; and of 16 zeros in AC."""
+_MAX_SCANS = 200
+"""Of a JPEG; progressive ones have some ten, and each is a pass over all pixels."""
+_EACH_SCAN = re.compile(_SCAN)
+"""bytes.count takes four times as long."""
 _COEFFICIENTS = 63
 """Of a block, without the first, which has codes of its own."""
 
@@ -39,13 +45,17 @@ def _lost(coding: str, count: int) -> DamagedSlideError:
 def check_jpeg(stream: bytes) -> None:
     """Raise DamagedSlideError where a JPEG holds more zeros in a row than its tables explain.
 
-    Zeros are codes like others, so that a lost sector becomes some blocks of wrong pixels, and all
-    that follows is shifted. Costs a walk over the header, and a search of a microsecond or two.
+    Or too many scans. Zeros are codes like others, so that a lost sector becomes some blocks of
+    wrong pixels, and all that follows is shifted. Costs a walk over the header, and a search of a
+    microsecond or two.
     """
-    start = _end_of_header(stream)
+    start = end_of_header(stream)
+    header = stream[:start]
+    if not _has_one_scan(header):
+        check_scans(stream)
     if start >= len(stream):
         return  # the decoder says what is wrong with it
-    zeros = _unexplained(stream[:start])
+    zeros = unexplained_zeros(header)
     at = stream.find(zeros, start)
     while at >= 0 and _is_of_dc(stream, at):
         following = stream.find(_SCAN, at)
@@ -53,6 +63,23 @@ def check_jpeg(stream: bytes) -> None:
     # Some writers pad tiles behind their end.
     if at >= 0 and stream.find(_EOI, start, at) < 0:
         raise _lost("JPEG", len(zeros))
+
+
+def check_scans(stream: bytes) -> None:
+    """Raise DamagedSlideError where a JPEG has so many scans that it was made to take for ever."""
+    scans = len(_EACH_SCAN.findall(stream))
+    if scans > _MAX_SCANS:
+        raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
+
+
+@lru_cache(maxsize=256)
+def _has_one_scan(header: bytes) -> bool:
+    """Whether decoders take no second scan: the first has all components, and all of each."""
+    try:
+        found = parse_header(header)
+    except (LookupError, ValueError, ArithmeticError):
+        return False
+    return found.frame in _SEQUENTIAL and found.tables.keys() == found.sampling.keys()
 
 
 def _is_of_dc(stream: bytes, at: int) -> bool:
@@ -65,7 +92,7 @@ def _is_of_dc(stream: bytes, at: int) -> bool:
     return stream[end - 3 : end - 1] == b"\0\0"  # from the first to the first coefficient
 
 
-def _end_of_header(stream: bytes) -> int:
+def end_of_header(stream: bytes) -> int:
     """Where the data of the first scan begin; the end where there are none."""
     at = len(_SOI)
     while stream[at : at + 1] == b"\xff":
@@ -80,17 +107,20 @@ def _end_of_header(stream: bytes) -> int:
 
 
 @dataclass(slots=True)
-class _Header:
+class Header:
     """What a JPEG's header says of its codes; ITU-T T.81, annex B.2.
 
-    `first_codes` are (length, value) of the code that is all zeros, by class and number of the
-    table. `sampling` are the blocks of each component in an MCU, across and down, and `tables` the
+    `markers` are those of its segments, and `frame_at` is where the frame's begins. `codes` are
+    (length, code) of each symbol, by class and number of the table, in the order of codes.
+    `sampling` are the blocks of each component in an MCU, across and down, and `tables` the
     numbers of its tables in the first scan, DC and AC.
     """
 
+    markers: list[int] = field(default_factory=list)
     frame: int = 0
+    frame_at: int = 0
     size: tuple[int, int] = (0, 0)
-    first_codes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    codes: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     sampling: dict[int, tuple[int, int]] = field(default_factory=dict)
     tables: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -104,18 +134,18 @@ class _Header:
 
 
 @lru_cache(maxsize=256)
-def _unexplained(header: bytes) -> bytes:
+def unexplained_zeros(header: bytes) -> bytes:
     """As many zeros as no encoder writes in a row after this header."""
     try:
-        found = _parsed(header)
+        found = parse_header(header)
         bits = _most_zero_bits(found)
-    except (LookupError, ValueError, ZeroDivisionError):  # the decoder says what is wrong with it
+    except (LookupError, ValueError, ArithmeticError):  # the decoder says what is wrong with it
         bits = None
     # One byte more for the rest of a byte, and one for the zero that follows each 0xFF.
     return bytes(LOST_BYTES if bits is None else max(_LEAST_BYTES, bits // 8 + 2))
 
 
-def _most_zero_bits(header: _Header) -> int | None:
+def _most_zero_bits(header: Header) -> int | None:
     """How many zero bits in a row the tables explain; None where they alone cannot tell.
 
     Zeros are the first code of each table again and again. A block of them is either blank (no step
@@ -130,8 +160,8 @@ def _most_zero_bits(header: _Header) -> int | None:
     for component, (dc, ac) in header.tables.items():
         across, down = header.sampling[component]
         blocks = 1 if one else across * down
-        length, step = header.first_codes[dc]
-        more, is_flat = _zero_coefficients(header.first_codes[0x10 | ac])
+        length, step = _first_code(header.codes[dc])
+        more, is_flat = _zero_coefficients(_first_code(header.codes[0x10 | ac]))
         bits = length + step + more
         total += blocks * bits
         steps += step if is_flat else 0
@@ -145,30 +175,31 @@ def _most_zero_bits(header: _Header) -> int | None:
 def _zero_coefficients(first_code: tuple[int, int]) -> tuple[int, bool]:
     """Bits of the coefficients of a block of zeros, and whether they are the end of the block."""
     length, symbol = first_code
-    if symbol == _END_OF_BLOCK:
+    if symbol == BLANK:
         return length, True
     skipped, size = symbol >> 4, symbol & 0xF
     codes = -(-_COEFFICIENTS // (skipped + 1)) if size or symbol == _ZERO_RUN else 1
     return codes * (length + size), False
 
 
-def _parsed(header: bytes) -> _Header:
+def parse_header(header: bytes) -> Header:
     """What a header says. Raises LookupError where it ends too early."""
-    found, at = _Header(), len(_SOI)
+    found, at = Header(), len(_SOI)
     while at < len(header):
         marker = header[at + 1]
         if marker == 0xFF:
             at += 1
             continue
+        found.markers.append(marker)
         end = at + 2 + int.from_bytes(header[at + 2 : at + 4], "big")
         part = header[at + 4 : end]
         if marker == _DHT:
-            found.first_codes |= _first_codes(part)
+            found.codes |= _codes(part)
         elif marker == _SOS:
             for n in range(1, 1 + 2 * part[0], 2):
                 found.tables[part[n]] = (part[n + 1] >> 4, part[n + 1] & 0xF)
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
-            found.frame = marker
+            found.frame, found.frame_at = marker, at
             height, width = (int.from_bytes(part[n : n + 2], "big") for n in (1, 3))
             found.size = (width, height)
             for n in range(6, 6 + 3 * part[5], 3):
@@ -177,14 +208,31 @@ def _parsed(header: bytes) -> _Header:
     return found
 
 
-def _first_codes(part: bytes) -> Mapping[int, tuple[int, int]]:
-    """(length, value) of the first code of each table in a DHT segment, by class and number."""
-    found, at = {}, 0
+def _codes(part: bytes) -> Mapping[int, dict[int, tuple[int, int]]]:
+    """(length, code) of each symbol of the tables in a DHT segment, in the order of codes.
+
+    By class and number of the table; ITU-T T.81, annex C.
+    """
+    found: dict[int, dict[int, tuple[int, int]]] = {}
+    at = 0
     while at < len(part):
-        counts = part[at + 1 : at + 17]
-        length = next((n for n, count in enumerate(counts, 1) if count), 0)
-        if not length:
+        table: dict[int, tuple[int, int]] = {}
+        code, symbols = 0, at + 17
+        counts = part[at + 1 : symbols]
+        for length, count in enumerate(counts, 1):
+            for symbol in part[symbols : symbols + count]:
+                table.setdefault(symbol, (length, code))
+                code += 1
+            symbols += count
+            code <<= 1
+        if not table:
             break
-        found[part[at]] = (length, part[at + 17])
-        at += 17 + sum(counts)
+        found[part[at]] = table
+        at = symbols
     return found
+
+
+def _first_code(table: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """(length, symbol) of the code of a table that is all zeros."""
+    symbol, (length, _) = next(iter(table.items()))
+    return length, symbol

@@ -1,7 +1,7 @@
 """Pixels of windows: tiles decoded, put together and resampled."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -13,7 +13,14 @@ from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
-from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
+from xmag.slide.reader import (
+    Level,
+    Pixels,
+    RegionReader,
+    SlideReader,
+    StackReader,
+    TileReader,
+)
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
@@ -66,6 +73,20 @@ def read_level(
         for run in runs:
             paste(run)
     return window
+
+
+def decode_together(
+    reader: TileReader, level: int, chunks: Sequence[object], reduction: int
+) -> list[Pixels | None]:
+    """The pixels of those tiles that a reader decodes together; None for all others.
+
+    Of `chunks`, what is not bytes is not decoded.
+    """
+    stored = [data for data in chunks if isinstance(data, bytes)]
+    if len(stored) < 2 or not hasattr(reader, "decode_many"):
+        return [None] * len(chunks)
+    found = iter(cast(StackReader, reader).decode_many(level, stored, reduction))
+    return [next(found) if isinstance(data, bytes) else None for data in chunks]
 
 
 def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:

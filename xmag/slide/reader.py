@@ -128,6 +128,19 @@ class TileReader(SlideReader, Protocol):
         ...
 
 
+class StackReader(TileReader, Protocol):
+    """A TileReader that also decodes many tiles of a level in one call, which is faster."""
+
+    def decode_many(
+        self, level: int, chunks: Sequence[bytes], reduction: int
+    ) -> Sequence[Pixels | None]:
+        """The pixels of tiles, equal to those of `decode`; None for one that it has to do alone.
+
+        Raises nothing: whatever is wrong with a tile, `decode` says.
+        """
+        ...
+
+
 @runtime_checkable
 class RegionReader(SlideReader, Protocol):
     """A reader that only offers finished pixels."""

@@ -123,6 +123,12 @@ class TiffReader:
         """The pixels of one tile at 1/`reduction`, in full tile size."""
         return self._decoders[level](data, reduction)
 
+    def decode_many(
+        self, level: int, chunks: Sequence[bytes], reduction: int
+    ) -> Sequence[Pixels | None]:
+        """The pixels of tiles of a level together; None for those that `decode` has to do alone."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction)
+
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
         self.source.close()

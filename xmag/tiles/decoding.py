@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from xmag.errors import DamagedSlideError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords
-from xmag.slide.pixels import decode_tile, empty_tile, read_level, tiles_at_once
+from xmag.slide.pixels import (
+    decode_tile,
+    decode_together,
+    empty_tile,
+    read_level,
+    tiles_at_once,
+)
 from xmag.slide.reader import Level, Pixels, SlideReader, TileReader
 from xmag.tiles.arena import Recycler
 
@@ -47,6 +53,9 @@ class Reading:
 _WHITE = 255
 _RUN_TILES = 8
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
+_STACKING_THREADS = 5
+"""From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
+decoding one by one is faster, as codes in a stack take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ class Decoding:
 
     What is damaged is an error, or with `damaged` "drop" noted in `lost`, bool (N,): the windows of
     those tiles hold no pixels. `white` are source tiles without bytes in any level. With `hashed`,
-    `sha256` is there once all runs are done.
+    `sha256` is there once all runs are done. `threads` is how many of this process decode at once.
     """
 
     def __init__(
@@ -109,9 +118,11 @@ class Decoding:
         *,
         damaged: Damaged = "error",
         hashed: bool = False,
+        threads: int = 1,
     ) -> None:
         self._reader, self._scale, self._damaged = reader, scale, damaged
         self._hashed, self._digests = hashed, dict[int, bytes]()
+        self._stacking = threads >= _STACKING_THREADS
         self.white: list[int] = []
         self.lost = np.zeros(len(windows.start), np.bool_)
         # Asked once, because looking for the methods of a protocol is slow.
@@ -152,8 +163,7 @@ class Decoding:
                 if pixels is None:
                     self.lost[tile] = True
                     continue
-                window = batches[tile // size][tile % size]
-                window[y : y + height, x : x + width] = pixels[
+                batches[tile // size][tile % size, y : y + height, x : x + width] = pixels[
                     from_y : from_y + height, from_x : from_x + width
                 ]
             first = end
@@ -185,8 +195,13 @@ class Decoding:
 
     def _source_tiles(self, reader: TileReader, sources: list[int]) -> Iterator[Pixels | None]:
         """The pixels of source tiles; None for one that is damaged, where such are dropped."""
-        for source, data in zip(sources, self._chunks(reader, sources), strict=True):
-            pixels = self._pixels(reader, source, data)
+        chunks = self._chunks(reader, sources)
+        scale = self._scale
+        together: list[Pixels | None] = [None] * len(chunks)
+        if self._stacking:
+            together = decode_together(reader, scale.level, chunks, scale.reduction)
+        for source, data, stacked in zip(sources, chunks, together, strict=True):
+            pixels = self._pixels(reader, source, data) if stacked is None else stacked
             self._note(source, data if isinstance(data, bytes) else pixels)
             yield pixels
 

@@ -154,7 +154,13 @@ def _stream(
     level = slide.reader.levels[plan.scale.level]
     windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
     decoding = Decoding(
-        slide.reader, plan.scale, windows, batch_size, damaged=damaged, hashed=note is not None
+        slide.reader,
+        plan.scale,
+        windows,
+        batch_size,
+        damaged=damaged,
+        hashed=note is not None,
+        threads=threads,
     )
     if level.tile_size is not None and tiles_at_once(level, 2) < 2:
         threads = 1  # so that only one such tile is in memory
