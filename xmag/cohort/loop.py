@@ -111,7 +111,7 @@ class _UnderWay:
 
 
 class _Loop:
-    """Where each slide stands, from its first event to its row."""
+    """The slides under way in a cohort, from their first event to their rows."""
 
     def __init__(self, share: Share, settings: Settings, processes: int, stack: ExitStack) -> None:
         self._share, self._settings = share, settings

@@ -52,7 +52,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileCoding:
-    """How the tiles of a level are stored, in the terms of TIFF.
+    """Coding of the tiles of a level, in the terms of TIFF.
 
     `size` is the (width, height) of a tile. `last_height` is less where tiles are strips, the
     last of which ends with the image. `jpeg_tables` are the shared tables of abbreviated JPEG
@@ -350,7 +350,7 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
 
 
 def _zstd(data: bytes, *, out: int) -> bytes | bytearray:
-    """What a Zstandard frame holds. Most writers leave its checksum out."""
+    """The content of a Zstandard frame. Most writers leave its checksum out."""
     check_zeros(data, "Zstandard")
     return imagecodecs.zstd_decode(data, out=out)
 

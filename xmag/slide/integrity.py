@@ -93,7 +93,7 @@ def _is_of_dc(stream: bytes, at: int) -> bool:
 
 
 def end_of_header(stream: bytes) -> int:
-    """Where the data of the first scan begin; the end where there are none."""
+    """Offset at which the data of the first scan begin; the end where there are none."""
     at = len(_SOI)
     while stream[at : at + 1] == b"\xff":
         marker = stream[at + 1 : at + 2]
@@ -108,7 +108,7 @@ def end_of_header(stream: bytes) -> int:
 
 @dataclass(slots=True)
 class Header:
-    """What a JPEG's header says of its codes; ITU-T T.81, annex B.2.
+    """Frame, size and Huffman codes of a JPEG, from its header; ITU-T T.81, annex B.2.
 
     `markers` are those of its segments, and `frame_at` is where the frame's begins. `codes` are
     (length, code) of each symbol, by class and number of the table, in the order of codes.
@@ -146,7 +146,7 @@ def unexplained_zeros(header: bytes) -> bytes:
 
 
 def _most_zero_bits(header: Header) -> int | None:
-    """How many zero bits in a row the tables explain; None where they alone cannot tell.
+    """Most zero bits in a row that the tables explain; None where they alone cannot tell.
 
     Zeros are the first code of each table again and again. A block of them is either blank (no step
     in DC, end of block), of which a flat image has any number; or a flat one a step darker, of
@@ -183,7 +183,7 @@ def _zero_coefficients(first_code: tuple[int, int]) -> tuple[int, bool]:
 
 
 def parse_header(header: bytes) -> Header:
-    """What a header says. Raises LookupError where it ends too early."""
+    """A parsed header. Raises LookupError where it ends too early."""
     found, at = Header(), len(_SOI)
     while at < len(header):
         marker = header[at + 1]

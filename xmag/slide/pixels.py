@@ -270,7 +270,7 @@ def _tile_rows(
 
 
 def tiles_at_once(shape: Level, most: int) -> int:
-    """How many tiles of a level are read together: up to `most`, fewer where they are large."""
+    """Number of tiles of a level to read together: `most`, fewer where they are large."""
     assert shape.tile_size is not None
     return min(most, max(1, _MAX_DECODED_PX // (shape.tile_size[0] * shape.tile_size[1])))
 

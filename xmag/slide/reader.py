@@ -81,7 +81,7 @@ def check_size(number: int, level: Level) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleMetadata:
-    """What a file says about its scale, unjudged: (x, y) µm/px of level 0, objective power."""
+    """Scale as a file states it, unjudged: (x, y) µm/px of level 0, objective power."""
 
     mpp: tuple[float, float] | None = None
     mpp_source: str = ""
@@ -90,7 +90,7 @@ class ScaleMetadata:
 
 @runtime_checkable
 class SlideReader(Protocol):
-    """What all readers offer. Methods are safe to call from several threads at once."""
+    """Protocol of slide readers. Methods are safe to call from several threads at once."""
 
     @property
     def format(self) -> str:
@@ -104,7 +104,7 @@ class SlideReader(Protocol):
 
     @property
     def metadata(self) -> ScaleMetadata:
-        """What the file says about its scale."""
+        """Scale as the file states it."""
         ...
 
     def close(self) -> None:

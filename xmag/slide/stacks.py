@@ -34,7 +34,7 @@ _END_MARKERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What tiles with one header become a stream with.
+    """Parts that make one stream of tiles with one header.
 
     `head` and `foot` are the stream's header before and after its height, in bytes; `height` and
     `mcu_height` are in px. `blank` are the codes of a row of blank MCUs, `zeros` as many zeros as

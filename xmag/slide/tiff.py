@@ -202,7 +202,7 @@ def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> N
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
-    """How the tiles of `page` are stored; UnsupportedSlideError where they are not 8-bit RGB."""
+    """Coding of the tiles of `page`; UnsupportedSlideError where they are not 8-bit RGB."""
     dtype = page.dtype
     if dtype is None or dtype.name != "uint8" or page.samplesperpixel not in (3, 4):
         raise UnsupportedSlideError(

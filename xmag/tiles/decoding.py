@@ -39,7 +39,7 @@ Damaged = Literal["error", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What reading the tiles of a plan tells of the file beside their pixels.
+    """Hash and empty source tiles of the file, found by reading the tiles of a plan.
 
     `sha256` is of the compressed bytes of all source tiles under them, whatever the threads and
     batches; of the pixels where a reader hides the bytes. `empty` is how many source tiles of the
@@ -60,7 +60,7 @@ decoding one by one is faster, as codes in a stack take longer."""
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """What each tile covers in decoded px: whole pixels [start, end), and the exact box in them.
+    """Area of each tile in decoded px: whole pixels [start, end), and the exact box in them.
 
     int64 (N, 2) each; `box` is float64 (N, 4), x0 y0 x1 y1 from `start`, or None where the whole
     pixels are the tile.
@@ -284,7 +284,7 @@ class Decoding:
 def _overlaps(
     windows: Windows, level: Level, reduction: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where windows and source tiles overlap: source tile (P,), and (P, 7) as in `Run.pieces`.
+    """Overlaps of windows and source tiles: source tile (P,), and (P, 7) as in `Run.pieces`.
 
     Sorted by source tile. Window parts outside the stored image appear in no row.
     """

@@ -91,7 +91,7 @@ def read_rows(
 
 
 def reading_of(slide: Slide, plan: TilePlan, *, threads: int | None = None) -> Reading:
-    """What reading the tiles of a plan tells of the file, without decoding them."""
+    """The Reading of the tiles of a plan, without decoding them."""
     level = slide.reader.levels[plan.scale.level]
     windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
     decoding = Decoding(slide.reader, plan.scale, windows, 1, damaged="drop", hashed=True)
