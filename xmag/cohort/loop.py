@@ -150,9 +150,11 @@ class _Loop:
             for jobs in self._share.rounds():
                 for event in self._events(self._to_decode(jobs)):
                     self._take(event)
-                    yield from self._ready_rows(_MOST_SAVES)
-                if self._stream is not None:
-                    self._collect(self._stream.finish())
+                    if self._pool is None and isinstance(event, Finished):
+                        # A slide that takes this process down takes no finished one with it.
+                        self._land_all()
+                    yield from self._ready_rows(0 if self._pool is None else _MOST_SAVES)
+                self._land_all()
                 yield from self._ready_rows(0)
         except KeyboardInterrupt:
             yield from self._rows_of_begun_saves()
@@ -283,6 +285,11 @@ class _Loop:
                 return
             self._stream.put(slide.number, torch.from_numpy(tiles))
         event.release()
+
+    def _land_all(self) -> None:
+        """Wait for the embeddings that are still on their way."""
+        if self._stream is not None:
+            self._collect(self._stream.finish())
 
     def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         for number, features in landed:
