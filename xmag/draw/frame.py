@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from xmag.bag import Canvas
+
 Rgb = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -21,23 +23,8 @@ _LEAST_WIDTH_PX = 560
 """Least width of a picture: narrower ones are padded, so that the text below them fits."""
 
 
-class Pictured(Protocol):
+class Pictured(Canvas, Protocol):
     """Protocol of a slide to draw: a Slide, or the facts kept of one that is not open here."""
-
-    @property
-    def name(self) -> str:
-        """Base name of the file."""
-        ...
-
-    @property
-    def dimensions(self) -> tuple[int, int]:
-        """(width, height) in level-0 px."""
-        ...
-
-    @property
-    def mpp(self) -> float | None:
-        """µm per level-0 px."""
-        ...
 
     def thumbnail(self, *, max_px: int) -> Image.Image:
         """The whole slide, with at most `max_px` px on its longer side."""
