@@ -1,182 +1,128 @@
-"""The commands on feature files: train, predict, evaluate."""
+"""The commands around a classifier: train, predict, evaluate, heatmap."""
 
-import argparse
+import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xmag.cli.arguments import Commands, add_training
+from xmag import draw
+from xmag.bag import FeatureBag
 from xmag.cli.console import ALL_DONE, counted, write
 from xmag.cli.table import Table, read_table
-from xmag.errors import InputError, OutputError
+from xmag.encoder import Encoder, load_model
+from xmag.errors import InputError
+from xmag.extract import extract_features
+from xmag.files import atomic_path, make_folder, write_text
+from xmag.hub.registry import DEFAULT_MODEL, MINI
+from xmag.mil import MILClassifier
+from xmag.slide import Slide
+from xmag.tables import csv_text
 
-if TYPE_CHECKING:
-    from xmag.mil import MILClassifier
-
-_FEATURES_HELP = "the folder that xmag extract wrote to (or: a column 'features' in the CSV)"
-_TRAIN_EPILOG = """\
-CSV has the columns slide, label and patient. A fifth of the patients is held out to choose the
-epoch whose weights are kept; xmag evaluate tells how good such a classifier is.
-
-example:
-  xmag train cohort.csv --features features -o classifier
-"""
-_EVALUATE_EPILOG = """\
-CSV has the columns slide, label and patient; no patient is in two folds. FOLDER gets report.json,
-roc.png and confusion.png. With --classifier, the cohort is an external one: nothing is trained.
-
-examples:
-  xmag evaluate cohort.csv --features features -o evaluation
-  xmag evaluate other.csv --features others --classifier classifier -o external
-"""
+_SEEN = {
+    "validation_loss": "validation loss",
+    "validation_auroc": "AUROC",
+    "validation_balanced_accuracy": "balanced accuracy",
+}
 
 
-def add_commands(commands: Commands) -> None:
-    """Add train, predict and evaluate to the commands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    train = commands.add_parser(
-        "train", help="train a classifier on the features of slides", epilog=_TRAIN_EPILOG,
-        formatter_class=raw, allow_abbrev=False,
-    )  # fmt: skip
-    train.add_argument("csv", metavar="CSV", type=Path, help="columns: slide, label, patient")
-    train.add_argument("--features", metavar="DIR", help=_FEATURES_HELP)
-    train.add_argument("-o", "--out", metavar="MODEL", required=True, help="the folder to write")
-    add_training(train)
-    train.set_defaults(run=_train)
-
-    predict = commands.add_parser(
-        "predict", help="predict the labels of slides from their features", allow_abbrev=False
-    )
-    predict.add_argument(
-        "inputs", metavar="CSV|FILE", nargs="+", type=Path,
-        help="a CSV with a column slide, or feature files",
-    )  # fmt: skip
-    predict.add_argument("--features", metavar="DIR", help=_FEATURES_HELP)
-    predict.add_argument("--classifier", metavar="MODEL", required=True, help="of xmag train")
-    predict.add_argument("-o", "--out", metavar="CSV", help="also write the predictions there")
-    predict.set_defaults(run=_predict)
-
-    evaluate = commands.add_parser(
-        "evaluate", help="cross-validate, or test a classifier on an external cohort",
-        epilog=_EVALUATE_EPILOG, formatter_class=raw, allow_abbrev=False,
-    )  # fmt: skip
-    evaluate.add_argument("csv", metavar="CSV", type=Path, help="columns: slide, label, patient")
-    evaluate.add_argument("--features", metavar="DIR", help=_FEATURES_HELP)
-    evaluate.add_argument("-o", "--out", metavar="FOLDER", required=True, help="where to write")
-    evaluate.add_argument("--folds", metavar="N", type=int, help="default: 5")
-    evaluate.add_argument("--repeats", metavar="N", type=int, help="default: 1")
-    evaluate.add_argument(
-        "--classifier", metavar="MODEL", help="test this one instead of training others"
-    )
-    add_training(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-
-def _train(args: argparse.Namespace) -> int:
-    table = read_table(args.csv, args.features)
-    classifier = _new_classifier(args)
+def train(
+    csv: Path, out: str, *, features: str | None = None, random_state: int = 0, **options: Any
+) -> int:
+    """Train a classifier, with these options of `MILClassifier`, and save it."""
+    table = read_table(csv, features)
+    classifier = MILClassifier(random_state=random_state, **options)
     classifier.fit(table.features, table.labels, groups=table.patients)
-    classifier.save(args.out)
-    write(sys.stdout, f"trained   on {table.counts()}")
-    best = next(row for row in classifier.history_ if row["epoch"] == classifier.best_epoch_)
+    classifier.save(out)
+    epochs = classifier.history_
+    best = next(row for row in epochs if row["epoch"] == classifier.best_epoch_)
+    seen = [f"{text} {best[k]:.3f}" for k, text in _SEEN.items() if best.get(k) is not None]
+    each = ", ".join(f"{c} {table.labels.count(c)}" for c in sorted({*table.labels}))
     write(
-        sys.stdout, f"kept      epoch {best['epoch']} of {len(classifier.history_)}: {_seen(best)}"
+        sys.stdout,
+        f"trained   on {len(table.slides):,} slides of {len({*table.patients}):,} patients: {each}",
     )
-    write(sys.stdout, f"written   {args.out}")
+    write(sys.stdout, f"kept      epoch {best['epoch']} of {len(epochs)}: {', '.join(seen)}")
+    write(sys.stdout, f"written   {out}")
     return ALL_DONE
 
 
-def _seen(epoch: dict[str, Any]) -> str:
-    """Validation loss and metrics of an epoch, in words."""
-    names = {
-        "validation_loss": "validation loss",
-        "validation_auroc": "AUROC",
-        "validation_balanced_accuracy": "balanced accuracy",
-    }
-    values = [f"{text} {epoch[k]:.3f}" for k, text in names.items() if epoch.get(k) is not None]
-    return ", ".join(values)
-
-
-def _predict(args: argparse.Namespace) -> int:
-    from xmag.files import write_text
-    from xmag.tables import csv_text
-
-    table = _to_predict(args.inputs, args.features)
-    classifier = _load(args.classifier)
-    probabilities = classifier.predict_proba(table.features)
-    classes = [str(label) for label in classifier.classes_.tolist()]
-    rows = [
-        [slide, classes[row.argmax()], *(f"{p:.6f}" for p in row)]
-        for slide, row in zip(table.slides, probabilities, strict=True)
-    ]
-    if args.out is not None:
-        columns = ["slide", "prediction", *(f"probability {label}" for label in classes)]
-        write_text(args.out, csv_text([columns, *rows]))
-    for (slide, predicted, *_), row in zip(rows, probabilities, strict=True):
-        each = ", ".join(f"{label} {p:.3f}" for label, p in zip(classes, row, strict=True))
-        write(sys.stdout, f"{slide}: {predicted} ({each})")
-    if args.out is not None:
-        write(sys.stdout, f"{counted(len(rows), 'slide')}; see {args.out}")
-    return ALL_DONE
-
-
-def _to_predict(inputs: Sequence[Path], features: str | None) -> Table:
-    """The slides of one CSV, or those whose feature files are given."""
+def predict(
+    inputs: list[Path], classifier: str, *, features: str | None = None, out: str | None = None
+) -> int:
+    """Predict the slides of one CSV, or those whose feature files are given."""
     tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     if tables and len(inputs) > 1:
         raise InputError(f"{tables[0]} is given beside other files; expected one CSV, or features")
     if tables:
-        return read_table(tables[0], features, labelled=False)
-    if features is not None:
+        table = read_table(tables[0], features, labelled=False)
+        slides, files = table.slides, table.features
+    elif features is not None:
         raise InputError("--features goes with a CSV; feature files are given as they are")
-    names = [path.name for path in inputs]
-    return Table(name="", slides=names, features=list(inputs), labels=[], patients=[])
+    else:
+        slides, files = [path.name for path in inputs], inputs
+    loaded = MILClassifier.load(classifier)
+    probabilities = loaded.predict_proba(files)
+    classes = [str(label) for label in loaded.classes_.tolist()]
+    if out is not None:
+        rows = [["slide", "prediction", *(f"probability {label}" for label in classes)]]
+        for slide, row in zip(slides, probabilities, strict=True):
+            rows.append([slide, classes[row.argmax()], *(f"{p:.6f}" for p in row)])
+        write_text(out, csv_text(rows))
+    for slide, row in zip(slides, probabilities, strict=True):
+        write(sys.stdout, f"{slide}: {_said(classes, row)}")
+    if out is not None:
+        write(sys.stdout, f"{counted(len(slides), 'slide')}; see {out}")
+    return ALL_DONE
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    if args.classifier is not None and (args.folds is not None or args.repeats is not None):
+def _said(classes: list[Any], probabilities: Any) -> str:
+    """A prediction in words: the class, and the probability of each."""
+    each = ", ".join(f"{c} {p:.3f}" for c, p in zip(classes, probabilities, strict=True))
+    return f"{classes[probabilities.argmax()]} ({each})"
+
+
+def evaluate(
+    csv: Path,
+    out: str,
+    *,
+    features: str | None = None,
+    classifier: str | None = None,
+    folds: int | None = None,
+    repeats: int | None = None,
+    random_state: int = 0,
+    **options: Any,
+) -> int:
+    """Cross-validate, with these options of `MILClassifier`, or test one; save the report."""
+    if classifier is not None and (folds is not None or repeats is not None):
         raise InputError(
             "--folds and --repeats are for cross-validation, but --classifier tests one that is"
             " trained; leave one of them out"
         )
-    table = read_table(args.csv, args.features)
-    from xmag import evaluate  # needs the extra
+    table = read_table(csv, features)
+    from xmag import evaluate as evaluation  # needs the extra
 
-    _make_folder(args.out)
-    if args.classifier is None:
-        report = evaluate.cross_validate(
-            _new_classifier(args),
+    make_folder(Path(out))  # before training, so that one that cannot be written to fails early
+    if classifier is None:
+        report = evaluation.cross_validate(
+            MILClassifier(random_state=random_state, **options),
             table.features,
             table.labels,
             groups=table.patients,
-            folds=5 if args.folds is None else args.folds,
-            repeats=1 if args.repeats is None else args.repeats,
-            random_state=args.seed,
+            folds=5 if folds is None else folds,
+            repeats=1 if repeats is None else repeats,
+            random_state=random_state,
         )
     else:
-        classifier = _load(args.classifier)
-        cohort = (table.features, _own_labels(classifier, table), table.patients)
-        report = evaluate.external(classifier, {table.name: cohort}, random_state=args.seed)
-    report.save(args.out)
+        loaded = MILClassifier.load(classifier)
+        cohort = (table.features, _own_labels(loaded, table), table.patients)
+        report = evaluation.external(loaded, {csv.stem: cohort}, random_state=random_state)
+    report.save(out)
     write(sys.stdout, str(report))
-    write(sys.stdout, f"see {Path(args.out) / 'report.json'}, roc.png and confusion.png")
+    write(sys.stdout, f"see {Path(out) / 'report.json'}, roc.png and confusion.png")
     return ALL_DONE
 
 
-def _new_classifier(args: argparse.Namespace) -> "MILClassifier":
-    from xmag.mil import MILClassifier
-
-    return MILClassifier(aggregator=args.aggregator, epochs=args.epochs, random_state=args.seed)
-
-
-def _load(path: str) -> "MILClassifier":
-    from xmag.mil import MILClassifier
-
-    return MILClassifier.load(path)
-
-
-def _own_labels(classifier: "MILClassifier", table: Table) -> list[Any]:
+def _own_labels(classifier: MILClassifier, table: Table) -> list[Any]:
     """The labels as the classifier has them: one trained in Python may have numbers."""
     own = {str(label): label for label in classifier.classes_.tolist()}
     if unknown := sorted({*table.labels} - {*own}):
@@ -187,11 +133,58 @@ def _own_labels(classifier: "MILClassifier", table: Table) -> list[Any]:
     return [own[label] for label in table.labels]
 
 
-def _make_folder(path: str) -> None:
-    """Make the output folder before training, so that one that cannot be written to fails early."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {path!r} cannot be made: {error.strerror}; name another"
-        ) from error
+def heatmap(
+    slide: str,
+    classifier: str,
+    *,
+    features: str | None = None,
+    out: str | None = None,
+    model: str | None = None,
+    gallery: bool = False,
+    geojson: bool = False,
+    mpp: float | None = None,
+) -> int:
+    """Draw the attention of a classifier over a slide."""
+    if features is not None and model is not None:
+        raise InputError("--features and --model are given; leave one of them out")
+    loaded = MILClassifier.load(classifier)
+    path = Path(f"{Path(slide).stem}-heatmap.png" if out is None else out)
+    stem = path.stem.removesuffix("-heatmap")
+    with Slide(slide, mpp=mpp) as opened:
+        if features is None:
+            bag = extract_features(opened, model=_encoder(loaded, classifier, model))
+        else:
+            bag = FeatureBag.load(features).on(opened)
+        attention = loaded.attention(bag)
+        pictures = {path: draw.heatmap(opened, attention)}
+        if gallery:
+            pictures[path.with_name(f"{stem}-gallery.png")] = draw.gallery(opened, attention)
+    written = [*pictures]
+    for file, picture in pictures.items():
+        with atomic_path(file) as temporary:
+            picture.save(temporary, format="PNG")
+    if geojson:
+        written.append(path.with_name(f"{stem}.geojson"))
+        write_text(written[-1], json.dumps(draw.attention_geojson(attention)))
+    said = _said(loaded.classes_.tolist(), loaded.predict_proba([bag])[0])
+    write(sys.stdout, f"{opened.name}: {said}")
+    for file in written:
+        write(sys.stdout, f"written   {file}")
+    return ALL_DONE
+
+
+def _encoder(classifier: MILClassifier, folder: str, model: str | None) -> Encoder:
+    """The encoder whose features the classifier takes, in the precision that it takes.
+
+    That is known for certain by its weights alone; any other is refused when its bag is used.
+    """
+    wanted = classifier.fingerprint_ or {}
+    dtype = "float32" if wanted.get("dtype_class") == "fp32" else "auto"
+    if model is not None:
+        return load_model(model, dtype=dtype)
+    if (Path(folder) / "model.safetensors").is_file():
+        return load_model(folder, dtype=dtype)
+    mini = load_model(MINI, dtype=dtype)
+    if mini.provenance["weights_sha256"] == wanted.get("weights_sha256"):
+        return mini
+    return load_model(DEFAULT_MODEL, dtype=dtype)

@@ -12,14 +12,21 @@ from xmag.errors import XmagWarning
 
 ALL_DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
-_OF_PYTHON = (
-    ", or validation=None, which trains for all epochs and keeps the last weights",
-    ", or validation=(X, y, groups)",
-    ", or Folds.leave_one_group_out(groups)",
-    ", or give them the same patient in groups",
-    ' Where equal features are no accident, as with empty tiles: on_identical="warn"',
-)
-"""Remedies in messages that the command line does not have; they are left out."""
+_AS_FLAGS = {
+    # Remedies that the command line does not have are left out.
+    ", or validation=None, which trains for all epochs and keeps the last weights": "",
+    ", or validation=(X, y, groups)": "",
+    ", or Folds.leave_one_group_out(groups)": "",
+    ", or give them the same patient in groups": "",
+    ' Where equal features are no accident, as with empty tiles: on_identical="warn"': "",
+    "on_mismatch='redo'": "--redo",
+    "damaged='drop'": "--damaged drop",
+    "random_state": "--seed",
+    "slide_timeout=": "--slide-timeout ",
+    "folds=": "--folds ",
+    "repeats=": "--repeats ",
+}
+"""Words of messages about Python's options, and those of the command line."""
 
 
 @contextmanager
@@ -53,12 +60,9 @@ def console(*, verbose: bool) -> Iterator[None]:
 
 def one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
-    text = str(message).replace("on_mismatch='redo'", "--redo")
-    for remedy in _OF_PYTHON:
-        text = text.replace(remedy, "")
-    text = text.replace("damaged='drop'", "--damaged drop").replace("random_state", "--seed")
-    for option in ("slide_timeout", "folds", "repeats"):
-        text = text.replace(f"{option}=", f"--{option.replace('_', '-')} ")
+    text = str(message)
+    for python, flag in _AS_FLAGS.items():
+        text = text.replace(python, flag)
     text = re.sub(r"(?<!\S)mpp=(\d?)", lambda found: f"--mpp {found[1]}".rstrip(), text)
     return " ".join(text.split())
 

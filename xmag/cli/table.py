@@ -15,16 +15,10 @@ _SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
 class Table:
     """The rows of a cohort. `labels` and `patients` are empty where they were not asked for."""
 
-    name: str
     slides: list[str]
     features: list[Path]
     labels: list[str]
     patients: list[str]
-
-    def counts(self) -> str:
-        """Numbers of slides, of patients and of slides of each class, in words."""
-        each = ", ".join(f"{label} {self.labels.count(label)}" for label in sorted({*self.labels}))
-        return f"{len(self.slides):,} slides of {len({*self.patients}):,} patients: {each}"
 
 
 def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Table:
@@ -41,20 +35,27 @@ def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Ta
     content = {name: [row.required(name) for row in rows] for name in wanted}
     for name in wanted[1:]:
         _refuse_alike(content[name], name, path)
-    _refuse_numbers(content.get("label", []), path)
+    labels = content.get("label", [])
+    _refuse_numbers(labels, path)
     folder = None if features is None else Path(features)
     if folder is not None and not folder.is_dir():
         raise InputError(
             f"there is no folder {str(folder)!r}; give --features the folder that xmag extract"
             " wrote to"
         )
-    found = [_features_of(row, path, folder) for row in rows]
-    _refuse_shared(found, content["slide"], path)
+    slide_of: dict[Path, str] = {}
+    for row, slide in zip(rows, content["slide"], strict=True):
+        file = _features_of(row, path, folder)
+        if file in slide_of:  # they would be in two folds
+            raise InputError(
+                f"{path.name!r} has {slide_of[file]!r} and {slide!r}, which both have the features"
+                f" {str(file)!r}; expected each slide once. Name files in a column 'features'"
+            )
+        slide_of[file] = slide
     return Table(
-        name=path.stem,
         slides=content["slide"],
-        features=found,
-        labels=content.get("label", []),
+        features=[*slide_of],
+        labels=labels,
         patients=content.get("patient", []),
     )
 
@@ -77,10 +78,10 @@ def _refuse_alike(values: Sequence[str], column: str, path: Path) -> None:
 def _refuse_numbers(labels: Sequence[str], path: Path) -> None:
     """Raise InputError for labels that are measurements, each of which would become a class."""
     try:
-        numbers = [float(label) for label in labels]
+        broken = [label for label in labels if not float(label).is_integer()]
     except ValueError:
         return
-    if broken := [text for text, n in zip(labels, numbers, strict=True) if not n.is_integer()]:
+    if broken:
         raise InputError(
             f"the labels of {path.name!r} are numbers, such as {broken[0]}, which is not whole:"
             f" {CONTINUOUS}. Where they are names of classes, write them as words: grade 1.5"
@@ -124,20 +125,5 @@ def _stems(row: Row) -> list[str]:
         return [own]
     slide = PurePath(row.required("slide").replace("\\", "/"))
     parts = [part for part in slide.parts if part not in (slide.anchor, "..")]
-    stems = []
-    for first in range(len(parts)):
-        end = PurePath(*parts[first:])
-        stems += [str(end.with_name(end.stem)), str(end)]
-    return stems
-
-
-def _refuse_shared(files: Sequence[Path], slides: Sequence[str], path: Path) -> None:
-    """Raise InputError where two rows have the same features: they would be in two folds."""
-    first: dict[Path, str] = {}
-    for file, slide in zip(files, slides, strict=True):
-        if file in first:
-            raise InputError(
-                f"{path.name!r} has {first[file]!r} and {slide!r}, which both have the features"
-                f" {str(file)!r}; expected each slide once. Name files in a column 'features'"
-            )
-        first[file] = slide
+    ends = [PurePath(*parts[first:]) for first in range(len(parts))]
+    return [str(stem) for end in ends for stem in (end.with_name(end.stem), end)]

@@ -1,0 +1,251 @@
+"""Parser of the command line: the table of all commands and their flags.
+
+A flag is named as the option of the Python function that it is for. One that is not given is not
+passed on: the defaults are those of the functions. Nothing heavy is imported here, as `xmag --help`
+must not wait for torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xmag.cli.console import write
+
+_Flag = tuple[list[str], dict[str, Any]]
+
+
+class _Command(NamedTuple):
+    """A command: the module of `xmag.cli` whose function of its name runs it, help, and flags."""
+
+    module: str
+    help: str
+    flags: tuple[_Flag, ...]
+    epilog: str = ""
+
+
+def parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that are given, by option; "run" is the path of the function to call with them.
+
+    "verbose" is for the caller. Raises SystemExit after --help, --version and wrong use.
+    """
+    parser = argparse.ArgumentParser(
+        prog="xmag", description=_DESCRIPTION, epilog=_EPILOG, **_STYLE
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in _COMMANDS.items():
+        added = commands.add_parser(name, help=command.help, epilog=command.epilog, **_STYLE)
+        for names, options in (*command.flags, _VERBOSE):
+            added.add_argument(*names, **options)
+        added.set_defaults(run=f"xmag.cli.{command.module}:{name}")
+    return vars(parser.parse_args(argv))
+
+
+class _Version(argparse.Action):
+    """Option --version; looks the version up only when asked for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        write(sys.stdout, f"xmag {version('xmag')}")
+        parser.exit()
+
+
+def _flag(names: str, text: str | None, metavar: str | None = None, **options: Any) -> _Flag:
+    """A flag with a value that is shown as `metavar`, or one of its choices; or a switch."""
+    if metavar is None and options.keys().isdisjoint({"action", "choices"}):
+        options["action"] = "store_true"
+    if metavar is not None:
+        options["metavar"] = metavar
+    return names.split(), {"help": text, **options}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; expected I/N such as 0/4 or 3/4")
+    return int(index), int(count)
+
+
+_STYLE: dict[str, Any] = {
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+    "argument_default": argparse.SUPPRESS,
+}
+_DESCRIPTION = "Embeddings of whole-slide images at 5x (2.0 µm/px) with the XMAG foundation model."
+_EPILOG = """\
+examples:
+  xmag demo                                    make a small slide and extract its features
+  xmag info slide.svs                          what xmag sees in a file
+  xmag extract slides.csv -o features          features; columns: slide, optionally mpp and id
+  xmag train slides.csv --features features -o classifier
+                                               a classifier; columns: slide, label, patient
+  xmag heatmap slide.svs --classifier classifier
+                                               what it looked at
+
+`xmag COMMAND --help` tells more. Exit status: 0 all done, 1 something failed, 2 wrong use.
+"""
+
+# Flags that several commands share.
+_VERBOSE = _flag("-v --verbose", "log to stderr")
+_SLIDE = _flag("slide", "a slide file", "SLIDE")
+_MPP = _flag(
+    "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
+)
+_COHORT = _flag("csv", "columns: slide, label, patient", "CSV", type=Path)
+_FEATURES = _flag(
+    "--features",
+    "the folder that xmag extract wrote to (or: a column 'features' in the CSV)",
+    "DIR",
+)
+_CLASSIFIER = _flag("--classifier", "of xmag train", "MODEL", required=True)
+_TRAINING = (
+    _flag("--aggregator", "abmil (default), mean, max, transmil or clam_sb", "NAME"),
+    _flag(
+        "--epochs", "at most; training stops where validation gets no better (default: 100)", "N",
+        type=int,
+    ),
+    _flag("--seed", "of all draws (default: 0)", "N", type=int, dest="random_state"),
+)  # fmt: skip
+
+_COMMANDS = {
+    "info": _Command("slides", "show what a slide holds", (_SLIDE, _MPP)),
+    "extract": _Command(
+        "slides",
+        "extract the features of slides",
+        (
+            _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
+            _flag("-o --out", "where to write", "DIR", required=True),
+            _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
+            _flag("--format", None, choices=("h5", "safetensors")),
+            _flag("--overlay", "also draw tissue and tiles (.png)"),
+            _flag(
+                "--border",
+                "what becomes of tiles that would reach over the border of the slide: they move"
+                " inwards (default), or are left out",
+                choices=("shift", "drop"),
+            ),
+            _flag(
+                "--redo", "replace features that were made differently",
+                action="store_const", const="redo", dest="on_mismatch",
+            ),
+            _flag(
+                "--damaged",
+                "what becomes of a slide with damaged tiles: it fails (default), or loses those"
+                " tiles",
+                choices=("error", "drop"),
+            ),
+            _flag("--slide-timeout", "seconds that decoding a slide may take", "S", type=float),
+            _flag(
+                "--shard",
+                "do every N-th slide alone, from the I-th on, counted from 0: for N machines",
+                "I/N", type=_shard,
+            ),
+            _MPP,
+        ),
+        """\
+Features, and report.csv, are written below DIR at the paths that the slides have below their common
+folder. What is there already is kept, so that the same command goes on where it was stopped.
+
+examples:
+  xmag extract a.svs b.svs -o features
+  xmag extract slides/ -o features --model xmag-mini --format safetensors
+  xmag extract scan.tif -o features --mpp 0.25
+  xmag extract slides.csv -o s3://bucket/features --shard 0/4
+""",
+    ),
+    "demo": _Command(
+        "slides",
+        "run the main job on a small slide",
+        (
+            _flag(
+                "slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"
+            ),
+            _flag("-o --out", "default: demo", "DIR"),
+            _MPP,
+        ),
+    ),
+    "train": _Command(
+        "classify",
+        "train a classifier on the features of slides",
+        (
+            _COHORT,
+            _FEATURES,
+            _flag("-o --out", "the folder to write", "MODEL", required=True),
+            *_TRAINING,
+        ),
+        """\
+CSV has the columns slide, label and patient. A fifth of the patients is held out to choose the
+epoch whose weights are kept; xmag evaluate tells how good such a classifier is.
+
+example:
+  xmag train cohort.csv --features features -o classifier
+""",
+    ),
+    "predict": _Command(
+        "classify",
+        "predict the labels of slides from their features",
+        (
+            _flag(
+                "inputs", "a CSV with a column slide, or feature files", "CSV|FILE",
+                nargs="+", type=Path,
+            ),
+            _FEATURES,
+            _CLASSIFIER,
+            _flag("-o --out", "also write the predictions there", "CSV"),
+        ),
+    ),
+    "evaluate": _Command(
+        "classify",
+        "cross-validate, or test a classifier on an external cohort",
+        (
+            _COHORT,
+            _FEATURES,
+            _flag("-o --out", "where to write", "FOLDER", required=True),
+            _flag("--folds", "default: 5", "N", type=int),
+            _flag("--repeats", "default: 1", "N", type=int),
+            _flag("--classifier", "test this one instead of training others", "MODEL"),
+            *_TRAINING,
+        ),
+        """\
+CSV has the columns slide, label and patient; no patient is in two folds. FOLDER gets report.json,
+roc.png and confusion.png. With --classifier, the cohort is an external one: nothing is trained.
+
+examples:
+  xmag evaluate cohort.csv --features features -o evaluation
+  xmag evaluate other.csv --features others --classifier classifier -o external
+""",
+    ),
+    "heatmap": _Command(
+        "classify",
+        "draw what a classifier looked at on a slide",
+        (
+            _SLIDE,
+            _CLASSIFIER,
+            _flag("--features", "the features of the slide", "FILE"),
+            _flag("-o --out", "default: the slide's name with -heatmap.png", "PNG"),
+            _flag("--model", "the encoder, where there are no features", "NAME"),
+            _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
+            _flag("--geojson", "also the tiles for QuPath (.geojson)"),
+            _MPP,
+        ),
+        """\
+Without --features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with
+xmag-mini if MODEL was trained on its features, or else with that of --model.
+
+examples:
+  xmag heatmap slide.svs --classifier classifier --features features/slide.h5
+  xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
+""",
+    ),
+    "distill": _Command(
+        "distill",
+        "train an encoder to see at one scale what another sees at a finer one",
+        (
+            _flag("config", "what is done", "CONFIG.toml", type=Path),
+            _flag("--dry-run", "say what memory and time it needs; write nothing"),
+        ),
+    ),
+}  # fmt: skip
