@@ -88,17 +88,17 @@ examples:
 `xmag COMMAND --help` tells more. Exit status: 0 all done, 1 something failed, 2 wrong use.
 """
 
+_OF_EXTRACT = "the folder that xmag extract wrote to (or: a column 'features' in the CSV)"
+
 # Flags that several commands share.
 _VERBOSE = _flag("-v --verbose", "log to stderr")
 _SLIDE = _flag("slide", "a slide file", "SLIDE")
 _MPP = _flag(
     "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
 )
-_COHORT = _flag("csv", "columns: slide, label, patient", "CSV", type=Path)
-_FEATURES = _flag(
-    "--features",
-    "the folder that xmag extract wrote to (or: a column 'features' in the CSV)",
-    "DIR",
+_COHORT = (
+    _flag("csv", "columns: slide, label, patient", "CSV", type=Path),
+    _flag("--features", _OF_EXTRACT, "DIR"),
 )
 _CLASSIFIER = _flag("--classifier", "of xmag train", "MODEL", required=True)
 _TRAINING = (
@@ -112,40 +112,31 @@ _TRAINING = (
 
 _COMMANDS = {
     "info": _Command("slides", "show what a slide holds", (_SLIDE, _MPP)),
-    "extract": _Command(
-        "slides",
-        "extract the features of slides",
-        (
-            _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
-            _flag("-o --out", "where to write", "DIR", required=True),
-            _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
-            _flag("--format", None, choices=("h5", "safetensors")),
-            _flag("--overlay", "also draw tissue and tiles (.png)"),
-            _flag(
-                "--border",
-                "what becomes of tiles that would reach over the border of the slide: they move"
-                " inwards (default), or are left out",
-                choices=("shift", "drop"),
-            ),
-            _flag(
-                "--redo", "replace features that were made differently",
-                action="store_const", const="redo", dest="on_mismatch",
-            ),
-            _flag(
-                "--damaged",
-                "what becomes of a slide with damaged tiles: it fails (default), or loses those"
-                " tiles",
-                choices=("error", "drop"),
-            ),
-            _flag("--slide-timeout", "seconds that decoding a slide may take", "S", type=float),
-            _flag(
-                "--shard",
-                "do every N-th slide alone, from the I-th on, counted from 0: for N machines",
-                "I/N", type=_shard,
-            ),
-            _MPP,
+    "extract": _Command("slides", "extract the features of slides", (
+        _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
+        _flag("-o --out", "where to write", "DIR", required=True),
+        _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
+        _flag("--format", None, choices=("h5", "safetensors")),
+        _flag("--overlay", "also draw tissue and tiles (.png)"),
+        _flag(
+            "--border", "what becomes of tiles that would reach over the border of the slide: they"
+            " move inwards (default), or are left out", choices=("shift", "drop"),
         ),
-        """\
+        _flag(
+            "--redo", "replace features that were made differently",
+            action="store_const", const="redo", dest="on_mismatch",
+        ),
+        _flag(
+            "--damaged", "what becomes of a slide with damaged tiles: it fails (default), or loses"
+            " those tiles", choices=("error", "drop"),
+        ),
+        _flag("--slide-timeout", "seconds that decoding a slide may take", "S", type=float),
+        _flag(
+            "--shard", "do every N-th slide alone, from the I-th on, counted from 0: for N"
+            " machines", "I/N", type=_shard,
+        ),
+        _MPP,
+    ), """\
 Features, and report.csv, are written below DIR at the paths that the slides have below their common
 folder. What is there already is kept, so that the same command goes on where it was stopped.
 
@@ -154,98 +145,65 @@ examples:
   xmag extract slides/ -o features --model xmag-mini --format safetensors
   xmag extract scan.tif -o features --mpp 0.25
   xmag extract slides.csv -o s3://bucket/features --shard 0/4
-""",
-    ),
-    "demo": _Command(
-        "slides",
-        "run the main job on a small slide",
-        (
-            _flag(
-                "slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"
-            ),
-            _flag("-o --out", "default: demo", "DIR"),
-            _MPP,
-        ),
-    ),
-    "train": _Command(
-        "classify",
-        "train a classifier on the features of slides",
-        (
-            _COHORT,
-            _FEATURES,
-            _flag("-o --out", "the folder to write", "MODEL", required=True),
-            *_TRAINING,
-        ),
-        """\
+"""),
+    "demo": _Command("slides", "run the main job on a small slide", (
+        _flag("slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"),
+        _flag("-o --out", "default: demo", "DIR"),
+        _MPP,
+    )),
+    "train": _Command("classify", "train a classifier on the features of slides", (
+        *_COHORT,
+        _flag("-o --out", "the folder to write", "MODEL", required=True),
+        *_TRAINING,
+    ), """\
 CSV has the columns slide, label and patient. A fifth of the patients is held out to choose the
 epoch whose weights are kept; xmag evaluate tells how good such a classifier is.
 
 example:
   xmag train cohort.csv --features features -o classifier
-""",
-    ),
-    "predict": _Command(
-        "classify",
-        "predict the labels of slides from their features",
-        (
-            _flag(
-                "inputs", "a CSV with a column slide, or feature files", "CSV|FILE",
-                nargs="+", type=Path,
-            ),
-            _FEATURES,
-            _CLASSIFIER,
-            _flag("-o --out", "also write the predictions there", "CSV"),
-        ),
-    ),
-    "evaluate": _Command(
-        "classify",
-        "cross-validate, or test a classifier on an external cohort",
-        (
-            _COHORT,
-            _FEATURES,
-            _flag("-o --out", "where to write", "FOLDER", required=True),
-            _flag("--folds", "default: 5", "N", type=int),
-            _flag("--repeats", "default: 1", "N", type=int),
-            _flag("--classifier", "test this one instead of training others", "MODEL"),
-            *_TRAINING,
-        ),
-        """\
+"""),
+    "predict": _Command("classify", "predict the labels of slides from their features", (
+        _flag("inputs", "a CSV with a column slide, or feature files", "CSV|FILE", nargs="+",
+              type=Path),
+        _flag("--features", _OF_EXTRACT, "DIR"),
+        _CLASSIFIER,
+        _flag("-o --out", "also write the predictions there", "CSV"),
+    )),
+    "evaluate": _Command("classify", "cross-validate, or test a classifier on an external cohort", (
+        *_COHORT,
+        _flag("-o --out", "where to write", "FOLDER", required=True),
+        _flag("--folds", "default: 5", "N", type=int),
+        _flag("--repeats", "default: 1", "N", type=int),
+        _flag("--classifier", "test this one instead of training others", "MODEL"),
+        *_TRAINING,
+    ), """\
 CSV has the columns slide, label and patient; no patient is in two folds. FOLDER gets report.json,
 roc.png and confusion.png. With --classifier, the cohort is an external one: nothing is trained.
 
 examples:
   xmag evaluate cohort.csv --features features -o evaluation
   xmag evaluate other.csv --features others --classifier classifier -o external
-""",
-    ),
-    "heatmap": _Command(
-        "classify",
-        "draw what a classifier looked at on a slide",
-        (
-            _SLIDE,
-            _CLASSIFIER,
-            _flag("--features", "the features of the slide", "FILE"),
-            _flag("-o --out", "default: the slide's name with -heatmap.png", "PNG"),
-            _flag("--model", "the encoder, where there are no features", "NAME"),
-            _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
-            _flag("--geojson", "also the tiles for QuPath (.geojson)"),
-            _MPP,
-        ),
-        """\
+"""),
+    "heatmap": _Command("classify", "draw what a classifier looked at on a slide", (
+        _SLIDE,
+        _CLASSIFIER,
+        _flag("--features", "the features of the slide", "FILE"),
+        _flag("-o --out", "default: the slide's name with -heatmap.png", "PNG"),
+        _flag("--model", "the encoder, where there are no features", "NAME"),
+        _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
+        _flag("--geojson", "also the tiles for QuPath (.geojson)"),
+        _MPP,
+    ), """\
 Without --features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with
 xmag-mini if MODEL was trained on its features, or else with that of --model.
 
 examples:
   xmag heatmap slide.svs --classifier classifier --features features/slide.h5
   xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
-""",
-    ),
+"""),
     "distill": _Command(
-        "distill",
-        "train an encoder to see at one scale what another sees at a finer one",
-        (
-            _flag("config", "what is done", "CONFIG.toml", type=Path),
-            _flag("--dry-run", "say what memory and time it needs; write nothing"),
-        ),
-    ),
+        "distill", "train an encoder to see at one scale what another sees at a finer one", (
+        _flag("config", "what is done", "CONFIG.toml", type=Path),
+        _flag("--dry-run", "say what memory and time it needs; write nothing"),
+    )),
 }  # fmt: skip
