@@ -10,7 +10,7 @@ from shapely.geometry import box, shape
 from support.fake_reader import FakeTileReader
 
 from xmag import draw
-from xmag.draw.scale import colours, percentiles
+from xmag.draw.attention import colours, percentiles
 from xmag.errors import BagError, InputError
 from xmag.geometry import TileGeometry, polygons_from_geojson
 from xmag.mil import Attention

@@ -98,7 +98,12 @@ def h5_bytes(fill: Callable[[h5py.File], None]) -> bytes:
     In the layout of HDF5 1.8 (2008): it has checksums, and no limit on the size of an attribute.
     """
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v108", "v108")) as file:
+    creation, access = map(h5py.h5p.create, (h5py.h5p.FILE_CREATE, h5py.h5p.FILE_ACCESS))
+    creation.set_obj_track_times(False)  # h5py.File does that from h5py 3.15 on alone
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, buffer)
+    created = h5py.h5f.create(b"bag", h5py.h5f.ACC_TRUNC, creation, access)
+    with h5py.File(created) as file:
         fill(file)
     return buffer.getvalue()
 

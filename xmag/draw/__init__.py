@@ -3,8 +3,7 @@
 Every function returns an image, or GeoJSON, and writes nothing.
 """
 
-from xmag.draw.attention import gallery, heatmap
-from xmag.draw.outlines import attention_geojson
+from xmag.draw.attention import attention_geojson, gallery, heatmap
 from xmag.draw.overview import feature_map, overlay
 
 __all__ = ["attention_geojson", "feature_map", "gallery", "heatmap", "overlay"]

@@ -1,7 +1,7 @@
-"""Attention of a classifier: a heatmap over the slide, and a gallery of the tiles with the most."""
+"""Attention of a classifier: a heatmap over the slide, the tiles with the most, and GeoJSON."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from xmag.draw.frame import (
     FAINT,
     INK,
-    Font,
     Key,
     framed,
-    mean_on_picture,
-    overlaps,
+    mean_on_grey,
+    overlap_key,
     plain,
+    require_canvas,
 )
-from xmag.draw.scale import colours, percentiles, placed
-from xmag.errors import InputError
+from xmag.errors import BagError, InputError
 from xmag.geometry import TileGeometry
 from xmag.slide import Slide
 
@@ -28,6 +27,19 @@ if TYPE_CHECKING:  # pictures are drawn without torch
 _TOP_SHARE = 0.1
 _OPACITY = 0.6
 _GAP_PX = 10
+_WHOSE = "the features were"
+_RANKS = ((0, 50), (50, 75), (75, 90), (90, 100))
+"""Classes of tiles in GeoJSON by the rank of their attention, in percent: from, up to."""
+_VIRIDIS = np.array(
+    [
+        (68, 1, 84), (72, 24, 106), (71, 45, 123), (66, 64, 134), (59, 82, 139), (51, 99, 141),
+        (44, 114, 142), (38, 130, 142), (33, 145, 140), (31, 160, 136), (40, 174, 128),
+        (63, 188, 115), (94, 201, 98), (132, 212, 75), (173, 220, 48), (216, 226, 25),
+        (253, 231, 37),
+    ],
+    np.float64,
+)  # fmt: skip
+"""Every sixteenth colour of matplotlib's viridis (CC0), whose lightness rises evenly."""
 
 
 def heatmap(slide: Slide, attention: "Attention", *, max_px: int = 1600) -> Image.Image:
@@ -41,18 +53,14 @@ def heatmap(slide: Slide, attention: "Attention", *, max_px: int = 1600) -> Imag
     canvas. Other scores are drawn as
     ``Attention(scores=..., coords=bag.coords, tiles=bag.tiles, kind="custom")``.
     """
-    coords, tiles = placed(attention)
-    _require_canvas(slide, tiles)
-    thumbnail = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
-    grey = np.asarray(Image.blend(thumbnail, Image.new("RGB", thumbnail.size, "white"), 0.2))
-    per_level0 = thumbnail.width / slide.dimensions[0]
+    coords, tiles = _placed(attention)
+    require_canvas(slide, tiles, _WHOSE)
     ranks = percentiles(attention.scores)[:, None]
-    mean, covered = mean_on_picture(ranks, coords, tiles.size_level0, thumbnail.size, per_level0)
+    image, mean, covered = mean_on_grey(slide, ranks, coords, tiles, max_px)
+    grey = np.asarray(image)
     tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
-    picture = Image.fromarray(np.where(covered[..., None], np.rint(tinted), grey).astype(np.uint8))
-    keys = _legend(attention.scores)
-    if overlaps(coords, tiles.size_level0):
-        keys.append(Key(text="where tiles overlap, their mean rank"))
+    picture = Image.fromarray(np.where(covered, np.rint(tinted), grey).astype(np.uint8))
+    keys = [*_legend(attention.scores), *overlap_key(coords, tiles, "rank")]
     return framed(picture, slide, keys)
 
 
@@ -68,85 +76,136 @@ def gallery(
     what `heatmap` raises, InputError for a `count` or `tile_px` that makes no sense, and what
     `Slide.read_region` raises.
     """
-    coords, tiles = placed(attention)
-    _require_canvas(slide, tiles)
+    coords, tiles = _placed(attention)
+    require_canvas(slide, tiles, _WHOSE)
     for name, value, least in (("count", count, 1), ("tile_px", tile_px, 64)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} is {value!r}; expected an int from {least} on")
     order = np.argsort(-attention.scores, kind="stable")[:count]
-    font = ImageFont.load_default(max(12, tile_px // 14))
-    line_px = round(1.5 * font.size) if isinstance(font, ImageFont.FreeTypeFont) else 18
+    text_px = max(12, tile_px // 14)
+    font = ImageFont.load_default(text_px)
+    line_px = round(1.5 * text_px)
     columns = max(1, min(len(order), math.ceil(math.sqrt(1.5 * count))))
     rows = math.ceil(len(order) / columns)
     across, down = tile_px + _GAP_PX, tile_px + 2 * line_px + _GAP_PX
     page = Image.new("RGB", (columns * across + _GAP_PX, rows * down + 2 * line_px), "white")
     draw = ImageDraw.Draw(page)
-    title = f"{plain(slide.name)}: {_top(len(order), len(coords))} of {tile_um(tiles)}"
+    top, side_um = _top(len(order), len(coords)), tiles.size_px * tiles.mpp
+    title = f"{plain(slide.name)}: {top} of {side_um:.0f} um a side"
     draw.text((_GAP_PX, line_px), title, INK, font, anchor="lm")
     borders = colours(percentiles(attention.scores))
     mean = float(attention.scores.mean()) if len(coords) else 0.0
+    mpp = tiles.mpp * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
     for place, row in enumerate(order):
         x, y = _GAP_PX + place % columns * across, 2 * line_px + place // columns * down
-        page.paste(_tile(slide, coords[row], tiles, tile_px), (x, y))
+        corner_x, corner_y = coords[row].tolist()
+        pixels = slide.read_region((corner_x, corner_y), (tiles.size_px, tiles.size_px), mpp=mpp)
+        tile = Image.fromarray(pixels).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
+        page.paste(tile, (x, y))
         edge = tuple(borders[row].tolist())
         draw.rectangle((x, y, x + tile_px - 1, y + tile_px - 1), outline=edge, width=3)
         score = float(attention.scores[row])
         more = f", {score / mean:.2g}x mean" if mean > 0 else ""
-        _write_lines(
-            draw, (x, y + tile_px + line_px // 2 + 2), line_px, font,
-            (f"{place + 1}.  {score:.2g}{more}", f"at {coords[row][0]:,}, {coords[row][1]:,}"),
-        )  # fmt: skip
+        y += tile_px + line_px // 2 + 2
+        draw.text((x, y), f"{place + 1}.  {score:.2g}{more}", INK, font, anchor="lm")
+        draw.text((x, y + line_px), f"at {corner_x:,}, {corner_y:,}", FAINT, font, anchor="lm")
     return page
 
 
-def tile_um(tiles: TileGeometry) -> str:
-    """Side of a tile in µm, in words."""
-    return f"{tiles.size_px * tiles.mpp:.0f} um a side"
+def attention_geojson(attention: "Attention") -> dict[str, Any]:
+    """The tiles with their attention as a GeoJSON FeatureCollection in level-0 px, for QuPath.
 
-
-def _require_canvas(slide: Slide, tiles: TileGeometry) -> None:
-    if tuple(tiles.level0_size) != tuple(slide.dimensions):
-        raise InputError(
-            f"the attention is of tiles on a canvas of {tiles.level0_size} px, but {slide.name!r}"
-            f" has {slide.dimensions} px; give the slide that the features were made from"
+    Each tile is a detection, in the order of the bag, with the measurements "Attention" (its score)
+    and "Attention rank" (0 to 100 among the tiles of the slide), by which QuPath's measurement maps
+    colour it. It is classified by its rank: "Attention rank 90-100" and so on, in the colours of
+    `heatmap`. Raises BagError where the attention does not say where its tiles lie.
+    """
+    coords, tiles = _placed(attention)
+    ranks = percentiles(attention.scores)
+    kinds = [
+        {
+            "name": f"Attention rank {low}-{high}",
+            "color": colours(np.array((low + high) / 2)).tolist(),
+        }
+        for low, high in _RANKS
+    ]
+    bins = np.searchsorted([high for _, high in _RANKS[:-1]], ranks, side="right")
+    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * tiles.size_level0
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [(corner + square).tolist()]},
+            "properties": {
+                "objectType": "detection",
+                "classification": kinds[kind],
+                "measurements": {"Attention": score, "Attention rank": round(rank, 2)},
+            },
+        }
+        for corner, score, rank, kind in zip(
+            coords, attention.scores.tolist(), ranks.tolist(), bins.tolist(), strict=True
         )
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def percentiles(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Rank of each score among all, from 0 (least) to 100 (most); equal scores rank equal.
+
+    It is the mean rank of equal scores, from 0, by N - 1. One score alone stands at 50.
+    """
+    if len(scores) < 2:
+        return np.full(len(scores), 50.0)
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts + 1) / 2
+    return np.asarray(100 * ranks[inverse] / (len(scores) - 1), np.float64)
+
+
+def colours(percent: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The colours, uint8 (..., 3), of percentiles: from dark violet over green to yellow."""
+    at = np.asarray(percent, np.float64) / 100 * (len(_VIRIDIS) - 1)
+    places = np.arange(len(_VIRIDIS))
+    channels = [np.interp(at, places, channel) for channel in _VIRIDIS.T]
+    return np.asarray(np.rint(np.stack(channels, axis=-1)), np.uint8)
+
+
+def _placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
+    """The corners of the tiles and their geometry.
+
+    Raises BagError where the bag did not know them, and InputError for scores that are not one
+    finite number for each tile.
+    """
+    coords, tiles = attention.coords, attention.tiles
+    if coords is None or tiles is None:
+        missing = "coords" if coords is None else "tiles"
+        raise BagError(
+            f"the attention does not say where its tiles lie ({missing} is None); use that of a"
+            " bag that extract_features made, or of the path of its file. Of a file of other"
+            " software give what it lacks: FeatureBag(bag.features, coords, tiles=), or for STAMP's"
+            " FeatureBag.load(path).on(slide)"
+        )
+    if attention.scores.shape != (len(coords),) or not np.isfinite(attention.scores).all():
+        raise InputError(
+            f"the attention has scores of shape {attention.scores.shape} for {len(coords)} tiles;"
+            " expected one finite number for each tile"
+        )
+    return coords, tiles
 
 
 def _legend(scores: NDArray[np.float32]) -> list[Key]:
     if not len(scores):
         return [Key(text="no tiles")]
     ramp = tuple(tuple(c) for c in colours(np.linspace(0, 100, 64)).tolist())
-    keys = [Key(text="rank of attention among the tiles, 0 to 100", line=FAINT, ramp=ramp)]
+    keys = [Key(text="rank of attention among the tiles, 0 to 100", line=FAINT, fills=ramp)]
     top = math.ceil(_TOP_SHARE * len(scores))
     total = float(scores.sum(dtype=np.float64))
-    held = f"{_top(top, len(scores))}"
     if total > 0 and scores.min() >= 0:
         share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
-        held += f" {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
+        held = (
+            f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
+        )
         keys.append(Key(text=held))
     return keys
 
 
 def _top(count: int, total: int) -> str:
     return f"the top {count:,} of {total:,} tiles" if total > 1 else f"{total} tile"
-
-
-def _tile(
-    slide: Slide, corner: NDArray[np.int64], tiles: TileGeometry, tile_px: int
-) -> Image.Image:
-    x, y = corner.tolist()
-    mpp = tiles.mpp * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
-    pixels = slide.read_region((x, y), (tiles.size_px, tiles.size_px), mpp=mpp)
-    return Image.fromarray(pixels).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
-
-
-def _write_lines(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    line_px: int,
-    font: Font,
-    lines: tuple[str, str],
-) -> None:
-    """Two lines, the first in ink, the second fainter."""
-    for number, (text, colour) in enumerate(zip(lines, (INK, FAINT), strict=True)):
-        draw.text((place[0], place[1] + number * line_px), text, colour, font, anchor="lm")

@@ -1,4 +1,4 @@
-"""The frame of every picture: below it the slide's name, its scale, and a legend."""
+"""What pictures of a slide share: where tiles lie, and the frame with name, scale and legend."""
 
 import math
 import unicodedata
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from xmag.bag import Canvas
+from xmag.errors import InputError
+from xmag.geometry import TileGeometry
 
 Rgb = tuple[int, int, int]
-Box = tuple[int, int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 INK: Rgb = (34, 34, 34)
 FAINT: Rgb = (105, 105, 105)
@@ -33,18 +33,64 @@ class Pictured(Canvas, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Entry of a legend: a square of this look, and its meaning.
+    """Entry of a legend: a swatch, and its meaning; without a `line`, text alone.
 
-    With a `second_fill`, that is the look of its right half. With a `ramp`, it is a bar of these
-    colours; without a `line` there is text alone.
+    The swatch shows its fills side by side: one, two halves, or the many of a ramp, which is wider.
     """
 
     text: str
     line: Rgb | None = None
-    ramp: tuple[Rgb, ...] = ()
-    fill: Rgb | None = None
-    second_fill: Rgb | None = None
-    thick: bool = True
+    fills: tuple[Rgb, ...] = ()
+    weight: int = 1
+
+
+def box_of(corner: NDArray[np.int64], side: int, per_level0: float) -> tuple[int, int, int, int]:
+    """The first and last px (left, top, right, bottom) of a tile on the picture."""
+    x, y = (int(v) for v in corner)
+    left, top = round(x * per_level0), round(y * per_level0)
+    right, bottom = round((x + side) * per_level0) - 1, round((y + side) * per_level0) - 1
+    return left, top, max(left, right), max(top, bottom)
+
+
+def mean_on_grey(
+    slide: Pictured,
+    values: NDArray[np.float64],
+    coords: NDArray[np.int64],
+    tiles: TileGeometry,
+    max_px: int,
+) -> tuple[Image.Image, NDArray[np.float64], NDArray[np.bool_]]:
+    """The slide in grey, the mean value of the tiles on each px, and where there are any.
+
+    `values` are (N, K) and `coords` the corners of the tiles in level-0 px; the mean is (h, w, K),
+    and where it is known (h, w, 1).
+    """
+    thumbnail = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
+    total = np.zeros((thumbnail.height, thumbnail.width, values.shape[1]))
+    count = np.zeros((*total.shape[:2], 1), np.int64)
+    per_level0 = thumbnail.width / slide.dimensions[0]
+    for corner, value in zip(coords, values, strict=True):
+        left, top, right, bottom = box_of(corner, tiles.size_level0, per_level0)
+        window = slice(top, bottom + 1), slice(left, right + 1)
+        total[window] += value
+        count[window] += 1
+    grey = Image.blend(thumbnail, Image.new("RGB", thumbnail.size, "white"), 0.2)
+    return grey, total / np.maximum(count, 1), count > 0
+
+
+def overlap_key(coords: NDArray[np.int64], tiles: TileGeometry, value: str) -> list[Key]:
+    """The entry on tiles that overlap: columns or rows of them do, by more than rounding does."""
+    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
+    overlaps = bool((gaps < tiles.size_level0 - 1).any())
+    return [Key(text=f"where tiles overlap, their mean {value}")] if overlaps else []
+
+
+def require_canvas(slide: Canvas, tiles: TileGeometry, whose: str) -> None:
+    """Raise InputError for tiles of another canvas than the slide's; `whose` is "the bag was"."""
+    if tuple(tiles.level0_size) != tuple(slide.dimensions):
+        raise InputError(
+            f"{whose} made on a canvas of {tiles.level0_size} px, but {slide.name!r} has"
+            f" {slide.dimensions} px; give the slide that {whose} made from"
+        )
 
 
 def framed(picture: Image.Image, slide: Pictured, keys: Sequence[Key]) -> Image.Image:
@@ -53,145 +99,56 @@ def framed(picture: Image.Image, slide: Pictured, keys: Sequence[Key]) -> Image.
     text_px = max(13, round(width / 80))
     font = ImageFont.load_default(text_px)
     margin, line_px = text_px, round(1.9 * text_px)
-    scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
-    title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
-    bar_um, bar_px = _scale_bar(slide, picture.width)
-    places, lines = _place_keys(keys, font, width - 2 * margin, first=bar_px + 5 * text_px)
-    height = picture.height + margin + line_px * (1 + lines)
-    page = Image.new("RGB", (width, height), "white")
+    page = Image.new("RGB", (width, picture.height + margin + line_px * (2 + len(keys))), "white")
     page.paste(picture)
     draw = ImageDraw.Draw(page)
     y = picture.height + margin // 2 + line_px // 2
-    room = width - 3 * margin - font.getlength(title)
-    draw.text((margin, y), _shortened(plain(slide.name), font, room), INK, font, anchor="lm")
+    scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
+    title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
+    name, room = plain(slide.name), width - 3 * margin - font.getlength(title)
+    kept = len(name)
+    while kept > 8 and font.getlength(name) > room:  # its middle is left out
+        kept -= 1
+        name = f"{plain(slide.name)[: kept // 2]}...{plain(slide.name)[-(kept - kept // 2) :]}"
+    draw.text((margin, y), name, INK, font, anchor="lm")
     draw.text((width - margin, y), title, FAINT, font, anchor="rm")
-    y += line_px
-    if bar_px:
-        _draw_bar(draw, (margin, y), bar_px, f"{bar_um / 1000:g} mm" if bar_um >= 1000
-                  else f"{bar_um:g} um", font)  # fmt: skip
-    for key, (x, line) in zip(keys, places, strict=True):
-        _draw_key(draw, key, (margin + x, y + line * line_px), font)
-    return page
+
+    x, y = margin + 5 * text_px, y + line_px
+    if slide.mpp is not None:
+        bar_um, bar_px = _scale_bar(slide.mpp * slide.dimensions[0], picture.width)
+        draw.rectangle((margin, y - 2, margin + bar_px - 1, y + 1), fill=INK)
+        for end in (margin, margin + bar_px - 2):
+            draw.rectangle((end, y - 6, end + 1, y + 5), fill=INK)
+        text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
+        draw.text((margin + bar_px + 8, y), text, INK, font, anchor="lm")
+        x += bar_px
+
+    em, blank = font.getlength("m"), font.getlength(" ")
+    half = round(em * 0.45)
+    for key in keys:
+        swatch_px, text_at = 2 * half, round(em * 0.9 + blank * 1.5) if key.line else 0
+        if len(key.fills) > 2:
+            swatch_px, text_at = round(em * 9) - half, round(em * 9)
+        length = text_at + round(font.getlength(f"{key.text}   "))
+        if x + length > width - margin and x > margin:
+            x, y = margin, y + line_px
+        for at in range(swatch_px if key.fills else 0):
+            fill = key.fills[at * len(key.fills) // swatch_px]
+            draw.line((x + at, y - half, x + at, y + half), fill)
+        if key.line is not None:
+            box = (x, y - half, x + swatch_px, y + half)
+            draw.rectangle(box, outline=key.line, width=key.weight)
+        draw.text((x + text_at, y), key.text, INK, font, anchor="lm")
+        x += length
+    return page.crop((0, 0, width, y - line_px // 2 + line_px + margin - margin // 2))
 
 
-def box_of(corner: NDArray[np.int64], side: int, per_level0: float) -> Box:
-    """The first and last px (left, top, right, bottom) of a tile on the picture."""
-    x, y = (int(v) for v in corner)
-    left, top = round(x * per_level0), round(y * per_level0)
-    right, bottom = round((x + side) * per_level0) - 1, round((y + side) * per_level0) - 1
-    return left, top, max(left, right), max(top, bottom)
-
-
-def mean_on_picture(
-    values: NDArray[np.float64],
-    coords: NDArray[np.int64],
-    side: int,
-    size: tuple[int, int],
-    per_level0: float,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The mean of the values (N, K) of the tiles on each px of a picture, and where there are any.
-
-    `coords` and `side` are those of the tiles in level-0 px, `size` is (width, height).
-    """
-    total = np.zeros((size[1], size[0], values.shape[1]))
-    count = np.zeros((size[1], size[0], 1), np.int64)
-    for corner, value in zip(coords, values, strict=True):
-        left, top, right, bottom = box_of(corner, side, per_level0)
-        window = slice(top, bottom + 1), slice(left, right + 1)
-        total[window] += value
-        count[window] += 1
-    return total / np.maximum(count, 1), count[..., 0] > 0
-
-
-def overlaps(coords: NDArray[np.int64], side: int) -> bool:
-    """Whether columns or rows of tiles with these corners overlap, by more than rounding does."""
-    gaps = (np.diff(np.unique(axis)) for axis in coords.T)
-    return any(bool((gap < side - 1).any()) for gap in gaps)
-
-
-def _scale_bar(slide: Pictured, width_px: int) -> tuple[float, int]:
-    """The round length in µm that fills up to a fifth of the picture, and its px; 0 without mpp."""
-    if slide.mpp is None:
-        return 0.0, 0
-    um_per_px = slide.mpp * slide.dimensions[0] / width_px
-    longest = um_per_px * width_px / 5
+def _scale_bar(width_um: float, width_px: int) -> tuple[float, int]:
+    """The round length in µm that fills up to a fifth of the picture, and its px."""
+    longest = width_um / 5
     decade = 10.0 ** math.floor(math.log10(longest))
     length_um = max(step * decade for step in (1, 2, 5) if step * decade <= longest)
-    return length_um, round(length_um / um_per_px)
-
-
-def _draw_bar(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    length_px: int,
-    text: str,
-    font: Font,
-) -> None:
-    """A bar of `length_px`, centred on the line, with its length written behind it."""
-    x, y = place
-    draw.rectangle((x, y - 2, x + length_px - 1, y + 1), fill=INK)
-    for end in (x, x + length_px - 2):
-        draw.rectangle((end, y - 6, end + 1, y + 5), fill=INK)
-    draw.text((x + length_px + 8, y), text, INK, font, anchor="lm")
-
-
-def _place_keys(
-    keys: Sequence[Key],
-    font: Font,
-    room_px: int,
-    *,
-    first: int,
-) -> tuple[list[tuple[int, int]], int]:
-    """Positions of the entries, as px from the left and line, and the number of lines."""
-    places, x, line = [], first, 0
-    for key in keys:
-        length = _look_px(key, font) + round(font.getlength(f"{key.text}   "))
-        if x + length > room_px and x > 0:
-            x, line = 0, line + 1
-        places.append((x, line))
-        x += length
-    return places, line + 1
-
-
-def _draw_key(
-    draw: ImageDraw.ImageDraw,
-    key: Key,
-    place: tuple[int, int],
-    font: Font,
-) -> None:
-    """Draw the entry's square or ramp, and its text."""
-    x, y = place
-    half = round(font.getlength("m") * 0.45)
-    if key.ramp:
-        length = _look_px(key, font) - half
-        for at in range(length):
-            colour = key.ramp[at * len(key.ramp) // length]
-            draw.line((x + at, y - half, x + at, y + half), fill=colour)
-        draw.rectangle((x, y - half, x + length, y + half), outline=key.line)
-    elif key.line is not None:
-        square = (x, y - half, x + 2 * half, y + half)
-        draw.rectangle(square, fill=key.fill)
-        if key.second_fill is not None:
-            draw.rectangle((x + half, y - half, x + 2 * half, y + half), fill=key.second_fill)
-        draw.rectangle(square, outline=key.line, width=2 if key.thick else 1)
-    draw.text((x + _look_px(key, font), y), key.text, INK, font, anchor="lm")
-
-
-def _look_px(key: Key, font: Font) -> int:
-    """Px from the left end of an entry to its text."""
-    if key.ramp:
-        return round(font.getlength("m") * 9)
-    return round(font.getlength("m") * 0.9 + font.getlength(" ") * 1.5) if key.line else 0
-
-
-def _shortened(name: str, font: Font, room_px: float) -> str:
-    """The name, its middle left out as far as it has to be to fit."""
-    keep = len(name)
-    short = name
-    while keep > 8 and font.getlength(short) > room_px:
-        keep -= 1
-        short = f"{name[: keep // 2]}...{name[-(keep - keep // 2) :]}"
-    return short
+    return length_um, round(length_um / (width_um / width_px))
 
 
 def plain(text: str) -> str:

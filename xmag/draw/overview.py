@@ -16,10 +16,11 @@ from xmag.draw.frame import (
     Rgb,
     box_of,
     framed,
-    mean_on_picture,
-    overlaps,
+    mean_on_grey,
+    overlap_key,
+    require_canvas,
 )
-from xmag.errors import BagError, InputError
+from xmag.errors import BagError
 from xmag.plan import TilePlan
 from xmag.slide import Slide
 from xmag.tissue import TissueMask
@@ -66,7 +67,8 @@ def overlay(
     keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
     if tissue is not None:
         _draw_outline(picture, tissue, per_level0)
-        keys.insert(0, Key(text=f"tissue, {tissue.fraction:.0%} of the slide", line=_TISSUE))
+        text = f"tissue, {tissue.fraction:.0%} of the slide"
+        keys.insert(0, Key(text=text, line=_TISSUE, weight=2))
     return framed(picture, slide, keys)
 
 
@@ -86,31 +88,20 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
             "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
             " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
         )
-    if tuple(bag.tiles.level0_size) != tuple(slide.dimensions):
-        raise InputError(
-            f"the bag was made on a canvas of {bag.tiles.level0_size} px, but {slide.name!r} has"
-            f" {slide.dimensions} px; give the slide that the bag was made from"
-        )
-    picture = slide.thumbnail(max_px=max_px).convert("L").convert("RGB")
-    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.2)
+    require_canvas(slide, bag.tiles, "the bag was")
     scores, shares = _principal_components(np.asarray(bag.features, np.float64))
-    per_level0 = picture.width / slide.dimensions[0]
     colours = _component_colours(scores).astype(np.float64)
-    side = bag.tiles.size_level0
-    mean, covered = mean_on_picture(colours, coords, side, picture.size, per_level0)
-    painted = Image.fromarray(
-        np.where(covered[..., None], np.rint(mean), np.asarray(picture)).astype(np.uint8)
-    )
+    picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
+    painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
         ends = np.zeros((2, 3))
         ends[:, component] = -1, 1
-        low, high = (tuple(c) for c in _component_colours(ends).tolist())
+        fills = tuple(tuple(c) for c in _component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
-        keys.append(Key(text=text, line=FAINT, fill=low, second_fill=high, thick=False))
-    if overlaps(coords, side):
-        keys.append(Key(text="where tiles overlap, their mean colour"))
-    return framed(Image.blend(picture, painted, 0.7), slide, keys)
+        keys.append(Key(text=text, line=FAINT, fills=fills))
+    keys += overlap_key(coords, bag.tiles, "colour")
+    return framed(Image.blend(picture, Image.fromarray(painted), 0.7), slide, keys)
 
 
 def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[Key]:
@@ -131,19 +122,19 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
         text, line = _DROPPED[reason]
         for corner in corners if side_px >= _SMALLEST_DROPPED_PX else ():
             draw.rectangle(box_of(corner, side, per_level0), outline=line)
-        keys.append(Key(text=f"{len(corners):,} {text}", line=line, thick=False))
+        keys.append(Key(text=f"{len(corners):,} {text}", line=line))
     weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
     # Those for a piece last, as others may overlap them.
     for is_for_piece, line in ((False, _KEPT), (True, _FOR_PIECE)):
         for row in np.flatnonzero(plan.for_piece == is_for_piece) if is_outlined else ():
             draw.rectangle(kept[row], outline=line, width=weight)
-    fill = (215, 225, 240)
+    fill = ((215, 225, 240),)
     if pieces := int(np.count_nonzero(plan.for_piece)):
         text = f"{pieces:,} of them for a small piece of tissue"
-        keys.insert(0, Key(text=text, line=_FOR_PIECE, fill=fill))
+        keys.insert(0, Key(text=text, line=_FOR_PIECE, fills=fill, weight=2))
     tiles = "tile" if len(plan) == 1 else "tiles"
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
-    return [Key(text=f"{len(plan):,} {tiles}{share}", line=_KEPT, fill=fill), *keys]
+    return [Key(text=f"{len(plan):,} {tiles}{share}", line=_KEPT, fills=fill, weight=2), *keys]
 
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
