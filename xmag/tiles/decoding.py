@@ -278,11 +278,10 @@ class Decoding:
     def _cut_runs(self) -> list[Run]:
         if self._tile_reader is None:
             # Without source tiles to share, a wanted tile is its own source.
-            source = np.arange(len(self._windows.start))
-            pieces = np.zeros((len(source), 7), np.int64)
-            pieces[:, 0] = source
-        else:
-            source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
+            nothing = np.empty((0, 7), np.int64)
+            count, size = len(self._windows.start), self._batch_size
+            return [Run(sources=[n], pieces=nothing, batches=[n // size]) for n in range(count)]
+        source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
         if not len(source):
             return []
         sources, number = np.unique(source, return_inverse=True)
