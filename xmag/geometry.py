@@ -11,13 +11,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.errors import InputError, SlideScaleError
 
 Resample = Literal["area", "lanczos"]
@@ -61,17 +62,12 @@ class TileSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TileSpec":
-        """The TileSpec with these fields; InputError where one is unknown."""
-        known = {"mpp", "size_px", "mpp_tolerance", "resample"}
-        if unknown := sorted(set(fields) - known):
-            raise InputError(
-                f"a tile spec has unknown fields {unknown}; expected some of {sorted(known)}"
-            )
-        return cls(**fields)
+        """The TileSpec with these fields; InputError for an unknown one, or of another type."""
+        return records.from_dict(cls, fields, "tile_spec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +129,8 @@ class TileGeometry:
     """Geometry of a slide's tiles, which a reader of `coords` needs to know besides.
 
     `size_px` output px at `mpp` cover `size_level0` level-0 px (the nearest int; `mpp` and
-    `level0_mpp` are exact). Neighbours share `overlap_px` output px.
+    `level0_mpp` are exact). Neighbours share `overlap_px` output px. Raises InputError for a size
+    that is no whole number of px, and a scale that is no positive number.
     """
 
     size_px: int
@@ -143,32 +140,23 @@ class TileGeometry:
     level0_mpp: float
     level0_size: tuple[int, int]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {**asdict(self), "level0_size": list(self.level0_size)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
-        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
-        try:
-            width, height = fields["level0_size"]
-            geometry = cls(**{**fields, "level0_size": (width, height)})
-            counts = (geometry.size_px, geometry.size_level0, geometry.overlap_px, width, height)
-            scales = (geometry.mpp, geometry.level0_mpp)
-            fits = all(isinstance(n, int) and n >= 0 for n in counts) and all(
-                isinstance(mpp, int | float) and math.isfinite(mpp) and mpp > 0 for mpp in scales
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"the fields of a tile geometry make no sense ({error!r}); expected what"
-                " to_dict gave"
-            ) from error
-        if not fits:
+    def __post_init__(self) -> None:
+        counts = (self.size_px, self.size_level0, self.overlap_px, *self.level0_size)
+        scales = (self.mpp, self.level0_mpp)
+        if min(counts) < 0 or not all(math.isfinite(mpp) and mpp > 0 for mpp in scales):
             raise InputError(
                 f"a tile geometry has sizes {counts} and scales {scales}; expected whole numbers of"
                 " px and positive numbers of µm/px"
             )
-        return geometry
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return records.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
+        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
+        return records.from_dict(cls, fields, "tiles")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

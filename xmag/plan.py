@@ -4,13 +4,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.errors import InputError, XmagWarning
 from xmag.geometry import Polygon, ReadScale, TileGeometry, TileSpec, polygons_from_geojson
 from xmag.grid import BORDER, PIECE, ROI, TILE, TISSUE, Border, axes_of, letters_of, tissue_under
@@ -25,7 +26,11 @@ _DAMAGED = "d"
 REASONS = {BORDER: "border", ROI: "roi", TISSUE: "tissue", _DAMAGED: "damaged"}
 """Reasons that a grid cell is no tile, by the character that stands for it in `cells`."""
 
-_SCHEMA_VERSION = 2
+_FORMAT = records.Format(
+    version=2,
+    writer="TilePlan.to_json",
+    remedy="make the plan again with plan_tiles",
+)
 
 _ENOUGH = 0.9
 """Least share of tissue under tiles; where they cover less, there is a warning."""
@@ -134,52 +139,24 @@ class TilePlan:
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""
-        fields = {
-            "schema_version": _SCHEMA_VERSION,
-            "spec": self.spec.to_dict(),
-            "scale": asdict(self.scale),
-            "tiles": self.tiles.to_dict(),
-            "options": dict(self.options),
-            "tissue": None if self.tissue is None else self.tissue.to_dict(),
-            "slide": None if self.slide is None else dict(self.slide),
-            "columns": list(self.columns),
-            "rows": list(self.rows),
-            "cells": list(self.cells),
-        }
-        return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False)
+        fields = records.to_dict(replace(self, tissue=None))
+        fields["tissue"] = None if self.tissue is None else self.tissue.to_dict()
+        return _FORMAT.dumps(fields, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "TilePlan":
-        """The plan that `to_json` wrote. Raises InputError where the text holds none."""
-        try:
-            fields = json.loads(text)
-            version = fields.pop("schema_version")
-            if version != _SCHEMA_VERSION:
-                raise InputError(
-                    f"the tile plan has schema version {version!r}, this xmag reads"
-                    f" {_SCHEMA_VERSION}; upgrade xmag or make the plan again"
-                )
-            tissue, columns, rows = fields["tissue"], fields["columns"], fields["rows"]
-            if [len(row) for row in fields["cells"]] != [len(columns)] * len(rows):
+        """The plan that `to_json` wrote. Raises InputError where the text holds none.
+
+        Plans of version 1 do not say which tissue they are to cover, and have to be made again.
+        """
+        fields = _FORMAT.loads(text, "the tile plan")
+        with _FORMAT.reading("the tile plan"):
+            tissue = fields.get("tissue")
+            fields["tissue"] = None if tissue is None else TissueMask.from_dict(tissue)
+            plan = records.from_dict(cls, fields)
+            if [len(row) for row in plan.cells] != [len(plan.columns)] * len(plan.rows):
                 raise ValueError("its cells are not as many as its columns and rows")
-            return cls(
-                spec=TileSpec.from_dict(fields["spec"]),
-                scale=ReadScale(**fields["scale"]),
-                tiles=TileGeometry.from_dict(fields["tiles"]),
-                columns=tuple(columns),
-                rows=tuple(rows),
-                cells=tuple(fields["cells"]),
-                options=fields["options"],
-                tissue=None if tissue is None else TissueMask.from_dict(tissue),
-                slide=fields["slide"],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"this is not a tile plan ({error!r}); expected the text that"
-                " TilePlan.to_json() returned"
-            ) from error
+        return plan
 
 
 def plan_tiles(
