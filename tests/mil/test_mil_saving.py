@@ -227,7 +227,7 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
     [
         ({"schema_version": 2}, "schema_version 2, and this xmag reads up to 1.*upgrade"),
         ({"schema_version": "1"}, "schema_version '1'"),
-        ({"format": "other"}, "describes something else than a classifier"),
+        ({"format": "other"}, "it has format 'other', not 'xmag.MILClassifier'"),
         ({"classes": [["str", "a"]]}, "is damaged or was changed"),
         ({"classes": [["str", "a"], ["str", "a"]]}, "is damaged"),
         ({"classes": [["str", "a"], ["eval", "b"]]}, "is damaged"),
