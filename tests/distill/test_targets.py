@@ -277,9 +277,9 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, manifest, teacher) ->
     header = json.loads((tmp_path / "targets.json").read_text())
     assert str(tmp_path) not in json.dumps(header)
     for text, message in (
-        ("{", "does not describe kept targets"),
-        (json.dumps({**header, "schema_version": 2}), "schema version 2"),
-        (json.dumps({**header, "provenance": {}}), "provenance holds"),
+        ("{", "not what keep_targets wrote"),
+        (json.dumps({**header, "schema_version": 2}), "schema_version 2, .*upgrade"),
+        (json.dumps({**header, "provenance": {}}), r"provenance\.fingerprint is missing"),
     ):
         (tmp_path / "targets.json").write_text(text)
         with pytest.raises(InputError, match=message):
