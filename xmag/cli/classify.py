@@ -99,8 +99,7 @@ def _seen(epoch: dict[str, Any]) -> str:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from xmag.files import write_text
-    from xmag.tables import csv_text
+    from xmag.files import csv_text, write_text
 
     table = _to_predict(args.inputs, args.features)
     classifier = _load(args.classifier)
