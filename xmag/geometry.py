@@ -140,6 +140,11 @@ class TileGeometry:
     level0_mpp: float
     level0_size: tuple[int, int]
 
+    @property
+    def side_level0(self) -> float:
+        """Side of a tile in level-0 px, exact."""
+        return self.size_px * self.mpp / self.level0_mpp
+
     def __post_init__(self) -> None:
         counts = (self.size_px, self.size_level0, self.overlap_px, *self.level0_size)
         scales = (self.mpp, self.level0_mpp)
@@ -224,8 +229,9 @@ def polygons_from_geojson(source: Any) -> tuple[Polygon, ...]:
 
     `source` is the object as Python values, JSON text, or the path of a file, such as QuPath
     exports. It may be a Polygon, MultiPolygon, Feature, FeatureCollection or GeometryCollection
-    (RFC 7946), or a list of them. Rings need not be closed. Raises InputError where there is no
-    polygon, and for points and lines: what they were meant to select is not guessed.
+    (RFC 7946), or a list of them and of Polygons of this module. Rings need not be closed. Raises
+    InputError where there is no polygon, and for points and lines: what they were meant to select
+    is not guessed.
     """
     polygons = tuple(_find_polygons(_load_geojson(source)))
     if not polygons:
@@ -256,33 +262,30 @@ def _load_geojson(source: Any) -> Any:
 
 def _find_polygons(item: Any) -> Iterator[Polygon]:
     """The polygons in any GeoJSON object or list of them, depth first."""
-    if isinstance(item, list | tuple):
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if isinstance(item, Polygon):
+        yield item
+    elif isinstance(item, list | tuple):
         for part in item:
             yield from _find_polygons(part)
-        return
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    match kind:
-        case "Polygon":
-            yield _polygon(item.get("coordinates"))
-        case "MultiPolygon":
-            for rings in _listed(item, "coordinates"):
-                yield _polygon(rings)
-        case "Feature":
-            if item.get("geometry") is not None:  # RFC 7946: null where a feature has no place
-                yield from _find_polygons(item["geometry"])
-        case "FeatureCollection":
-            yield from _find_polygons(_listed(item, "features"))
-        case "GeometryCollection":
-            yield from _find_polygons(_listed(item, "geometries"))
-        case _:
-            raise InputError(
-                f"GeoJSON holds {_named(item, kind)}; expected areas: Polygon or MultiPolygon,"
-                " alone or in features and collections. Export only the areas"
-            )
-
-
-def _named(item: Any, kind: object) -> str:
-    return f"a {type(item).__name__}" if kind is None else f"the type {kind!r}"
+    elif kind == "Polygon":
+        yield Polygon(tuple(_listed(item, "coordinates")))
+    elif kind == "MultiPolygon":
+        for rings in _listed(item, "coordinates"):
+            yield from _find_polygons({"type": "Polygon", "coordinates": rings})
+    elif kind == "Feature":
+        if item.get("geometry") is not None:  # RFC 7946: null where a feature has no place
+            yield from _find_polygons(item["geometry"])
+    elif kind == "FeatureCollection":
+        yield from _find_polygons(_listed(item, "features"))
+    elif kind == "GeometryCollection":
+        yield from _find_polygons(_listed(item, "geometries"))
+    else:
+        seen = f"a {type(item).__name__}" if kind is None else f"the type {kind!r}"
+        raise InputError(
+            f"GeoJSON holds {seen}; expected areas: Polygon or MultiPolygon, alone or in features"
+            " and collections. Export only the areas"
+        )
 
 
 def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
@@ -292,15 +295,6 @@ def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
             f"a GeoJSON {item['type']} has {key} of type {type(found).__name__}; expected a list"
         )
     return found
-
-
-def _polygon(rings: Any) -> Polygon:
-    if not isinstance(rings, list | tuple):
-        raise InputError(
-            f"a GeoJSON polygon has coordinates of type {type(rings).__name__}; expected a list of"
-            " rings, each a list of [x, y]"
-        )
-    return Polygon(tuple(rings))
 
 
 def _frozen_ring(corners: Any) -> NDArray[np.float64]:

@@ -106,8 +106,7 @@ class TilePlan:
         tissue = self.tissue
         if tissue is None:
             return [0.0] * (len(parts) + 1)
-        side = self.tiles.size_px * self.tiles.mpp / self.tiles.level0_mpp
-        small = 0.0
+        side, small = self.tiles.side_level0, 0.0
         if tissue.too_small is not None:
             under = tissue_under(replace(tissue, mask=tissue.too_small), parts[:1], side)
             small = tissue.too_small_mm2 - under[0]
@@ -118,10 +117,9 @@ class TilePlan:
         return len(self.coords)
 
     def _corners(self, letters: str) -> Coords:
-        cells = self._places(letters)
-        corners = np.empty((len(cells), 2), np.int64)
-        corners[:, 0] = np.array(self.columns, np.int64)[cells[:, 1]]
-        corners[:, 1] = np.array(self.rows, np.int64)[cells[:, 0]]
+        rows, columns = self._places(letters).T
+        x, y = np.array(self.columns, np.int64)[columns], np.array(self.rows, np.int64)[rows]
+        corners = np.stack([x, y], axis=1)
         corners.setflags(write=False)
         return corners
 
@@ -209,7 +207,7 @@ def plan_tiles(
         level0_mpp=slide.mpp,
         level0_size=slide.dimensions,
     )
-    polygons = None if roi is None else _polygons(roi)
+    polygons = None if roi is None else polygons_from_geojson(roi)
     options = plan_options(
         overlap=overlap,
         min_tissue=min_tissue,
@@ -293,12 +291,6 @@ def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
         XmagWarning,
         stacklevel=3,
     )
-
-
-def _polygons(roi: Any) -> tuple[Polygon, ...]:
-    if isinstance(roi, tuple) and all(isinstance(part, Polygon) for part in roi):
-        return roi
-    return polygons_from_geojson(roi)
 
 
 def _digest(polygons: Sequence[Polygon]) -> str:
