@@ -1,6 +1,5 @@
 """Features of one slide: `extract_features`, from a slide to its FeatureBag."""
 
-import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +23,6 @@ from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
 from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
-
-logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tiles], Tiles]
 """Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""

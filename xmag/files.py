@@ -84,8 +84,8 @@ def atomic_path(
     """
     place = place_of(path)
     if isinstance(place, Url):
-        with _temporary_folder() as folder:
-            temp = folder / "new"
+        with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
+            temp = Path(folder, "new")
             temp.touch()
             yield temp
             if validate is not None:
@@ -224,19 +224,16 @@ def is_of_the_place(error: BaseException) -> bool:
     )
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Remove temporary files of writers that were killed from a folder; returns their number.
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of writers that were killed from a folder.
 
     Only temporary files of xmag that nobody has written to for a day: a writer needs seconds.
     """
-    removed = 0
     with suppress(OSError):
         for leftover in folder.glob(f".*{_TEMP_SUFFIX}"):
             with suppress(OSError):
                 if time.time() - leftover.lstat().st_mtime > _OLD_S:
                     leftover.unlink()
-                    removed += 1
-    return removed
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -245,18 +242,14 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_folder(place: Place) -> None:
-    """Make a folder and those above it, if they are not there; stores need none.
-
-    Raises OutputError where that cannot be done.
-    """
-    if isinstance(place, Url):
-        return
+def make_folder(folder: str | os.PathLike[str] | Url) -> None:
+    """Make a folder and those above it, if they are not there; OutputError where that fails."""
+    place = place_of(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"the output folder {place} cannot be made: {error.strerror}; name another one"
+            f"the folder {place} cannot be made: {error.strerror}; give another one"
         ) from error
 
 
@@ -271,8 +264,8 @@ def local_copy(place: Place, kind: type[XmagError]) -> Iterator[Path]:
         return
     with retold(kind, place):
         data = place.read()
-    with _temporary_folder() as folder:
-        copy = folder / "copy"
+    with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder, "copy")
         try:
             copy.write_bytes(data)
         except OSError as error:
@@ -291,12 +284,6 @@ def remove_folder(place: Place) -> None:
     with suppress(XmagError), retold(OutputError, place):
         for url in place.files_below():
             url.remove()
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,11 +4,10 @@ What is read is compared with the types of the fields. An error names the key, w
 what was expected, and for an unknown key the nearest known one.
 """
 
-import difflib
 import functools
 import json
 import os
-import tomllib
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +25,6 @@ _NAMES = {
     int: "a whole number",
     float: "a number",
     str: "a text",
-    dict: "a table",
-    list: "a list",
 }
 
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
@@ -58,7 +55,7 @@ def from_dict(
     InputError for an unknown key, a missing one, and a value of another type.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where or 'all of it'} is {values!r}; expected a table")
+        raise InputError(f"{where or 'all of it'} is {reprlib.repr(values)}; expected a table")
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -74,6 +71,8 @@ def from_dict(
 
 def nearest(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that is most like another, by difflib's ratio; None where none is alike."""
+    import difflib  # only here: it takes longer to import than all else here
+
     return next(iter(difflib.get_close_matches(str(name), list(known), 1, cutoff)), None)
 
 
@@ -87,6 +86,8 @@ def loads(text: str) -> Any:
 
 def read_toml(kind: type[_Record], path: str | os.PathLike[str]) -> _Record:
     """The dataclass `kind` in a TOML file; InputError for a file that holds none."""
+    import tomllib  # only here, as difflib
+
     text = _text_of(path, InputError)
     try:
         values = tomllib.loads(text)
@@ -199,7 +200,7 @@ def _converted(value: Any, hint: Any, where: str, to_float: bool) -> Any:
                 return origin(_converted(v, h, f"{where}[{n}]", to_float) for n, (v, h) in items)
         else:
             return float(value) if hint is float and to_float else value
-    raise InputError(f"{where} is {value!r}; expected {_described(hint)}")
+    raise InputError(f"{where} is {reprlib.repr(value)}; expected {_described(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -288,5 +288,5 @@ def test_weights_that_are_not_finite_or_not_these_are_refused(folder: Path) -> N
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot make the folder"):
+    with pytest.raises(OutputError, match="cannot be made"):
         fitted().save(tmp_path / "file")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xmag import files, records
-from xmag.errors import InputError, OutputError
+from xmag.errors import InputError
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, confusion_figure, roc_figure
 from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling
@@ -124,12 +124,7 @@ class Report:
             _ROC_NAME: as_png(roc_figure(self)),
             _CONFUSION_NAME: as_png(confusion_figure(self)),
         }
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"the folder {os.fspath(folder)!r} cannot be made: {error.strerror}; name another"
-            ) from error
+        files.make_folder(folder)
         for name, data in pictures.items():
             files.write_bytes(Path(folder) / name, data)
         files.write_text(Path(folder) / _JSON_NAME, text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xmag import records
 from xmag.errors import InputError, ModelError, OutputError, WeightsError
-from xmag.files import sha256_of, write_bytes, write_text
+from xmag.files import make_folder, sha256_of, write_bytes, write_text
 from xmag.hub.weights import read_tensors
 from xmag.mil.aggregators import aggregator
 from xmag.mil.labels import from_json, to_json
@@ -66,10 +66,7 @@ def write_folder(path: str | os.PathLike[str], saved: Saved) -> None:
             " your own must not share tensors between names"
         ) from error
     text = _described(saved, hashlib.sha256(weights).hexdigest())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder} ({error}); write elsewhere") from error
+    make_folder(folder)
     write_bytes(folder / WEIGHTS, weights)
     write_text(folder / DESCRIPTION, text)
 
