@@ -12,11 +12,10 @@ from xmag.cli.table import Table, read_table
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError
 from xmag.extract import extract_features
-from xmag.files import atomic_path, make_folder, write_text
+from xmag.files import atomic_path, csv_text, make_folder, write_text
 from xmag.hub.registry import DEFAULT_MODEL, MINI
 from xmag.mil import MILClassifier
 from xmag.slide import Slide
-from xmag.tables import csv_text
 
 _SEEN = {
     "validation_loss": "validation loss",
@@ -101,7 +100,7 @@ def evaluate(
     table = read_table(csv, features)
     from xmag import evaluate as evaluation  # needs the extra
 
-    make_folder(Path(out))  # before training, so that one that cannot be written to fails early
+    make_folder(out)  # before training, so that one that cannot be written to fails early
     if classifier is None:
         report = evaluation.cross_validate(
             MILClassifier(random_state=random_state, **options),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from xmag.errors import InputError
-from xmag.tables import CONTINUOUS, Row, read_csv
+from xmag.files import Row, read_csv
+from xmag.metrics.labels import CONTINUOUS
 
 _SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
 
