@@ -70,34 +70,37 @@ def run_demo(
         ):
             with atomic_path(file) as temporary:
                 picture.save(temporary, format="PNG")
-        lines = [
-            ("slide", f"{path}: {opened.format}, {opened.dimensions[0]:,} x"
-                      f" {opened.dimensions[1]:,} px, {opened.mpp:.4g} µm/px"
-                      f" ({opened.mpp_source})"),
-            ("tissue", f"{tissue.fraction:.0%} of the slide, found in {planned - start:.2f} s"),
-            ("tiles", _tiles_line(plan)),
-            ("features", f"{bag.features.dtype} {bag.features.shape}, {seconds:.2f} s,"
-                         f" {len(bag) / seconds:.0f} tiles/s on {encoder.device.type}"),
-            ("model", f"{_MODEL}, for trying things out; load_model() fetches XMAG itself"),
-            ("written", str(features)), ("", str(overlay)), ("", str(feature_map)),
-        ]  # fmt: skip
-    text = "\n".join(f"{label:<10}{value}" for label, value in lines)
-    scale = "" if mpp is None else f", mpp={mpp:g}"
-    summary = (
-        f"{text}\n\nNext, in Python:\n\n    import xmag\n    bag = xmag.extract_features("
-        f'{str(path)!r}, model="{_MODEL}"{scale})\n    bag.features.shape'
-    )
+        width, height = opened.dimensions
+        scale = "" if mpp is None else f", mpp={mpp:g}"
+        summary = f"""\
+slide     {path}: {opened.format}, {width:,} x {height:,} px, {opened.mpp:.4g} µm/px\
+ ({opened.mpp_source})
+tissue    {tissue.fraction:.0%} of the slide, found in {planned - start:.2f} s
+tiles     {_tiles_line(plan)}
+features  {bag.features.dtype} {bag.features.shape}, {seconds:.2f} s, {len(bag) / seconds:.0f}\
+ tiles/s on {encoder.device.type}
+model     {_MODEL}, for trying things out; load_model() fetches XMAG itself
+written   {features}
+          {overlay}
+          {feature_map}
+
+Next, in Python:
+
+    import xmag
+    bag = xmag.extract_features({str(path)!r}, model="{_MODEL}"{scale})
+    bag.features.shape"""
     return DemoResult(
         slide=path, features=features, overlay=overlay, feature_map=feature_map, summary=summary
     )
 
 
 def _tiles_line(plan: TilePlan) -> str:
+    tiles, scale = plan.tiles, plan.scale
     dropped = ", ".join(f"{len(v):,} {k}" for k, v in plan.dropped.items() if len(v))
-    side_um = plan.tiles.size_px * plan.tiles.mpp
-    reduction = f" at 1/{plan.scale.reduction}" if plan.scale.reduction > 1 else ""
+    reduction = f" at 1/{scale.reduction}" if scale.reduction > 1 else ""
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
     return (
-        f"{len(plan):,} of {plan.tiles.size_px} px at {plan.tiles.mpp:.4g} µm/px ({side_um:.0f} µm)"
-        f" from level {plan.scale.level}{reduction}{share}; dropped: {dropped or 'none'}"
+        f"{len(plan):,} of {tiles.size_px} px at {tiles.mpp:.4g} µm/px"
+        f" ({tiles.size_px * tiles.mpp:.0f} µm)"
+        f" from level {scale.level}{reduction}{share}; dropped: {dropped or 'none'}"
     )
