@@ -13,6 +13,11 @@ _SHARED = Path(__file__).parents[2] / "shared"
 _OPEN_FILES = Path("/proc/self/fd")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores, as some tests wait for a clock or a process."""
+    return max(2, (os.cpu_count() or 1) * 3 // 2)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside the repository; without it the test is skipped."""
