@@ -92,7 +92,9 @@ def evaluate(
     **options: Any,
 ) -> int:
     """Cross-validate, with these options of `MILClassifier`, or test one; save the report."""
-    if classifier is not None and (folds is not None or repeats is not None):
+    given = {"folds": folds, "repeats": repeats}
+    splits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+    if classifier is not None and splits:
         raise InputError(
             "--folds and --repeats are for cross-validation, but --classifier tests one that is"
             " trained; leave one of them out"
@@ -107,9 +109,8 @@ def evaluate(
             table.features,
             table.labels,
             groups=table.patients,
-            folds=5 if folds is None else folds,
-            repeats=1 if repeats is None else repeats,
             random_state=random_state,
+            **splits,
         )
     else:
         loaded = MILClassifier.load(classifier)
