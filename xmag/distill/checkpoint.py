@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xmag.distill.step import Trainer
 from xmag.errors import MismatchError, OutputError
-from xmag.tensors import write_tensors
+from xmag.hub.weights import write_tensors
 
 SCHEMA, SCHEMA_VERSION = "xmag-distillation", 1
 _HEADER = "xmag"

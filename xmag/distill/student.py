@@ -12,7 +12,7 @@ from xmag.distill.heads import ProjectionHead
 from xmag.distill.losses import BLOCKS, block_means
 from xmag.distill.views import LOW_MPP
 from xmag.errors import InputError
-from xmag.hub.model import read_model
+from xmag.hub import read_model
 from xmag.hub.registry import ModelConfig
 from xmag.vit import CONFIGS, ViT, ViTConfig, empty_vit
 

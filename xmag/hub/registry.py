@@ -13,9 +13,16 @@ from xmag.geometry import TileSpec
 from xmag.vit import CONFIGS, ViTConfig
 
 DEFAULT_MODEL = "AI4PATH/XMAG"
-MINI = "xmag-mini"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
+
+MINI = "xmag-mini"
+"""A small trained ViT inside the package, so that everything runs without a network.
+
+Its model card is docs/models.md. The weights are stored in float16, and computed with in float32.
+"""
+MINI_WEIGHTS = Path(__file__).with_name("mini.safetensors")
+MINI_SHA256 = "7c70c6c0caf86dca66cfea67a9de99532cb88ea82f298902753d45ea0f77ac4e"
 
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
@@ -156,24 +163,13 @@ def resolve_config(
     Assumed is `dinov2_vitb14`, for a bare checkpoint file and beside a config.json that names no
     model that xmag knows. Raises WeightsError for a config.json that is broken.
     """
-    known = KNOWN.get(name)
     read = None if config_json is None else _read_config(config_json)
-    terms = known.terms if known else (read.terms if read else None)
-    trained = read.trained if read else True
-    lineage = read.lineage if read else None
+    found = read or ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
+    if known := KNOWN.get(name):
+        found = replace(found, config=known.config, source="registry", terms=known.terms)
     if given is not None:
-        return ResolvedConfig(
-            config=given_config(given),
-            source="given",
-            terms=terms,
-            trained=trained,
-            lineage=lineage,
-        )
-    if known:
-        return ResolvedConfig(config=known.config, source="registry", terms=terms)
-    if read:
-        return read
-    return ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
+        found = replace(found, config=given_config(given), source="given")
+    return found
 
 
 def _read_config(path: Path) -> ResolvedConfig | None:
