@@ -51,28 +51,22 @@ class ViTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid"):
+        sizes = ("width", "depth", "heads", "hidden", "patch_px", "position_grid", "registers")
+        for name in sizes:
+            value, least = getattr(self, name), 0 if name == "registers" else 1
+            most = _MAX_DEPTH if name == "depth" else _MAX_SIZE
             # type and not isinstance: True is an int, and 1, but no size to torch.
-            if not (type(value := getattr(self, name)) is int and value > 0):
-                raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
-        if not (type(self.registers) is int and self.registers >= 0):
-            raise InputError(
-                f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on"
-            )
+            if not (type(value) is int and least <= value <= most):
+                wanted = "a positive int" if least else "an int from 0 on"
+                raise InputError(
+                    f"ViTConfig.{name} is {value!r}; expected {wanted}, at most {most}"
+                )
         if not isinstance(self.class_position, bool):
             raise InputError(
                 f"ViTConfig.class_position is {self.class_position!r}; expected True or False"
             )
         if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
             raise InputError(f"ViTConfig.eps is {self.eps!r}; expected a positive number")
-        largest = max(self.width, self.heads, self.hidden, self.patch_px, self.position_grid)
-        if max(largest, self.registers) > _MAX_SIZE:
-            raise InputError(
-                f"ViTConfig has a size of {max(largest, self.registers)}; expected at most"
-                f" {_MAX_SIZE}"
-            )
-        if self.depth > _MAX_DEPTH:
-            raise InputError(f"ViTConfig.depth is {self.depth}; expected at most {_MAX_DEPTH}")
         if self.width % self.heads:
             raise InputError(
                 f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"

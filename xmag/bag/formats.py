@@ -11,9 +11,10 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -119,6 +120,34 @@ def damaged(reason: object) -> BagError:
     )
 
 
+def _content(
+    names: Collection[str],
+    read: Callable[[str], NDArray[Any]],
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> Content:
+    """The arrays among those of a file: by name of ours, else by one of the known names."""
+    is_ours = "format" in header
+    wanted = ("features",) if is_ours else _FEATURES
+    name = next((name for name in wanted if name in names), None)
+    has_coords = "coords" in names
+    if name is None or (is_ours and not has_coords):
+        raise _missing("features" if name is None else "coords", names, is_ours=is_ours)
+    return Content(
+        features=read(name),
+        coords=read("coords") if has_coords else None,
+        header=header,
+        features_name=name,
+    )
+
+
+def _missing(name: str, found: Collection[str], *, is_ours: bool) -> BagError:
+    kind = BagError if is_ours else ForeignBagError
+    return kind(
+        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' (or STAMP's"
+        " 'feats') and, where the tiles are to be found again, 'coords'"
+    )
+
+
 def _encode_h5(content: Content) -> bytes:
     """An HDF5 file in the layout of HDF5 1.8 (2008), without time stamps.
 
@@ -142,20 +171,16 @@ def _decode_h5(path: Path) -> Content:
     with h5py.File(path, "r") as file:
         header = {key: _text(file, key) for key in _HEADER if key in file.attrs}
         is_ours = "format" in header
-        links = {n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None}
-        name = next((n for n in _FEATURES if n in links and not is_ours), "features")
-        has_coords = is_ours or "coords" in links
+        known = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
         most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
-        return Content(
-            features=_dataset(file, name, most, is_ours=is_ours),
-            coords=_dataset(file, "coords", most, is_ours=is_ours) if has_coords else None,
-            header=header,
-            attributes={} if is_ours else _numbers(file, _ROOT_ATTRIBUTES),
-            coords_attributes=_numbers(file["coords"], _COORDS_ATTRIBUTES)
-            if has_coords and not is_ours
-            else {},
-            features_name=name,
+        content = _content(
+            known or list(file), lambda name: _dataset(file, name, most, is_ours=is_ours), header
         )
+        if is_ours:
+            return content
+        places = {} if content.coords is None else _numbers(file["coords"], _COORDS_ATTRIBUTES)
+        root = _numbers(file, _ROOT_ATTRIBUTES)
+        return replace(content, attributes=root, coords_attributes=places)
 
 
 def _text(file: h5py.File, key: str) -> str:
@@ -231,16 +256,8 @@ def _encode_safetensors(content: Content) -> bytes:
 
 def _decode_safetensors(path: Path) -> Content:
     with safetensors.safe_open(path, framework="numpy") as file:
-        names, header = list(file.keys()), file.metadata() or {}
-        is_ours = "format" in header
-        for name in ("features", "coords") if is_ours else ("features",):
-            if name not in names:
-                raise _missing(name, names, is_ours=is_ours)
-        return Content(
-            features=file.get_tensor("features"),
-            coords=file.get_tensor("coords") if "coords" in names else None,
-            header={k: v for k, v in header.items() if k in _HEADER},
-        )
+        header = {k: v for k, v in (file.metadata() or {}).items() if k in _HEADER}
+        return _content(list(file.keys()), file.get_tensor, header)
 
 
 def _decode_npz(path: Path) -> Content:
@@ -248,14 +265,7 @@ def _decode_npz(path: Path) -> Content:
     with zipfile.ZipFile(path) as archive:
         most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        name = next((name for name in _FEATURES if name in names), None)
-        if name is None:
-            raise _missing("features", names, is_ours=False)
-        return Content(
-            features=_npy(archive, name, most),
-            coords=_npy(archive, "coords", most) if "coords" in names else None,
-            features_name=name,
-        )
+        return _content(names, lambda name: _npy(archive, name, most))
 
 
 def _npy(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
@@ -297,17 +307,10 @@ def _decode_pt(path: Path) -> Content:
         raise ForeignBagError(
             f"{error}. Features are read from a tensor: torch.save(torch.as_tensor(features), path)"
         ) from error
-    name = next((name for name in ("", *_FEATURES) if name in tensors), None)
-    if name is None:
-        raise ForeignBagError(
-            f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
-        )
-    coords, most = tensors.get("coords"), path.stat().st_size
-    return Content(
-        features=dense(tensors[name], most),
-        coords=None if coords is None else dense(coords, most),
-        features_name=name or "features",
-    )
+    if "" in tensors:  # the file is a tensor
+        tensors["features"] = tensors[""]
+    most = path.stat().st_size
+    return _content(tensors, lambda name: dense(tensors[name], most))
 
 
 def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
@@ -332,14 +335,6 @@ def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
     narrow = values.is_floating_point() and values.element_size() < 8
     array: NDArray[Any] = (values.float() if narrow else values).numpy()
     return array
-
-
-def _missing(name: str, found: Iterable[str], *, is_ours: bool) -> BagError:
-    kind = BagError if is_ours else ForeignBagError
-    return kind(
-        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' (or STAMP's"
-        " 'feats') and, where the tiles are to be found again, 'coords'"
-    )
 
 
 _ENCODERS: dict[str, Callable[[Content], bytes]] = {

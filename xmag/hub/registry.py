@@ -81,40 +81,55 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnownModel:
-    """A model of the registry: its configuration and the terms of its weights."""
+class ResolvedConfig:
+    """Configuration of a model, its source, terms and lineage.
+
+    `source` is "given" (config=), "read" (config.json), "registry" (known by name) or "assumed".
+    """
 
     config: ModelConfig
-    terms: str
+    source: str
+    terms: str | None = None
+    trained: bool = True
+    lineage: Mapping[str, Any] | None = None
 
 
-def _known() -> dict[str, KnownModel]:
-    models = {
-        DEFAULT_MODEL: KnownModel(
-            config=ModelConfig(vit=CONFIGS["dinov2_vitb14"]),
-            terms="PolyForm Noncommercial 1.0.0, as the reference code; read the model's page",
+def _known(vit: ViTConfig, terms: str, *, mpp: float = 2.0) -> ResolvedConfig:
+    config = ModelConfig(vit=vit, tile_spec=TileSpec(mpp=mpp))
+    return ResolvedConfig(config=config, source="registry", terms=terms)
+
+
+_SIZES = ("small", "base", "large", "giant")
+
+KNOWN: Mapping[str, ResolvedConfig] = MappingProxyType(
+    {
+        DEFAULT_MODEL: _known(
+            CONFIGS["dinov2_vitb14"],
+            "PolyForm Noncommercial 1.0.0, as the reference code; read the model's page",
         ),
-        "MahmoodLab/UNI2-h": KnownModel(
-            config=ModelConfig(vit=CONFIGS["uni2_h"], tile_spec=TileSpec(mpp=0.5)),
-            terms="CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
+        "MahmoodLab/UNI2-h": _known(
+            CONFIGS["uni2_h"],
+            "CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
+            mpp=0.5,
         ),
-        MINI: KnownModel(
-            config=ModelConfig(vit=CONFIGS["xmag_mini"]),
-            terms="Apache-2.0; made from images under CC BY 3.0, see the model card",
+        MINI: _known(
+            CONFIGS["xmag_mini"],
+            "Apache-2.0; made from images under CC BY 3.0, see the model card",
         ),
     }
-    for size, letter in (("small", "s"), ("base", "b"), ("large", "l"), ("giant", "g")):
-        plain = replace(CONFIGS[f"dinov2_vit{letter}14"], position_rule="size")
-        models[f"facebook/dinov2-{size}"] = KnownModel(
-            config=ModelConfig(vit=plain), terms="Apache-2.0"
+    | {
+        f"facebook/dinov2-{size}": _known(
+            replace(CONFIGS[f"dinov2_vit{size[0]}14"], position_rule="size"), "Apache-2.0"
         )
-        models[f"facebook/dinov2-with-registers-{size}"] = KnownModel(
-            config=ModelConfig(vit=CONFIGS[f"dinov2_vit{letter}14_reg"]), terms="Apache-2.0"
+        for size in _SIZES
+    }
+    | {
+        f"facebook/dinov2-with-registers-{size}": _known(
+            CONFIGS[f"dinov2_vit{size[0]}14_reg"], "Apache-2.0"
         )
-    return models
-
-
-KNOWN: Mapping[str, KnownModel] = MappingProxyType(_known())
+        for size in _SIZES
+    }
+)
 """The models that need no configuration from the user, by Hub name.
 
 facebook/dinov2-* follow the code that their repositories are made for (Hugging Face's
@@ -141,20 +156,6 @@ def given_config(config: "ModelConfig | ViTConfig | str") -> ModelConfig:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedConfig:
-    """Configuration of a model, its source, terms and lineage.
-
-    `source` is "given" (config=), "read" (config.json), "registry" (known by name) or "assumed".
-    """
-
-    config: ModelConfig
-    source: str
-    terms: str | None = None
-    trained: bool = True
-    lineage: Mapping[str, Any] | None = None
-
-
 def resolve_config(
     name: str, config_json: Path | None, given: "ModelConfig | ViTConfig | str | None"
 ) -> ResolvedConfig:
@@ -164,12 +165,9 @@ def resolve_config(
     model that xmag knows. Raises WeightsError for a config.json that is broken.
     """
     read = None if config_json is None else _read_config(config_json)
-    found = read or ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
-    if known := KNOWN.get(name):
-        found = replace(found, config=known.config, source="registry", terms=known.terms)
-    if given is not None:
-        found = replace(found, config=given_config(given), source="given")
-    return found
+    assumed = ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
+    found = KNOWN.get(name) or read or assumed
+    return found if given is None else replace(found, config=given_config(given), source="given")
 
 
 def _read_config(path: Path) -> ResolvedConfig | None:
@@ -194,8 +192,7 @@ def _read_config(path: Path) -> ResolvedConfig | None:
             )
         if values.get("model_type") == _OFFICIAL_TYPE:
             # A copy of the official repository, whose own code reads the rest of its config.
-            official = KNOWN[DEFAULT_MODEL]
-            return ResolvedConfig(config=official.config, source="registry", terms=official.terms)
+            return KNOWN[DEFAULT_MODEL]
         if values.get("model_type") in ("dinov2", "dinov2_with_registers"):
             return ResolvedConfig(config=ModelConfig(vit=_dinov2_config(values)), source="read")
     except (InputError, KeyError, TypeError) as error:
