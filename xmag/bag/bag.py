@@ -12,12 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.bag.exports import (
-    MicrometreTiles,
-    read_foreign,
-    stamp_content,
-    trident_attributes,
-)
+from xmag.bag.exports import MicrometreTiles, read_foreign, stamp_content, trident_attributes
 from xmag.bag.formats import (
     SUFFIXES,
     Content,

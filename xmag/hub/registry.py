@@ -142,7 +142,7 @@ _BY_NAME: Mapping[str, ModelConfig] = MappingProxyType(
 )
 
 
-def given_config(config: "ModelConfig | ViTConfig | str") -> ModelConfig:
+def given_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
     """The ModelConfig that a `config=` argument means; InputError where it means none."""
     if isinstance(config, ModelConfig):
         return config
@@ -157,7 +157,7 @@ def given_config(config: "ModelConfig | ViTConfig | str") -> ModelConfig:
 
 
 def resolve_config(
-    name: str, config_json: Path | None, given: "ModelConfig | ViTConfig | str | None"
+    name: str, config_json: Path | None, given: ModelConfig | None
 ) -> ResolvedConfig:
     """The configuration of a model: the given one, the registry's, config.json's, or an assumed.
 
@@ -167,7 +167,7 @@ def resolve_config(
     read = None if config_json is None else _read_config(config_json)
     assumed = ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
     found = KNOWN.get(name) or read or assumed
-    return found if given is None else replace(found, config=given_config(given), source="given")
+    return found if given is None else replace(found, config=given, source="given")
 
 
 def _read_config(path: Path) -> ResolvedConfig | None:
