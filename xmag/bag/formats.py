@@ -309,6 +309,10 @@ def _decode_pt(path: Path) -> Content:
         ) from error
     if "" in tensors:  # the file is a tensor
         tensors["features"] = tensors[""]
+    if not tensors.keys() & set(_FEATURES):
+        raise ForeignBagError(
+            f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
+        )
     most = path.stat().st_size
     return _content(tensors, lambda name: dense(tensors[name], most))
 

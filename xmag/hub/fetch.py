@@ -143,11 +143,12 @@ def _from_hub(
             _logger.warning("%s cannot be reached; using %s", page, cached.weights)
             return cached
         said = _explained(reason, status, page, revision) or (
-            f"is not in the cache at {cache} and cannot be fetched ({type(reason).__name__}:"
-            f" {reason}). Connect once, set HF_HOME or cache_dir= to a cache that has it, give a"
-            f' folder or file with its weights, or use "{MINI}", which needs no network'
+            f"is not in the cache at {cache} and cannot be fetched from {page}"
+            f" ({type(reason).__name__}: {reason}). Connect once, set HF_HOME or cache_dir= to a"
+            " cache that has it, give a folder or file with its weights, or use"
+            f' "{MINI}", which needs no network'
         )
-        raise HubError(f"{page} {said}") from error
+        raise HubError(f"{name} {said}") from error
 
 
 def _cached(name: str, revision: str | None, cache: Path) -> LocalModel | None:
@@ -193,7 +194,7 @@ def _fetched(
 def _explained(
     error: BaseException, status: int | None, page: str, revision: str | None
 ) -> str | None:
-    """What follows the address of a model that the Hub does not give; None where it was silent."""
+    """What follows the name of a model that the Hub does not give; None where it was silent."""
     from huggingface_hub import errors
 
     token = "set HF_TOKEN, run `hf auth login`, or pass token="
@@ -204,15 +205,18 @@ def _explained(
         case errors.RevisionNotFoundError():
             return (
                 f"has no revision {revision!r}; expected a branch, tag or full commit hash listed"
-                " under its files"
+                f" under its files at {page}"
             )
         case errors.RepositoryNotFoundError():
             return (
-                "was not found. Check the spelling; a private model needs a token that may read"
-                f" it: {token}"
+                f"was not found at {page}. Check the spelling; a private model needs a token that"
+                f" may read it: {token}"
             )
     if status in (401, 403):
         return f"refused this account (HTTP {status}). {terms}: {token}"
     if status == 404:
-        return f"lists a file that it does not have ({error}). Try again, or another revision="
+        return (
+            f"lists a file that it does not have at {page} ({error}). Try again, or another"
+            " revision="
+        )
     return None
