@@ -99,6 +99,7 @@ def _known(vit: ViTConfig, terms: str, *, mpp: float = 2.0) -> ResolvedConfig:
     return ResolvedConfig(config=config, source="registry", terms=terms)
 
 
+_UNI = "MahmoodLab/UNI2-h"
 _SIZES = ("small", "base", "large", "giant")
 
 KNOWN: Mapping[str, ResolvedConfig] = MappingProxyType(
@@ -107,7 +108,7 @@ KNOWN: Mapping[str, ResolvedConfig] = MappingProxyType(
             CONFIGS["dinov2_vitb14"],
             "PolyForm Noncommercial 1.0.0, as the reference code; read the model's page",
         ),
-        "MahmoodLab/UNI2-h": _known(
+        _UNI: _known(
             CONFIGS["uni2_h"],
             "CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
             mpp=0.5,
@@ -136,11 +137,6 @@ facebook/dinov2-* follow the code that their repositories are made for (Hugging 
 Dinov2Model), which resizes positions by "size".
 """
 
-_BY_NAME: Mapping[str, ModelConfig] = MappingProxyType(
-    {name: ModelConfig(vit=vit) for name, vit in CONFIGS.items()}
-    | {"uni2_h": KNOWN["MahmoodLab/UNI2-h"].config}
-)
-
 
 def given_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
     """The ModelConfig that a `config=` argument means; InputError where it means none."""
@@ -148,10 +144,11 @@ def given_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
         return config
     if isinstance(config, ViTConfig):
         return ModelConfig(vit=config)
-    if isinstance(config, str) and config in _BY_NAME:
-        return _BY_NAME[config]
+    if isinstance(config, str) and config in CONFIGS:
+        # UNI2-h alone is not for tiles at 2.0 µm/px.
+        return KNOWN[_UNI].config if config == "uni2_h" else ModelConfig(vit=CONFIGS[config])
     raise InputError(
-        f"config={config!r} is unknown; expected one of {sorted(_BY_NAME)}, a ViTConfig or a"
+        f"config={config!r} is unknown; expected one of {sorted(CONFIGS)}, a ViTConfig or a"
         " ModelConfig"
     )
 
@@ -165,7 +162,7 @@ def resolve_config(
     model that xmag knows. Raises WeightsError for a config.json that is broken.
     """
     read = None if config_json is None else _read_config(config_json)
-    assumed = ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
+    assumed = ResolvedConfig(config=given_config("dinov2_vitb14"), source="assumed")
     found = KNOWN.get(name) or read or assumed
     return found if given is None else replace(found, config=given, source="given")
 
