@@ -13,12 +13,13 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xmag import records
 from xmag.errors import InputError
 from xmag.geometry import Polygon, inside_any
 from xmag.morphology import (
@@ -175,13 +176,14 @@ class TissueMask:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, because arrays come out of a pickle writable.
-        return _remade, (self.mask, self.mpp, self.downsample, dict(self.method), self.too_small)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return functools.partial(type(self), **values | {"method": dict(self.method)}), ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, masks packed to bits, compressed, and in base 64."""
-        masks = {"mask": self.mask, "too_small": self.too_small}
         return {
-            **{k: None if v is None else _packed(v) for k, v in masks.items()},
+            "mask": _packed(self.mask),
+            "too_small": None if self.too_small is None else _packed(self.too_small),
             "size": list(self.mask.shape[::-1]),
             "mpp": self.mpp,
             "downsample": self.downsample,
@@ -189,16 +191,13 @@ class TissueMask:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The TissueMask that `to_dict` gave; a ValueError or the like where there is none."""
-        small = fields["too_small"]
-        return cls(
-            mask=_unpacked(fields["mask"], fields["size"]),
-            mpp=fields["mpp"],
-            downsample=fields["downsample"],
-            method=fields["method"],
-            too_small=None if small is None else _unpacked(small, fields["size"]),
-        )
+        values = dict(values)
+        size, small = values.pop("size"), values["too_small"]
+        values["mask"] = _unpacked(values["mask"], size)
+        values["too_small"] = None if small is None else _unpacked(small, size)
+        return records.from_dict(cls, values, "tissue")
 
     def within(self, polygons: Sequence[Polygon]) -> Self:
         """The mask without the px whose centres lie outside of all polygons, in level-0 px."""
@@ -261,12 +260,6 @@ class TissueMask:
             for rings in pieces.values()
         ]
         return {"type": "FeatureCollection", "features": features}
-
-
-def _remade(
-    mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any], too_small: Bools | None
-) -> TissueMask:
-    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method, too_small=too_small)
 
 
 def _packed(mask: Bools) -> str:

@@ -5,9 +5,10 @@ those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens (clas
 patches), D width, H heads.
 """
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
 from torch import Tensor, nn
 
+from xmag import records
 from xmag.errors import InputError
 
 PositionRule = Literal["offset", "size", "size_antialias"]
@@ -51,45 +53,32 @@ class ViTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        sizes = ("width", "depth", "heads", "hidden", "patch_px", "position_grid", "registers")
-        for name in sizes:
+        require = functools.partial(records.require, self)
+        for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid", "registers"):
             value, least = getattr(self, name), 0 if name == "registers" else 1
             most = _MAX_DEPTH if name == "depth" else _MAX_SIZE
             # type and not isinstance: True is an int, and 1, but no size to torch.
-            if not (type(value) is int and least <= value <= most):
-                wanted = "a positive int" if least else "an int from 0 on"
-                raise InputError(
-                    f"ViTConfig.{name} is {value!r}; expected {wanted}, at most {most}"
-                )
-        if not isinstance(self.class_position, bool):
-            raise InputError(
-                f"ViTConfig.class_position is {self.class_position!r}; expected True or False"
-            )
-        if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
-            raise InputError(f"ViTConfig.eps is {self.eps!r}; expected a positive number")
+            fits = type(value) is int and least <= value <= most
+            kind = "an int from 0" if name == "registers" else "a positive int"
+            require(name, fits, f"{kind}, at most {most}")
+        require("class_position", isinstance(self.class_position, bool), "True or False")
+        is_number = isinstance(self.eps, float) and math.isfinite(self.eps)
+        require("eps", is_number and self.eps > 0, "a positive number")
         if self.width % self.heads:
             raise InputError(
                 f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"
             )
         for name, known in (("mlp", get_args(Mlp)), ("position_rule", get_args(PositionRule))):
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"ViTConfig.{name} is {value!r}; expected one of {known}")
+            require(name, getattr(self, name) in known, f"one of {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ViTConfig":
         """The ViTConfig with these fields; InputError where one is unknown or missing."""
-        known = {field.name for field in fields(cls)}
-        missing = {"width", "depth", "heads", "hidden"} - set(values)
-        if missing or set(values) - known:
-            raise InputError(
-                f"a ViT config has unknown fields {sorted(set(values) - known)} and lacks"
-                f" {sorted(missing)}; expected some of {sorted(known)}"
-            )
-        return cls(**values)
+        return records.from_dict(cls, values, "vit")
 
 
 def _configs() -> dict[str, ViTConfig]:
