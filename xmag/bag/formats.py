@@ -82,12 +82,12 @@ class Content:
 
     def equals(self, other: "Content") -> bool:
         """Whether the arrays and the header are the same."""
-        if self.coords is None or other.coords is None:
-            same_coords = self.coords is other.coords
-        else:
-            same_coords = np.array_equal(self.coords, other.coords)
-        same_features = np.array_equal(self.features, other.features)
-        return same_features and same_coords and self.header == other.header
+        return (
+            np.array_equal(self.features, other.features)
+            # As an array None equals itself, and nothing else.
+            and np.array_equal(np.asarray(self.coords), np.asarray(other.coords))
+            and self.header == other.header
+        )
 
 
 def encode(content: Content, suffix: str) -> bytes:
@@ -120,7 +120,7 @@ def damaged(reason: object) -> BagError:
     )
 
 
-def _content(
+def _content_of(
     names: Collection[str],
     read: Callable[[str], NDArray[Any]],
     header: Mapping[str, str] = MappingProxyType({}),
@@ -173,7 +173,7 @@ def _decode_h5(path: Path) -> Content:
         is_ours = "format" in header
         known = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
         most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
-        content = _content(
+        content = _content_of(
             known or list(file), lambda name: _dataset(file, name, most, is_ours=is_ours), header
         )
         if is_ours:
@@ -257,7 +257,7 @@ def _encode_safetensors(content: Content) -> bytes:
 def _decode_safetensors(path: Path) -> Content:
     with safetensors.safe_open(path, framework="numpy") as file:
         header = {k: v for k, v in (file.metadata() or {}).items() if k in _HEADER}
-        return _content(list(file.keys()), file.get_tensor, header)
+        return _content_of(list(file.keys()), file.get_tensor, header)
 
 
 def _decode_npz(path: Path) -> Content:
@@ -265,7 +265,7 @@ def _decode_npz(path: Path) -> Content:
     with zipfile.ZipFile(path) as archive:
         most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        return _content(names, lambda name: _npy(archive, name, most))
+        return _content_of(names, lambda name: _npy(archive, name, most))
 
 
 def _npy(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
@@ -314,7 +314,7 @@ def _decode_pt(path: Path) -> Content:
             f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
         )
     most = path.stat().st_size
-    return _content(tensors, lambda name: dense(tensors[name], most))
+    return _content_of(tensors, lambda name: dense(tensors[name], most))
 
 
 def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
