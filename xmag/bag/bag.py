@@ -352,26 +352,22 @@ def _recorded(bag: FeatureBag, what: str) -> str | None:
 
 def _bag(content: Content) -> FeatureBag:
     header, features, coords = content.header, content.features, content.coords
-    text = header.get("tiles")
     if header.get("format") != _FORMAT and "bag_sha256" not in header:
-        of_export = None if text is None else _geometry(text)
-        features, coords, tiles, tiles_um = read_foreign(content, of_export)
+        features, coords, tiles, tiles_um = read_foreign(content, _tiles(header))
         return FeatureBag(features, coords, tiles=tiles, tiles_um=tiles_um)
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
         raise NewerBagError(records.newer("the file", int(version), SCHEMA_VERSION))
     if coords is None or header.get("bag_sha256") != _digest(features, coords, header):
         raise damaged("its content does not have the checksum that it had when it was written")
-    provenance = header.get("provenance")
-    return FeatureBag(
-        features,
-        coords,
-        provenance=None if provenance is None else Provenance.from_json(provenance),
-        tiles=None if text is None else _geometry(text),
-    )
+    text = header.get("provenance")
+    provenance = None if text is None else Provenance.from_json(text)
+    return FeatureBag(features, coords, provenance, _tiles(header))
 
 
-def _geometry(text: str) -> TileGeometry:
+def _tiles(header: Mapping[str, str]) -> TileGeometry | None:
+    if (text := header.get("tiles")) is None:
+        return None
     try:
         return TileGeometry.from_dict(records.loads(text))
     except ValueError as error:
