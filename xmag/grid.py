@@ -138,7 +138,7 @@ def _keep_pieces(
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     large = sizes >= tissue.min_area_mm2 / (tissue.mpp / 1000) ** 2 - _SLACK_PX
     pieces = np.flatnonzero(large[1:] & ~has_tile[1:]) + 1
-    for piece in pieces[np.argsort(-sizes[pieces], kind="stable")]:
+    for piece in pieces[np.argsort(-sizes[pieces], kind="stable")].tolist():
         if has_tile[piece]:
             continue
         y, x = np.nonzero(labels == piece)

@@ -400,12 +400,12 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
     fit[0] += levels
     y = y[:, None]
     product, flat = x * y, []
-    for field, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype(np.float32), strict=True):
+    for values, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype(np.float32), strict=True):
         surface = (one + x * cx) + y * cy
         surface += product * cxy
         surface += x * x * cxx  # a row
         surface += y * y * cyy  # a column
-        flat.append(np.subtract(field, surface, out=surface))
+        flat.append(np.subtract(values, surface, out=surface))
     return flat
 
 
