@@ -141,8 +141,8 @@ def _keep_pieces(
     for piece in pieces[np.argsort(-sizes[pieces], kind="stable")].tolist():
         if has_tile[piece]:
             continue
-        y, x = np.nonzero(labels == piece)
-        window = slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1)
+        ys, xs = np.nonzero(labels == piece)
+        window = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
         part = labels[window] == piece
         near, edges = [], []
         for axis, across in zip(axes, window[::-1], strict=True):
