@@ -2,8 +2,7 @@
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO, cast
 from xml.etree import ElementTree
@@ -67,9 +66,10 @@ class TiffReader:
             raise type(error)(f"{path.name}: {error}") from error
 
     def _open(self, path: Path | RemoteSource, region: int | None) -> None:
-        with _opened(path) as file:
+        # What goes wrong on the way to a remote file comes before all else.
+        with path.open("rb") if isinstance(path, Path) else path.file() as file:
             self._size = file.seek(0, 2)
-            layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
+            layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
         self._is_aperio = layout.format == _APERIO
@@ -142,21 +142,6 @@ def _behind_marker(data: bytes, level: int, index: int) -> bytes:
             " the file is damaged: copy it again"
         )
     return data[_MARKER_BYTES:]
-
-
-@contextmanager
-def _opened(path: Path | RemoteSource) -> Iterator[BinaryIO]:
-    """The file as a stream; what went wrong on the way to a remote one comes before all else."""
-    if isinstance(path, Path):
-        with path.open("rb") as local:
-            yield local
-        return
-    remote = path.file()
-    try:
-        yield cast(BinaryIO, remote)
-    finally:
-        if remote.failure is not None:
-            raise remote.failure
 
 
 def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:
