@@ -20,7 +20,13 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import check_jpeg, check_zeros, end_of_header
+from xmag.slide.integrity import (
+    check_jpeg,
+    check_jpeg2000,
+    check_webp,
+    check_zeros,
+    end_of_header,
+)
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 
@@ -34,8 +40,6 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _RESTART = re.compile(rb"\xff[\xd0-\xd9]")
 _RESTART_BYTES = 16
 """In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
-_WEBP_ZEROS = 8
-"""A WebP ends in fewer: what pads the last bits, and a byte to make the length even."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
@@ -298,7 +302,7 @@ class _Jpeg2000Decoder:
         self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(halved(half)))
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
-        jpeg2000.check_body(data)
+        check_jpeg2000(data)
         if reduction == 1:
             return self._native(data, reduction)
         half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
@@ -328,24 +332,7 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
-    """The pixels of a WebP stream; DamagedSlideError where it says that it is larger than `size`.
-
-    Its header is in RFC 9649, sections 2.5 to 2.7.
-    """
-    kind, width, height = data[12:16], 0, 0
-    if kind == b"VP8X":
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    elif kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8 ":
-        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    if not (0 < width <= size[0] and 0 < height <= size[1]):
-        raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    check_zeros(data, "WebP")
-    # It ends without a marker, and says itself where; what follows pads.
-    if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(_WEBP_ZEROS)):
-        raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
+    check_webp(data, size)
     return imagecodecs.webp_decode(data)
 
 

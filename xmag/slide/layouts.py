@@ -12,7 +12,7 @@ from tifffile import TiffPage
 
 from xmag.errors import InputError, UnsupportedSlideError
 from xmag.slide import metadata
-from xmag.slide.reader import ScaleMetadata
+from xmag.slide.reader import ScaleMetadata, whole_factor
 
 _REDUCED = 1
 _MACRO = 8
@@ -81,13 +81,6 @@ def choose(names: Sequence[str], region: int | None) -> int:
 def page_size(page: TiffPage) -> tuple[int, int]:
     """(width, height) of a page."""
     return page.imagewidth, page.imagelength
-
-
-def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
-    """The whole k for which `size` is `base` / k, rounded up or down; None if there is none."""
-    k = max(1, round(base[0] / size[0]))
-    fits = all(b // k <= s <= -(-b // k) for b, s in zip(base, size, strict=True))
-    return k if fits else None
 
 
 def _whole(pages: _Pages) -> tuple[PageLevel, ...]:

@@ -18,7 +18,6 @@ from xmag.slide.reader import (
     Pixels,
     RegionReader,
     SlideReader,
-    StackReader,
     TileReader,
 )
 
@@ -83,9 +82,10 @@ def decode_together(
     Of `chunks`, what is not bytes is not decoded.
     """
     stored = [data for data in chunks if isinstance(data, bytes)]
-    if len(stored) < 2 or not hasattr(reader, "decode_many"):
+    decode_many = getattr(reader, "decode_many", None)
+    if len(stored) < 2 or decode_many is None:
         return [None] * len(chunks)
-    found = iter(cast(StackReader, reader).decode_many(level, stored, reduction))
+    found = iter(decode_many(level, stored, reduction))
     return [next(found) if isinstance(data, bytes) else None for data in chunks]
 
 
