@@ -63,7 +63,7 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
-def choose(names: Sequence[str], region: int | None) -> int:
+def _choose(names: Sequence[str], region: int | None) -> int:
     """The index of the scan to read; InputError, listing `names`, where that is not clear."""
     if region is None and len(names) == 1:
         return 0
@@ -86,6 +86,13 @@ def page_size(page: TiffPage) -> tuple[int, int]:
 def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
     """Levels of pages that are levels just as they are."""
     return tuple(PageLevel(page=page, size=page_size(page)) for page in pages)
+
+
+def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | None) -> TiffLayout:
+    """The layout of a file whose one scan has these pages as levels; a z-stack is refused."""
+    _refuse_planes(pages[0], pages[1:])
+    _choose([_name(pages[0])], region)
+    return TiffLayout(format=format, levels=_whole(pages), metadata=scale)
 
 
 def _is_associated(page: TiffPage) -> bool:
@@ -152,15 +159,10 @@ def _aperio(pages: _Pages, region: int | None) -> TiffLayout:
     tiled.sort(key=page_size, reverse=True)
     base = tiled[0]
     _refuse_planes(base, tiled[1:])
-    choose([_name(base)], region)
     signed = next(page for page in (base, *pages) if _is_aperio(page))
     scale = _or_resolution(metadata.aperio_scale(signed.description), base)
     levels = [base, *(page for page in tiled if _is_reduced(base, page))]
-    return TiffLayout(format="aperio", levels=_whole(levels), metadata=scale)
-
-
-def _is_philips(page: TiffPage) -> bool:
-    return page.software.startswith("Philips") and "DPUfsImport" in page.description
+    return _one_scan("aperio", levels, scale, region)
 
 
 def _philips(pages: _Pages, region: int | None) -> TiffLayout:
@@ -169,7 +171,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
-    choose([_name(tiled[0])], region)
+    _choose([_name(tiled[0])], region)
     width, height = page_size(tiled[0])
     levels = []
     for page, spacing in zip(tiled, spacings, strict=True):
@@ -180,18 +182,14 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     return TiffLayout(format="philips", levels=tuple(levels), metadata=scale)
 
 
-def _is_leica(page: TiffPage) -> bool:
-    return "http://www.leica-microsystems.com/scn/" in page.description
-
-
 def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of a Leica slide: scans on one canvas, the whole slide, in OpenSlide's coordinates."""
-    collection = metadata.leica_collection(pages[0].description)
-    scans = [scan for scan in collection.scans if scan.illumination == "brightfield"]
+    slide_nm, scans = metadata.leica_scans(pages[0].description)
+    scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
     names = [f"{scan.levels[0][0]}x{scan.levels[0][1]} px" for scan in scans]
-    scan = scans[choose(names, region)]
+    scan = scans[_choose(names, region)]
     if scan.planes > 1:
         raise _stack(f"{scan.planes} planes of each level")
     levels = []
@@ -201,17 +199,13 @@ def _leica(pages: _Pages, region: int | None) -> TiffLayout:
         levels.append(
             PageLevel(
                 page=pages[page],
-                size=(math.ceil(collection.size_nm[0] / nm), math.ceil(collection.size_nm[1] / nm)),
+                size=(math.ceil(slide_nm[0] / nm), math.ceil(slide_nm[1] / nm)),
                 origin=(int(scan.offset_nm[0] / nm), int(scan.offset_nm[1] / nm)),
             )
         )
     x, y = (scan.size_nm[i] / scan.levels[0][i] / 1e3 for i in (0, 1))
     scale = ScaleMetadata(mpp=(x, y), mpp_source="Leica view size", objective_power=scan.power)
     return TiffLayout(format="leica", levels=tuple(levels), metadata=scale)
-
-
-def _is_ventana(page: TiffPage) -> bool:
-    return "<iScan" in _xmp(page)
 
 
 def _xmp(page: TiffPage) -> str:
@@ -226,14 +220,8 @@ def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
     encoding = _xmp(levels[0])
     if "EncodeInfo" in encoding and metadata.ventana_is_stitched(encoding):
         raise NeedsOpenSlideError("its tiles overlap or are scattered")
-    _refuse_planes(levels[0], levels[1:])
-    choose([_name(levels[0])], region)
     scale = _or_resolution(metadata.ventana_scale(_xmp(pages[0])), levels[0])
-    return TiffLayout(format="ventana", levels=_whole(levels), metadata=scale)
-
-
-def _is_hamamatsu(page: TiffPage) -> bool:
-    return _NDPI_SOURCE_LENS_TAG in page.tags
+    return _one_scan("ventana", levels, scale, region)
 
 
 def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
@@ -244,14 +232,9 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     _refuse_fluorescence(levels[0])
     if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
         raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
-    _refuse_planes(levels[0], levels[1:])
-    choose([_name(levels[0])], region)
     power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
-    return TiffLayout(
-        format="hamamatsu",
-        levels=_whole(levels),
-        metadata=replace(_resolution(levels[0]), objective_power=power),
-    )
+    scale = replace(_resolution(levels[0]), objective_power=power)
+    return _one_scan("hamamatsu", levels, scale, region)
 
 
 def _refuse_fluorescence(page: TiffPage) -> None:
@@ -270,10 +253,6 @@ def _refuse_fluorescence(page: TiffPage) -> None:
         )
 
 
-def _is_ome(page: TiffPage) -> bool:
-    return page.description.rstrip().endswith("OME>")
-
-
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
     samples = [p.samplesperpixel if p.planarconfig == _CONTIGUOUS else 1 for p in pages]
     listed = metadata.ome_images(pages[0].description, samples)
@@ -287,7 +266,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
         )
     # By their sizes alone: a name is free text, in which a patient may stand.
     names = [_name(pages[image.page]) for image in images]
-    image = images[choose(names, region)]
+    image = images[_choose(names, region)]
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
@@ -304,10 +283,6 @@ def _sub_pages(page: TiffPage) -> list[TiffPage]:
     return [sub for sub in subs if _is_reduced(page, sub)]
 
 
-def _is_trestle(page: TiffPage) -> bool:
-    return page.software.startswith("MedScan")
-
-
 def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
     raise NeedsOpenSlideError(f"the tiles of its {len(pages)} pages overlap")
 
@@ -316,7 +291,15 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of any other TIFF: scans are pages that are not reduced, then come their levels."""
     scans: list[list[TiffPage]] = []
     for page in _scan_pages(pages):
-        larger = next((scan for scan in reversed(scans) if _is_level_of(scan[-1], page)), None)
+        larger = next(
+            (
+                scan
+                for scan in reversed(scans)
+                if _is_reduced(scan[-1], page)
+                and whole_factor(page_size(scan[-1]), page_size(page))
+            ),
+            None,
+        )
         if page.is_tiled and larger is not None:
             larger.append(page)
         elif not page.subfiletype & _REDUCED and (page.is_tiled or not scans):
@@ -324,23 +307,13 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     if not scans:
         raise UnsupportedSlideError("the TIFF holds only reduced images, and no full one")
     # What is kept in strips before a larger image in tiles is a thumbnail, a label or a macro.
-    if len(scans) > 1 and not scans[0][0].is_tiled and page_size(scans[0][0]) < _largest(scans[1:]):
+    first, *others = (scan[0] for scan in scans)
+    if others and not first.is_tiled and page_size(first) < max(map(page_size, others)):
         del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-    chosen = scans[choose([_name(scan[0]) for scan in scans], region)]
+    chosen = scans[_choose([_name(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
-
-
-def _largest(scans: Sequence[_Pages]) -> tuple[int, int]:
-    return max(page_size(scan[0]) for scan in scans)
-
-
-def _is_level_of(finer: TiffPage, page: TiffPage) -> bool:
-    """Whether `page` is `finer` divided by a whole number above 1."""
-    return _is_reduced(finer, page) and (
-        whole_factor(page_size(finer), page_size(page)) is not None
-    )
 
 
 def _or_resolution(found: ScaleMetadata, page: TiffPage) -> ScaleMetadata:
@@ -360,10 +333,11 @@ _Layout = Callable[[_Pages, int | None], TiffLayout]
 
 _LAYOUTS: tuple[tuple[Callable[[TiffPage], bool], _Layout], ...] = (
     (_is_aperio, _aperio),
-    (_is_philips, _philips),
-    (_is_leica, _leica),
-    (_is_ventana, _ventana),
-    (_is_hamamatsu, _hamamatsu),
-    (_is_ome, _ome),
-    (_is_trestle, _trestle),
+    (lambda p: p.software.startswith("Philips") and "DPUfsImport" in p.description, _philips),
+    (lambda p: "http://www.leica-microsystems.com/scn/" in p.description, _leica),
+    (lambda p: "<iScan" in _xmp(p), _ventana),
+    (lambda p: _NDPI_SOURCE_LENS_TAG in p.tags, _hamamatsu),
+    (lambda p: p.description.rstrip().endswith("OME>"), _ome),
+    (lambda p: p.software.startswith("MedScan"), _trestle),
 )
+"""By the first page of a file, the layout of its vendor."""
