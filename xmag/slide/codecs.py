@@ -33,6 +33,7 @@ from xmag.slide.stacks import stack_of
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
+_ZSTD, _WEBP = 50000, 50001
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -100,7 +101,7 @@ def decoder(coding: TileCoding) -> Decoder:
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
             " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
         )
-    if coding.compression == 50001:
+    if coding.compression == _WEBP:
         return _ArrayDecoder(coding, partial(_webp, size=coding.size))
     return _ArrayDecoder(coding, _lossless(coding))
 
@@ -336,12 +337,6 @@ def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
     return imagecodecs.webp_decode(data)
 
 
-def _zstd(data: bytes, *, out: int) -> bytes | bytearray:
-    """The content of a Zstandard frame. Most writers leave its checksum out."""
-    check_zeros(data, "Zstandard")
-    return imagecodecs.zstd_decode(data, out=out)
-
-
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     """The decoder of a general-purpose compression, followed by undoing the predictor."""
     unpackers: dict[int, Callable[..., bytes | bytearray]] = {
@@ -350,7 +345,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
         32773: imagecodecs.packbits_decode,
-        50000: _zstd,
+        _ZSTD: imagecodecs.zstd_decode,
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):
@@ -362,6 +357,8 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     whole = row * coding.size[1]
 
     def decode(data: bytes) -> NDArray[Any]:
+        if coding.compression == _ZSTD:  # most writers leave its checksum out
+            check_zeros(data, "Zstandard")
         # With the size of what comes out, so that a few bytes cannot unpack to gigabytes.
         raw = np.frombuffer(unpack(data, out=whole + 1), np.uint8)
         if raw.size > whole:

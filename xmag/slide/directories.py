@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from tifffile import TiffPage
 
-from xmag.errors import DamagedSlideError, UnsupportedSlideError
+from xmag.errors import UnsupportedSlideError
+from xmag.slide.integrity import damaged
 
 _MAX_DIRECTORIES = 1_000
 """Most directories of a file: slides have some ten, stacks, which are not read, thousands."""
@@ -82,9 +83,7 @@ class _Walk:
         self._is_ndpi = is_ndpi and self._order == "<"
         if self._unpacked(2, "H")[0] == 43:
             if self._unpacked(4, "HH") != (8, 0):
-                raise DamagedSlideError(
-                    "it begins like a BigTIFF, but goes on as none; copy it again"
-                )
+                raise damaged("it begins like a BigTIFF, but goes on as none")
             self._tag, self._count, self._next, self._room = "HHQQ", "Q", "Q", 8
             self._is_ndpi = False
         elif self._is_ndpi:
@@ -102,37 +101,27 @@ class _Walk:
                         tags += self._directory(below)[0]
             claimed += sum(tag.size for tag in tags if tag.size > self._room)
             if claimed > 2 * self._size + _SPARE_BYTES:
-                raise DamagedSlideError(
-                    f"its tags claim {claimed} bytes, and the whole file has {self._size}; it is"
-                    " damaged: copy it again"
+                raise damaged(
+                    f"its tags claim {claimed} bytes, and the whole file has {self._size}"
                 )
 
     def _directory(self, at: int) -> tuple[list[_Tag], int]:
         """The tags of a directory, and the offset of the next one; its codes become found."""
+        known = len(self.found)
+        if at >= self._size and not known:
+            raise damaged("it begins like a TIFF, but holds no image, or only beyond its end")
         if at >= self._size:
-            raise DamagedSlideError(
-                "it begins like a TIFF, but holds no image, or only beyond its end; it is truncated"
-                " or damaged: copy it again"
-                if not self.found
-                else f"the directory after the {len(self.found)} found lies beyond the end of the"
-                " file; it is truncated: copy it again"
-            )
+            raise damaged(f"the directory after the {known} found lies beyond the end of the file")
         if at in self.found:
-            raise DamagedSlideError(
-                f"its directories form a loop: the one after the {len(self.found)} found is one of"
-                " them; it is damaged: copy it again"
-            )
-        if len(self.found) == _MAX_DIRECTORIES:
+            raise damaged(f"its directories form a loop: after the {known} found comes one of them")
+        if known == _MAX_DIRECTORIES:
             raise UnsupportedSlideError(
                 f"it holds more than {_MAX_DIRECTORIES} images; xmag reads slides, which have some"
                 " ten. Export one focal plane of a brightfield scan"
             )
         (count,) = self._unpacked(at, self._count)
         if not 0 < count <= _MAX_TAGS:
-            raise DamagedSlideError(
-                f"its directory {len(self.found)} lists {count} tags; expected 1 to {_MAX_TAGS}. It"
-                " is damaged: copy it again"
-            )
+            raise damaged(f"its directory {known} lists {count} tags; expected 1 to {_MAX_TAGS}")
         first, length = at + struct.calcsize(f"<{self._count}"), struct.calcsize(f"<{self._tag}")
         end = first + count * length
         entries = self._read(first, count * length)
@@ -158,10 +147,9 @@ class _Walk:
         if tag.code in _NUMBERS and (
             tag.kind not in _WHOLE or tag.count < 1 or (one and tag.count != 1)
         ):
-            raise DamagedSlideError(
+            raise damaged(
                 f"tag {tag.code} of its directory {len(self.found)} holds {tag.count} values of"
-                f" type {tag.kind}; expected {'one whole number' if one else 'whole numbers'}. It"
-                " is damaged: copy it again"
+                f" type {tag.kind}; expected whole numbers, {'one' if one else 'at least one'}"
             )
         if tag.code in _TILE_LISTS and tag.count > _MAX_TILES:
             raise UnsupportedSlideError(
@@ -173,25 +161,18 @@ class _Walk:
             start = int.from_bytes(self._read(tag.pointer, _SIZES.get(tag.kind, 1)), "little")
             most = _MAX_JPEG_HEADER if tag.code == _NDPI_STARTS else 0
             if tag.kind not in _OFFSET_FORMATS or start > most:
-                raise DamagedSlideError(
-                    f"the JPEG in it would begin with a header of {start} bytes; expected at most"
-                    f" {_MAX_JPEG_HEADER}. It is damaged: copy it again"
+                raise damaged(
+                    f"its JPEG begins with {start} bytes of header; expected at most {most}"
                 )
 
     def _offsets(self, tag: _Tag) -> tuple[int, ...]:
         """Offsets of the directories that a tag points to."""
         kind = _OFFSET_FORMATS.get(tag.kind)
         if kind is None or tag.count > _MAX_DIRECTORIES:
-            raise DamagedSlideError(
-                f"its tag {tag.code}, which points to directories, holds {tag.count} values of type"
-                f" {tag.kind}; it is damaged: copy it again"
-            )
+            raise damaged(f"its tag {tag.code} lists {tag.count} directories as type {tag.kind}")
         at = tag.place if tag.size <= self._room else tag.pointer
         if at + tag.size > self._size:
-            raise DamagedSlideError(
-                f"its tag {tag.code} lies beyond the end of the file; it is truncated: copy it"
-                " again"
-            )
+            raise damaged(f"its tag {tag.code} lies beyond the end of the file")
         return self._unpacked(at, f"{tag.count}{kind}")
 
     def _read(self, at: int, length: int) -> bytes:
@@ -201,10 +182,7 @@ class _Walk:
             self._file.seek(at)
             data = self._file.read(length)
         if len(data) != length:
-            raise DamagedSlideError(
-                f"it ends after {len(data)} of {length} bytes of a directory at {at}; it is"
-                " truncated or damaged: copy it again"
-            )
+            raise damaged(f"it ends after {len(data)} of {length} bytes of a directory at {at}")
         return data
 
     def _unpacked(self, at: int, format: str) -> tuple[int, ...]:
@@ -216,9 +194,9 @@ def check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> No
     """Raise DamagedSlideError where tifffile left out a tag that it could not read."""
     lost = (codes.get(page.offset, frozenset()) & _ESSENTIAL_TAGS) - {tag.code for tag in page.tags}
     if lost:
-        raise DamagedSlideError(
+        raise damaged(
             f"directory {number} of its levels has tags {sorted(lost)} of a type or a place that"
-            " makes no sense; it is damaged: copy it again"
+            " makes no sense"
         )
 
 
@@ -229,9 +207,9 @@ def check_table(place: str, size: tuple[int, int], expected: int, page: TiffPage
     """
     offsets, lengths = len(page.dataoffsets), len(page.databytecounts)
     if not offsets == lengths == expected:
-        raise DamagedSlideError(
+        raise damaged(
             f"{place} of {size[0]}x{size[1]} px needs {expected} tiles, but the file lists"
-            f" {offsets} offsets and {lengths} lengths; it is damaged: copy it again"
+            f" {offsets} offsets and {lengths} lengths"
         )
     if size[0] * size[1] > _MAX_LEVEL_PX:
         raise UnsupportedSlideError(
@@ -255,19 +233,13 @@ def check_for_openslide(number: int, page: TiffPage, tile: tuple[int, int]) -> N
         expected = -(-page.imagewidth // width) * -(-page.imagelength // height)
         expected *= page.samplesperpixel if page.planarconfig == _SEPARATE_PLANES else 1
         check_table(f"page {number}", (page.imagewidth, page.imagelength), expected, page)
-    if any(
-        at and not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)
-    ):
-        raise DamagedSlideError(
-            f"tiles of page {number} have an offset, but no bytes; a part of the file's table of"
-            " tiles is lost: copy it again"
-        )
-    most, largest = most_bytes(*tile, page.samplesperpixel), max(page.databytecounts, default=0)
-    if largest > most:
-        raise DamagedSlideError(
-            f"a tile of page {number} should have {largest} bytes, but its pixels take {most} at"
-            " most; it is damaged: copy it again"
-        )
+    most = most_bytes(*tile, page.samplesperpixel)
+    for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if length > most or (offset and not length):
+            raise damaged(
+                f"a tile of page {number} should have {length} bytes at offset {offset}; expected"
+                f" at most {most}, and no offset without bytes"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,24 +262,23 @@ class TileTable:
         """Raise DamagedSlideError where the place that a tile is said to have makes no sense."""
         offset, length = self.offsets[index], self.lengths[index]
         if not 0 <= length <= self.most or offset + length > self.end:
-            raise DamagedSlideError(
+            raise damaged(
                 f"tile {index} of level {self.level} should have {length} bytes at offset {offset},"
                 f" but the file ends at {self.end}, and the pixels of a tile take {self.most} at"
-                " most; it is truncated or damaged: copy it again"
+                " most"
             )
         # The writers of Aperio alone are known to give an offset to tiles without bytes.
         if (length and not offset) or (offset and not length and not self.is_aperio):
-            raise DamagedSlideError(
-                f"tile {index} of level {self.level} has {length} bytes at offset {offset}, where"
-                " one that is declared empty has neither; a part of the file's table of tiles is"
-                " lost: copy it again"
+            raise damaged(
+                f"tile {index} of level {self.level} has {length} bytes at offset {offset}, and not"
+                " both or neither: a part of the file's table of tiles is lost"
             )
 
     def behind_lead(self, data: bytes, index: int) -> bytes:
         """A stretch of a JPEG without the marker before it, which says that all of it is there."""
         if index and not (data[0] == 0xFF and 0xD0 <= data[1] <= 0xD7):
-            raise DamagedSlideError(
+            raise damaged(
                 f"tile {index} of level {self.level} has no restart marker before it, where one has"
-                " to be; the file is damaged: copy it again"
+                " to be"
             )
         return data[self.lead :]

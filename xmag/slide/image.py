@@ -76,24 +76,19 @@ class ImageReader:
 
     def _decoded(self) -> Pixels:
         try:
-            data = self._path.read_bytes()
             if self.format == "jpeg":
+                data = self._path.read_bytes()
                 check_jpeg(data)
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
-            else:
-                # Not by imagecodecs, whose libpng complains on stderr.
-                with Image.open(_pixels_of_png(data), formats=["PNG"]) as image:
-                    clear = image.mode == "RGBA" or (
-                        image.mode == "RGB" and "transparency" in image.info
-                    )
-                    whole = np.asarray(image.convert("RGBA") if clear else image)
-                    pixels = over_white(whole) if clear else whole
+                return pixels
+            # Not by imagecodecs, whose libpng complains on stderr.
+            with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
+                return _on_white(image)
         # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
         except (OSError, ValueError, SyntaxError, struct.error, DamagedSlideError) as error:
             raise DamagedSlideError(
                 f"{self._path.name} is damaged: {error}. Copy the file again"
             ) from error
-        return pixels
 
 
 def _pixels_of_png(data: bytes) -> io.BytesIO:
@@ -105,6 +100,14 @@ def _pixels_of_png(data: bytes) -> io.BytesIO:
             kept.append(data[at:end])
         at = end
     return io.BytesIO(b"".join(kept))
+
+
+def _on_white(image: Image.Image) -> Pixels:
+    """The pixels of an RGB or RGBA image, composited on white where it is transparent."""
+    if image.mode == "RGB" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    array = np.asarray(image)
+    return over_white(array) if image.mode == "RGBA" else array
 
 
 def _png_size(head: bytes, name: str) -> tuple[int, int]:

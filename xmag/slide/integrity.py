@@ -51,6 +51,11 @@ _MAX_SIDE = 1 << 32
 """px; TIFF counts no further."""
 
 
+def damaged(seen: str) -> DamagedSlideError:
+    """The error for what was seen in a file, with its remedy."""
+    return DamagedSlideError(f"{seen}; it is truncated or damaged: copy it again")
+
+
 def check_level(number: int, level: Level) -> None:
     """Raise DamagedSlideError where the sizes of a level make no sense."""
     sides = (*level.size, *level.stored, *(abs(o) + 1 for o in level.origin))
@@ -59,10 +64,10 @@ def check_level(number: int, level: Level) -> None:
         and math.isfinite(level.downsample)
         and level.downsample >= 1
     ):
-        raise DamagedSlideError(
-            f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
-            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times"
-            " smaller than the first; it is damaged: copy it again"
+        raise damaged(
+            f"level {number} is {level.size[0]}x{level.size[1]} px,"
+            f" {level.stored[0]}x{level.stored[1]} px of it stored at {level.origin},"
+            f" {level.downsample:g} times smaller than the first"
         )
 
 
@@ -89,12 +94,11 @@ def check_jpeg(stream: bytes) -> None:
     microsecond or two.
     """
     start = end_of_header(stream)
-    header = stream[:start]
-    if not _has_one_scan(header):
+    has_one_scan, zeros = _known(stream[:start])
+    if not has_one_scan:
         check_scans(stream)
     if start >= len(stream):
         return  # the decoder says what is wrong with it
-    zeros = unexplained_zeros(header)
     at = stream.find(zeros, start)
     while at >= 0 and _is_of_dc(stream, at):
         following = stream.find(_SCAN, at)
@@ -111,19 +115,8 @@ def check_scans(stream: bytes) -> None:
         raise DamagedSlideError(f"its JPEG has {scans} scans; expected at most {_MAX_SCANS}")
 
 
-@lru_cache(maxsize=256)
-def _has_one_scan(header: bytes) -> bool:
-    try:
-        return parse_header(header).has_one_scan
-    except (LookupError, ValueError, ArithmeticError):
-        return False
-
-
 def _is_of_dc(stream: bytes, at: int) -> bool:
-    """Whether a place lies in a scan of the DC alone, as progressive JPEGs have (T.81, annex G).
-
-    That may be a bit a block: it has any number of zeros where the image is flat.
-    """
+    """Whether a place lies in a scan of the DC alone: that has any number of zeros (T.81, G)."""
     scan = stream.rfind(_SCAN, 0, at)
     end = scan + 2 + int.from_bytes(stream[scan + 2 : scan + 4], "big")
     return stream[end - 3 : end - 1] == b"\0\0"  # from the first to the first coefficient
@@ -175,16 +168,23 @@ class Header:
         return -(-self.size[0] // (8 * across)), -(-self.size[1] // (8 * down))
 
 
-@lru_cache(maxsize=256)
 def unexplained_zeros(header: bytes) -> bytes:
     """As many zeros as no encoder writes in a row after this header."""
+    return _known(header)[1]
+
+
+@lru_cache(maxsize=256)
+def _known(header: bytes) -> tuple[bool, bytes]:
+    """(whether decoders take no scan but the first, zeros that no encoder writes after it)."""
+    has_one_scan, bits = False, None
     try:
         found = parse_header(header)
+        has_one_scan = found.has_one_scan
         bits = _most_zero_bits(found)
-    except (LookupError, ValueError, ArithmeticError):  # the decoder says what is wrong with it
-        bits = None
+    except (LookupError, ValueError, ArithmeticError):
+        pass  # the decoder says what is wrong with it
     # One byte more for the rest of a byte, and one for the zero that follows each 0xFF.
-    return bytes(LOST_BYTES if bits is None else max(_LEAST_BYTES, bits // 8 + 2))
+    return has_one_scan, bytes(LOST_BYTES if bits is None else max(_LEAST_BYTES, bits // 8 + 2))
 
 
 def _most_zero_bits(header: Header) -> int | None:
@@ -251,10 +251,7 @@ def parse_header(header: bytes) -> Header:
 
 
 def _codes(part: bytes) -> Mapping[int, dict[int, tuple[int, int]]]:
-    """(length, code) of each symbol of the tables in a DHT segment, in the order of codes.
-
-    By class and number of the table; ITU-T T.81, annex C.
-    """
+    """(length, code) by table and symbol in a DHT segment, in their order; T.81, annex C."""
     found: dict[int, dict[int, tuple[int, int]]] = {}
     at = 0
     while at < len(part):
@@ -330,17 +327,11 @@ def check_jpeg2000(stream: bytes) -> None:
     if _J2K_NO_PACKET.search(stream, start + 2, end) and stream.count(_J2K_SOD) == 1:
         raise DamagedSlideError("its JPEG 2000 stream holds markers where there are none")
     if stream.find(bytes(most), start, end) >= 0:
-        raise DamagedSlideError(
-            f"its JPEG 2000 stream has a stretch of {most} zeros, as where bytes were lost"
-        )
+        raise _lost("JPEG 2000 stream", most)
 
 
 def _most_zeros(header: bytes) -> int:
-    """Longest run of zeros allowed in a stream with this header: one for each packet, and some.
-
-    There is a packet for each layer, component, resolution and precinct of it; ISO/IEC 15444-1,
-    annexes A.6.1 and B.6.
-    """
+    """Longest run of zeros that is allowed: one a packet, and some; ISO/IEC 15444-1, A.6.1, B.6."""
     cod = header.find(_J2K_COD, 4)
     if cod < 0 or len(header) < cod + _J2K_PRECINCTS:
         return _J2K_MOST_ZEROS

@@ -138,10 +138,7 @@ def _shorten(segment: bytearray, count: int) -> None:
 
 
 def _with_colour_transform(stream: bytes) -> bytes | None:
-    """The stream, decoded to RGB where it holds YCbCr; None where it cannot be.
-
-    The transform that goes with the 9/7 wavelet is that of JFIF.
-    """
+    """The stream that decodes to RGB where this holds YCbCr (JFIF's, with 9/7); None where none."""
     parsed = _parsed(stream)
     if parsed is None:
         return None

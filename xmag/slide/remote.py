@@ -219,12 +219,8 @@ class _HttpServer(_Store):
             total=None, sock_connect=timeout_s, sock_read=timeout_s
         )
         # A connection that breaks, a body that ends early, a server that is busy.
-        self._passing = (
-            aiohttp.ClientConnectionError,
-            aiohttp.ClientPayloadError,
-            TimeoutError,
-            _StatusError,
-        )
+        broken = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
+        self._passing = (*broken, _BusyError)
         self._size: int | None = None
 
     def first(self, length: int) -> tuple[bytes, int]:
@@ -250,13 +246,11 @@ class _HttpServer(_Store):
     async def _persistently(self, gate: asyncio.Semaphore, offset: int, length: int) -> bytes:
         """The bytes of a span, fetched again after errors that may pass."""
         async with gate:
-            for attempt in range(1, _ATTEMPTS):
+            for attempt in range(_ATTEMPTS - 1):
                 try:
                     return await self._get(offset, length)
-                except self._passing as error:
-                    if isinstance(error, _StatusError) and not error.may_pass:
-                        raise
-                await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+                except self._passing:
+                    await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
             return await self._get(offset, length)
 
     async def _get(self, offset: int, length: int) -> bytes:
@@ -281,7 +275,8 @@ class _HttpServer(_Store):
                     " download it, and open the local file"
                 )
             if answer.status != 206:
-                raise _StatusError(answer.status)
+                passing = answer.status >= 500 or answer.status == 429
+                raise (_BusyError if passing else _StatusError)(answer.status)
             self.version = self.version or _version(answer.headers)
             expected = self._expected(answer.headers.get("Content-Range", ""), offset, length)
             body = bytearray()
@@ -317,7 +312,10 @@ class _StatusError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
-        self.may_pass = status >= 500 or status == 429
+
+
+class _BusyError(_StatusError):
+    """A status that may pass."""
 
 
 def _version(facts: Mapping[str, Any]) -> str | None:

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
 
-from xmag.errors import ClosedSlideError, DamagedSlideError, UnsupportedSlideError, XmagError
+from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
-from xmag.slide.integrity import check_level
+from xmag.slide.integrity import check_level, damaged
 from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, page_size
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.slide.remote import RemoteSource
@@ -48,9 +48,9 @@ class LocalSource:
         chunks = [self._read(offset, length) for offset, length in ranges]
         for (offset, length), chunk in zip(ranges, chunks, strict=True):
             if len(chunk) != length:
-                raise DamagedSlideError(
+                raise damaged(
                     f"{self._name} should hold {length} bytes at offset {offset}, but ends after"
-                    f" {len(chunk)} of them; the file is truncated or damaged: copy it again"
+                    f" {len(chunk)} of them"
                 )
         return chunks
 
@@ -161,10 +161,7 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
         with _silent_tifffile(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
-                raise DamagedSlideError(
-                    "it begins like a TIFF, but holds no image; it is truncated or damaged: copy it"
-                    " again"
-                )
+                raise damaged("it begins like a TIFF, but holds no image")
             try:
                 layout = find_layout(pages, region)
             except NeedsOpenSlideError:
@@ -180,9 +177,8 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
         if isinstance(error, XmagError):
             raise
         # Without the error itself, which may hold some of what the scanner wrote of the patient.
-        raise DamagedSlideError(
-            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__});"
-            " it is truncated or damaged: copy it again"
+        raise damaged(
+            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
 
 
@@ -220,7 +216,7 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
             " samples"
         )
     if not isinstance(page.jpegtables, bytes | None):
-        raise DamagedSlideError("its JPEG tables are no bytes; it is damaged: copy it again")
+        raise damaged("its JPEG tables are no bytes")
     width, height, rows = _tile_size(page)
     return codecs.TileCoding(
         compression=int(page.compression),
