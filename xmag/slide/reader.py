@@ -104,9 +104,10 @@ class SlideReader(Protocol):
 class TileReader(SlideReader, Protocol):
     """A reader that hands out compressed tiles, so that each can be decoded once.
 
-    It may also have `decode_many(level, chunks, reduction)`, which is faster: the pixels of several
-    tiles, equal to those of `decode`, and None for one that `decode` has to do alone. It raises
-    nothing: whatever is wrong with a tile, `decode` says.
+    It may also have `decode_many(level, chunks, reduction, row)`, which is faster and raises
+    nothing: it decodes tiles into `row`, uint8 (height, widths of all, 3), side by side, and gives
+    a bool for each. What is False, and its place in `row` undefined, is left to `decode`: a chunk
+    that is no bytes, that cannot be decoded with the others, or that is damaged.
     """
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:

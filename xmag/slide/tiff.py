@@ -24,6 +24,11 @@ _MAX_TILE_PX = 1 << 26
 _MAX_JPEG_2000_TILE_PX = 1 << 24
 """OpenJPEG takes 24 bytes a px."""
 
+_MOST_GAP = 64
+"""Bytes between tiles that are read along with them: some writers align tiles."""
+_MOST_TOGETHER = 1 << 22
+"""Bytes read at once."""
+
 _UNASSOCIATED_ALPHA = 2
 
 _PARSE_ERRORS = (
@@ -45,7 +50,12 @@ class LocalSource:
         """The bytes of each (offset, length); DamagedSlideError where the file is too short."""
         if self._file.closed:
             raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
-        chunks = [self._read(offset, length) for offset, length in ranges]
+        chunks = list[bytes]()
+        for group in _neighbours(ranges):
+            start, last = group[0][0], group[-1]
+            data = self._read(start, sum(last) - start)
+            # Each read lets go of the GIL and waits for it, which slices do not.
+            chunks += [data[offset - start : offset - start + size] for offset, size in group]
         for (offset, length), chunk in zip(ranges, chunks, strict=True):
             if len(chunk) != length:
                 raise damaged(
@@ -68,6 +78,18 @@ class LocalSource:
 
     # Windows has no pread.
     _read = _read_at if hasattr(os, "pread") else _seek_and_read
+
+
+def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+    """The (offset, length) in groups that follow each other in the file."""
+    first = 0
+    for at in range(1, len(ranges) + 1):
+        if at < len(ranges):
+            gap = ranges[at][0] - sum(ranges[at - 1])
+            if 0 <= gap <= _MOST_GAP and sum(ranges[at]) - ranges[first][0] <= _MOST_TOGETHER:
+                continue
+        yield ranges[first:at]
+        first = at
 
 
 class TiffReader:
@@ -143,10 +165,10 @@ class TiffReader:
         return self._decoders[level](data, reduction)
 
     def decode_many(
-        self, level: int, chunks: Sequence[bytes], reduction: int
-    ) -> Sequence[Pixels | None]:
-        """The pixels of tiles of a level together; None for those that `decode` has to do alone."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction)
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
