@@ -95,7 +95,7 @@ def decoder(coding: TileCoding) -> Decoder:
     if coding.compression in (JPEG, 33007):
         return _JpegDecoder(coding)
     if coding.compression in JPEG_2000:
-        return _Jpeg2000Decoder(coding)
+        return _jpeg2000(coding)
     if coding.photometric != _PHOTOMETRIC_RGB:
         raise UnsupportedSlideError(
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
@@ -294,32 +294,28 @@ class _ArrayDecoder:
         return box_average(_padded(pixels, self._size), reduction)
 
 
-class _Jpeg2000Decoder:
-    """Tiles in JPEG 2000: in full, or at 1/4 and less without their finest wavelet level."""
+def _jpeg2000(coding: TileCoding) -> Decoder:
+    """The decoder of JPEG 2000: in full, or at 1/4 and less without the finest wavelet level."""
+    # Elsewhere the code stands for JPEG 2000 of any kind, and no tag tells RGB from YCbCr.
+    ycbcr = coding.aperio and coding.compression == APERIO_J2K_YCBCR
+    decode = partial(jpeg2000.decode, ycbcr=ycbcr)
+    width, height = coding.size
+    # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
+    native = _ArrayDecoder(coding, partial(decode, size=coding.size, rounded=True))
+    full = _ArrayDecoder(coding, partial(decode, size=coding.size))
+    quarter = _ArrayDecoder(
+        replace(coding, size=(width // 4, height // 4), last_height=height // 4),
+        lambda half: jpeg2000.quarter(decode(half, size=(width // 2, height // 2))),
+    )
 
-    def __init__(self, coding: TileCoding) -> None:
-        # Elsewhere the code stands for JPEG 2000 of any kind, and no tag tells RGB from YCbCr.
-        ycbcr = coding.aperio and coding.compression == APERIO_J2K_YCBCR
-        full = partial(jpeg2000.decode, size=coding.size, ycbcr=ycbcr)
-        self._size = coding.size
-        # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
-        self._native = _ArrayDecoder(coding, partial(full, rounded=True))
-        self._full = _ArrayDecoder(coding, full)
-        width, height = coding.size[0] // 4, coding.size[1] // 4
-        quarter = replace(coding, size=(width, height), last_height=height)
-        halved = partial(
-            jpeg2000.decode, size=(coding.size[0] // 2, coding.size[1] // 2), ycbcr=ycbcr
-        )
-        self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(halved(half)))
-
-    def __call__(self, data: bytes, reduction: int) -> Pixels:
+    def decoded(data: bytes, reduction: int, /) -> Pixels:
         check_jpeg2000(data)
         if reduction == 1:
-            return self._native(data, reduction)
-        half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
-        if half is None:
-            return self._full(data, reduction)
-        return self._quarter(half, reduction // 4)
+            return native(data, reduction)
+        half = jpeg2000.without_finest_level(data, coding.size) if reduction >= 4 else None
+        return full(data, reduction) if half is None else quarter(half, reduction // 4)
+
+    return decoded
 
 
 def over_white(rgba: NDArray[np.uint8]) -> Pixels:

@@ -50,8 +50,8 @@ def decode(
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
         raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
     check_jpeg2000_size(stream, size)
-    # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
-    if not ycbcr or _is_subsampled(stream) or _is_transformed(stream):
+    # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples (XRsiz, YRsiz in SIZ).
+    if not ycbcr or stream[46:48] != b"\1\1" or _is_transformed(stream):
         return imagecodecs.jpeg2k_decode(stream)
     transformed = None if rounded else _with_colour_transform(stream)
     if transformed is None:
@@ -148,11 +148,6 @@ def _with_colour_transform(stream: bytes) -> bytes | None:
         return None
     cod[_TRANSFORM] = 1
     return _SOC + b"".join(header.values()) + data
-
-
-def _is_subsampled(stream: bytes) -> bool:
-    """Whether the second component has fewer samples than the image (XRsiz, YRsiz in SIZ)."""
-    return stream[46:48] != b"\x01\x01"
 
 
 def _is_transformed(stream: bytes) -> bool:

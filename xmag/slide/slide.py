@@ -201,12 +201,12 @@ class Slide:
         """
         mpp = self.known_mpp()
         check_area(self.dimensions, mpp, self._name)
+        return self._scale_for(spec, mpp)
+
+    def _scale_for(self, spec: TileSpec, mpp: float) -> ReadScale:
         levels = self._reader.levels
-        return choose_scale(
-            [mpp * level.downsample for level in levels],
-            [level.reductions for level in levels],
-            spec,
-        )
+        mpps = [mpp * level.downsample for level in levels]
+        return choose_scale(mpps, [level.reductions for level in levels], spec)
 
     def read_region(
         self, xy: tuple[int, int], size: tuple[int, int], *, mpp: float | None = None
@@ -250,11 +250,7 @@ class Slide:
         reader = self.reader
         width, height = self.dimensions
         downsample = max(1.0, max(width, height) / max_px)
-        scale = choose_scale(
-            [level.downsample for level in reader.levels],
-            [level.reductions for level in reader.levels],
-            TileSpec(mpp=downsample, mpp_tolerance=0),
-        )
+        scale = self._scale_for(TileSpec(mpp=downsample, mpp_tolerance=0), 1.0)
         size = (max(1, round(width / downsample)), max(1, round(height / downsample)))
         box = (0, 0, width, height)
         return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
