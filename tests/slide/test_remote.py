@@ -260,11 +260,14 @@ def test_no_failure_while_directories_are_read_is_taken_for_damage(tmp_path, mon
         assert opening > 5
 
 
-def test_a_failure_while_directories_are_read_is_not_taken_for_a_damaged_file(folder, server):
+def test_a_failure_while_directories_are_read_is_not_taken_for_a_damaged_file(
+    folder, server, monkeypatch
+):
+    monkeypatch.setattr(remote, "_TIMEOUT_S", 3)
     size = (folder / "slide.svs").stat().st_size
     assert size > 500_000  # so that later directories are not in the first block
     server.silent_after = 1
-    source = RemoteSource(Url(f"{server.url}/slide.svs"), timeout_s=3)
+    source = RemoteSource(Url(f"{server.url}/slide.svs"))
     with pytest.raises(SlideError, match="no answer in time"):
         TiffReader(source)
 

@@ -6,7 +6,7 @@ What lies in the tiles is checked in `integrity`.
 """
 
 import struct
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -242,43 +242,35 @@ def check_for_openslide(number: int, page: TiffPage, tile: tuple[int, int]) -> N
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TileTable:
     """Places of the tiles of a level, to be checked before one of them is followed.
 
-    A tile has at most `most` bytes, and the file ends at `end`. Before each stretch of a JPEG but
-    the first lie `lead` bytes, a restart marker; elsewhere that is 0.
+    A tile has at most `most` bytes, and the file ends at `end`. `lead` are the bytes of the restart
+    marker that is before each stretch of a JPEG but the first; 0 where tiles are whole streams.
     """
 
-    level: int
-    offsets: Sequence[int]
-    lengths: Sequence[int]
-    most: int
-    end: int
-    lead: int
-    is_aperio: bool
+    def __init__(self, level: int, page: TiffPage, *, most: int, end: int, is_aperio: bool) -> None:
+        self.offsets, self.lengths = page.dataoffsets, page.databytecounts
+        self.lead = 0 if page.jpegheader is None else 2
+        self._level, self._most, self._end, self._is_aperio = level, most, end, is_aperio
 
     def check(self, index: int) -> None:
         """Raise DamagedSlideError where the place that a tile is said to have makes no sense."""
         offset, length = self.offsets[index], self.lengths[index]
-        if not 0 <= length <= self.most or offset + length > self.end:
+        if not 0 <= length <= self._most or offset + length > self._end:
             raise damaged(
-                f"tile {index} of level {self.level} should have {length} bytes at offset {offset},"
-                f" but the file ends at {self.end}, and the pixels of a tile take {self.most} at"
-                " most"
+                f"tile {index} of level {self._level} should have {length} bytes at offset {offset},"
+                f" but the file ends at {self._end}, and its pixels take {self._most} at most"
             )
         # The writers of Aperio alone are known to give an offset to tiles without bytes.
-        if (length and not offset) or (offset and not length and not self.is_aperio):
+        if (length and not offset) or (offset and not length and not self._is_aperio):
             raise damaged(
-                f"tile {index} of level {self.level} has {length} bytes at offset {offset}, and not"
-                " both or neither: a part of the file's table of tiles is lost"
+                f"tile {index} of level {self._level} has {length} bytes at offset {offset}, where"
+                " an empty one has neither: a part of the file's table of tiles is lost"
             )
 
     def behind_lead(self, data: bytes, index: int) -> bytes:
         """A stretch of a JPEG without the marker before it, which says that all of it is there."""
         if index and not (data[0] == 0xFF and 0xD0 <= data[1] <= 0xD7):
-            raise damaged(
-                f"tile {index} of level {self.level} has no restart marker before it, where one has"
-                " to be"
-            )
+            raise damaged(f"tile {index} of level {self._level} lacks the restart marker before it")
         return data[self.lead :]

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, SlideError, UnsupportedSlideError
+from xmag.slide.integrity import damaged
 from xmag.urls import Url, retold
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class RemoteSource:
     server gives whole files only.
     """
 
-    def __init__(self, url: Url, *, timeout_s: float | None = None) -> None:
+    def __init__(self, url: Url) -> None:
         self.url = url
         self.name = url.name
         self.bytes_fetched = 0
@@ -57,19 +58,13 @@ class RemoteSource:
         self._lock = threading.Lock()
         self._closed = False
         with retold(SlideError, url):
-            if url.scheme in ("http", "https"):
-                self._store: _Store = _HttpServer(url, timeout_s or _TIMEOUT_S)
-            else:
-                self._store = _Store(url)
+            self._store = (_HttpServer if url.scheme in ("http", "https") else _Store)(url)
             self.head, self.size = self._store.first(_HEAD_BYTES)
+        self.version = self._store.version
+        """ETag or time that changes when the file is written; None where the store has none."""
         self._count([self.head])
         if not self.size:
             raise DamagedSlideError(f"{self.name} is empty; copy it there again")
-
-    @property
-    def version(self) -> str | None:
-        """ETag or time that changes when the file is written; None where the store has none."""
-        return self._store.version
 
     def read_many(self, ranges: _Ranges) -> list[bytes]:
         """The bytes of each (offset, length); DamagedSlideError where the file is too short."""
@@ -77,9 +72,9 @@ class RemoteSource:
             raise ClosedSlideError(f"{self.name} is closed; open the slide again to read from it")
         for offset, length in ranges:
             if offset + length > self.size:
-                raise DamagedSlideError(
+                raise damaged(
                     f"{self.name} should hold {length} bytes at offset {offset}, but has only"
-                    f" {self.size} in all; the file is truncated or damaged: copy it there again"
+                    f" {self.size} in all"
                 )
         spans = _merged(ranges)
         with retold(SlideError, self.url):
@@ -172,10 +167,7 @@ class _RangeFile(io.RawIOBase):
             return self._source.head[start:end]
         self._asked += end - start
         if self._asked > _MOST_PARSED_BYTES:
-            raise DamagedSlideError(
-                f"its directories ask for more than {_MOST_PARSED_BYTES} bytes; it is damaged:"
-                " copy it there again"
-            )
+            raise damaged(f"its directories ask for more than {_MOST_PARSED_BYTES} bytes")
         return self._source.read_many([(start, end - start)])[0]
 
 
@@ -211,13 +203,12 @@ class _HttpServer(_Store):
     signature; here the whole file is an error before its body is read.
     """
 
-    def __init__(self, url: Url, timeout_s: float) -> None:
+    def __init__(self, url: Url) -> None:
         super().__init__(url)
         import aiohttp
 
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=timeout_s, sock_read=timeout_s
-        )
+        limit = _TIMEOUT_S
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=limit, sock_read=limit)
         # A connection that breaks, a body that ends early, a server that is busy.
         broken = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
         self._passing = (*broken, _BusyError)

@@ -128,18 +128,10 @@ class TiffReader:
             for stored, coding in zip(layout.levels, codings, strict=True)
         )
         self._decoders = [codecs.decoder(coding) for coding in codings]
+        most = [directories.most_bytes(*coding.size, coding.samples) for coding in codings]
         self._tables = [
-            directories.TileTable(
-                level=number,
-                offsets=page.dataoffsets,
-                lengths=page.databytecounts,
-                most=directories.most_bytes(*coding.size, coding.samples),
-                end=end,
-                # Each stretch of a JPEG but the first has a restart marker before it.
-                lead=0 if coding.jpeg_header is None else 2,
-                is_aperio=is_aperio,
-            )
-            for number, (page, coding) in enumerate(zip(pages, codings, strict=True))
+            directories.TileTable(number, page, most=most[number], end=end, is_aperio=is_aperio)
+            for number, page in enumerate(pages)
         ]
         for number, (level, page) in enumerate(zip(self.levels, pages, strict=True)):
             check_level(number, level)
