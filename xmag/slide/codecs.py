@@ -20,13 +20,7 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import (
-    check_jpeg,
-    check_jpeg2000,
-    check_webp,
-    check_zeros,
-    end_of_header,
-)
+from xmag.slide.integrity import check_jpeg, check_jpeg2000, check_webp, check_zeros, end_of_header
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 

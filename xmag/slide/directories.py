@@ -259,8 +259,9 @@ class TileTable:
         offset, length = self.offsets[index], self.lengths[index]
         if not 0 <= length <= self._most or offset + length > self._end:
             raise damaged(
-                f"tile {index} of level {self._level} should have {length} bytes at offset {offset},"
-                f" but the file ends at {self._end}, and its pixels take {self._most} at most"
+                f"tile {index} of level {self._level} should have {length} bytes at offset"
+                f" {offset}, but the file ends at {self._end}, and its pixels take {self._most} at"
+                " most"
             )
         # The writers of Aperio alone are known to give an offset to tiles without bytes.
         if (length and not offset) or (offset and not length and not self._is_aperio):
