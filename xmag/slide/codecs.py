@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -41,12 +41,11 @@ _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 it has too few samples at the end. It is decoded by so much less, and then averaged."""
 
 
-class Decoder(Protocol):
-    """Pixels of one tile at 1/reduction; DamagedSlideError where the bytes are not a tile."""
+Decoder = Callable[[bytes, int], Pixels]
+"""Tile bytes, n -> the pixels of the tile at 1/n, in full tile size.
 
-    def __call__(self, data: bytes, reduction: int, /) -> Pixels:
-        """The pixels, in full tile size."""
-        ...
+DamagedSlideError where the bytes are not a tile.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +301,7 @@ def _jpeg2000(coding: TileCoding) -> Decoder:
         lambda half: jpeg2000.quarter(decode(half, size=(width // 2, height // 2))),
     )
 
-    def decoded(data: bytes, reduction: int, /) -> Pixels:
+    def decoded(data: bytes, reduction: int) -> Pixels:
         check_jpeg2000(data)
         if reduction == 1:
             return native(data, reduction)

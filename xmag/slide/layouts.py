@@ -63,17 +63,20 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
-def _choose(names: Sequence[str], region: int | None) -> int:
-    """The index of the scan to read; InputError, listing `names`, where that is not clear."""
-    if region is None and len(names) == 1:
+def _choose(scans: Sequence[tuple[int, int]], region: int | None) -> int:
+    """The index of the scan to read; InputError, listing their sizes, where that is not clear.
+
+    By sizes alone: a name is free text, in which a patient may stand.
+    """
+    if region is None and len(scans) == 1:
         return 0
-    listing = ", ".join(f"region={i} ({name})" for i, name in enumerate(names))
+    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
     if region is None:
         raise InputError(
-            f"the file holds {len(names)} scans; choose one with Slide(path, region=...), of"
+            f"the file holds {len(scans)} scans; choose one with Slide(path, region=...), of"
             f" {listing}"
         )
-    if not (isinstance(region, int) and 0 <= region < len(names)):
+    if not (isinstance(region, int) and 0 <= region < len(scans)):
         raise InputError(f"region={region!r} is not in the file; it holds {listing}")
     return region
 
@@ -91,7 +94,7 @@ def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
 def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | None) -> TiffLayout:
     """The layout of a file whose one scan has these pages as levels; a z-stack is refused."""
     _refuse_planes(pages[0], pages[1:])
-    _choose([_name(pages[0])], region)
+    _choose([page_size(pages[0])], region)
     return TiffLayout(format=format, levels=_whole(pages), metadata=scale)
 
 
@@ -129,15 +132,11 @@ def _is_reduced(base: TiffPage, page: TiffPage) -> bool:
     )
 
 
-def _name(page: TiffPage) -> str:
-    return f"{page.imagewidth}x{page.imagelength} px"
-
-
 def _refuse_planes(base: TiffPage, others: _Pages) -> None:
     """Raise UnsupportedSlideError where pages as large as `base` make a z-stack of it."""
     same = sum(page_size(page) == page_size(base) for page in others)
     if same:
-        raise _stack(f"{same + 1} images of {_name(base)}")
+        raise _stack(f"{same + 1} images of {base.imagewidth}x{base.imagelength} px")
 
 
 def _stack(what: str) -> UnsupportedSlideError:
@@ -171,7 +170,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
-    _choose([_name(tiled[0])], region)
+    _choose([page_size(tiled[0])], region)
     width, height = page_size(tiled[0])
     levels = []
     for page, spacing in zip(tiled, spacings, strict=True):
@@ -188,8 +187,7 @@ def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
-    names = [f"{scan.levels[0][0]}x{scan.levels[0][1]} px" for scan in scans]
-    scan = scans[_choose(names, region)]
+    scan = scans[_choose([scan.levels[0][:2] for scan in scans], region)]
     if scan.planes > 1:
         raise _stack(f"{scan.planes} planes of each level")
     levels = []
@@ -229,28 +227,21 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
     if not levels:
         raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
-    _refuse_fluorescence(levels[0])
-    if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
-        raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
-    power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
-    scale = replace(_resolution(levels[0]), objective_power=power)
-    return _one_scan("hamamatsu", levels, scale, region)
-
-
-def _refuse_fluorescence(page: TiffPage) -> None:
-    """Raise UnsupportedSlideError where an NDPI was not taken in colour and transmitted light.
-
-    Capture mode 0 is brightfield, 16 one in grey, all others are fluorescence; older scanners
-    give the filter set alone (Bio-Formats, NDPIReader).
-    """
-    mode = page.tags.valueof(_NDPI_CAPTURE_MODE_TAG)
-    filters = str(page.tags.valueof(_NDPI_FILTER_TAG, default="")).strip("\0 ")
+    # Capture mode 0 is brightfield, 16 one in grey, all others are fluorescence; older scanners
+    # give the filter set alone (Bio-Formats, NDPIReader).
+    mode = levels[0].tags.valueof(_NDPI_CAPTURE_MODE_TAG)
+    filters = str(levels[0].tags.valueof(_NDPI_FILTER_TAG, default="")).strip("\0 ")
     if mode or (mode is None and filters):
         seen = f"capture mode {mode}" if mode else "the name of a filter set"
         raise UnsupportedSlideError(
             f"the NDPI file has {seen}, which means fluorescence or grey; xmag reads brightfield"
             " scans in colour"
         )
+    if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
+        raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
+    power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
+    scale = replace(_resolution(levels[0]), objective_power=power)
+    return _one_scan("hamamatsu", levels, scale, region)
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
@@ -264,9 +255,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
             " OME-TIFF that is one file"
         )
-    # By their sizes alone: a name is free text, in which a patient may stand.
-    names = [_name(pages[image.page]) for image in images]
-    image = images[_choose(names, region)]
+    image = images[_choose([page_size(pages[image.page]) for image in images], region)]
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
@@ -312,7 +301,7 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
         del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-    chosen = scans[_choose([_name(scan[0]) for scan in scans], region)]
+    chosen = scans[_choose([page_size(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
 
 
