@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from xmag.errors import InputError
+from xmag.files import read_csv
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
-from xmag.tables import read_csv
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 
 FORMATS = ("h5", "safetensors")
