@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from xmag.cores import usable_cores
+
 # No test's verdict depends on how fast the machine is.
 settings.register_profile("xmag", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("xmag")
@@ -13,9 +15,10 @@ _SHARED = Path(__file__).parents[2] / "shared"
 _OPEN_FILES = Path("/proc/self/fd")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Half as many again as there are cores, as some tests wait for a clock or a process."""
-    return max(2, (os.cpu_count() or 1) * 3 // 2)
+    return max(2, usable_cores() * 3 // 2)
 
 
 @pytest.fixture(scope="session")
