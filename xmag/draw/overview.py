@@ -79,8 +79,8 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     features runs from blue to yellow, the second from dark to light, the third from green to
     magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
     percentile. Where tiles overlap, the mean of their colours is shown. The colours of two slides
-    cannot be compared. Raises BagError where the bag does
-    not say how large its tiles are, and InputError where it belongs to another canvas.
+    cannot be compared. Raises BagError where the bag does not say how large its tiles are, and
+    InputError where it belongs to another canvas.
     """
     coords = placed(bag, "a feature map")
     if bag.tiles is None:
