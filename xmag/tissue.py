@@ -357,7 +357,7 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     """r, b and the density (mean of the channels), relative to the glass."""
     channels = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
     logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
-    reds, greens, blues = (logs[channel] for channel in channels)
+    reds, greens, blues = (logs.take(channel) for channel in channels)
     red, blue, light = reds - greens, blues - greens, (reds + greens + blues) / np.float32(3)
     glass = _glass(channels, red, blue)
     if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
@@ -382,7 +382,8 @@ def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> 
 def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
     """r, b and light, each less a quadratic surface through glass: lamps and lenses are uneven."""
     x, y = (np.linspace(-1, 1, size, dtype=np.float32) for size in glass.shape[::-1])
-    rows, columns = (i[:: 1 + len(i) // _GLASS_SAMPLES] for i in np.nonzero(glass))
+    places = np.flatnonzero(glass)
+    rows, columns = np.divmod(places[:: 1 + len(places) // _GLASS_SAMPLES], glass.shape[1])
     design = np.stack(_quadratic_terms(x[columns], y[rows])).astype(np.float64)
     seen = np.stack([f[rows, columns] for f in fields]).astype(np.float64)
     # Where smooth pale tissue outnumbers it, glass is still the brightest.
@@ -397,17 +398,19 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
         fit = np.linalg.solve(normal, np.einsum("in,fn->if", design * near, seen))
         near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
     fit[0] += levels
-    terms = _quadratic_terms(x, y[:, None])
-    surfaces = [
-        sum(t * c for t, c in zip(terms, coefficients, strict=True))
-        for coefficients in fit.T.astype(np.float32)
+    y = y[:, None]
+    product = x * y
+    # What depends on x or y alone is added as a row or a column.
+    return [
+        field - (one + x * cx + y * cy + product * cxy + x * x * cxx + y * y * cyy)
+        for field, (one, cx, cy, cxy, cxx, cyy) in zip(
+            fields, fit.T.astype(np.float32), strict=True
+        )
     ]
-    return [f - surface for f, surface in zip(fields, surfaces, strict=True)]
 
 
 def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:
-    one = np.ones_like(x * y)
-    return [one, x * one, y * one, x * y, x * x * one, y * y * one]
+    return [np.ones_like(x), x, y, x * y, x * x, y * y]
 
 
 def _stain(red: _Field, blue: _Field) -> _Field:

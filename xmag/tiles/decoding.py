@@ -53,7 +53,9 @@ class Reading:
 
 _WHITE = 255
 _RUN_TILES = 16
-"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
+"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share.
+
+They are hashed together as well, so that another number gives all slides another hash."""
 _STACKING_THREADS = 5
 """From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
 decoding one by one is faster, as codes in a stack take longer."""
