@@ -54,7 +54,7 @@ FORMAT = records.Format(
 
 
 def test_records_survive_json() -> None:
-    values = records.to_dict(WHOLE)
+    values = records.plain(WHOLE)
     assert values["parts"] == [{"size": [1, 2], "share": None}, {"size": [3, 4], "share": 0.5}]
     assert records.from_dict(Whole, json.loads(json.dumps(values))) == WHOLE
     assert records.from_dict(Whole, {"name": "a"}) == Whole(name="a")
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_named_with_what_was_expected(change: dict, message
 
 
 def test_files_say_which_format_and_version_they_have() -> None:
-    text = FORMAT.dumps(records.to_dict(WHOLE), indent=1)
+    text = FORMAT.dumps(records.plain(WHOLE), indent=1)
     assert text.startswith('{\n "format": "xmag.Whole",\n "schema_version": 3,\n "name": "a"')
     assert records.from_dict(Whole, FORMAT.loads(text)) == WHOLE
     with pytest.raises(ValueError, match="JSON"):

@@ -25,7 +25,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(records.Record):
     """A ViT, the tiles it wants, and how RGB in [0, 1] is normalised for it."""
 
     vit: ViTConfig
@@ -46,10 +46,6 @@ class ModelConfig:
                 f"mean {self.mean} and std {self.std} do not normalise RGB; expected three numbers"
                 " each, those of std positive"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
