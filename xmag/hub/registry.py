@@ -16,6 +16,13 @@ DEFAULT_MODEL = "AI4PATH/XMAG"
 MINI = "xmag-mini"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
+FORMAT = records.Format(
+    name=SCHEMA,
+    version=1,
+    writer="Encoder.save",
+    remedy="save the model again",
+    error=WeightsError,
+)
 
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
@@ -172,6 +179,8 @@ def _read_config(path: Path) -> ResolvedConfig | None:
         )
     try:
         if values.get("format") == SCHEMA:
+            # Those that earlier versions wrote do not say which version they have.
+            values = FORMAT.opened({"schema_version": 1, **values}, str(path))
             return ResolvedConfig(
                 config=ModelConfig.from_dict(values),
                 source="read",
