@@ -9,8 +9,7 @@ from pathlib import Path
 from xmag.encoder import Encoder, TileEncoder, load_model
 from xmag.errors import HubError, InputError, ModelError, WeightsError, XmagError
 from xmag.hub.fetch import locate_model
-from xmag.hub.mini import MINI_SHA256
-from xmag.hub.registry import DEFAULT_MODEL, MINI, ModelConfig
+from xmag.hub.registry import DEFAULT_MODEL, MINI, MINI_SHA256, ModelConfig
 from xmag.hub.weights import file_sha256
 
 _lock = threading.Lock()
