@@ -28,12 +28,10 @@ from support.slides import texture, write_svs
 
 import xmag
 from xmag.bag import FeatureBag
-from xmag.cohort import executors, extract_cohort, shards
-from xmag.cohort.executors import Engine, shares
-from xmag.cohort.gpus import claim
-from xmag.cohort.jobs import jobs_of
+from xmag.cohort import executors, extract_cohort
+from xmag.cohort.executors import Engine, claim, shares
+from xmag.cohort.jobs import Settings, jobs_of
 from xmag.cohort.resume import SEEN_NAME
-from xmag.cohort.settings import Settings
 from xmag.errors import (
     InputError,
     MismatchError,
@@ -198,7 +196,7 @@ def test_each_slide_is_reported_while_its_shard_goes_on(folder, model, out):
 
 
 def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
-    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(executors, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(executors, "_REMOTE_STATUS_EVERY_S", 0.05)
     store = fsspec.filesystem("memory")
     with ThreadPoolExecutor(1) as pool:
@@ -211,7 +209,7 @@ def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
 
 
 def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, monkeypatch):
-    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(executors, "_LOOK_EVERY_S", 0)
     with ThreadPoolExecutor(1) as pool:
         rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
         next(rows)
@@ -286,7 +284,7 @@ def test_what_stops_every_shard_is_raised(folder, model, out, tmp_path):
 
 def test_an_engine_that_starts_a_shard_again_gets_the_same_rows(folder, model, out):
     def twice(shard, count):
-        assert shards.run_shard(shard).error is None
+        assert executors.run_shard(shard).error is None
         return shard
 
     with Changing(twice) as pool:
@@ -462,7 +460,7 @@ def test_a_killed_process_lets_go_of_its_device(tmp_path):
     code = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from xmag.cohort.gpus import claim
+        from xmag.cohort.executors import claim
         print(claim(["gpu-0", "gpu-1"], Path(sys.argv[1]))[0], flush=True)
         time.sleep(800)
     """)
@@ -582,7 +580,7 @@ def test_statuses_are_plain_json(folder, model, out):
     seen = []
 
     def peek(shard, count):
-        status = shards.run_shard(shard)
+        status = executors.run_shard(shard)
         seen.append((json.loads(shard.status.read_text()), status))
         return shard
 
@@ -590,4 +588,4 @@ def test_statuses_are_plain_json(folder, model, out):
         run(folder, out, pool, model=model, shards=1)
     ((text, status),) = seen
     assert [row["status"] for _, row in sorted(text["rows"], key=itemgetter(0))] == STATUSES
-    assert shards.ShardStatus.from_json(status.to_json()) == status
+    assert executors.ShardStatus.from_json(status.to_json()) == status

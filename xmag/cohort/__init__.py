@@ -8,10 +8,9 @@ from os import PathLike
 from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, share_of
-from xmag.cohort.jobs import Job, jobs_of
+from xmag.cohort.jobs import Job, Settings, jobs_of
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
-from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
 from xmag.errors import MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder

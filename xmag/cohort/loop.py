@@ -21,12 +21,17 @@ from numpy.typing import NDArray
 
 from xmag import files
 from xmag.bag import save_bag
-from xmag.cohort.jobs import Job
-from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
+from xmag.cohort.claims import Share
+from xmag.cohort.jobs import Job, Settings
 from xmag.cohort.report import CohortRow
-from xmag.cohort.resume import Found, earlier_of
-from xmag.cohort.settings import Settings
-from xmag.cohort.sharing import Share
+from xmag.cohort.resume import (
+    THUMBNAIL_PX,
+    Found,
+    Kept,
+    earlier_of,
+    is_picture_missing,
+    write_picture,
+)
 from xmag.encoder import Encoder, TileStream, pinned
 from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
