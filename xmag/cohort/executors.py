@@ -1,27 +1,35 @@
-"""Cohort on an executor: shards of slides go to its workers, and one report comes back.
+"""Cohort on an executor: its workers take slides one after another, and one report comes back.
 
 An executor is anything whose `submit` returns something with `done()` and `result()`: a
-ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's. A worker gets a Shard,
-does its slides as a cohort of their own, and writes what became of each to a status file in the
-folder of the run. So whoever waits for it sees it advance, and a worker that is lost takes nothing
-finished with it.
+ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's. It is given the same
+piece of work many times: all the slides, of which a worker takes the next one that no other worker
+has taken, by a file in the folder of the run, until there is none. In a store, which makes no file
+for one worker only, each piece has slides of its own. What becomes of each slide goes to a file
+beside: whoever waits sees the work advance, and a worker that is lost takes nothing finished with
+it.
 """
 
-import importlib
-import json
+import atexit
 import logging
+import multiprocessing
 import os
+import pickle
+import pkgutil
 import secrets
-import sys
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -29,7 +37,8 @@ from xmag import files
 from xmag.cohort.claims import open_lock, try_lock
 from xmag.cohort.jobs import Job, Settings
 from xmag.cohort.loop import rows_of
-from xmag.cohort.report import CohortRow
+from xmag.cohort.report import CohortRow, Status
+from xmag.cohort.resume import JsonLines
 from xmag.cores import usable_cores
 from xmag.encoder import Encoder, TileEncoder, load_model
 from xmag.errors import (
@@ -47,12 +56,39 @@ from xmag.hub.mini import MINI_SHA256
 from xmag.hub.registry import DEFAULT_MODEL, MINI, ModelConfig
 from xmag.hub.weights import file_sha256
 from xmag.provenance import dtype_class
+from xmag.tiles import DecodingPool
 from xmag.urls import Place, Url, retold
 
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
-_loaded: dict[tuple["ModelName", str], Encoder] = {}
+MARKER = "run.json"
+"""Marker file of a run, there for as long as somebody waits for its rows."""
+
+_BUILDS = 4
+"""Most times that a factory makes an executor: once, and again after it broke."""
+
+_POLL_S = 0.1
+_STATUS_EVERY_S = 1.0
+_REMOTE_STATUS_EVERY_S = 10.0
+"""Seconds between looks at the rows of workers, on a file system and in a store."""
+
+_LOOK_EVERY_S = 1.0
+"""Seconds between a worker's looks whether anybody still waits."""
+
+_LEAST_PIECES = 16
+_MOST_SLIDES = 64
+"""Slides a piece where nobody says how many: more pieces than most executors have workers."""
+
+_IDLE_S = 60.0
+"""Seconds that the decoding processes of a worker outlive its last piece of work."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Protocol of an executor, such as a process pool, Dask's or submitit's."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Submit a call; returns an object with `done()` and `result()`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +103,47 @@ class ModelName:
     recorded: str
     revision: str | None
     weights_sha256: str
-    config_json: str
+    config: ModelConfig
     is_config_given: bool
     dtype: str | None
+
+    @classmethod
+    def of(cls, encoder: Encoder, *, dtype: str | None) -> "ModelName":
+        """The name of an encoder. Raises ModelError for one that no machine can load by name."""
+        about = encoder.provenance
+        recorded, sha256 = str(about.get("name")), str(about.get("weights_sha256"))
+        path = Path(recorded).expanduser()
+        is_path = recorded != MINI and path.exists()
+        name = cls(
+            path_or_name=str(path.absolute()) if is_path else recorded,
+            recorded=recorded,
+            revision=about.get("revision"),
+            weights_sha256=sha256,
+            config=encoder.config,
+            is_config_given=about.get("config_source") == "given",
+            dtype=dtype,
+        )
+        if not name._is_loadable(is_path=is_path):
+            raise ModelError(
+                f"the encoder {recorded!r} cannot be loaded by its name with the same weights, and"
+                " weights do not travel to workers: encoder.save(folder) writes them to a folder"
+                " that the workers see; then give model=folder"
+            )
+        return name
+
+    def _is_loadable(self, *, is_path: bool) -> bool:
+        """Whether `load_model` would give these weights, as far as that can be seen from here."""
+        if self.recorded == MINI:
+            return self.weights_sha256 == MINI_SHA256
+        if not is_path and self.revision is None:
+            return False
+        try:
+            found = locate_model(self.recorded, revision=self.revision, local_files_only=True)
+            return file_sha256(found.weights) == self.weights_sha256
+        except HubError:
+            return True  # not cached under this revision here: each worker compares the hash
+        except XmagError:
+            return False
 
     def load(self, device: str) -> Encoder:
         """The Encoder, loaded once a process.
@@ -77,23 +151,22 @@ class ModelName:
         Raises WeightsError where this machine has other weights under that name.
         """
         key = (self, device)
-        with _lock:
+        with _loading:
             if key not in _loaded:
                 _loaded.clear()  # the memory of a GPU is there for one
                 _loaded[key] = self._load(device)
             return _loaded[key]
 
     def _load(self, device: str) -> Encoder:
-        config = ModelConfig.from_dict(json.loads(self.config_json))
         encoder = load_model(
             self.path_or_name,
             revision=self.revision,
-            config=config if self.is_config_given else None,
+            config=self.config if self.is_config_given else None,
             device=device,
             dtype=self.dtype or "auto",
         )
         found = encoder.provenance["weights_sha256"]
-        if found != self.weights_sha256 or encoder.config != config:
+        if found != self.weights_sha256 or encoder.config != self.config:
             what = "weights" if found != self.weights_sha256 else "config"
             raise WeightsError(
                 f"{self.recorded!r} has another {what} on this machine (weights sha256"
@@ -104,15 +177,18 @@ class ModelName:
         return encoder.named(self.recorded)
 
 
-def by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelName, Encoder]:
+_loading = threading.Lock()
+_loaded: dict[tuple[ModelName, str], Encoder] = {}
+
+
+def _by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelName, Encoder]:
     """The name under which other machines load `model`, and the model itself.
 
-    Given by name it is loaded on the CPU, to see that it is whole. Raises ModelError for one that
-    no machine can load by name: weights do not travel.
+    Given by name it is loaded on the CPU, to see that it is whole.
     """
     if model is None or isinstance(model, str | os.PathLike):
         encoder = load_model(DEFAULT_MODEL if model is None else model, device="cpu")
-        return _name_of(encoder, dtype=None), encoder
+        return ModelName.of(encoder, dtype=None), encoder
     if not isinstance(model, TileEncoder):
         raise InputError(
             f"model is a {type(model).__name__}; expected a name, a path, or an Encoder that"
@@ -123,45 +199,264 @@ def by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelNa
             f"model is a {type(model).__name__}, which workers cannot load: models travel by name."
             " Give an Encoder that load_model made, or a name, or leave executor= out"
         )
-    return _name_of(model, dtype=str(model.dtype).removeprefix("torch.")), model
+    return ModelName.of(model, dtype=str(model.dtype).removeprefix("torch.")), model
 
 
-def _name_of(encoder: Encoder, *, dtype: str | None) -> ModelName:
-    about = encoder.provenance
-    recorded, sha256 = str(about.get("name")), about.get("weights_sha256")
-    revision = about.get("revision")
-    path = Path(recorded).expanduser()
-    is_path = recorded != MINI and path.exists()
-    if not _is_loadable(recorded, revision, str(sha256), is_path=is_path):
-        raise ModelError(
-            f"the encoder {recorded!r} cannot be loaded by its name with the same weights, and"
-            " weights do not travel to workers: encoder.save(folder) writes them to a folder that"
-            " the workers see; then give model=folder"
+def _transform_name(transform: Transform | None) -> str | None:
+    """The name under which a worker can import a transform, "module:function"; None for none.
+
+    Raises InputError for one that no other process can import.
+    """
+    if transform is None:
+        return None
+    module, name = getattr(transform, "__module__", ""), getattr(transform, "__qualname__", "")
+    found = None
+    if module != "__main__":
+        with suppress(ImportError, AttributeError, ValueError):
+            found = pkgutil.resolve_name(f"{module}:{name}")
+    if found is not transform or not name:
+        raise InputError(
+            f"transform {name or type(transform).__name__!r} cannot be imported by workers:"
+            " expected a function at the top of a module that they can import (a .py file beside"
+            " the program, or a package), not one of __main__, a lambda, or an object"
         )
-    return ModelName(
-        path_or_name=str(path.absolute()) if is_path else recorded,
-        recorded=recorded,
-        revision=revision,
-        weights_sha256=str(sha256),
-        config_json=json.dumps(encoder.config.to_dict(), sort_keys=True),
-        is_config_given=about.get("config_source") == "given",
-        dtype=dtype,
-    )
+    return f"{module}:{name}"
 
 
-def _is_loadable(name: str, revision: str | None, sha256: str, *, is_path: bool) -> bool:
-    """Whether `load_model` would give these weights, as far as that can be seen from here."""
-    if name == MINI:
-        return sha256 == MINI_SHA256
-    if not is_path and revision is None:
-        return False
+def _imported(name: str) -> Transform:
     try:
-        files = locate_model(name, revision=revision, local_files_only=True)
-        return file_sha256(files.weights) == sha256
-    except HubError:
-        return True  # not cached under this revision here: each worker compares the hash
-    except XmagError:
-        return False
+        found: Transform = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"this worker cannot import the transform {name} ({error}); install its module there,"
+            " or put its folder on PYTHONPATH"
+        ) from error
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Piece of work for one worker, and everything that it needs to know. All of it pickles.
+
+    `jobs` has its slides by their number in the cohort, packed: thousands go with each piece.
+    `share` is how many of them fall to a worker, roughly. Each slide of a piece that `is_careful`
+    is done alone, as it may kill its worker.
+    """
+
+    number: int
+    round: int
+    run: Place
+    jobs: bytes
+    share: int
+    is_careful: bool
+    model: ModelName
+    options: Mapping[str, Any]
+    transform: str | None
+
+    @property
+    def lines(self) -> JsonLines:
+        """The file that says what becomes of each slide."""
+        return JsonLines(self.run / f"{self.number}.jsonl")
+
+    def take(self, number: int) -> bool:
+        """Whether a slide is this piece's to do, and no other's of this round."""
+        if isinstance(self.run, Url):
+            return True
+        path = self._mark(number)
+        try:
+            with path.open("x") as mark:
+                mark.write(str(self.number))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise files.cannot_write(path, error) from error
+        return True
+
+    def taken(self) -> set[int]:
+        """The slides that were taken up to now, in this round. Of a store nobody knows."""
+        if isinstance(self.run, Url):
+            return set()
+        numbers = (mark.stem.split("-")[1] for mark in self.run.glob(f"{self.round}-*.taken"))
+        return {int(number) for number in numbers if number.isdecimal()}
+
+    def under_way(self, left: Set[int]) -> list[int]:
+        """Those of the slides left that this very piece had taken; in a store all that it has."""
+        if isinstance(self.run, Url):
+            mine = [number for number in self.unpacked() if number in left]
+            return mine[:1] if self.is_careful else mine
+        found = []
+        for number in sorted(self.taken() & left):
+            with suppress(OSError, ValueError):
+                if self._mark(number).read_text() == str(self.number):
+                    found.append(number)
+        return found
+
+    def unpacked(self) -> dict[int, Job]:
+        """Its slides, by number."""
+        # They came with all the rest, through a pickle of the engine's.
+        jobs: dict[int, Job] = pickle.loads(zlib.decompress(self.jobs))
+        return jobs
+
+    def _mark(self, number: int) -> Path:
+        assert isinstance(self.run, Path)
+        return self.run / f"{self.round}-{number}.taken"
+
+    def settings(self) -> Settings:
+        """The settings of the cohort in this process, with the model loaded."""
+        options = dict(self.options)
+        if options["processes"] is None and torch.cuda.device_count() > 1:
+            # The other GPUs of this host have workers of their own, and the cores are for all.
+            options["processes"] = max(1, usable_cores() // torch.cuda.device_count())
+        return Settings(
+            encoder=self.model.load(claimed_device()),
+            transform=None if self.transform is None else _imported(self.transform),
+            **options,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceStatus:
+    """Status of a piece of work: rows by the number of the slide, and its model's dtype class.
+
+    `error` is what stopped it, and `is_fatal` whether that would stop every other piece, too, as
+    a full disk does.
+    """
+
+    rows: Sequence[tuple[int, CohortRow]] = ()
+    dtype_class: str | None = None
+    error: XmagError | None = None
+    is_fatal: bool = False
+
+    @classmethod
+    def news(cls, lines: JsonLines) -> "PieceStatus":
+        """What a piece has told since the last call."""
+        rows, kind = [], None
+        for line in lines.news():
+            with suppress(LookupError, TypeError, ValueError):
+                kind = line.get("dtype_class", kind)
+                if "row" in line:
+                    rows.append((int(line["number"]), CohortRow(**line["row"])))
+        return cls(rows=rows, dtype_class=kind)
+
+
+def run_piece(piece: Piece) -> PieceStatus:
+    """Extract slides of a cohort; returns what became of them. The function workers are given.
+
+    What stops all of them comes back as `error`, as not every engine brings an exception back.
+    """
+    rows: list[tuple[int, CohortRow]] = []
+    try:
+        if not _is_awaited(piece):
+            raise OutputError(
+                f"this worker does not see the output folder {piece.run.parent} of the program that"
+                " started it, or that program has ended; write to a folder that all machines share,"
+                " under the same path, or to a store such as s3://"
+            )
+        return PieceStatus(dtype_class=_do(piece, rows), rows=rows)
+    except XmagError as error:
+        # A pickle loses what an error comes from, which says how far it reaches.
+        return PieceStatus(rows=rows, error=error, is_fatal=files.is_of_the_place(error))
+
+
+def _do(piece: Piece, rows: list[tuple[int, CohortRow]]) -> str | None:
+    """Do slides of a piece and add their rows; what the model computes in, None if none is left."""
+    jobs, lines = piece.unpacked(), piece.lines
+    # An engine may have started the same piece before, and lost that worker.
+    rows += PieceStatus.news(lines).rows
+    left = jobs.keys() - {number for number, _ in rows}
+    taken = piece.taken()
+    fresh = [number for number in jobs if number in left - taken]
+    again = piece.under_way(left & taken)
+    if not fresh and not again:
+        return None
+    settings = piece.settings()
+    kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
+    lines.add([{"dtype_class": kind}])
+    numbers = {job: number for number, job in jobs.items()}
+    looked_at = time.monotonic()
+    for slides in _runs(piece, jobs, fresh, again):
+        processes = settings.processes_for(piece.share)
+        with closing(rows_of(slides, settings, processes=processes, pool=_kept_pool)) as done:
+            for job, row in done:
+                rows.append((numbers[job], row))
+                lines.add([{"number": numbers[job], "row": asdict(row)}])
+                if time.monotonic() - looked_at > _LOOK_EVERY_S:
+                    if not _is_awaited_still(piece):
+                        return kind
+                    looked_at = time.monotonic()
+    return kind
+
+
+def _runs(
+    piece: Piece, jobs: Mapping[int, Job], fresh: Sequence[int], again: Sequence[int]
+) -> Iterator[Iterable[Job]]:
+    """The slides that are done together: all that can be taken, or each that may kill its worker.
+
+    Those that this piece had taken when its worker was lost, `again`, come last.
+    """
+    taken = (jobs[number] for number in fresh if piece.take(number))
+    if piece.is_careful:
+        yield from ([job] for job in taken)
+    else:
+        # Nothing is started for no slide at all.
+        yield from (chain([first], taken) for first in taken)
+    yield from ([jobs[number]] for number in again)
+
+
+def _is_awaited(piece: Piece) -> bool:
+    with retold(OutputError, piece.run):
+        return (piece.run / MARKER).exists()
+
+
+def _is_awaited_still(piece: Piece) -> bool:
+    try:
+        return _is_awaited(piece)
+    except OutputError as error:
+        logger.warning("whether this work is still wanted cannot be seen just now: %s", error)
+        return True
+
+
+_idle: dict[DecodingPool, tuple[tuple[Any, ...], threading.Timer]] = {}
+_keeping = threading.Lock()
+
+
+@contextmanager
+def _kept_pool(processes: int, **options: Any) -> Iterator[DecodingPool]:
+    """A DecodingPool that is kept for the next piece of work, for as long as `_IDLE_S`.
+
+    The thread of its own that starts children outlives the pieces, and ends with this process.
+    """
+    key = (os.getpid(), processes, sorted(options.items()))
+    with _keeping:
+        pool = next((pool for pool, (its, _) in _idle.items() if its == key), None)
+        if pool is not None:
+            _idle.pop(pool)[1].cancel()
+    pool = pool or DecodingPool(processes, **options)
+    try:
+        yield pool
+    except BaseException:
+        pool.close()  # its children are still at it
+        raise
+    timer = threading.Timer(_IDLE_S, _close_idle, [pool])
+    timer.daemon = True
+    with _keeping:
+        _idle[pool] = key, timer
+    timer.start()
+
+
+def _close_idle(pool: DecodingPool) -> None:
+    with _keeping:
+        found = _idle.pop(pool, None)
+    if found is not None:  # else it is at work again
+        pool.close()
+
+
+@atexit.register
+def _close_all_idle() -> None:
+    for pool, ((pid, *_), timer) in list(_idle.items()):
+        if pid == os.getpid():  # not those of the process that this one is a fork of
+            timer.cancel()
+            _close_idle(pool)
 
 
 _choosing = threading.Lock()
@@ -178,12 +473,25 @@ def claimed_device() -> str:
     """
     count = torch.cuda.device_count()
     if count:
-        _require_cuda()
+        try:
+            torch.cuda.current_device()
+        except RuntimeError as error:
+            raise ModelError(
+                f"this worker cannot use its GPU ({str(error).splitlines()[0]}); if the executor"
+                " forks, give it another start method:"
+                ' ProcessPoolExecutor(2, mp_context=get_context("spawn"))'
+            ) from error
     if count < 2:
         return "auto"
     with _choosing:
         if not _held:
-            index, file = claim(_names(count), Path(tempfile.gettempdir()))
+            # What CUDA_VISIBLE_DEVICES calls them means the same in every process.
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            names = [name.strip() for name in visible[:count]]
+            if len(names) < count or not all(names):
+                names = [str(index) for index in range(count)]
+            devices = [f"gpu-{name}" for name in names]
+            index, file = claim(devices, Path(tempfile.gettempdir()))
             _held[f"cuda:{index}"] = file
         return next(iter(_held))
 
@@ -196,8 +504,7 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
     ModelError where no file can be made there.
     """
     user = os.getuid() if hasattr(os, "getuid") else 0
-    taken = 0
-    while True:
+    for taken in count():
         for index, device in enumerate(devices):
             name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
             path = folder / f"xmag-{user}-{name}-{taken}.lock"
@@ -222,253 +529,41 @@ def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
                 logger.warning("no files can be locked in %s (%s)", folder, error.strerror)
                 return os.getpid() % len(devices), file
             os.close(file)
-        taken += 1
+    raise AssertionError("counting never ends")
 
 
-def _names(count: int) -> list[str]:
-    """Names of the visible devices: what CUDA_VISIBLE_DEVICES calls them, else their numbers."""
-    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    named = visible if len(visible) >= count and all(visible[:count]) else map(str, range(count))
-    return [f"gpu-{name}" for name, _ in zip(named, range(count), strict=False)]
+def gpu_workers(gpus: int | Literal["all"]) -> Callable[[], Executor] | None:
+    """A function that starts a worker process for each of so many GPUs; None where one is enough.
 
-
-def _require_cuda() -> None:
-    try:
-        torch.cuda.current_device()
-    except RuntimeError as error:
-        raise ModelError(
-            f"this worker cannot use its GPU ({str(error).splitlines()[0]}); if the executor forks,"
-            ' give it another start method: ProcessPoolExecutor(2, mp_context=get_context("spawn"))'
-        ) from error
-
-
-MARKER = "run.json"
-"""Marker file of a run, there for as long as somebody waits for its shards."""
-
-_LOOK_EVERY_S = 1.0
-"""Seconds between looks whether anybody still waits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """Slides for one worker, and everything that it needs to know. All of it pickles."""
-
-    number: int
-    run: Place
-    jobs: tuple[Job, ...]
-    model: ModelName
-    options: Mapping[str, Any]
-    transform: str | None
-
-    @classmethod
-    def of(
-        cls,
-        jobs: Sequence[Job],
-        settings: Settings,
-        model: ModelName,
-        *,
-        number: int,
-        run: Place,
-    ) -> "Shard":
-        """The shard of some jobs of a cohort with these settings."""
-        plain = {field.name for field in fields(Settings)} - {"encoder", "transform"}
-        return cls(
-            number=number,
-            run=run,
-            jobs=tuple(jobs),
-            model=model,
-            options={name: getattr(settings, name) for name in sorted(plain)},
-            transform=transform_name(settings.transform),
+    Raises InputError where this host does not have as many.
+    """
+    there = torch.cuda.device_count()
+    wanted = there if gpus == "all" else gpus
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= there:
+        raise InputError(
+            f"gpus is {gpus!r}, and this host has {there} CUDA devices that can be seen; expected"
+            " 'all', a number from 1 to that, or None"
         )
-
-    @property
-    def status(self) -> Place:
-        """Path of the status file."""
-        return self.run / f"{self.number}.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardStatus:
-    """Status of a shard: the rows of its jobs, by their index in it.
-
-    `dtype_class` is what its model computes in. `error` is what stopped all of it, and `is_fatal`
-    whether that would stop every other shard too, as a full disk does.
-    """
-
-    rows: tuple[tuple[int, CohortRow], ...] = ()
-    dtype_class: str | None = None
-    error: XmagError | None = None
-    is_fatal: bool = False
-
-    def to_json(self) -> str:
-        """The status as JSON text, without `error`, which goes another way."""
-        rows = [[index, asdict(row)] for index, row in self.rows]
-        return json.dumps({"rows": rows, "dtype_class": self.dtype_class})
-
-    @classmethod
-    def from_json(cls, text: str) -> "ShardStatus":
-        """The status in text that `to_json` wrote."""
-        fields = json.loads(text)
-        rows = tuple((index, CohortRow(**row)) for index, row in fields["rows"])
-        return cls(rows=rows, dtype_class=fields["dtype_class"])
-
-    @classmethod
-    def read(cls, place: Place) -> "ShardStatus":
-        """The status in a file; an empty one where there is none yet."""
-        if not place.exists():
-            return cls()
-        with files.local_copy(place, OutputError) as path:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-
-
-def read_status(shard: Shard) -> ShardStatus:
-    """Status of a shard by its file; an empty one where that cannot be read just now."""
-    try:
-        return ShardStatus.read(shard.status)
-    except (OutputError, OSError, ValueError) as error:
-        logger.warning("a status cannot be read: %s", error)
-        return ShardStatus()
-
-
-def run_shard(shard: Shard) -> ShardStatus:
-    """Extract the slides of a shard; returns its status. The function that workers are given.
-
-    What stops all of them comes back as `error`, as not every engine brings an exception back.
-    """
-    status = ShardStatus()
-    try:
-        for status in _run(shard):
-            _tell(shard, status)
-    except XmagError as error:
-        # A pickle loses what an error comes from, which says how far it reaches.
-        return replace(status, error=error, is_fatal=files.is_of_the_place(error))
-    return status
-
-
-def _tell(shard: Shard, status: ShardStatus) -> None:
-    """Write the status; work does not depend on that, as what is done is in its files."""
-    try:
-        files.write_text(shard.status, status.to_json())
-    except OutputError as error:
-        logger.warning("a status cannot be written: %s", error)
-
-
-def _run(shard: Shard) -> Iterator[ShardStatus]:
-    """Status of the shard, each time that a slide of it is done."""
-    if not _is_awaited(shard):
-        raise OutputError(
-            f"this worker does not see the output folder {shard.run.parent} of the program that"
-            " started it, or that program has ended; write to a folder that all machines share,"
-            " under the same path, or to a store such as s3://"
-        )
-    # An engine may have started the same shard before, and lost that worker.
-    before = read_status(shard)
-    indices = {job: index for index, job in enumerate(shard.jobs)}
-    rows = [(index, row) for index, row in before.rows]
-    known = {index for index, _ in rows}
-    left = [job for index, job in enumerate(shard.jobs) if index not in known]
-    settings = _settings_of(shard)
-    kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
-    yield ShardStatus(rows=tuple(rows), dtype_class=kind)
-    looked_at = time.monotonic()
-    with closing(rows_of(left, settings)) as done:
-        for job, row in done:
-            rows.append((indices[job], row))
-            yield ShardStatus(rows=tuple(rows), dtype_class=kind)
-            if time.monotonic() - looked_at > _LOOK_EVERY_S:
-                if not _is_awaited_still(shard):
-                    return
-                looked_at = time.monotonic()
-
-
-def _is_awaited(shard: Shard) -> bool:
-    with retold(OutputError, shard.run):
-        return (shard.run / MARKER).exists()
-
-
-def _is_awaited_still(shard: Shard) -> bool:
-    try:
-        return _is_awaited(shard)
-    except OutputError as error:
-        logger.warning("whether this shard is still wanted cannot be seen just now: %s", error)
-        return True
-
-
-def _settings_of(shard: Shard) -> Settings:
-    options = dict(shard.options)
-    if options["processes"] is None and torch.cuda.device_count() > 1:
-        # The other GPUs of this host have workers of their own, and the cores are for all.
-        options["processes"] = max(1, usable_cores() // torch.cuda.device_count())
-    return Settings(
-        encoder=shard.model.load(claimed_device()),
-        transform=None if shard.transform is None else _imported(shard.transform),
-        **options,
-    )
-
-
-def transform_name(transform: Transform | None) -> str | None:
-    """The name under which a worker can import a transform, "module:function"; None for none.
-
-    Raises InputError for one that no other process can import.
-    """
-    if transform is None:
+    if wanted == 1:
         return None
-    module = getattr(transform, "__module__", None)
-    name = getattr(transform, "__qualname__", None)
-    found: Any = None
-    if module and module != "__main__" and name:
-        found = sys.modules.get(module)
-        for part in name.split("."):
-            found = getattr(found, part, None)
-    if found is not transform:
-        raise InputError(
-            f"transform {name or type(transform).__name__!r} cannot be imported by workers:"
-            " expected a function at the top of a module that they can import (a .py file beside"
-            " the program, or a package), not one of __main__, a lambda, or an object"
-        )
-    return f"{module}:{name}"
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a fork
+    return partial(ProcessPoolExecutor, wanted, mp_context=context, initializer=_serve_caller)
 
 
-def _imported(name: str) -> Transform:
-    module, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"this worker cannot import the transform {name} ({error}); install its module there,"
-            " or put its folder on PYTHONPATH"
-        ) from error
-    transform: Callable[[Any], Any] = found
-    return transform
+def _serve_caller() -> None:
+    """Let this worker end when its caller does, however that ends, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
 
 
-_BUILDS = 4
-"""Most times that a factory makes an executor: once, and again after it broke."""
-
-_POLL_S = 0.1
-_STATUS_EVERY_S = 1.0
-_REMOTE_STATUS_EVERY_S = 10.0
-"""Seconds between looks at the status files, on a file system and in a store."""
-
-_LEAST_SHARDS = 16
-_MOST_SLIDES = 64
-"""Slides in a shard: few enough to share the work evenly, and enough to keep batches full."""
-
-_ASKING_THREADS = 16
-"""Asking a store for the size of an object is waiting, and stores answer many at once."""
-
-_DONE_WEIGHT = 0.01
-"""Work of a slide whose output is there already, as a part of doing it."""
+def _end_with_caller() -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    caller.join()
+    os._exit(1)
 
 
-@runtime_checkable
-class Executor(Protocol):
-    """Protocol of an executor, such as a process pool, Dask's or submitit's."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Submit a call; returns an object with `done()` and `result()`."""
+_Row = tuple[Job, CohortRow]
 
 
 class Engine:
@@ -493,187 +588,181 @@ class Engine:
         if shards is not None and not (isinstance(shards, int) and shards >= 1):
             raise InputError(f"shards is {shards!r}; expected at least 1, or None")
         self._executor, self._shards = executor, shards
-        self._model, self.encoder = by_name(model)
+        self._model, self.encoder = _by_name(model)
 
-    def rows(
-        self, jobs: Sequence[Job], settings: Settings
-    ) -> Generator[tuple[Job, CohortRow], None, None]:
+    def rows(self, jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
         """The rows of jobs, each soon after its worker has done it.
 
         Raises MismatchError where workers find outputs that were made with something else, or
-        compute in different dtypes, and what stopped every shard if none did anything.
+        compute in different dtypes, and what stopped every worker if none did anything.
         """
-        transform_name(settings.transform)  # whether it has one, before any work
+        transform = _transform_name(settings.transform)  # whether it has one, before any work
         settings = replace(settings, out=_absolute(settings.out))
-        with _run_folder(settings.out) as run:
-            left = {n: replace(job, path=_absolute(job.path)) for n, job in enumerate(jobs)}
-            cohort = _Cohort(settings, self._model, run, left)
+        with _run_folder(settings.out) as folder:
+            run = _Run(jobs, settings, self._model, transform, folder)
             for attempt in range(_BUILDS):
                 with _opened(self._executor) as executor:
-                    pieces = cohort.pieces(self._shards, is_retry=attempt > 0)
-                    for number, row in cohort.round(executor, pieces):
-                        yield jobs[number], row
-                if not left or not _is_factory(self._executor):
+                    yield from run.round(executor, self._shards)
+                    if attempt:  # last: if one takes its worker down again, the others are done
+                        yield from run.careful_round(executor)
+                if not (run.left and run.lost_to and _is_factory(self._executor)):
                     break
-                logger.warning("%d slides are left after a worker was lost", len(left))
-            cohort.raise_if_nothing_ran()
-            for number, job in sorted(left.items()):
-                yield jobs[number], cohort.lost_row(job)
+                logger.warning("%d slides are left after a worker was lost", len(run.left))
+            yield from run.rest()
 
 
-@dataclass(slots=True)
-class _Cohort:
+class _Run:
     """State of a cohort on its executor: slides left, by number, and the workers' errors."""
 
-    settings: Settings
-    model: ModelName
-    run: Place
-    left: dict[int, Job]
-    shards_made: int = 0
-    dtype_class: str | None = None
-    lost_to: str = ""
-    errors: list[XmagError] = field(default_factory=list)
-    has_rows: bool = False
-    suspects: set[int] = field(default_factory=set)
-    """Slides that a lost worker may have died of: the first that each had not done."""
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        model: ModelName,
+        transform: str | None,
+        folder: Place,
+    ) -> None:
+        self.left = set(range(len(jobs)))
+        self.lost_to = ""
+        """The error by which a worker was lost, the last time that one was."""
+        self._jobs, self._folder = jobs, folder
+        self._suspects: Counter[int] = Counter()
+        """How often a worker was lost that was at a slide."""
+        self._rounds, self._begun = 0, set[int]()
+        self._pieces = count()
+        self._dtype_class: str | None = None
+        self._errors: list[XmagError] = []
+        self._has_rows = False
+        plain = {field.name for field in fields(Settings)} - {"encoder", "transform"}
+        self._same: dict[str, Any] = {
+            "run": folder,
+            "model": model,
+            "options": {name: getattr(settings, name) for name in sorted(plain)},
+            "transform": transform,
+        }
 
-    def pieces(self, shards: int | None, *, is_retry: bool) -> list[list[int]]:
-        """The slides that are left, by number, as shards of about the same work."""
-        suspects = sorted(self.suspects & self.left.keys()) if is_retry else []
-        numbers = [number for number in self.left if number not in suspects]
-        if shards is None:
-            shards = max(_LEAST_SHARDS, -(-len(numbers) // _MOST_SLIDES))
-        with ThreadPoolExecutor(_ASKING_THREADS, "xmag-size") as pool:
-            out = self.settings.out
-            work = list(pool.map(lambda number: _work_of(self.left[number], out), numbers))
-        found = [[numbers[i] for i in share] for share in shares(work, shards)]
-        # Alone and last: if one of them takes its worker down again, the others are done.
-        return found + [[number] for number in suspects]
+    def round(self, executor: Executor, pieces: int | None) -> Iterator[_Row]:
+        """The rows of the slides that are left, but for those that workers were lost at."""
+        numbers = sorted(self.left - self._suspects.keys())
+        pieces = pieces or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+        pieces = min(pieces, len(numbers))
+        if isinstance(self._folder, Url):
+            parts = [numbers[i::pieces] for i in range(pieces)]
+        else:
+            parts = [numbers] * pieces
+        return self._rows(executor, parts, share=-(-len(numbers) // max(1, pieces)))
 
-    def round(self, executor: Executor, pieces: list[list[int]]) -> Iterator[tuple[int, CohortRow]]:
-        """Submit the pieces, and give the number and row of each slide as it is done."""
-        futures: dict[int, tuple[Any, Shard, list[int]]] = {}
+    def careful_round(self, executor: Executor) -> Iterator[_Row]:
+        """The rows of the slides that workers were lost at, done by one of them, each alone."""
+        numbers = self.left & self._suspects.keys()
+        order = sorted(numbers, key=lambda number: (self._suspects[number], number))
+        return self._rows(executor, [order] if order else [], share=1, is_careful=True)
+
+    def rest(self) -> Iterator[_Row]:
+        """The rows of slides that no worker did. Raises what stopped all workers at their start."""
+        error = None if self.lost_to or not self._errors else self._errors[0]
+        if error is not None and self.left and not self._has_rows:
+            raise error
+        how = self.lost_to or "it was stopped"
+        reason = f"its worker was lost ({how}); run the same again" if error is None else str(error)
+        status: Status = "lost" if error is None else "failed"
+        for job in (self._jobs[number] for number in sorted(self.left)):
+            yield job, CohortRow(slide=job.name, status=status, error=reason)
+
+    def _rows(
+        self,
+        executor: Executor,
+        parts: Sequence[Sequence[int]],
+        *,
+        share: int,
+        is_careful: bool = False,
+    ) -> Iterator[_Row]:
+        """Submit the parts, and give the row of each slide soon after it is done."""
+        self._rounds += 1
+        packed = b""
+        futures: dict[int, tuple[Any, Piece, JsonLines]] = {}
         try:
-            for piece in pieces:
-                self.shards_made += 1
-                jobs = [self.left[number] for number in piece]
-                shard = Shard.of(
-                    jobs, self.settings, self.model, number=self.shards_made, run=self.run
+            for part in parts:
+                if not packed or part is not parts[0]:
+                    packed = self._packed(part)
+                piece = Piece(
+                    number=next(self._pieces),
+                    round=self._rounds,
+                    jobs=packed,
+                    share=share,
+                    is_careful=is_careful,
+                    **self._same,
                 )
-                future = self._submitted(executor, shard)
-                if future is not None:
-                    futures[shard.number] = (future, shard, piece)
-            yield from self._collect(futures)
+                try:
+                    futures[piece.number] = executor.submit(run_piece, piece), piece, piece.lines
+                # An engine may raise anything where it is broken: its slides are left.
+                except Exception as error:  # noqa: BLE001
+                    self._lose(error)
+            yield from self._collected(futures)
         finally:
             for future, _, _ in futures.values():
                 with suppress(AttributeError):  # not every engine takes work back
                     future.cancel()
 
-    def _submitted(self, executor: Executor, shard: Shard) -> Any | None:
-        try:
-            return executor.submit(run_shard, shard)
-        # An engine may raise anything where it is broken: its slides are left, and so reported.
-        except Exception as error:  # noqa: BLE001
-            self._lose(error)
-            return None
+    def _packed(self, numbers: Iterable[int]) -> bytes:
+        jobs = ((number, self._jobs[number]) for number in numbers)
+        found = {number: replace(job, path=_absolute(job.path)) for number, job in jobs}
+        return zlib.compress(pickle.dumps(found))
 
-    def _collect(
-        self, futures: dict[int, tuple[Any, Shard, list[int]]]
-    ) -> Iterator[tuple[int, CohortRow]]:
-        is_remote = isinstance(self.run, Url)
-        every_s = _REMOTE_STATUS_EVERY_S if is_remote else _STATUS_EVERY_S
+    def _collected(self, futures: dict[int, tuple[Any, Piece, JsonLines]]) -> Iterator[_Row]:
+        in_store = isinstance(self._folder, Url)
+        every_s = _REMOTE_STATUS_EVERY_S if in_store else _STATUS_EVERY_S
         looked_at = time.monotonic()
         while futures:
             ended = [number for number, (future, _, _) in futures.items() if future.done()]
             for number in ended:
-                future, shard, piece = futures.pop(number)
-                yield from self._take(self._end_of(future, shard, piece), piece)
+                yield from self._ended(*futures.pop(number))
             if time.monotonic() - looked_at > every_s:
-                for _, shard, piece in list(futures.values()):
-                    yield from self._take(read_status(shard), piece)
+                for _, piece, lines in list(futures.values()):
+                    yield from self._taken(PieceStatus.news(lines), piece)
                 looked_at = time.monotonic()
             if futures and not ended:
                 time.sleep(_POLL_S)
 
-    def _end_of(self, future: Any, shard: Shard, piece: list[int]) -> ShardStatus:
-        """Final status of a shard; that in its status file where its worker was lost."""
+    def _ended(self, future: Any, piece: Piece, lines: JsonLines) -> Iterator[_Row]:
+        """The last rows of a piece; what its file says where its worker was lost."""
         try:
-            status: ShardStatus = future.result()
+            status: PieceStatus = future.result()
         # Each engine has its own way to say that a worker is gone.
         except Exception as error:  # noqa: BLE001
             self._lose(error)
-            status = read_status(shard)
-            if status.dtype_class is not None:  # it had begun
-                done = {index for index, _ in status.rows}
-                missing = [n for index, n in enumerate(piece) if index not in done]
-                self.suspects.update(missing[:1])
-            return status
-        if status.error is not None and (
-            status.is_fatal or isinstance(status.error, MismatchError)
-        ):
-            raise status.error
-        if status.error is None:
-            return status
-        self.errors.append(status.error)
-        done = {index for index, _ in status.rows}
-        reason = str(status.error)
-        failed = [
-            (index, CohortRow(slide=job.name, status="failed", error=reason))
-            for index, job in enumerate(shard.jobs)
-            if index not in done
-        ]
-        return replace(status, rows=(*status.rows, *failed))
-
-    def _take(self, status: ShardStatus, piece: list[int]) -> Iterator[tuple[int, CohortRow]]:
-        """The rows of a shard that were not known yet."""
-        self._compare(status.dtype_class)
-        for index, row in status.rows:
-            number = piece[index]
-            if number in self.left:
-                del self.left[number]
-                self.has_rows = self.has_rows or row.status != "failed"
-                yield number, row
-
-    def _compare(self, kind: str | None) -> None:
-        """Raise MismatchError where a worker computes in another dtype than those before."""
-        if kind is None or kind == self.dtype_class:
+            yield from self._taken(PieceStatus.news(lines), piece)
+            if piece.number in self._begun:
+                self._suspects.update(piece.under_way(self.left))
             return
-        if self.dtype_class is not None:
-            raise MismatchError(
-                f"some workers compute in {self.dtype_class}, others in {kind}: their features may"
-                " not be mixed. Give model=load_model(..., dtype='bfloat16') or 'float32' for all,"
-                " and on_mismatch='redo'"
-            )
-        self.dtype_class = kind
+        yield from self._taken(status, piece)
+        if status.error is not None:
+            if status.is_fatal or isinstance(status.error, MismatchError):
+                raise status.error
+            logger.warning("a worker stopped: %s", status.error)
+            self._errors.append(status.error)
+
+    def _taken(self, status: PieceStatus, piece: Piece) -> Iterator[_Row]:
+        """The rows that were not known yet; MismatchError where a worker has another dtype."""
+        kind = status.dtype_class
+        if kind is not None:
+            self._begun.add(piece.number)
+            if self._dtype_class not in (None, kind):
+                raise MismatchError(
+                    f"some workers compute in {self._dtype_class}, others in {kind}: their features"
+                    " may not be mixed. Give model=load_model(..., dtype='bfloat16') or 'float32'"
+                    " for all, and on_mismatch='redo'"
+                )
+            self._dtype_class = kind
+        for number, row in status.rows:
+            if number in self.left:
+                self.left.remove(number)
+                self._has_rows = self._has_rows or row.status != "failed"
+                yield self._jobs[number], row
 
     def _lose(self, error: BaseException) -> None:
         self.lost_to = type(error).__name__
         logger.warning("a worker was lost (%s)", self.lost_to, exc_info=error)
-
-    def lost_row(self, job: Job) -> CohortRow:
-        """The row of a slide that no worker finished."""
-        reason = f"its worker was lost ({self.lost_to or 'it was stopped'}); run the same again"
-        return CohortRow(slide=job.name, status="lost", error=reason)
-
-    def raise_if_nothing_ran(self) -> None:
-        """Raise what stopped the shards, if that was all that came of them."""
-        if self.errors and not self.has_rows and not self.left:
-            raise self.errors[0]
-
-
-def shares(work: Sequence[float], count: int) -> list[list[int]]:
-    """The indices of `work` as at most `count` shares of about the same sum, in order; none empty.
-
-    The largest goes first, each to the share that has the least (Graham, SIAM J. Appl. Math. 17,
-    1969): the largest sum is at most 4/3 of the best one.
-    """
-    found: list[list[int]] = [[] for _ in range(min(count, len(work)))]
-    sums = [0.0] * len(found)
-    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        least = min(range(len(found)), key=lambda i: (sums[i], len(found[i])))
-        found[least].append(index)
-        sums[least] += work[index]
-    return [sorted(share) for share in found]
 
 
 def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
@@ -683,29 +772,18 @@ def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
     agree. Raises InputError where there is no such share.
     """
     try:
-        index, count = shard
-        valid = isinstance(index, int) and isinstance(count, int) and 0 <= index < count
+        index, total = shard
+        valid = isinstance(index, int) and isinstance(total, int) and 0 <= index < total
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise InputError(f"shard is {shard!r}; expected (i, n) with i from 0 to n - 1")
-    return jobs[index::count]
+    return jobs[index::total]
 
 
 def _absolute(place: Place) -> Place:
     """The same place for a process with another current folder."""
     return place.absolute() if isinstance(place, Path) else place
-
-
-def _work_of(job: Job, out: Place) -> float:
-    """Estimated work of a job, in bytes of the slide; 1 where nobody can tell."""
-    try:
-        size = job.path.stat().st_size if isinstance(job.path, Path) else job.path.size()
-    # Its worker will say what is wrong with it.
-    except Exception:  # noqa: BLE001
-        return 1.0
-    is_there = isinstance(out, Path) and (out / job.output).exists()
-    return size * (_DONE_WEIGHT if is_there else 1.0)
 
 
 def _is_factory(engine: object) -> bool:
@@ -715,7 +793,7 @@ def _is_factory(engine: object) -> bool:
 
 @contextmanager
 def _run_folder(out: Place) -> Iterator[Place]:
-    """A folder for the status files of a run, which tells workers that somebody waits for them."""
+    """A folder for what workers tell, which tells them that somebody waits for it."""
     run = out / f".xmag-run-{secrets.token_hex(8)}"
     run.mkdir(parents=True, exist_ok=True)
     files.write_text(run / MARKER, "{}\n")
@@ -737,12 +815,10 @@ def _opened(engine: Executor | Callable[[], Executor]) -> Iterator[Executor]:
             f"executor made a {type(executor).__name__}; expected a function that returns an object"
             " with submit()"
         )
-    shutdown = getattr(executor, "shutdown", None)
+    is_wanted = False
     try:
         yield executor
-    except BaseException:
-        if shutdown is not None:
-            shutdown(wait=False)  # the workers notice that nobody waits any more
-        raise
-    if shutdown is not None:
-        shutdown(wait=True)
+        is_wanted = True
+    finally:
+        if hasattr(executor, "shutdown"):  # else the workers notice that nobody waits any more
+            executor.shutdown(wait=is_wanted)
