@@ -72,12 +72,12 @@ class TileCoding:
 
 
 def decode_many(
-    decode: Decoder, chunks: Sequence[bytes], reduction: int
-) -> Sequence[Pixels | None]:
-    """The pixels of tiles of a level, together; None for those that `decode` has to do alone."""
-    if isinstance(decode, _JpegDecoder) and len(chunks) > 1:
-        return decode.many(chunks, reduction)
-    return [None] * len(chunks)
+    decode: Decoder, chunks: Sequence[object], reduction: int, row: Pixels
+) -> list[bool]:
+    """Decode tiles of a level into `row`, side by side; False for what `decode` has to do alone."""
+    if isinstance(decode, _JpegDecoder):
+        return decode.many(chunks, reduction, row)
+    return [False] * len(chunks)
 
 
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
@@ -133,31 +133,41 @@ class _JpegDecoder:
             raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
 
-    def many(self, chunks: Sequence[bytes], reduction: int) -> list[Pixels | None]:
-        """The pixels of tiles, equal to those of each; None for those to be decoded alone.
+    def many(self, chunks: Sequence[object], reduction: int, row: Pixels) -> list[bool]:
+        """Decode tiles into `row`, side by side and equal to each alone; False for the others.
 
         What makes any of them differ from the others, or not a tile, is said where it is alone.
         """
-        found: list[Pixels | None] = [None] * len(chunks)
+        done = [False] * len(chunks)
+        numbers = [n for n, chunk in enumerate(chunks) if isinstance(chunk, bytes)]
+        stored = [chunk for chunk in chunks if isinstance(chunk, bytes)]
+        if len(stored) < 2 or self._header is not None:
+            return done
         try:
-            stream, expected = self._complete(chunks[0])
+            stream, expected = self._complete(stored[0])
             _, _, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
         except (DamagedSlideError, ValueError, KeyError):
-            return found
+            return done
         # At full scale chroma is interpolated, over the seam of two tiles as well.
         apart = subsampling == "444" or reduction > 1
         stack = stack_of(stream[: end_of_header(stream)], self._size)
-        if stack is None or not apart or colorspace != expected or self._header is not None:
-            return found
-        for numbers, joined, height in stack.join(chunks, end_of_header(chunks[0])):
+        if stack is None or not apart or colorspace != expected:
+            return done
+        width, height = self._size[0] // reduction, self._size[1] // reduction
+        places = row.reshape(height, len(chunks), width, 3)
+        for members, joined, rows in stack.join(stored, end_of_header(stored[0])):
             try:
-                pixels = _decode_jpeg(joined, (self._size[0], height), subsampling, reduction)
+                pixels = _decode_jpeg(joined, (self._size[0], rows), subsampling, reduction)
             except ValueError:
                 continue
-            rows = self._size[1] // reduction
-            for row, number in enumerate(numbers):
-                found[number] = pixels[row * rows : (row + 1) * rows]
-        return found
+            tiles = pixels[: len(members) * height].reshape(-1, height, width, 3).swapaxes(0, 1)
+            at = [numbers[n] for n in members]
+            # A slice is copied at once, and without the GIL.
+            whole = at[-1] - at[0] + 1 == len(at)
+            places[:, slice(at[0], at[-1] + 1) if whole else at] = tiles
+            for n in at:
+                done[n] = True
+        return done
 
     def _check(self, width: int, height: int, colorspace: str, expected: str) -> None:
         """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""

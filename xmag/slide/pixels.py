@@ -29,11 +29,14 @@ _WHITE = 255
 _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
-_MOST_TILES_AT_ONCE = 256
+_ROW_PX = 1 << 20
+"""Decoded px of tiles side by side, at most, but for a single one."""
+_RUN_TILES = 8
+"""Tiles that a thread decodes at once where it reads a window."""
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
-_MOST_THREADS = 4
+_MOST_THREADS = 8
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
@@ -54,18 +57,26 @@ def read_level(
     shape = reader.levels[level]
 
     def paste(run: range) -> None:
-        for index, data in zip(run, tiles.read_tile_bytes(level, run), strict=True):
+        chunks = tiles.read_tile_bytes(level, run)
+        width, height = (side // reduction for side in shape.tile_size or (0, 0))
+        row = np.empty((height, len(run) * width, 3), np.uint8)
+        done = [False] * len(run)
+        if threads > 1:
+            done = decode_together(tiles, level, chunks, reduction, row)
+        for number, (index, data) in enumerate(zip(run, chunks, strict=True)):
+            into = row[:, number * width : (number + 1) * width]
             if data is None:
-                tile = empty_tile(tiles, level, index, reduction)
-            else:
-                tile = decode_tile(tiles, level, index, data, reduction)
-            left, top, _, _ = _tile_box(shape, index)
-            at = (left // reduction - xy[0], top // reduction - xy[1])
-            _paste(window, _without_padding(tile, shape, index, reduction), at)
+                into[:] = empty_tile(tiles, level, index, reduction)
+            elif not done[number]:
+                into[:] = decode_tile(tiles, level, index, data, reduction)
+        left, top, _, _ = _tile_box(shape, run[0])
+        at = (left // reduction - xy[0], top // reduction - xy[1])
+        _paste(window, _without_padding(row, shape, run[0], reduction), at)
 
-    runs = list(_runs(shape, _tile_rows(shape, reduction, xy, size)))
-    threads = min(_MOST_THREADS, len(runs), usable_cores())
-    if threads > 1 and sum(map(len, runs)) >= _MANY_TILES:
+    runs = list(_runs(shape, reduction, _tile_rows(shape, reduction, xy, size)))
+    many = sum(map(len, runs)) >= _MANY_TILES
+    threads = min(_MOST_THREADS, len(runs), usable_cores()) if many else 1
+    if threads > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="xmag-window") as pool:
             for _ in pool.map(paste, runs):
                 pass
@@ -76,17 +87,15 @@ def read_level(
 
 
 def decode_together(
-    reader: TileReader, level: int, chunks: Sequence[object], reduction: int
-) -> list[Pixels | None]:
-    """The pixels of those tiles that a reader decodes together; None for all others.
+    reader: TileReader, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+) -> list[bool]:
+    """Decode those tiles that a reader decodes together into `row`, side by side; says which.
 
     Of `chunks`, what is not bytes is not decoded.
     """
-    stored = [data for data in chunks if isinstance(data, bytes)]
-    if len(stored) < 2 or not hasattr(reader, "decode_many"):
-        return [None] * len(chunks)
-    found = iter(cast(StackReader, reader).decode_many(level, stored, reduction))
-    return [next(found) if isinstance(data, bytes) else None for data in chunks]
+    if not hasattr(reader, "decode_many"):
+        return [False] * len(chunks)
+    return cast(StackReader, reader).decode_many(level, chunks, reduction, row)
 
 
 def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:
@@ -269,15 +278,24 @@ def _tile_rows(
     ]
 
 
-def tiles_at_once(shape: Level, most: int) -> int:
-    """Number of tiles of a level to read together: `most`, fewer where they are large."""
+def tiles_at_once(shape: Level, reduction: int, most: int) -> int:
+    """Number of tiles of a level to decode side by side: `most`, fewer where they are large."""
+    return min(most, max(1, _ROW_PX * reduction**2 // _tile_px(shape)))
+
+
+def are_huge(shape: Level) -> bool:
+    """Whether the tiles of a level are so large that only one of them is to be in memory."""
+    return shape.tile_size is not None and 2 * _tile_px(shape) > _MAX_DECODED_PX
+
+
+def _tile_px(shape: Level) -> int:
     assert shape.tile_size is not None
-    return min(most, max(1, _MAX_DECODED_PX // (shape.tile_size[0] * shape.tile_size[1])))
+    return shape.tile_size[0] * shape.tile_size[1]
 
 
-def _runs(shape: Level, rows: list[range]) -> Iterator[range]:
-    """Rows of tiles, cut where their bytes would take too much memory together."""
-    step = tiles_at_once(shape, _MOST_TILES_AT_ONCE)
+def _runs(shape: Level, reduction: int, rows: list[range]) -> Iterator[range]:
+    """Rows of tiles, cut into those that are decoded side by side."""
+    step = tiles_at_once(shape, reduction, _RUN_TILES)
     return (row[at : at + step] for row in rows for at in range(0, len(row), step))
 
 
@@ -289,7 +307,7 @@ def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
     rows = _tile_rows(shape, 1, (x0, y0), (x1 - x0, y1 - y0))
     return any(
         data is not None
-        for run in _runs(shape, rows)
+        for run in _runs(shape, 1, rows)
         for data in reader.read_tile_bytes(level, run)
     )
 

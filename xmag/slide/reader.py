@@ -132,11 +132,12 @@ class StackReader(TileReader, Protocol):
     """A TileReader that also decodes many tiles of a level in one call, which is faster."""
 
     def decode_many(
-        self, level: int, chunks: Sequence[bytes], reduction: int
-    ) -> Sequence[Pixels | None]:
-        """The pixels of tiles, equal to those of `decode`; None for one that it has to do alone.
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles into `row`, uint8 (height, widths of all, 3), side by side.
 
-        Raises nothing: whatever is wrong with a tile, `decode` says.
+        What is False, and its place in `row` undefined, is left to `decode`: a chunk that is no
+        bytes, that cannot be decoded with the others, or that is damaged. Raises nothing.
         """
         ...
 

@@ -124,10 +124,10 @@ class TiffReader:
         return self._decoders[level](data, reduction)
 
     def decode_many(
-        self, level: int, chunks: Sequence[bytes], reduction: int
-    ) -> Sequence[Pixels | None]:
-        """The pixels of tiles of a level together; None for those that `decode` has to do alone."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction)
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""

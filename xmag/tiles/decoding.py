@@ -7,9 +7,10 @@ that is.
 """
 
 import hashlib
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Literal
@@ -51,7 +52,7 @@ class Reading:
 
 
 _WHITE = 255
-_RUN_TILES = 8
+_RUN_TILES = 16
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
 _STACKING_THREADS = 5
 """From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
@@ -91,12 +92,12 @@ def windows_of(coords: Coords, scale: ReadScale, size_px: int, level: Level) -> 
 class Run:
     """Work for one thread: source tiles that are read together, and the batches they end up in.
 
-    `pieces` has a row for each overlap of a source tile with a wanted one, grouped by source tile:
-    wanted tile, its y and x, the source tile's y and x, height and width in decoded px.
+    They are decoded side by side. `pieces` has a row for what each wanted tile has of each row of
+    neighbours among them: wanted tile, its y and x, y and x of the side-by-side, height and width
+    in decoded px.
     """
 
     sources: list[int]
-    ends: list[int]
     pieces: NDArray[np.int64]
     batches: list[int]
 
@@ -134,6 +135,12 @@ class Decoding:
         extent = (windows.end - windows.start).max(axis=0) if count else (0, 0)
         self._window_shape = (int(extent[1]), int(extent[0]), 3)
         self._memory = Recycler(math.prod((min(count, batch_size), *self._window_shape)))
+        width, height = (side // scale.reduction for side in self._level.tile_size or (0, 0))
+        self._source_shape = (height, width)
+        self._run_tiles = 1
+        if self._tile_reader is not None:
+            self._run_tiles = tiles_at_once(self._level, scale.reduction, _RUN_TILES)
+        self._rows = Recycler(height * width * self._run_tiles * 3)
         self.runs = self._cut_runs()
 
     def new_batch(self, number: int) -> Pixels4D:
@@ -156,29 +163,30 @@ class Decoding:
             self._read_windows(run, batches)
 
     def _decode_tiles(self, reader: TileReader, run: Run, batches: dict[int, Pixels4D]) -> None:
+        row, lost = self._side_by_side(reader, run)
         size = self._batch_size
-        pieces, first = run.pieces.tolist(), 0
-        for pixels, end in zip(self._source_tiles(reader, run.sources), run.ends, strict=True):
-            for tile, y, x, from_y, from_x, height, width in pieces[first:end]:
-                if pixels is None:
-                    self.lost[tile] = True
-                    continue
-                batches[tile // size][tile % size, y : y + height, x : x + width] = pixels[
-                    from_y : from_y + height, from_x : from_x + width
-                ]
-            first = end
+        for tile, y, x, from_y, from_x, height, width in run.pieces.tolist():
+            batches[tile // size][tile % size, y : y + height, x : x + width] = row[
+                from_y : from_y + height, from_x : from_x + width
+            ]
+        for number in lost:
+            first, last = np.array([number, number + 1]) * self._source_shape[1]
+            start, end = run.pieces[:, 4], run.pieces[:, 4] + run.pieces[:, 6]
+            self.lost[run.pieces[(start < last) & (end > first), 0]] = True
 
     def look(self, run: Run) -> None:
         """Read what a run needs for `sha256`, and decode only what has no bytes of its own."""
         if self._tile_reader is None:
             self.decode(run, {batch: self.new_batch(batch) for batch in run.batches})
             return
-        chunks = self._chunks(self._tile_reader, run.sources)
-        for source, data in zip(run.sources, chunks, strict=True):
-            if isinstance(data, bytes):
-                self._note(source, data)
-            else:
-                self._note(source, self._pixels(self._tile_reader, source, data))
+        reader = self._tile_reader
+        self._note(
+            run,
+            [
+                data if isinstance(data, bytes) else self._pixels(reader, source, data)
+                for source, data in zip(run.sources, self._chunks(reader, run.sources), strict=True)
+            ],
+        )
 
     def sha256(self) -> str:
         """A hash of what was read, in the order of the source tiles, and of where windows lie."""
@@ -187,23 +195,37 @@ class Decoding:
             digest.update(source.to_bytes(8, "little") + part)
         return digest.hexdigest()
 
-    def _note(self, source: int, content: bytes | Pixels | None) -> None:
-        """Hash the bytes of a source tile, or its pixels; None is one that cannot be read."""
-        if self._hashed:
-            data = content.tobytes() if isinstance(content, np.ndarray) else content
-            self._digests[source] = b"" if data is None else hashlib.sha256(data).digest()
+    def _note(self, run: Run, contents: Sequence[bytes | Pixels | None]) -> None:
+        """Hash the bytes, or the pixels, of a run's source tiles; None is one that is damaged.
 
-    def _source_tiles(self, reader: TileReader, sources: list[int]) -> Iterator[Pixels | None]:
-        """The pixels of source tiles; None for one that is damaged, where such are dropped."""
-        chunks = self._chunks(reader, sources)
-        scale = self._scale
-        together: list[Pixels | None] = [None] * len(chunks)
+        Together, which lets go of the GIL once. Runs are the same with any threads and batches.
+        """
+        if self._hashed:
+            parts = [c.tobytes() if isinstance(c, np.ndarray) else c or b"" for c in contents]
+            lengths = np.array([len(part) for part in parts], "<i8").tobytes()
+            self._digests[run.sources[0]] = hashlib.sha256(b"".join((lengths, *parts))).digest()
+
+    def _side_by_side(self, reader: TileReader, run: Run) -> tuple[Pixels, list[int]]:
+        """The pixels of the source tiles of a run side by side, and numbers of the damaged ones.
+
+        Damaged ones have no pixels; they are there only where what they touch is dropped.
+        """
+        chunks, scale = self._chunks(reader, run.sources), self._scale
+        height, width = self._source_shape
+        row = self._rows.empty((height, len(chunks) * width, 3))
+        done = [False] * len(chunks)
         if self._stacking:
-            together = decode_together(reader, scale.level, chunks, scale.reduction)
-        for source, data, stacked in zip(sources, chunks, together, strict=True):
-            pixels = self._pixels(reader, source, data) if stacked is None else stacked
-            self._note(source, data if isinstance(data, bytes) else pixels)
-            yield pixels
+            done = decode_together(reader, scale.level, chunks, scale.reduction, row)
+        contents, lost = list[bytes | Pixels | None](), []
+        for number, (source, data) in enumerate(zip(run.sources, chunks, strict=True)):
+            pixels = None if done[number] else self._pixels(reader, source, data)
+            if pixels is not None:
+                row[:, number * width : (number + 1) * width] = pixels
+            elif not done[number]:
+                lost.append(number)
+            contents.append(data if isinstance(data, bytes) else pixels)
+        self._note(run, contents)
+        return row, lost
 
     def _chunks(
         self, reader: TileReader, sources: list[int]
@@ -237,48 +259,51 @@ class Decoding:
         return pixels
 
     def _read_windows(self, run: Run, batches: dict[int, Pixels4D]) -> None:
-        for tile in run.sources:
-            x, y = self._windows.start[tile].tolist()
-            width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
-            window = batches[tile // self._batch_size][tile % self._batch_size]
-            try:
-                pixels = read_level(
-                    self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
-                )
-                window[:height, :width] = pixels
-                self._note(tile, pixels)
-            except DamagedSlideError:
-                if self._damaged == "error":
-                    raise
-                self.lost[tile] = True
-                self._note(tile, None)
+        (tile,) = run.sources
+        x, y = self._windows.start[tile].tolist()
+        width, height = (self._windows.end[tile] - self._windows.start[tile]).tolist()
+        window = batches[tile // self._batch_size][tile % self._batch_size]
+        try:
+            pixels = read_level(
+                self._reader, self._scale.level, self._scale.reduction, (x, y), (width, height)
+            )
+            window[:height, :width] = pixels
+            self._note(run, [pixels])
+        except DamagedSlideError:
+            if self._damaged == "error":
+                raise
+            self.lost[tile] = True
+            self._note(run, [None])
 
     def _cut_runs(self) -> list[Run]:
-        if self._tile_reader is not None:
-            source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
-        else:
+        if self._tile_reader is None:
             # Without source tiles to share, a wanted tile is its own source.
-            source = np.arange(len(self._windows.start))
-            pieces = np.zeros((len(source), 7), np.int64)
-            pieces[:, 0] = source
-        sources, first = np.unique(source, return_index=True)
-        ends = np.append(first[1:], len(source))
-        runs, step = [], _RUN_TILES
-        if self._tile_reader is not None:
-            step = tiles_at_once(self._level, _RUN_TILES)
-        for at in range(0, len(sources), step):
-            these = slice(at, at + step)
-            low, high = int(first[these][0]), int(ends[these][-1])
-            mine = pieces[low:high]
-            runs.append(
-                Run(
-                    sources=sources[these].tolist(),
-                    ends=(ends[these] - low).tolist(),
-                    pieces=mine,
-                    batches=np.unique(mine[:, 0] // self._batch_size).tolist(),
-                )
+            nothing = np.empty((0, 7), np.int64)
+            count, size = len(self._windows.start), self._batch_size
+            return [Run(sources=[n], pieces=nothing, batches=[n // size]) for n in range(count)]
+        source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
+        if not len(source):
+            return []
+        sources, number = np.unique(source, return_inverse=True)
+        run, place = np.divmod(number, self._run_tiles)
+        pieces[:, 4] += place * self._source_shape[1]
+        # Neighbours of a row are side by side, and under one tile make one piece.
+        keys = np.stack([run, source // self._level.tiles_across, pieces[:, 0]])
+        order = np.lexsort((source, *keys[::-1]))
+        keys, pieces = keys[:, order], pieces[order]
+        first = np.flatnonzero(np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)))
+        widths = np.add.reduceat(pieces[:, 6], first)
+        pieces = pieces[first]
+        pieces[:, 6] = widths
+        bounds = np.searchsorted(keys[0, first], np.arange(run.max() + 2))
+        return [
+            Run(
+                sources=sources[n * self._run_tiles : (n + 1) * self._run_tiles].tolist(),
+                pieces=pieces[low:high],
+                batches=np.unique(pieces[low:high, 0] // self._batch_size).tolist(),
             )
-        return runs
+            for n, (low, high) in enumerate(itertools.pairwise(bounds))
+        ]
 
 
 def _overlaps(
@@ -286,7 +311,7 @@ def _overlaps(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Overlaps of windows and source tiles: source tile (P,), and (P, 7) as in `Run.pieces`.
 
-    Sorted by source tile. Window parts outside the stored image appear in no row.
+    Window parts outside the stored image appear in no row.
     """
     assert level.tile_size is not None
     side = np.floor_divide(level.tile_size, reduction)
@@ -306,9 +331,7 @@ def _overlaps(
     into = begin - (windows.start - origin)[tile]
     out_of = begin - cell * side
     source = cell[:, 1] * level.tiles_across + cell[:, 0]
-    pieces = np.column_stack([tile, into[:, ::-1], out_of[:, ::-1], extent[:, ::-1]])
-    order = np.argsort(source, kind="stable")
-    return source[order], pieces[order]
+    return source, np.column_stack([tile, into[:, ::-1], out_of[:, ::-1], extent[:, ::-1]])
 
 
 def in_order(decoding: Decoding, pool: Executor, *, ahead: int) -> Iterator[Pixels4D]:

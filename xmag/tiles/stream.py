@@ -14,7 +14,7 @@ from xmag.errors import DamagedSlideError, InputError, XmagError, XmagWarning
 from xmag.geometry import TileSpec
 from xmag.plan import Coords, TilePlan
 from xmag.slide import Slide
-from xmag.slide.pixels import resample, tiles_at_once
+from xmag.slide.pixels import are_huge, resample
 from xmag.slide.reader import Level, Pixels
 from xmag.tiles.arena import Tiles
 from xmag.tiles.decoding import (
@@ -30,7 +30,7 @@ from xmag.tissue import TissueMask, find_tissue
 
 _MOSTLY = 0.5
 """Of a source tile, the share that has to be tissue in the mask, which fills gaps and holes."""
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 """More threads than this in one process wait for the GIL more than they decode."""
 
 
@@ -51,7 +51,7 @@ def read_tiles(
         slide: The open slide that the plan was made for.
         plan: What to read.
         batch_size: Tiles a batch.
-        threads: Decoding threads; by default one a usable core, at most 8.
+        threads: Decoding threads; by default one a usable core, at most 16.
         damaged: What becomes of tiles some of whose bytes do not decode: "error" raises, "drop"
             leaves them out. No pixel is made up in either case.
 
@@ -102,7 +102,7 @@ def reading_of(slide: Slide, plan: TilePlan, *, threads: int | None = None) -> R
 
 
 def default_threads() -> int:
-    """Decoding threads where the caller names none: one a core this process may use, at most 8."""
+    """Decoding threads where the caller names none: one a core this process may use, at most 16."""
     return min(_MOST_THREADS, usable_cores())
 
 
@@ -162,8 +162,8 @@ def _stream(
         hashed=note is not None,
         threads=threads,
     )
-    if level.tile_size is not None and tiles_at_once(level, 2) < 2:
-        threads = 1  # so that only one such tile is in memory
+    if are_huge(level):
+        threads = 1
     # A batch ahead, so that threads have work while the caller is busy with the one it got.
     ahead = 3 * threads + len(decoding.runs) // max(decoding.batch_count, 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
