@@ -29,10 +29,11 @@ from support.slides import texture, write_svs
 
 import xmag
 from xmag.bag import FeatureBag
-from xmag.cohort import executors, extract_cohort
-from xmag.cohort.executors import Engine, PieceStatus, claim, run_piece
+from xmag.cohort import executors, extract_cohort, workers
+from xmag.cohort.executors import Engine
 from xmag.cohort.jobs import Settings, jobs_of
 from xmag.cohort.resume import SEEN_NAME
+from xmag.cohort.workers import PieceStatus, claim, run_piece
 from xmag.errors import (
     InputError,
     MismatchError,
@@ -83,7 +84,7 @@ def local(folder, model, tmp_path_factory):
 def _quick(monkeypatch):
     monkeypatch.setattr(executors, "_STATUS_EVERY_S", 0.05)
     monkeypatch.setattr(executors, "_POLL_S", 0.02)
-    monkeypatch.setattr(executors, "_IDLE_S", 0.1)  # of threads here; processes have their own
+    monkeypatch.setattr(workers, "_IDLE_S", 0.1)  # of threads here; processes have their own
 
 
 @pytest.fixture
@@ -123,8 +124,8 @@ def assert_equal(out, local):
 class Changing(ThreadPoolExecutor):
     """Threads whose pieces of work arrive changed, as they would on machines that differ."""
 
-    def __init__(self, change, workers=1):
-        super().__init__(workers)
+    def __init__(self, change, threads=1):
+        super().__init__(threads)
         self._change, self._count = change, 0
 
     def submit(self, function, piece):
@@ -202,7 +203,7 @@ def test_each_slide_is_reported_while_its_worker_goes_on(folder, model, out):
 
 
 def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
-    monkeypatch.setattr(executors, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(executors, "_REMOTE_STATUS_EVERY_S", 0.05)
     store = fsspec.filesystem("memory")
     with ThreadPoolExecutor(1) as pool:
@@ -215,7 +216,7 @@ def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
 
 
 def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, monkeypatch):
-    monkeypatch.setattr(executors, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
     with ThreadPoolExecutor(1) as pool:
         rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
         next(rows)
@@ -382,7 +383,7 @@ def test_workers_that_compute_in_different_dtypes_are_told_apart(folder, model, 
         return replace(piece, model=replace(piece.model, dtype=dtype))
 
     with (
-        Changing(change, workers=2) as pool,
+        Changing(change, threads=2) as pool,
         pytest.raises(MismatchError, match="some workers compute in"),
     ):
         run(folder, out, pool, model=model, transform=transforms.slowly)
@@ -466,7 +467,7 @@ def test_a_killed_process_lets_go_of_its_device(tmp_path):
     code = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from xmag.cohort.executors import claim
+        from xmag.cohort.workers import claim
         print(claim(["gpu-0", "gpu-1"], Path(sys.argv[1]))[0], flush=True)
         time.sleep(800)
     """)
@@ -485,8 +486,8 @@ def test_a_killed_process_lets_go_of_its_device(tmp_path):
     os.close(other)
 
 
-def spawned(workers=1):
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+def spawned(count=1):
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture
@@ -522,9 +523,9 @@ def test_a_killed_pool_is_made_again_and_finishes(folder, model, local, out, cal
     assert_equal(out, local)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_slide_that_kills_its_worker_runs_alone_and_last_and_costs_itself_only(
-    folder, model, local, out, tmp_path, calls, workers
+    folder, model, local, out, tmp_path, calls, count
 ):
     slides = tmp_path / "slides"
     shutil.copytree(folder, slides)
@@ -532,7 +533,7 @@ def test_a_slide_that_kills_its_worker_runs_alone_and_last_and_costs_itself_only
     made = []
 
     def make():
-        made.append(spawned(workers))
+        made.append(spawned(count))
         return made[-1]
 
     report = run(slides, out, make, model=model, transform=transforms.killing_at_grey)
@@ -592,7 +593,7 @@ def children_of(pid):
 
 
 def hurry():
-    executors._IDLE_S = 1.0
+    workers._IDLE_S = 1.0
 
 
 @needs_proc
@@ -626,7 +627,7 @@ def test_decoding_processes_go_after_an_idle_time(folder, model, out):
 
 @needs_proc
 def test_decoding_processes_at_work_go_when_nobody_waits(folder, model, out, monkeypatch):
-    monkeypatch.setattr(executors, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
     options = {"transform": transforms.slowly, "shards": 1, "processes": 1}
     with ThreadPoolExecutor(1) as pool:
         rows = rows_of(folder, out, pool, model, **options)
@@ -635,6 +636,72 @@ def test_decoding_processes_at_work_go_when_nobody_waits(folder, model, out, mon
         rows.close()
     assert kept
     assert survivors(kept) == []
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, as far as the caller can see; its workers see none, and compute on the CPU."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("choice", ["all", 2])
+def test_a_worker_a_gpu_writes_the_same_files(folder, model, local, out, gpus, choice):
+    report = extract_cohort(folder, out, model=model, tissue=None, processes=0, gpus=choice)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_one_gpu_takes_no_worker(folder, model, local, out, gpus, monkeypatch):
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", None)
+    report = extract_cohort(folder, out, model=model, tissue=None, processes=0, gpus=1)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+@pytest.mark.parametrize("choice", [0, 3, -1, True, "both", 1.0])
+def test_gpus_that_are_not_there_are_refused(folder, model, out, gpus, choice):
+    with pytest.raises(InputError, match=rf"gpus is {choice!r}, and this host has 2 CUDA devices"):
+        extract_cohort(folder, out, model=model, gpus=choice)
+    assert not out.exists()
+
+
+def test_gpus_and_an_executor_are_one_too_many(folder, model, out, gpus):
+    with pytest.raises(InputError, match="give one of them"):
+        extract_cohort(folder, out, model=model, gpus="all", executor=ThreadPoolExecutor)
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import signal, sys, torch, xmag
+        from support import transforms
+        if __name__ == "__main__":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.cuda.device_count = lambda: 2
+            xmag.extract_cohort(sys.argv[1], sys.argv[2], model=sys.argv[3], tissue=None,
+                                processes=1, gpus="all", transform=transforms.slowly)
+    """)
+    )
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, program, folder, out, model],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        deadline = time.monotonic() + 600
+        while not list(out.rglob("*.h5")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        below = descendants(process.pid)
+        process.send_signal(how)
+        process.wait(600)
+    assert len(below) >= 4
+    assert survivors(below) == []
+    report = extract_cohort(folder, out, model=model, tissue=None, transform=transforms.slowly)
+    assert {row.status for row in report} == {"done", "skipped", "failed"}
 
 
 @pytest.fixture(scope="module")
@@ -702,7 +769,7 @@ def test_what_workers_tell_is_plain_json(folder, model, out):
 
     def peek(piece, count):
         status = run_piece(piece)
-        path = piece.run / f"{piece.number}.jsonl"
+        path = piece.run / f"{piece.round}-{piece.number}.jsonl"
         seen.append(([json.loads(line) for line in path.read_text().split("\n") if line], status))
         assert PieceStatus.news(piece.lines) == status
         assert list(piece.lines.news()) == seen[0][0]

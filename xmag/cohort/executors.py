@@ -1,68 +1,39 @@
-"""Cohort on an executor: its workers take slides one after another, and one report comes back.
+"""Cohort on an executor: its workers do the slides, and one report comes back.
 
 An executor is anything whose `submit` returns something with `done()` and `result()`: a
-ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's. It is given the same
-piece of work many times: all the slides, of which a worker takes the next one that no other worker
-has taken, by a file in the folder of the run, until there is none. In a store, which makes no file
-for one worker only, each piece has slides of its own. What becomes of each slide goes to a file
-beside: whoever waits sees the work advance, and a worker that is lost takes nothing finished with
-it.
+ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's.
 """
 
-import atexit
 import logging
 import multiprocessing
 import os
 import pickle
-import pkgutil
 import secrets
 import signal
-import tempfile
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from xmag import files
-from xmag.cohort.claims import open_lock, try_lock
 from xmag.cohort.jobs import Job, Settings
-from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortRow, Status
 from xmag.cohort.resume import JsonLines
-from xmag.cores import usable_cores
-from xmag.encoder import Encoder, TileEncoder, load_model
-from xmag.errors import (
-    HubError,
-    InputError,
-    MismatchError,
-    ModelError,
-    OutputError,
-    WeightsError,
-    XmagError,
-)
-from xmag.extract import Transform
-from xmag.hub.fetch import locate_model
-from xmag.hub.mini import MINI_SHA256
-from xmag.hub.registry import DEFAULT_MODEL, MINI, ModelConfig
-from xmag.hub.weights import file_sha256
-from xmag.provenance import dtype_class
-from xmag.tiles import DecodingPool
-from xmag.urls import Place, Url, retold
+from xmag.cohort.workers import MARKER, Piece, PieceStatus, by_name, run_piece, transform_name
+from xmag.encoder import TileEncoder
+from xmag.errors import InputError, MismatchError, XmagError
+from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)
-
-MARKER = "run.json"
-"""Marker file of a run, there for as long as somebody waits for its rows."""
 
 _BUILDS = 4
 """Most times that a factory makes an executor: once, and again after it broke."""
@@ -72,15 +43,9 @@ _STATUS_EVERY_S = 1.0
 _REMOTE_STATUS_EVERY_S = 10.0
 """Seconds between looks at the rows of workers, on a file system and in a store."""
 
-_LOOK_EVERY_S = 1.0
-"""Seconds between a worker's looks whether anybody still waits."""
-
 _LEAST_PIECES = 16
 _MOST_SLIDES = 64
 """Slides a piece where nobody says how many: more pieces than most executors have workers."""
-
-_IDLE_S = 60.0
-"""Seconds that the decoding processes of a worker outlive its last piece of work."""
 
 
 @runtime_checkable
@@ -89,447 +54,6 @@ class Executor(Protocol):
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
         """Submit a call; returns an object with `done()` and `result()`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelName:
-    """Name of a model for `load_model` on another machine, with the hash of its weights.
-
-    `path_or_name` is an absolute path or a Hub name, `recorded` the name that the provenance has.
-    `dtype` is None where each machine chooses its own.
-    """
-
-    path_or_name: str
-    recorded: str
-    revision: str | None
-    weights_sha256: str
-    config: ModelConfig
-    is_config_given: bool
-    dtype: str | None
-
-    @classmethod
-    def of(cls, encoder: Encoder, *, dtype: str | None) -> "ModelName":
-        """The name of an encoder. Raises ModelError for one that no machine can load by name."""
-        about = encoder.provenance
-        recorded, sha256 = str(about.get("name")), str(about.get("weights_sha256"))
-        path = Path(recorded).expanduser()
-        is_path = recorded != MINI and path.exists()
-        name = cls(
-            path_or_name=str(path.absolute()) if is_path else recorded,
-            recorded=recorded,
-            revision=about.get("revision"),
-            weights_sha256=sha256,
-            config=encoder.config,
-            is_config_given=about.get("config_source") == "given",
-            dtype=dtype,
-        )
-        if not name._is_loadable(is_path=is_path):
-            raise ModelError(
-                f"the encoder {recorded!r} cannot be loaded by its name with the same weights, and"
-                " weights do not travel to workers: encoder.save(folder) writes them to a folder"
-                " that the workers see; then give model=folder"
-            )
-        return name
-
-    def _is_loadable(self, *, is_path: bool) -> bool:
-        """Whether `load_model` would give these weights, as far as that can be seen from here."""
-        if self.recorded == MINI:
-            return self.weights_sha256 == MINI_SHA256
-        if not is_path and self.revision is None:
-            return False
-        try:
-            found = locate_model(self.recorded, revision=self.revision, local_files_only=True)
-            return file_sha256(found.weights) == self.weights_sha256
-        except HubError:
-            return True  # not cached under this revision here: each worker compares the hash
-        except XmagError:
-            return False
-
-    def load(self, device: str) -> Encoder:
-        """The Encoder, loaded once a process.
-
-        Raises WeightsError where this machine has other weights under that name.
-        """
-        key = (self, device)
-        with _loading:
-            if key not in _loaded:
-                _loaded.clear()  # the memory of a GPU is there for one
-                _loaded[key] = self._load(device)
-            return _loaded[key]
-
-    def _load(self, device: str) -> Encoder:
-        encoder = load_model(
-            self.path_or_name,
-            revision=self.revision,
-            config=self.config if self.is_config_given else None,
-            device=device,
-            dtype=self.dtype or "auto",
-        )
-        found = encoder.provenance["weights_sha256"]
-        if found != self.weights_sha256 or encoder.config != self.config:
-            what = "weights" if found != self.weights_sha256 else "config"
-            raise WeightsError(
-                f"{self.recorded!r} has another {what} on this machine (weights sha256"
-                f" {found[:12]}) than where the cohort was started"
-                f" ({self.weights_sha256[:12]}); copy the model here again, or name one by its Hub"
-                " revision"
-            )
-        return encoder.named(self.recorded)
-
-
-_loading = threading.Lock()
-_loaded: dict[tuple[ModelName, str], Encoder] = {}
-
-
-def _by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelName, Encoder]:
-    """The name under which other machines load `model`, and the model itself.
-
-    Given by name it is loaded on the CPU, to see that it is whole.
-    """
-    if model is None or isinstance(model, str | os.PathLike):
-        encoder = load_model(DEFAULT_MODEL if model is None else model, device="cpu")
-        return ModelName.of(encoder, dtype=None), encoder
-    if not isinstance(model, TileEncoder):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected a name, a path, or an Encoder that"
-            " load_model made"
-        )
-    if not isinstance(model, Encoder):
-        raise ModelError(
-            f"model is a {type(model).__name__}, which workers cannot load: models travel by name."
-            " Give an Encoder that load_model made, or a name, or leave executor= out"
-        )
-    return ModelName.of(model, dtype=str(model.dtype).removeprefix("torch.")), model
-
-
-def _transform_name(transform: Transform | None) -> str | None:
-    """The name under which a worker can import a transform, "module:function"; None for none.
-
-    Raises InputError for one that no other process can import.
-    """
-    if transform is None:
-        return None
-    module, name = getattr(transform, "__module__", ""), getattr(transform, "__qualname__", "")
-    found = None
-    if module != "__main__":
-        with suppress(ImportError, AttributeError, ValueError):
-            found = pkgutil.resolve_name(f"{module}:{name}")
-    if found is not transform or not name:
-        raise InputError(
-            f"transform {name or type(transform).__name__!r} cannot be imported by workers:"
-            " expected a function at the top of a module that they can import (a .py file beside"
-            " the program, or a package), not one of __main__, a lambda, or an object"
-        )
-    return f"{module}:{name}"
-
-
-def _imported(name: str) -> Transform:
-    try:
-        found: Transform = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"this worker cannot import the transform {name} ({error}); install its module there,"
-            " or put its folder on PYTHONPATH"
-        ) from error
-    return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Piece of work for one worker, and everything that it needs to know. All of it pickles.
-
-    `jobs` has its slides by their number in the cohort, packed: thousands go with each piece.
-    `share` is how many of them fall to a worker, roughly. Each slide of a piece that `is_careful`
-    is done alone, as it may kill its worker.
-    """
-
-    number: int
-    round: int
-    run: Place
-    jobs: bytes
-    share: int
-    is_careful: bool
-    model: ModelName
-    options: Mapping[str, Any]
-    transform: str | None
-
-    @property
-    def lines(self) -> JsonLines:
-        """The file that says what becomes of each slide."""
-        return JsonLines(self.run / f"{self.number}.jsonl")
-
-    def take(self, number: int) -> bool:
-        """Whether a slide is this piece's to do, and no other's of this round."""
-        if isinstance(self.run, Url):
-            return True
-        path = self._mark(number)
-        try:
-            with path.open("x") as mark:
-                mark.write(str(self.number))
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise files.cannot_write(path, error) from error
-        return True
-
-    def taken(self) -> set[int]:
-        """The slides that were taken up to now, in this round. Of a store nobody knows."""
-        if isinstance(self.run, Url):
-            return set()
-        numbers = (mark.stem.split("-")[1] for mark in self.run.glob(f"{self.round}-*.taken"))
-        return {int(number) for number in numbers if number.isdecimal()}
-
-    def under_way(self, left: Set[int]) -> list[int]:
-        """Those of the slides left that this very piece had taken; in a store all that it has."""
-        if isinstance(self.run, Url):
-            mine = [number for number in self.unpacked() if number in left]
-            return mine[:1] if self.is_careful else mine
-        found = []
-        for number in sorted(self.taken() & left):
-            with suppress(OSError, ValueError):
-                if self._mark(number).read_text() == str(self.number):
-                    found.append(number)
-        return found
-
-    def unpacked(self) -> dict[int, Job]:
-        """Its slides, by number."""
-        # They came with all the rest, through a pickle of the engine's.
-        jobs: dict[int, Job] = pickle.loads(zlib.decompress(self.jobs))
-        return jobs
-
-    def _mark(self, number: int) -> Path:
-        assert isinstance(self.run, Path)
-        return self.run / f"{self.round}-{number}.taken"
-
-    def settings(self) -> Settings:
-        """The settings of the cohort in this process, with the model loaded."""
-        options = dict(self.options)
-        if options["processes"] is None and torch.cuda.device_count() > 1:
-            # The other GPUs of this host have workers of their own, and the cores are for all.
-            options["processes"] = max(1, usable_cores() // torch.cuda.device_count())
-        return Settings(
-            encoder=self.model.load(claimed_device()),
-            transform=None if self.transform is None else _imported(self.transform),
-            **options,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceStatus:
-    """Status of a piece of work: rows by the number of the slide, and its model's dtype class.
-
-    `error` is what stopped it, and `is_fatal` whether that would stop every other piece, too, as
-    a full disk does.
-    """
-
-    rows: Sequence[tuple[int, CohortRow]] = ()
-    dtype_class: str | None = None
-    error: XmagError | None = None
-    is_fatal: bool = False
-
-    @classmethod
-    def news(cls, lines: JsonLines) -> "PieceStatus":
-        """What a piece has told since the last call."""
-        rows, kind = [], None
-        for line in lines.news():
-            with suppress(LookupError, TypeError, ValueError):
-                kind = line.get("dtype_class", kind)
-                if "row" in line:
-                    rows.append((int(line["number"]), CohortRow(**line["row"])))
-        return cls(rows=rows, dtype_class=kind)
-
-
-def run_piece(piece: Piece) -> PieceStatus:
-    """Extract slides of a cohort; returns what became of them. The function workers are given.
-
-    What stops all of them comes back as `error`, as not every engine brings an exception back.
-    """
-    rows: list[tuple[int, CohortRow]] = []
-    try:
-        if not _is_awaited(piece):
-            raise OutputError(
-                f"this worker does not see the output folder {piece.run.parent} of the program that"
-                " started it, or that program has ended; write to a folder that all machines share,"
-                " under the same path, or to a store such as s3://"
-            )
-        return PieceStatus(dtype_class=_do(piece, rows), rows=rows)
-    except XmagError as error:
-        # A pickle loses what an error comes from, which says how far it reaches.
-        return PieceStatus(rows=rows, error=error, is_fatal=files.is_of_the_place(error))
-
-
-def _do(piece: Piece, rows: list[tuple[int, CohortRow]]) -> str | None:
-    """Do slides of a piece and add their rows; what the model computes in, None if none is left."""
-    jobs, lines = piece.unpacked(), piece.lines
-    # An engine may have started the same piece before, and lost that worker.
-    rows += PieceStatus.news(lines).rows
-    left = jobs.keys() - {number for number, _ in rows}
-    taken = piece.taken()
-    fresh = [number for number in jobs if number in left - taken]
-    again = piece.under_way(left & taken)
-    if not fresh and not again:
-        return None
-    settings = piece.settings()
-    kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
-    lines.add([{"dtype_class": kind}])
-    numbers = {job: number for number, job in jobs.items()}
-    looked_at = time.monotonic()
-    for slides in _runs(piece, jobs, fresh, again):
-        processes = settings.processes_for(piece.share)
-        with closing(rows_of(slides, settings, processes=processes, pool=_kept_pool)) as done:
-            for job, row in done:
-                rows.append((numbers[job], row))
-                lines.add([{"number": numbers[job], "row": asdict(row)}])
-                if time.monotonic() - looked_at > _LOOK_EVERY_S:
-                    if not _is_awaited_still(piece):
-                        return kind
-                    looked_at = time.monotonic()
-    return kind
-
-
-def _runs(
-    piece: Piece, jobs: Mapping[int, Job], fresh: Sequence[int], again: Sequence[int]
-) -> Iterator[Iterable[Job]]:
-    """The slides that are done together: all that can be taken, or each that may kill its worker.
-
-    Those that this piece had taken when its worker was lost, `again`, come last.
-    """
-    taken = (jobs[number] for number in fresh if piece.take(number))
-    if piece.is_careful:
-        yield from ([job] for job in taken)
-    else:
-        # Nothing is started for no slide at all.
-        yield from (chain([first], taken) for first in taken)
-    yield from ([jobs[number]] for number in again)
-
-
-def _is_awaited(piece: Piece) -> bool:
-    with retold(OutputError, piece.run):
-        return (piece.run / MARKER).exists()
-
-
-def _is_awaited_still(piece: Piece) -> bool:
-    try:
-        return _is_awaited(piece)
-    except OutputError as error:
-        logger.warning("whether this work is still wanted cannot be seen just now: %s", error)
-        return True
-
-
-_idle: dict[DecodingPool, tuple[tuple[Any, ...], threading.Timer]] = {}
-_keeping = threading.Lock()
-
-
-@contextmanager
-def _kept_pool(processes: int, **options: Any) -> Iterator[DecodingPool]:
-    """A DecodingPool that is kept for the next piece of work, for as long as `_IDLE_S`.
-
-    The thread of its own that starts children outlives the pieces, and ends with this process.
-    """
-    key = (os.getpid(), processes, sorted(options.items()))
-    with _keeping:
-        pool = next((pool for pool, (its, _) in _idle.items() if its == key), None)
-        if pool is not None:
-            _idle.pop(pool)[1].cancel()
-    pool = pool or DecodingPool(processes, **options)
-    try:
-        yield pool
-    except BaseException:
-        pool.close()  # its children are still at it
-        raise
-    timer = threading.Timer(_IDLE_S, _close_idle, [pool])
-    timer.daemon = True
-    with _keeping:
-        _idle[pool] = key, timer
-    timer.start()
-
-
-def _close_idle(pool: DecodingPool) -> None:
-    with _keeping:
-        found = _idle.pop(pool, None)
-    if found is not None:  # else it is at work again
-        pool.close()
-
-
-@atexit.register
-def _close_all_idle() -> None:
-    for pool, ((pid, *_), timer) in list(_idle.items()):
-        if pid == os.getpid():  # not those of the process that this one is a fork of
-            timer.cancel()
-            _close_idle(pool)
-
-
-_choosing = threading.Lock()
-_held: dict[str, int] = {}
-"""The device this process has claimed, and the open lock file that says so to the others."""
-
-
-def claimed_device() -> str:
-    """The device that this process computes on, its own as far as there are enough.
-
-    Of several CUDA devices that it may see (CUDA_VISIBLE_DEVICES) it takes the one that the fewest
-    other workers of this host have taken, for as long as it lives: "cuda:1". With one or none
-    there is nothing to choose: "auto". Raises ModelError in a process that cannot use CUDA.
-    """
-    count = torch.cuda.device_count()
-    if count:
-        try:
-            torch.cuda.current_device()
-        except RuntimeError as error:
-            raise ModelError(
-                f"this worker cannot use its GPU ({str(error).splitlines()[0]}); if the executor"
-                " forks, give it another start method:"
-                ' ProcessPoolExecutor(2, mp_context=get_context("spawn"))'
-            ) from error
-    if count < 2:
-        return "auto"
-    with _choosing:
-        if not _held:
-            # What CUDA_VISIBLE_DEVICES calls them means the same in every process.
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            names = [name.strip() for name in visible[:count]]
-            if len(names) < count or not all(names):
-                names = [str(index) for index in range(count)]
-            devices = [f"gpu-{name}" for name in names]
-            index, file = claim(devices, Path(tempfile.gettempdir()))
-            _held[f"cuda:{index}"] = file
-        return next(iter(_held))
-
-
-def claim(devices: Sequence[str], folder: Path) -> tuple[int, int]:
-    """The index of the device that the fewest processes hold, and the file that holds it.
-
-    A claim is a lock on an empty file in `folder`, which the system lets go of when the process
-    ends, however it ends. `devices` are names that mean the same device in every process. Raises
-    ModelError where no file can be made there.
-    """
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    for taken in count():
-        for index, device in enumerate(devices):
-            name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
-            path = folder / f"xmag-{user}-{name}-{taken}.lock"
-            try:
-                file = open_lock(path, shared=False)
-            except OSError as error:
-                raise ModelError(
-                    f"no lock can be made in {folder} ({error.strerror or error}), by which workers"
-                    " share the GPUs; set TMPDIR to a folder of your own"
-                ) from error
-            try:
-                if hasattr(os, "getuid") and os.fstat(file).st_uid != user:
-                    os.close(file)
-                    raise ModelError(
-                        f"{path} is another user's, and has the name of a lock of this one; set"
-                        " TMPDIR to a folder of your own"
-                    )
-                if try_lock(file):
-                    return index, file
-            except OSError as error:
-                # Without locks nobody knows what the others take: chance has to do.
-                logger.warning("no files can be locked in %s (%s)", folder, error.strerror)
-                return os.getpid() % len(devices), file
-            os.close(file)
-    raise AssertionError("counting never ends")
 
 
 def gpu_workers(gpus: int | Literal["all"]) -> Callable[[], Executor] | None:
@@ -567,7 +91,7 @@ _Row = tuple[Job, CohortRow]
 
 
 class Engine:
-    """An executor or its factory, and the model by name for workers and as an encoder here.
+    """A cohort on an executor: the slides that are left, by number, and what its workers told.
 
     `model` is what `extract_cohort` was given; `encoder` is it on this machine. Raises InputError
     for what is no executor, ModelError for a model that workers cannot load.
@@ -580,7 +104,9 @@ class Engine:
         shards: int | None,
         model: TileEncoder | str | None,
     ) -> None:
-        if _is_factory(executor) and not callable(executor):
+        # A class of executors makes them, too.
+        self._is_factory = isinstance(executor, type) or not isinstance(executor, Executor)
+        if self._is_factory and not callable(executor):
             raise InputError(
                 f"executor is a {type(executor).__name__}; expected an object with submit(), such"
                 " as a ProcessPoolExecutor, or a function that makes one"
@@ -588,7 +114,16 @@ class Engine:
         if shards is not None and not (isinstance(shards, int) and shards >= 1):
             raise InputError(f"shards is {shards!r}; expected at least 1, or None")
         self._executor, self._shards = executor, shards
-        self._model, self.encoder = _by_name(model)
+        self._model, self.encoder = by_name(model)
+        self._jobs: Sequence[Job] = ()
+        self._left: set[int] = set()
+        self._suspects: Counter[int] = Counter()
+        """How often a worker was lost that was at a slide."""
+        self._lost_to = ""
+        """The kind of error by which a worker was lost, the last time that one was."""
+        self._errors: list[XmagError] = []
+        self._dtype_class: str | None = None
+        self._has_rows = False
 
     def rows(self, jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
         """The rows of jobs, each soon after its worker has done it.
@@ -596,173 +131,148 @@ class Engine:
         Raises MismatchError where workers find outputs that were made with something else, or
         compute in different dtypes, and what stopped every worker if none did anything.
         """
-        transform = _transform_name(settings.transform)  # whether it has one, before any work
+        self._jobs, self._left = jobs, set(range(len(jobs)))
         settings = replace(settings, out=_absolute(settings.out))
-        with _run_folder(settings.out) as folder:
-            run = _Run(jobs, settings, self._model, transform, folder)
+        options = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+        transform = transform_name(options.pop("transform"))
+        del options["encoder"]
+        with _run_folder(settings.out) as run:
+            form = Piece(run=run, model=self._model, options=options, transform=transform)
             for attempt in range(_BUILDS):
-                with _opened(self._executor) as executor:
-                    yield from run.round(executor, self._shards)
+                with self._opened() as executor:
+                    yield from self._done(executor, self._pieces(form))
                     if attempt:  # last: if one takes its worker down again, the others are done
-                        yield from run.careful_round(executor)
-                if not (run.left and run.lost_to and _is_factory(self._executor)):
+                        yield from self._done(executor, self._careful_pieces(form))
+                if not (self._left and self._lost_to and self._is_factory):
                     break
-                logger.warning("%d slides are left after a worker was lost", len(run.left))
-            yield from run.rest()
+                logger.warning("%d slides are left after a worker was lost", len(self._left))
+            yield from self._rest()
 
-
-class _Run:
-    """State of a cohort on its executor: slides left, by number, and the workers' errors."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        settings: Settings,
-        model: ModelName,
-        transform: str | None,
-        folder: Place,
-    ) -> None:
-        self.left = set(range(len(jobs)))
-        self.lost_to = ""
-        """The error by which a worker was lost, the last time that one was."""
-        self._jobs, self._folder = jobs, folder
-        self._suspects: Counter[int] = Counter()
-        """How often a worker was lost that was at a slide."""
-        self._rounds, self._begun = 0, set[int]()
-        self._pieces = count()
-        self._dtype_class: str | None = None
-        self._errors: list[XmagError] = []
-        self._has_rows = False
-        plain = {field.name for field in fields(Settings)} - {"encoder", "transform"}
-        self._same: dict[str, Any] = {
-            "run": folder,
-            "model": model,
-            "options": {name: getattr(settings, name) for name in sorted(plain)},
-            "transform": transform,
-        }
-
-    def round(self, executor: Executor, pieces: int | None) -> Iterator[_Row]:
-        """The rows of the slides that are left, but for those that workers were lost at."""
-        numbers = sorted(self.left - self._suspects.keys())
-        pieces = pieces or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
-        pieces = min(pieces, len(numbers))
-        if isinstance(self._folder, Url):
-            parts = [numbers[i::pieces] for i in range(pieces)]
-        else:
-            parts = [numbers] * pieces
-        return self._rows(executor, parts, share=-(-len(numbers) // max(1, pieces)))
-
-    def careful_round(self, executor: Executor) -> Iterator[_Row]:
-        """The rows of the slides that workers were lost at, done by one of them, each alone."""
-        numbers = self.left & self._suspects.keys()
-        order = sorted(numbers, key=lambda number: (self._suspects[number], number))
-        return self._rows(executor, [order] if order else [], share=1, is_careful=True)
-
-    def rest(self) -> Iterator[_Row]:
-        """The rows of slides that no worker did. Raises what stopped all workers at their start."""
-        error = None if self.lost_to or not self._errors else self._errors[0]
-        if error is not None and self.left and not self._has_rows:
-            raise error
-        how = self.lost_to or "it was stopped"
-        reason = f"its worker was lost ({how}); run the same again" if error is None else str(error)
-        status: Status = "lost" if error is None else "failed"
-        for job in (self._jobs[number] for number in sorted(self.left)):
-            yield job, CohortRow(slide=job.name, status=status, error=reason)
-
-    def _rows(
-        self,
-        executor: Executor,
-        parts: Sequence[Sequence[int]],
-        *,
-        share: int,
-        is_careful: bool = False,
-    ) -> Iterator[_Row]:
-        """Submit the parts, and give the row of each slide soon after it is done."""
-        self._rounds += 1
-        packed = b""
-        futures: dict[int, tuple[Any, Piece, JsonLines]] = {}
+    @contextmanager
+    def _opened(self) -> Iterator[Executor]:
+        """The executor that was given, or one of the factory's, which is shut down again."""
+        executor: Any = self._executor
+        if not self._is_factory:
+            yield executor
+            return
+        executor = executor()
+        if not isinstance(executor, Executor):
+            raise InputError(
+                f"executor made a {type(executor).__name__}; expected a function that returns an"
+                " object with submit()"
+            )
+        is_wanted = False
         try:
-            for part in parts:
-                if not packed or part is not parts[0]:
-                    packed = self._packed(part)
-                piece = Piece(
-                    number=next(self._pieces),
-                    round=self._rounds,
-                    jobs=packed,
-                    share=share,
-                    is_careful=is_careful,
-                    **self._same,
-                )
-                try:
-                    futures[piece.number] = executor.submit(run_piece, piece), piece, piece.lines
-                # An engine may raise anything where it is broken: its slides are left.
-                except Exception as error:  # noqa: BLE001
-                    self._lose(error)
-            yield from self._collected(futures)
+            yield executor
+            is_wanted = True
         finally:
-            for future, _, _ in futures.values():
-                with suppress(AttributeError):  # not every engine takes work back
-                    future.cancel()
+            if hasattr(executor, "shutdown"):  # the workers notice that nobody waits any more
+                executor.shutdown(wait=is_wanted)
+
+    def _pieces(self, form: Piece) -> list[Piece]:
+        """Pieces with the slides that are left, but for those that workers were lost at."""
+        numbers = sorted(self._left - self._suspects.keys())
+        count = self._shards or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+        count = min(count, len(numbers))
+        if isinstance(form.run, Url):
+            parts = [self._packed(numbers[i::count]) for i in range(count)]
+        else:
+            parts = [self._packed(numbers)] * count
+        share = -(-len(numbers) // max(1, count))
+        form = replace(form, round=secrets.token_hex(4), share=share)
+        return [replace(form, number=i, jobs=part) for i, part in enumerate(parts)]
+
+    def _careful_pieces(self, form: Piece) -> list[Piece]:
+        """The piece with the slides that workers were lost at, each of which is done alone."""
+        numbers = self._left & self._suspects.keys()
+        order = sorted(numbers, key=lambda number: (self._suspects[number], number))
+        if not order:
+            return []
+        form = replace(form, round=secrets.token_hex(4), is_careful=True)
+        return [replace(form, jobs=self._packed(order))]
 
     def _packed(self, numbers: Iterable[int]) -> bytes:
         jobs = ((number, self._jobs[number]) for number in numbers)
         found = {number: replace(job, path=_absolute(job.path)) for number, job in jobs}
         return zlib.compress(pickle.dumps(found))
 
-    def _collected(self, futures: dict[int, tuple[Any, Piece, JsonLines]]) -> Iterator[_Row]:
-        in_store = isinstance(self._folder, Url)
-        every_s = _REMOTE_STATUS_EVERY_S if in_store else _STATUS_EVERY_S
-        looked_at = time.monotonic()
-        while futures:
-            ended = [number for number, (future, _, _) in futures.items() if future.done()]
-            for number in ended:
-                yield from self._ended(*futures.pop(number))
-            if time.monotonic() - looked_at > every_s:
-                for _, piece, lines in list(futures.values()):
-                    yield from self._taken(PieceStatus.news(lines), piece)
-                looked_at = time.monotonic()
-            if futures and not ended:
-                time.sleep(_POLL_S)
+    def _done(self, executor: Executor, pieces: Sequence[Piece]) -> Iterator[_Row]:
+        """Submit pieces of work, and give the row of each slide soon after it is done."""
+        futures: dict[Piece, Any] = {}
+        told = {piece: piece.lines for piece in pieces}
+        every_s = _STATUS_EVERY_S
+        if pieces and isinstance(pieces[0].run, Url):
+            every_s = _REMOTE_STATUS_EVERY_S
+        try:
+            for piece in pieces:
+                try:
+                    futures[piece] = executor.submit(run_piece, piece)
+                # An engine may raise anything where it is broken: its slides are left.
+                except Exception as error:  # noqa: BLE001
+                    self._lose(error)
+            looked_at = time.monotonic()
+            while futures:
+                ended = [piece for piece, future in futures.items() if future.done()]
+                for piece in ended:
+                    yield from self._ended(futures.pop(piece), piece, told[piece])
+                if time.monotonic() - looked_at > every_s:
+                    for piece in list(futures):
+                        yield from self._taken(PieceStatus.news(told[piece]))
+                    looked_at = time.monotonic()
+                if futures and not ended:
+                    time.sleep(_POLL_S)
+        finally:
+            for future in futures.values():
+                with suppress(AttributeError):  # not every engine takes work back
+                    future.cancel()
 
-    def _ended(self, future: Any, piece: Piece, lines: JsonLines) -> Iterator[_Row]:
+    def _ended(self, future: Any, piece: Piece, told: JsonLines) -> Iterator[_Row]:
         """The last rows of a piece; what its file says where its worker was lost."""
         try:
             status: PieceStatus = future.result()
         # Each engine has its own way to say that a worker is gone.
         except Exception as error:  # noqa: BLE001
             self._lose(error)
-            yield from self._taken(PieceStatus.news(lines), piece)
-            if piece.number in self._begun:
-                self._suspects.update(piece.under_way(self.left))
+            yield from self._taken(PieceStatus.news(told))
+            self._suspects.update(piece.under_way(self._left))
             return
-        yield from self._taken(status, piece)
+        yield from self._taken(status)
         if status.error is not None:
             if status.is_fatal or isinstance(status.error, MismatchError):
                 raise status.error
             logger.warning("a worker stopped: %s", status.error)
             self._errors.append(status.error)
 
-    def _taken(self, status: PieceStatus, piece: Piece) -> Iterator[_Row]:
+    def _taken(self, status: PieceStatus) -> Iterator[_Row]:
         """The rows that were not known yet; MismatchError where a worker has another dtype."""
-        kind = status.dtype_class
-        if kind is not None:
-            self._begun.add(piece.number)
-            if self._dtype_class not in (None, kind):
-                raise MismatchError(
-                    f"some workers compute in {self._dtype_class}, others in {kind}: their features"
-                    " may not be mixed. Give model=load_model(..., dtype='bfloat16') or 'float32'"
-                    " for all, and on_mismatch='redo'"
-                )
-            self._dtype_class = kind
+        kind = status.dtype_class or self._dtype_class
+        if self._dtype_class not in (None, kind):
+            raise MismatchError(
+                f"some workers compute in {self._dtype_class}, others in {kind}: their features may"
+                " not be mixed. Give model=load_model(..., dtype='bfloat16') or 'float32' for all,"
+                " and on_mismatch='redo'"
+            )
+        self._dtype_class = kind
         for number, row in status.rows:
-            if number in self.left:
-                self.left.remove(number)
+            if number in self._left:
+                self._left.remove(number)
                 self._has_rows = self._has_rows or row.status != "failed"
                 yield self._jobs[number], row
 
     def _lose(self, error: BaseException) -> None:
-        self.lost_to = type(error).__name__
-        logger.warning("a worker was lost (%s)", self.lost_to, exc_info=error)
+        self._lost_to = type(error).__name__
+        logger.warning("a worker was lost (%s)", self._lost_to, exc_info=error)
+
+    def _rest(self) -> Iterator[_Row]:
+        """The rows of slides that no worker did. Raises what stopped all workers at their start."""
+        error = None if self._lost_to or not self._errors else self._errors[0]
+        if error is not None and self._left and not self._has_rows:
+            raise error
+        how = self._lost_to or "it was stopped"
+        reason = f"its worker was lost ({how}); run the same again" if error is None else str(error)
+        status: Status = "lost" if error is None else "failed"
+        for job in (self._jobs[number] for number in sorted(self._left)):
+            yield job, CohortRow(slide=job.name, status=status, error=reason)
 
 
 def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
@@ -786,11 +296,6 @@ def _absolute(place: Place) -> Place:
     return place.absolute() if isinstance(place, Path) else place
 
 
-def _is_factory(engine: object) -> bool:
-    """Whether `engine` makes executors; a class of them does, too."""
-    return isinstance(engine, type) or not isinstance(engine, Executor)
-
-
 @contextmanager
 def _run_folder(out: Place) -> Iterator[Place]:
     """A folder for what workers tell, which tells them that somebody waits for it."""
@@ -801,24 +306,3 @@ def _run_folder(out: Place) -> Iterator[Place]:
         yield run
     finally:
         files.remove_folder(run)
-
-
-@contextmanager
-def _opened(engine: Executor | Callable[[], Executor]) -> Iterator[Executor]:
-    """The executor that was given, or one of the factory's, which is shut down again."""
-    if not _is_factory(engine):
-        yield engine  # type: ignore[misc]  # a factory has no submit
-        return
-    executor = engine()  # type: ignore[operator]
-    if not isinstance(executor, Executor):
-        raise InputError(
-            f"executor made a {type(executor).__name__}; expected a function that returns an object"
-            " with submit()"
-        )
-    is_wanted = False
-    try:
-        yield executor
-        is_wanted = True
-    finally:
-        if hasattr(executor, "shutdown"):  # else the workers notice that nobody waits any more
-            executor.shutdown(wait=is_wanted)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
 from xmag.cores import usable_cores
@@ -68,14 +68,24 @@ def jobs_of(
             f"no slides in {told!r}; expected a folder with slides, a CSV file with a"
             " column 'slide', or a list of paths"
         )
-    names = _names([entry.path for entry in entries], root)
-    jobs = [_job(entry, name, format) for entry, name in zip(entries, names, strict=True)]
+    jobs = []
+    for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
+        if entry.id is None:
+            output = below.with_name(f"{below.stem}.{format}")
+        elif _RESERVED.search(entry.id):
+            raise InputError(
+                f"the id {entry.id!r} is not a file name on every system; expected one without"
+                ' slashes, control characters and <>:"|?*, and none that Windows keeps for devices,'
+                " such as CON, AUX, NUL and COM1"
+            )
+        else:
+            output = PurePosixPath(f"{entry.id}.{format}")
+        jobs.append(Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp))
     _refuse_collisions(jobs)
     return jobs
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     path: Place
     id: str | None
     mpp: float | None
@@ -117,48 +127,23 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
 
 def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
     """The path of each slide below the folder that they share, those at URLs among themselves."""
-    paths = [place for place in places if isinstance(place, Path)]
+    # Without "..", which would lead out of the output folder; links are not followed.
+    absolute = [os.path.abspath(place) for place in places if isinstance(place, Path)]  # noqa: PTH100
+    folders = [os.path.split(path)[0] for path in absolute]
+    folder = root if isinstance(root, Path) else Path(os.path.commonpath(folders or ["."]))
     urls = [place for place in places if isinstance(place, Url)]
-    if isinstance(root, Path) or not paths:
-        folder = root
-    else:
-        folder = Path(os.path.commonpath([_absolute(path).parent for path in paths]))
     depth = len([p for p in root.parts if p]) if isinstance(root, Url) else common_parts(urls)
-    return [
-        _below_url(place, depth) if isinstance(place, Url) else _below(place, folder)
-        for place in places
-    ]
-
-
-def _absolute(path: Path) -> Path:
-    """The path from the root, without `..`, which would lead out of the output folder."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
-
-
-def _below(path: Path, folder: Place | None) -> PurePosixPath:
-    assert isinstance(folder, Path)
-    return PurePosixPath(readable(os.path.relpath(path, folder)).replace("\\", "/"))
-
-
-def _below_url(url: Url, depth: int) -> PurePosixPath:
-    parts = [part for part in url.parts[depth:] if part]
-    if not parts or {".", ".."} & set(parts) or any("\\" in part for part in parts):
-        raise InputError(f"the URL {url} names no file by a plain path; give it without '..'")
-    return PurePosixPath(*parts)
-
-
-def _job(entry: _Entry, below: PurePosixPath, format: str) -> Job:
-    if entry.id is None:
-        output = below.with_name(f"{below.stem}.{format}")
-    elif _RESERVED.search(entry.id):
-        raise InputError(
-            f"the id {entry.id!r} is not a file name on every system; expected one without slashes,"
-            ' control characters and <>:"|?*, and none that Windows keeps for devices, such as CON,'
-            " AUX, NUL and COM1"
-        )
-    else:
-        output = PurePosixPath(f"{entry.id}.{format}")
-    return Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp)
+    names = []
+    for place in places:
+        if isinstance(place, Path):
+            below = readable(os.path.relpath(str(place), folder)).replace("\\", "/")
+            names.append(PurePosixPath(below))
+            continue
+        parts = [part for part in place.parts[depth:] if part]
+        if not parts or {".", ".."} & set(parts) or any("\\" in part for part in parts):
+            raise InputError(f"the URL {place} names no file by a plain path; give it without '..'")
+        names.append(PurePosixPath(*parts))
+    return names
 
 
 def _refuse_collisions(jobs: Sequence[Job]) -> None:
@@ -206,12 +191,7 @@ class Settings:
                 " of your own use extract_features() on each slide"
             )
         check_damaged(self.damaged)
-        check_grid(
-            self.encoder.tile_spec,
-            overlap=self.overlap,
-            min_tissue=self.min_tissue,
-            border=self.border,
-        )
+        check_grid(self.encoder.tile_spec, **self._grid)
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
@@ -252,10 +232,9 @@ class Settings:
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint that a bag made with these settings has."""
         method = None if self.tissue is None else TISSUE_METHOD
-        options = plan_options(
-            overlap=self.overlap,
-            min_tissue=self.min_tissue,
-            border=self.border,
-            tissue_method=method,
-        )
+        options = plan_options(**self._grid, tissue_method=method)
         return fingerprint_of(self.encoder, options, self.transform)
+
+    @property
+    def _grid(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("overlap", "min_tissue", "border")}
