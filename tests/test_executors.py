@@ -670,19 +670,19 @@ def test_gpus_and_an_executor_are_one_too_many(folder, model, out, gpus):
         extract_cohort(folder, out, model=model, gpus="all", executor=ThreadPoolExecutor)
 
 
-@needs_proc
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how):
+def started(folder, out, model, tmp_path, options):
+    """A program that does the cohort with some workers, once it has written a file."""
     program = tmp_path / "program.py"
     program.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
         import signal, sys, torch, xmag
         from support import transforms
+        from test_executors import spawned
         if __name__ == "__main__":
             signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.cuda.device_count = lambda: 2
             xmag.extract_cohort(sys.argv[1], sys.argv[2], model=sys.argv[3], tissue=None,
-                                processes=1, gpus="all", transform=transforms.slowly)
+                                transform=transforms.slowly, {options})
     """)
     )
     root = Path(__file__).parents[1]
@@ -691,10 +691,16 @@ def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
         stderr=subprocess.DEVNULL,
     )
-    with process:
-        deadline = time.monotonic() + 600
-        while not list(out.rglob("*.h5")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+    deadline = time.monotonic() + 600
+    while not list(out.rglob("*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how):
+    with started(folder, out, model, tmp_path, "processes=1, gpus='all'") as process:
         below = descendants(process.pid)
         process.send_signal(how)
         process.wait(600)
@@ -702,6 +708,28 @@ def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how
     assert survivors(below) == []
     report = extract_cohort(folder, out, model=model, tissue=None, transform=transforms.slowly)
     assert {row.status for row in report} == {"done", "skipped", "failed"}
+
+
+@needs_proc
+def test_workers_of_a_pool_stop_after_a_slide_when_their_caller_is_killed(
+    folder, model, out, tmp_path
+):
+    more = tmp_path / "more"
+    more.mkdir()
+    for number in range(30):
+        shutil.copy(folder / "site/e.svs", more / f"{number}.svs")
+    with started(more, out, model, tmp_path, "processes=0, executor=spawned") as process:
+        below = descendants(process.pid)
+        process.kill()
+        process.wait(600)
+    last = -1
+    while (now := len(list(out.rglob("*.h5")))) != last:
+        last = now
+        time.sleep(5)
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert 1 <= last <= 15
 
 
 @pytest.fixture(scope="module")

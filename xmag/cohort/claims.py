@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from xmag import files
@@ -100,12 +99,7 @@ class Claims:
         self._identity = self._identity_now()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for job in list(self._held):
             self.release(job)
 
@@ -199,17 +193,13 @@ class Share(Claims):
         self._expected = Provenance(fingerprint=settings.fingerprint, record={})
         self._found: dict[Job, Found | OutputError | None] = {}
         self.seen = Seen(settings.out)
-        for job in jobs if isinstance(jobs, Sequence) else ():
-            self._look_at(job)
+        if isinstance(jobs, Sequence):
+            for job in jobs:
+                self._look_at(job)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.seen.write()
-        super().__exit__(kind, error, trace)
+        super().__exit__()
 
     def rounds(self) -> Iterator[Iterator[Job]]:
         """Rounds of the jobs to do now, until none is left. Exhaust each before the next.
@@ -271,13 +261,10 @@ class Share(Claims):
         may_write = settings.overlay or settings.on_mismatch == "redo"
         if may_write or not isinstance(self._found[job], Found):
             return False
-        with suppress(OSError):
-            if (
-                isinstance(settings.out, Path)
-                and _lock_path(settings.out, job).exists()
-                and self.take(job)
-            ):
-                self.release(job)
+        if isinstance(settings.out, Path):
+            with suppress(OSError):
+                if _lock_path(settings.out, job).exists() and self.take(job):
+                    self.release(job)
         return True
 
 

@@ -140,9 +140,13 @@ class Engine:
             form = Piece(run=run, model=self._model, options=options, transform=transform)
             for attempt in range(_BUILDS):
                 with self._opened() as executor:
-                    yield from self._done(executor, self._pieces(form))
+                    numbers = sorted(self._left - self._suspects.keys())
+                    count = self._shards or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+                    yield from self._done(executor, self._pieces(form, numbers, count))
                     if attempt:  # last: if one takes its worker down again, the others are done
-                        yield from self._done(executor, self._careful_pieces(form))
+                        numbers = sorted(self._left & self._suspects.keys(), key=self._risk)
+                        careful = replace(form, is_careful=True)
+                        yield from self._done(executor, self._pieces(careful, numbers, 1))
                 if not (self._left and self._lost_to and self._is_factory):
                     break
                 logger.warning("%d slides are left after a worker was lost", len(self._left))
@@ -169,10 +173,8 @@ class Engine:
             if hasattr(executor, "shutdown"):  # the workers notice that nobody waits any more
                 executor.shutdown(wait=is_wanted)
 
-    def _pieces(self, form: Piece) -> list[Piece]:
-        """Pieces with the slides that are left, but for those that workers were lost at."""
-        numbers = sorted(self._left - self._suspects.keys())
-        count = self._shards or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+    def _pieces(self, form: Piece, numbers: Sequence[int], count: int) -> list[Piece]:
+        """So many pieces with slides, each with all of them, or in a store with its share."""
         count = min(count, len(numbers))
         if isinstance(form.run, Url):
             parts = [self._packed(numbers[i::count]) for i in range(count)]
@@ -181,15 +183,6 @@ class Engine:
         share = -(-len(numbers) // max(1, count))
         form = replace(form, round=secrets.token_hex(4), share=share)
         return [replace(form, number=i, jobs=part) for i, part in enumerate(parts)]
-
-    def _careful_pieces(self, form: Piece) -> list[Piece]:
-        """The piece with the slides that workers were lost at, each of which is done alone."""
-        numbers = self._left & self._suspects.keys()
-        order = sorted(numbers, key=lambda number: (self._suspects[number], number))
-        if not order:
-            return []
-        form = replace(form, round=secrets.token_hex(4), is_careful=True)
-        return [replace(form, jobs=self._packed(order))]
 
     def _packed(self, numbers: Iterable[int]) -> bytes:
         jobs = ((number, self._jobs[number]) for number in numbers)
@@ -258,6 +251,9 @@ class Engine:
                 self._left.remove(number)
                 self._has_rows = self._has_rows or row.status != "failed"
                 yield self._jobs[number], row
+
+    def _risk(self, number: int) -> tuple[int, int]:
+        return self._suspects[number], number
 
     def _lose(self, error: BaseException) -> None:
         self._lost_to = type(error).__name__

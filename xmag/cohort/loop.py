@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -281,20 +282,20 @@ class _Loop:
         if lost is not None:
             assert slide.plan is not None
             slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
-        found, earlier = slide.found, slide.earlier
-        sha256 = None if slide.reading is None else slide.reading.sha256
-        if found is None or earlier is None or not earlier.is_of(slide.slide, sha256):
+        earlier, sha256 = slide.earlier, slide.reading.sha256 if slide.reading else None
+        if earlier is None or not earlier.is_of(slide.slide, sha256):
             if earlier is not None and not earlier.redo:
                 raise changed_slide(earlier, slide.slide, slide.job)
             slide.all_sent = True
             self._save_if_complete(slide)
             return
-        self._share.seen.add(slide.job, found.sha256, slide.slide.version)
+        assert slide.found is not None
+        self._share.seen.add(slide.job, earlier.sha256, slide.slide.version)
+        row = _row_of(slide.job, "skipped", slide.found)
         if slide.thumbnail is None:
-            self._end(slide, _row_of(slide.job, "skipped", found))
+            self._end(slide, row)
         else:
-            del self._under_way[slide.number]
-            self._saves.append((slide, self._saving.submit(self._make_up, slide, found)))
+            self._save(slide, partial(self._made_up, slide, row))
 
     def _embed(self, slide: _UnderWay | None, event: Decoded) -> None:
         """Embed tiles, at once or in a batch with others, and release their memory."""
@@ -334,8 +335,12 @@ class _Loop:
     def _save_if_complete(self, slide: _UnderWay) -> None:
         assert slide.plan is not None
         if slide.all_sent and slide.landed == len(slide.plan):
-            del self._under_way[slide.number]
-            self._saves.append((slide, self._saving.submit(self._save, slide)))
+            self._save(slide, partial(self._saved, slide))
+
+    def _save(self, slide: _UnderWay, work: Callable[[], CohortRow]) -> None:
+        """Let a thread do the work of saving a slide; its row is the result."""
+        del self._under_way[slide.number]
+        self._saves.append((slide, self._saving.submit(work)))
 
     def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
         """The rows that are ready; waits until at most so many bags are still to be saved."""
@@ -353,7 +358,7 @@ class _Loop:
             if save.exception() is None:
                 yield job, save.result()
 
-    def _save(self, done: _UnderWay) -> CohortRow:
+    def _saved(self, done: _UnderWay) -> CohortRow:
         """The row of a slide whose picture and bag are written now, in a thread that saves."""
         assert done.features is not None
         assert done.plan is not None
@@ -377,10 +382,10 @@ class _Loop:
         status: Status = "done" if len(bag) else "empty"
         return _row_of(job, status, made, seconds=time.monotonic() - done.start)
 
-    def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
+    def _made_up(self, slide: _UnderWay, row: CohortRow) -> CohortRow:
         """The row of a slide whose bag is there, and whose picture alone is written now."""
         self._draw(slide)
-        return _row_of(slide.job, "skipped", found)
+        return row
 
     def _draw(self, slide: _UnderWay) -> None:
         """Write the picture of a slide's tissue and tiles, if one is asked for."""

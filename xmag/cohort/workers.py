@@ -9,6 +9,7 @@ it.
 
 import atexit
 import logging
+import multiprocessing
 import os
 import pickle
 import pkgutil
@@ -71,44 +72,6 @@ class ModelName:
     is_config_given: bool
     dtype: str | None
 
-    @classmethod
-    def of(cls, encoder: Encoder, *, dtype: str | None) -> "ModelName":
-        """The name of an encoder. Raises ModelError for one that no machine can load by name."""
-        about = encoder.provenance
-        recorded, sha256 = str(about.get("name")), str(about.get("weights_sha256"))
-        path = Path(recorded).expanduser()
-        is_path = recorded != MINI and path.exists()
-        name = cls(
-            path_or_name=str(path.absolute()) if is_path else recorded,
-            recorded=recorded,
-            revision=about.get("revision"),
-            weights_sha256=sha256,
-            config=encoder.config,
-            is_config_given=about.get("config_source") == "given",
-            dtype=dtype,
-        )
-        if not name._is_loadable(is_path=is_path):
-            raise ModelError(
-                f"the encoder {recorded!r} cannot be loaded by its name with the same weights, and"
-                " weights do not travel to workers: encoder.save(folder) writes them to a folder"
-                " that the workers see; then give model=folder"
-            )
-        return name
-
-    def _is_loadable(self, *, is_path: bool) -> bool:
-        """Whether `load_model` would give these weights, as far as that can be seen from here."""
-        if self.recorded == MINI:
-            return self.weights_sha256 == MINI_SHA256
-        if not is_path and self.revision is None:
-            return False
-        try:
-            found = locate_model(self.recorded, revision=self.revision, local_files_only=True)
-            return file_sha256(found.weights) == self.weights_sha256
-        except HubError:
-            return True  # not cached under this revision here: each worker compares the hash
-        except XmagError:
-            return False
-
     def load(self, device: str) -> Encoder:
         """The Encoder, loaded once a process.
 
@@ -148,22 +111,59 @@ _loaded: dict[tuple[ModelName, str], Encoder] = {}
 def by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelName, Encoder]:
     """The name under which other machines load `model`, and the model itself.
 
-    Given by name it is loaded on the CPU, to see that it is whole.
+    Given by name it is loaded on the CPU, to see that it is whole. Raises ModelError for one that
+    no machine can load by name: weights do not travel.
     """
+    dtype = None
     if model is None or isinstance(model, str | os.PathLike):
         encoder = load_model(DEFAULT_MODEL if model is None else model, device="cpu")
-        return ModelName.of(encoder, dtype=None), encoder
-    if not isinstance(model, TileEncoder):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected a name, a path, or an Encoder that"
-            " load_model made"
-        )
-    if not isinstance(model, Encoder):
+    elif isinstance(model, Encoder):
+        encoder, dtype = model, str(model.dtype).removeprefix("torch.")
+    elif isinstance(model, TileEncoder):
         raise ModelError(
             f"model is a {type(model).__name__}, which workers cannot load: models travel by name."
             " Give an Encoder that load_model made, or a name, or leave executor= out"
         )
-    return ModelName.of(model, dtype=str(model.dtype).removeprefix("torch.")), model
+    else:
+        raise InputError(
+            f"model is a {type(model).__name__}; expected a name, a path, or an Encoder that"
+            " load_model made"
+        )
+    about = encoder.provenance
+    recorded, sha256 = str(about.get("name")), str(about.get("weights_sha256"))
+    revision, path = about.get("revision"), Path(recorded).expanduser()
+    is_path = recorded != MINI and path.exists()
+    if not _is_loadable(recorded, revision, sha256, is_path=is_path):
+        raise ModelError(
+            f"the encoder {recorded!r} cannot be loaded by its name with the same weights, and"
+            " weights do not travel to workers: encoder.save(folder) writes them to a folder that"
+            " the workers see; then give model=folder"
+        )
+    name = ModelName(
+        path_or_name=str(path.absolute()) if is_path else recorded,
+        recorded=recorded,
+        revision=revision,
+        weights_sha256=sha256,
+        config=encoder.config,
+        is_config_given=about.get("config_source") == "given",
+        dtype=dtype,
+    )
+    return name, encoder
+
+
+def _is_loadable(name: str, revision: str | None, sha256: str, *, is_path: bool) -> bool:
+    """Whether `load_model` would give these weights, as far as that can be seen from here."""
+    if name == MINI:
+        return sha256 == MINI_SHA256
+    if not is_path and revision is None:
+        return False
+    try:
+        weights = locate_model(name, revision=revision, local_files_only=True).weights
+        return file_sha256(weights) == sha256
+    except HubError:
+        return True  # not cached under this revision here: each worker compares the hash
+    except XmagError:
+        return False
 
 
 def transform_name(transform: Transform | None) -> str | None:
@@ -185,17 +185,6 @@ def transform_name(transform: Transform | None) -> str | None:
             " the program, or a package), not one of __main__, a lambda, or an object"
         )
     return f"{module}:{name}"
-
-
-def _imported(name: str) -> Transform:
-    try:
-        found: Transform = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"this worker cannot import the transform {name} ({error}); install its module there,"
-            " or put its folder on PYTHONPATH"
-        ) from error
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -221,6 +210,14 @@ class Piece:
     def lines(self) -> JsonLines:
         """The file that says what becomes of each slide."""
         return JsonLines(self.run / f"{self.round}-{self.number}.jsonl")
+
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for it. Raises OutputError where that cannot be seen."""
+        starter = multiprocessing.parent_process()
+        if starter is not None and not starter.is_alive():
+            return False
+        with retold(OutputError, self.run):
+            return (self.run / MARKER).exists()
 
     def take(self, number: int) -> bool:
         """Whether a slide is this piece's to do, and no other's of this round."""
@@ -276,11 +273,16 @@ class Piece:
         if options["processes"] is None and torch.cuda.device_count() > 1:
             # The other GPUs of this host have workers of their own, and the cores are for all.
             options["processes"] = max(1, usable_cores() // torch.cuda.device_count())
-        return Settings(
-            encoder=self.model.load(claimed_device()),
-            transform=None if self.transform is None else _imported(self.transform),
-            **options,
-        )
+        transform: Transform | None = None
+        try:
+            if self.transform is not None:
+                transform = pkgutil.resolve_name(self.transform)
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"this worker cannot import the transform {self.transform} ({error}); install its"
+                " module there, or put its folder on PYTHONPATH"
+            ) from error
+        return Settings(encoder=self.model.load(claimed_device()), transform=transform, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +317,7 @@ def run_piece(piece: Piece) -> PieceStatus:
     """
     rows: list[tuple[int, CohortRow]] = []
     try:
-        if not _is_awaited(piece):
+        if not piece.is_awaited():
             raise OutputError(
                 f"this worker does not see the output folder {piece.run.parent} of the program that"
                 " started it, or that program has ended; write to a folder that all machines share,"
@@ -350,8 +352,9 @@ def _do(piece: Piece, rows: list[tuple[int, CohortRow]]) -> str | None:
                 rows.append((numbers[job], row))
                 lines.add([{"number": numbers[job], "row": asdict(row)}])
                 if time.monotonic() - looked_at > _LOOK_EVERY_S:
-                    if not _is_awaited_still(piece):
-                        return kind
+                    with suppress(OutputError):  # it is, as far as can be seen
+                        if not piece.is_awaited():
+                            return kind
                     looked_at = time.monotonic()
     return kind
 
@@ -370,19 +373,6 @@ def _runs(
         # Nothing is started for no slide at all.
         yield from (chain([first], taken) for first in taken)
     yield from ([jobs[number]] for number in again)
-
-
-def _is_awaited(piece: Piece) -> bool:
-    with retold(OutputError, piece.run):
-        return (piece.run / MARKER).exists()
-
-
-def _is_awaited_still(piece: Piece) -> bool:
-    try:
-        return _is_awaited(piece)
-    except OutputError as error:
-        logger.warning("whether this work is still wanted cannot be seen just now: %s", error)
-        return True
 
 
 _idle: dict[DecodingPool, tuple[tuple[Any, ...], threading.Timer]] = {}
