@@ -342,7 +342,10 @@ def test_a_bare_file_is_assumed_to_be_a_vit_b_and_says_so() -> None:
     ("values", "said"),
     [
         ({"format": SCHEMA}, "describes no model.*vit"),
-        ({"format": SCHEMA, **ModelConfig(vit=TINY).to_dict(), "vit": {"width": 3}}, "lacks"),
+        (
+            {"format": SCHEMA, **ModelConfig(vit=TINY).to_dict(), "vit": {"width": 3}},
+            "vit.depth is missing",
+        ),
         ({"model_type": "dinov2", "hidden_size": 32}, "describes no model.*patch_size"),
         ({"model_type": "dinov2", "hidden_act": "relu"}, "hidden_act is 'relu'"),
         ([1, 2], "neither a config"),

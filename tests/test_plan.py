@@ -184,9 +184,19 @@ def test_a_plan_whose_mask_is_damaged_is_refused(key, value):
         TilePlan.from_json(json.dumps(fields))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 9}'])
-def test_text_that_is_no_plan_is_refused(text):
-    with pytest.raises(InputError, match="tile plan"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "tile plan.* not JSON"),
+        ("[]", "tile plan.* a list"),
+        ("{}", "tile plan.* None"),
+        ('{"schema_version": 1}', "tile plan has schema_version 1, .*make the plan again"),
+        ('{"schema_version": 2}', "tile plan.*spec is missing"),
+        ('{"schema_version": 9}', "tile plan has schema_version 9, .*upgrade"),
+    ],
+)
+def test_text_that_is_no_plan_is_refused(text, message):
+    with pytest.raises(InputError, match=message):
         TilePlan.from_json(text)
 
 

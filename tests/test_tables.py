@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from xmag.errors import InputError
-from xmag.tables import Row, is_missing, read_csv
+from xmag.files import Row, is_missing, read_csv
 
 
 def read(folder: Path, text: str | bytes) -> list[Row]:
@@ -65,7 +65,24 @@ def test_a_column_close_to_a_known_one_is_an_error_that_names_it(
 
 
 @pytest.mark.parametrize(
-    "column", ["patient", "label", "pid", "case_id", "slide_id", "side", "age", "stain", "split"]
+    "column",
+    [
+        "patient",
+        "label",
+        "pid",
+        "case_id",
+        "slide_id",
+        "side",
+        "age",
+        "stain",
+        "split",
+        "future",
+        "feature_model",
+        "mpp_source",
+        "mpp_level",
+        "tmp",
+        "map",
+    ],
 )
 def test_columns_of_other_meaning_are_left_alone(tmp_path: Path, column: str) -> None:
     assert len(read(tmp_path, f"slide,{column}\na.svs,x\n")) == 1

@@ -1,6 +1,5 @@
 """Features of one slide: `extract_features`, from a slide to its FeatureBag."""
 
-import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,14 +17,12 @@ from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
 from xmag.grid import Border
-from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
+from xmag.plan import TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
 from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
-
-logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tiles], Tiles]
 """Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""
@@ -96,7 +93,6 @@ def extract_features(
             slide = stack.enter_context(Slide(slide, mpp=mpp))
         # After the slide: the model may have to be fetched.
         encoder = resolve_encoder(model)
-        mask = None
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(
@@ -115,61 +111,52 @@ def extract_features(
                 XmagWarning,
                 stacklevel=2,
             )
-        return embed_plan(
+        return _embed_plan(
             slide,
             plan,
             encoder,
-            batch_size=batch_size,
+            batch_size=default_batch_size(encoder) if batch_size is None else batch_size,
             progress=progress,
             transform=transform,
             damaged=damaged,
-            tissue=mask,
         )
 
 
-def embed_plan(
+def _embed_plan(
     slide: Slide,
     plan: TilePlan,
     encoder: TileEncoder,
     *,
-    batch_size: int | None = None,
-    progress: bool | None = None,
-    transform: Transform | None = None,
-    damaged: Damaged = "error",
-    tissue: TissueMask | None = None,
+    batch_size: int,
+    progress: bool | None,
+    transform: Transform | None,
+    damaged: Damaged,
 ) -> FeatureBag:
-    """The bag of the tiles of a plan; `extract_features` without its choices.
-
-    `tissue` is what the plan was made with.
-    """
+    """The bag of the tiles of a plan; `extract_features` without its choices."""
     features = np.empty((len(plan), encoder.embed_dim), np.float32)
     lost = np.ones(len(plan), np.bool_)
     readings: list[Reading] = []
-    if batch_size is None:
-        batch_size = default_batch_size(encoder)
 
     def batches() -> Iterator[tuple[NDArray[np.int64], Tiles]]:
-        for rows, tiles in read_rows(
-            slide,
-            plan,
-            batch_size=batch_size,
-            damaged=damaged,
-            tissue=tissue,
-            note=readings.append,
-        ):
+        read = read_rows(slide, plan, batch_size=batch_size, damaged=damaged, note=readings.append)
+        for rows, tiles in read:
             lost[rows] = False
             yield rows, transformed(tiles, transform)
 
+    vectors: Iterable[NDArray[np.float32]]
+    if isinstance(encoder, Encoder):
+        vectors = (found for _, found in encoder.embed_stream(batches()))
+    else:
+        vectors = (embedded(encoder, tiles) for _, tiles in batches())
     with progress_bar(progress, total=len(plan), desc=slide.name, unit="tile") as bar:
         done = 0
-        for vectors in _embed(encoder, batches()):
-            features[done : done + len(vectors)] = vectors
-            done += len(vectors)
-            bar.update(len(vectors))
-    plan = without_damaged(plan, lost, slide.name)
+        for found in vectors:
+            features[done : done + len(found)] = found
+            done += len(found)
+            bar.update(len(found))
     return bag_of(
         features[:done],
-        plan,
+        without_damaged(plan, lost, slide.name),
         slide.facts,
         encoder,
         transform=transform,
@@ -288,15 +275,6 @@ def embedded(encoder: TileEncoder, tiles: Tiles) -> NDArray[np.float32]:
             f" ({len(tiles)}, {encoder.embed_dim}), as its embed_dim says"
         )
     return vectors
-
-
-def _embed(
-    encoder: TileEncoder, batches: Iterable[tuple[Coords, Tiles]]
-) -> Iterator[NDArray[np.float32]]:
-    if isinstance(encoder, Encoder):
-        yield from (features for _, features in encoder.embed_stream(batches))
-    else:
-        yield from (embedded(encoder, tiles) for _, tiles in batches)
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is whole under its final name, or not there. Every write goes here.
+"""Atomic writes, folders and CSV tables: a file is whole under its final name, or not there.
 
 The bytes go to a temporary file in the same folder, to the disk (fsync), through a check, and only
 then under the final name (os.replace). A run that is killed leaves the old file, or none, and
@@ -6,21 +6,28 @@ perhaps a temporary one: hidden, unique, ending in ``.xmag-tmp``, never read, sa
 
 A URL is written to from a temporary file of this machine, checked there, and read back: whole or
 not at all where the store keeps that promise, as object stores do.
+
+CSV tables are written by `csv_text`, and read by `read_csv` as people's programs save them.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from xmag.errors import OutputError, XmagError
+from xmag import records
+from xmag.errors import InputError, OutputError, XmagError
 from xmag.urls import Place, Url, place_of, readable, retold
 
 _TEMP_SUFFIX = ".xmag-tmp"
@@ -50,6 +57,14 @@ _PLACE_FAILURES = {
 _OLD_S = 24 * 3600
 _HEAD_BYTES = 4096
 
+_FORMULA = ("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠")
+"""First characters of text that a spreadsheet runs; some take the wide forms as well."""
+_MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "nat", "none", "null"}
+_BESIDE = {"", "um", "m", "px", "x", "y", "path", "file"}
+"""Words beside the name of a column that leave its meaning: "mpp (µm)", but not "mpp_source"."""
+_CLOSE = 0.8
+"""Least similarity (difflib's ratio) of a column taken for a misspelt one; future has 0.71."""
+
 
 @contextmanager
 def atomic_path(
@@ -69,18 +84,24 @@ def atomic_path(
     """
     place = place_of(path)
     if isinstance(place, Url):
-        with _uploaded(place, validate) as temp:
+        with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
+            temp = Path(folder, "new")
+            temp.touch()
             yield temp
+            if validate is not None:
+                validate(temp)
+            with retold(OutputError, place):
+                place.write(temp.read_bytes())
         return
     final = Path(os.path.realpath(place)) if inside is None else linked_to(place, inside)
     temp = final.parent / f".{os.getpid()}-{secrets.token_hex(8)}{_TEMP_SUFFIX}"
     try:
         if final.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final))
-        _create(temp)
+        temp.touch(exist_ok=False)  # with the rights that the umask gives; tempfile's are 0600
         yield temp
-        with _blamed_on(place):
-            _sync_file(temp)
+        with _blamed_on(place), temp.open("rb+") as file:  # as Windows syncs what it may write
+            os.fsync(file.fileno())
         if validate is not None:
             validate(temp)
         temp.replace(final)
@@ -151,10 +172,8 @@ def require_own(place: Place, folder: Place, is_own: Callable[[bytes], bool]) ->
     refuses. An empty file is nobody's.
     """
     if isinstance(place, Url):
-        head = b""
-        if place.exists():
-            with retold(OutputError, place):
-                head = place.read()[:_HEAD_BYTES]
+        with retold(OutputError, place):
+            head = place.read()[:_HEAD_BYTES] if place.exists() else b""
     else:
         final = linked_to(place, folder)
         if not os.path.lexists(final):
@@ -205,19 +224,16 @@ def is_of_the_place(error: BaseException) -> bool:
     )
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Remove temporary files of writers that were killed from a folder; returns their number.
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of writers that were killed from a folder.
 
     Only temporary files of xmag that nobody has written to for a day: a writer needs seconds.
     """
-    removed = 0
     with suppress(OSError):
         for leftover in folder.glob(f".*{_TEMP_SUFFIX}"):
             with suppress(OSError):
                 if time.time() - leftover.lstat().st_mtime > _OLD_S:
                     leftover.unlink()
-                    removed += 1
-    return removed
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -226,18 +242,14 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_folder(place: Place) -> None:
-    """Make a folder and those above it, if they are not there; stores need none.
-
-    Raises OutputError where that cannot be done.
-    """
-    if isinstance(place, Url):
-        return
+def make_folder(folder: str | os.PathLike[str] | Url) -> None:
+    """Make a folder and those above it, if they are not there; OutputError where that fails."""
+    place = place_of(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"the output folder {place} cannot be made: {error.strerror}; name another one"
+            f"the folder {place} cannot be made: {error.strerror}; give another one"
         ) from error
 
 
@@ -252,8 +264,8 @@ def local_copy(place: Place, kind: type[XmagError]) -> Iterator[Path]:
         return
     with retold(kind, place):
         data = place.read()
-    with _temporary_folder() as folder:
-        copy = folder / "copy"
+    with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder, "copy")
         try:
             copy.write_bytes(data)
         except OSError as error:
@@ -274,45 +286,148 @@ def remove_folder(place: Place) -> None:
             url.remove()
 
 
-@contextmanager
-def _uploaded(url: Url, validate: Callable[[Path], object] | None) -> Iterator[Path]:
-    with _temporary_folder() as folder:
-        temp = folder / "new"
-        temp.touch()
-        yield temp
-        if validate is not None:
-            validate(temp)
-        with retold(OutputError, url):
-            url.write(temp.read_bytes())
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="xmag-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def _create(temp: Path) -> None:
-    """Make an empty file with the permissions the umask gives (tempfile's would be 0600)."""
-    os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-
-
-def _sync_file(temp: Path) -> None:
-    with temp.open("rb+") as file:  # Windows only syncs what is open for writing
-        os.fsync(file.fileno())
-
-
 def _sync_folder(folder: Path) -> None:
     """Bring the new name to the disk, where the system can.
 
     Windows cannot open a folder, and some network file systems refuse to sync one. The file
     itself is safe by then: a power cut could at most bring its old name back.
     """
-    if os.name == "nt":
-        return
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_missing(text: str) -> bool:
+    """Whether a text stands for a missing value: empty, blank, NA, N/A, nan, None, null, NaT."""
+    return text.strip().casefold() in _MISSING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row of a CSV table: its values by column, stripped, and the line of the file it is on."""
+
+    table: str
+    line: int
+    values: Mapping[str, str]
+
+    def get(self, column: str) -> str:
+        """The value; "" where it is missing, or the column is."""
+        value = self.values.get(column, "")
+        return "" if is_missing(value) else value
+
+    def required(self, column: str) -> str:
+        """The value; InputError where it is missing."""
+        if value := self.get(column):
+            return value
+        seen = self.values.get(column, "")
+        raise InputError(
+            f"line {self.line} of {self.table!r} has no {column}"
+            f"{f': {seen!r} stands for a missing value' if seen else ''}; fill it in, or remove the"
+            f" line{f' (what is really called {seen!r} needs another name)' if seen else ''}"
+        )
+
+
+def read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
+    """The rows of a CSV file in UTF-8; names of columns are stripped and casefolded.
+
+    Blank rows are left out. Raises InputError for a file that cannot be read or is no CSV, a
+    required column that is not there, one that is there twice, one that looks like a misspelt
+    column, and a row with more values than there are columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            columns = [name.strip().casefold() for name in next(reader, [])]
+            _check_columns(columns, path.name, required, optional)
+            return list(_rows(reader, columns, path.name))
+    except OSError as error:
+        raise InputError(
+            f"the CSV file {os.fspath(path)!r} cannot be read: {error.strerror}; check the path"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"the CSV file {path.name!r} is no text in UTF-8 with commas ({error}); save it as"
+            " CSV UTF-8"
+        ) from error
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV text. Spreadsheets run what looks like a formula; such text gets an apostrophe.
+
+    See owasp.org/www-community/attacks/CSV_Injection.
+    """
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(
+        [_harmless(cell) for cell in row] for row in rows
+    )
+    return out.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", "\\r")  # which csv does not quote, and takes for the end of a row
+    if not cell.startswith(_FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def _rows(reader: Iterator[list[str]], columns: Sequence[str], table: str) -> Iterator[Row]:
+    end = 1
+    for cells in reader:
+        line, end = end + 1, reader.line_num  # type: ignore[attr-defined]
+        values = [cell.strip() for cell in cells]
+        if any(values[len(columns) :]):
+            raise InputError(
+                f"line {line} of {table!r} has {len(values)} values for {len(columns)} columns; put"
+                ' a value that holds a comma into double quotes ("a, b.svs"), and write numbers'
+                " with a decimal point"
+            )
+        if any(values):
+            values += [""] * (len(columns) - len(values))
+            yield Row(table=table, line=line, values=dict(zip(columns, values, strict=False)))
+
+
+def _check_columns(
+    columns: list[str], table: str, required: Sequence[str], optional: Sequence[str]
+) -> None:
+    known = (*required, *optional)
+    for name in known:
+        if columns.count(name) > 1:
+            raise InputError(
+                f"the CSV file {table!r} has the column {name!r} {columns.count(name)} times (case"
+                " and blanks do not count); keep one of them"
+            )
+    absent = [name for name in known if name not in columns]
+    for column in columns:
+        if column not in known and (meant := _misspelt(column, absent)):
+            raise InputError(
+                f"the CSV file {table!r} has a column {column!r}; did you mean {meant!r}? Rename it"
+                " to that; if it is something else, give it a name that is less alike"
+            )
+    if missing := [name for name in required if name in absent]:
+        alone = " (where each slide is a patient of its own, repeat the slide there)"
+        few = len(missing) == len(required)
+        raise InputError(
+            f"the CSV file {table!r} has the columns {columns}; expected"
+            f" {f'a column {missing[0]!r}' if few else f'the column {missing[0]!r} too'}, with"
+            f" commas between them{alone if missing[0] == 'patient' else ''}"
+        )
+
+
+def _misspelt(column: str, absent: Sequence[str]) -> str | None:
+    """The absent column that a column may be meant to be, if any."""
+    if ";" in column or "\t" in column:
+        return None  # a whole line, in a file without commas
+    longer = [name for name in absent if len(name) > 2]  # an id is too short to be like anything
+    words = set(re.split(r"[^a-z]+", column))
+    alike = [name for name in longer if name in words and words - {name} <= _BESIDE]
+    alike += [name for name in longer if set(name) == set(column)]  # mmp, too short for a ratio
+    return alike[0] if alike else records.nearest(column, longer, _CLOSE)

@@ -11,13 +11,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.errors import InputError, SlideScaleError
 
 Resample = Literal["area", "lanczos"]
@@ -61,17 +62,12 @@ class TileSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TileSpec":
-        """The TileSpec with these fields; InputError where one is unknown."""
-        known = {"mpp", "size_px", "mpp_tolerance", "resample"}
-        if unknown := sorted(set(fields) - known):
-            raise InputError(
-                f"a tile spec has unknown fields {unknown}; expected some of {sorted(known)}"
-            )
-        return cls(**fields)
+        """The TileSpec with these fields; InputError for an unknown one, or of another type."""
+        return records.from_dict(cls, fields, "tile_spec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +129,8 @@ class TileGeometry:
     """Geometry of a slide's tiles, which a reader of `coords` needs to know besides.
 
     `size_px` output px at `mpp` cover `size_level0` level-0 px (the nearest int; `mpp` and
-    `level0_mpp` are exact). Neighbours share `overlap_px` output px.
+    `level0_mpp` are exact). Neighbours share `overlap_px` output px. Raises InputError for a size
+    that is no whole number of px, and a scale that is no positive number.
     """
 
     size_px: int
@@ -143,32 +140,28 @@ class TileGeometry:
     level0_mpp: float
     level0_size: tuple[int, int]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {**asdict(self), "level0_size": list(self.level0_size)}
+    @property
+    def side_level0(self) -> float:
+        """Side of a tile in level-0 px, exact."""
+        return self.size_px * self.mpp / self.level0_mpp
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
-        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
-        try:
-            width, height = fields["level0_size"]
-            geometry = cls(**{**fields, "level0_size": (width, height)})
-            counts = (geometry.size_px, geometry.size_level0, geometry.overlap_px, width, height)
-            scales = (geometry.mpp, geometry.level0_mpp)
-            fits = all(isinstance(n, int) and n >= 0 for n in counts) and all(
-                isinstance(mpp, int | float) and math.isfinite(mpp) and mpp > 0 for mpp in scales
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"the fields of a tile geometry make no sense ({error!r}); expected what"
-                " to_dict gave"
-            ) from error
-        if not fits:
+    def __post_init__(self) -> None:
+        counts = (self.size_px, self.size_level0, self.overlap_px, *self.level0_size)
+        scales = (self.mpp, self.level0_mpp)
+        if min(counts) < 0 or not all(math.isfinite(mpp) and mpp > 0 for mpp in scales):
             raise InputError(
                 f"a tile geometry has sizes {counts} and scales {scales}; expected whole numbers of"
                 " px and positive numbers of µm/px"
             )
-        return geometry
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return records.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
+        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
+        return records.from_dict(cls, fields, "tiles")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,8 +229,9 @@ def polygons_from_geojson(source: Any) -> tuple[Polygon, ...]:
 
     `source` is the object as Python values, JSON text, or the path of a file, such as QuPath
     exports. It may be a Polygon, MultiPolygon, Feature, FeatureCollection or GeometryCollection
-    (RFC 7946), or a list of them. Rings need not be closed. Raises InputError where there is no
-    polygon, and for points and lines: what they were meant to select is not guessed.
+    (RFC 7946), or a list of them and of Polygons of this module. Rings need not be closed. Raises
+    InputError where there is no polygon, and for points and lines: what they were meant to select
+    is not guessed.
     """
     polygons = tuple(_find_polygons(_load_geojson(source)))
     if not polygons:
@@ -268,33 +262,30 @@ def _load_geojson(source: Any) -> Any:
 
 def _find_polygons(item: Any) -> Iterator[Polygon]:
     """The polygons in any GeoJSON object or list of them, depth first."""
-    if isinstance(item, list | tuple):
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if isinstance(item, Polygon):
+        yield item
+    elif isinstance(item, list | tuple):
         for part in item:
             yield from _find_polygons(part)
-        return
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    match kind:
-        case "Polygon":
-            yield _polygon(item.get("coordinates"))
-        case "MultiPolygon":
-            for rings in _listed(item, "coordinates"):
-                yield _polygon(rings)
-        case "Feature":
-            if item.get("geometry") is not None:  # RFC 7946: null where a feature has no place
-                yield from _find_polygons(item["geometry"])
-        case "FeatureCollection":
-            yield from _find_polygons(_listed(item, "features"))
-        case "GeometryCollection":
-            yield from _find_polygons(_listed(item, "geometries"))
-        case _:
-            raise InputError(
-                f"GeoJSON holds {_named(item, kind)}; expected areas: Polygon or MultiPolygon,"
-                " alone or in features and collections. Export only the areas"
-            )
-
-
-def _named(item: Any, kind: object) -> str:
-    return f"a {type(item).__name__}" if kind is None else f"the type {kind!r}"
+    elif kind == "Polygon":
+        yield Polygon(tuple(_listed(item, "coordinates")))
+    elif kind == "MultiPolygon":
+        for rings in _listed(item, "coordinates"):
+            yield from _find_polygons({"type": "Polygon", "coordinates": rings})
+    elif kind == "Feature":
+        if item.get("geometry") is not None:  # RFC 7946: null where a feature has no place
+            yield from _find_polygons(item["geometry"])
+    elif kind == "FeatureCollection":
+        yield from _find_polygons(_listed(item, "features"))
+    elif kind == "GeometryCollection":
+        yield from _find_polygons(_listed(item, "geometries"))
+    else:
+        seen = f"a {type(item).__name__}" if kind is None else f"the type {kind!r}"
+        raise InputError(
+            f"GeoJSON holds {seen}; expected areas: Polygon or MultiPolygon, alone or in features"
+            " and collections. Export only the areas"
+        )
 
 
 def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
@@ -304,15 +295,6 @@ def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
             f"a GeoJSON {item['type']} has {key} of type {type(found).__name__}; expected a list"
         )
     return found
-
-
-def _polygon(rings: Any) -> Polygon:
-    if not isinstance(rings, list | tuple):
-        raise InputError(
-            f"a GeoJSON polygon has coordinates of type {type(rings).__name__}; expected a list of"
-            " rings, each a list of [x, y]"
-        )
-    return Polygon(tuple(rings))
 
 
 def _frozen_ring(corners: Any) -> NDArray[np.float64]:

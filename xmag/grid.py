@@ -102,7 +102,7 @@ def letters_of(
     `tissue` is that in the polygons.
     """
     columns, rows = axes
-    side = tiles.size_px * tiles.mpp / tiles.level0_mpp
+    side = tiles.side_level0
     letters = np.full((len(rows), len(columns)), TILE, "U1")
     if tissue is not None and min_tissue is not None:
         x, y = ((axis.begins, axis.corners + side) for axis in axes)

@@ -4,7 +4,6 @@ Masks are bool (height, width). Px of a piece touch along their edges; those of 
 piece of what lies between, at corners too.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,9 @@ def over_square(combine: np.ufunc, values: NDArray[Any], reach_px: int) -> NDArr
         padded, size = np.pad(values, padding, mode="edge"), values.shape[axis]
         steps = range(2 * reach_px + 1)
         shifted = [padded[i : i + size] if axis == 0 else padded[:, i : i + size] for i in steps]
-        values = functools.reduce(combine, shifted)
+        values = shifted[0].copy()
+        for other in shifted[1:]:
+            combine(values, other, out=values)
     return values
 
 

@@ -4,13 +4,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.errors import InputError, XmagWarning
 from xmag.geometry import Polygon, ReadScale, TileGeometry, TileSpec, polygons_from_geojson
 from xmag.grid import BORDER, PIECE, ROI, TILE, TISSUE, Border, axes_of, letters_of, tissue_under
@@ -25,7 +26,11 @@ _DAMAGED = "d"
 REASONS = {BORDER: "border", ROI: "roi", TISSUE: "tissue", _DAMAGED: "damaged"}
 """Reasons that a grid cell is no tile, by the character that stands for it in `cells`."""
 
-_SCHEMA_VERSION = 2
+_FORMAT = records.Format(
+    version=2,
+    writer="TilePlan.to_json",
+    remedy="make the plan again with plan_tiles",
+)
 
 _ENOUGH = 0.9
 """Least share of tissue under tiles; where they cover less, there is a warning."""
@@ -101,8 +106,7 @@ class TilePlan:
         tissue = self.tissue
         if tissue is None:
             return [0.0] * (len(parts) + 1)
-        side = self.tiles.size_px * self.tiles.mpp / self.tiles.level0_mpp
-        small = 0.0
+        side, small = self.tiles.side_level0, 0.0
         if tissue.too_small is not None:
             under = tissue_under(replace(tissue, mask=tissue.too_small), parts[:1], side)
             small = tissue.too_small_mm2 - under[0]
@@ -113,10 +117,9 @@ class TilePlan:
         return len(self.coords)
 
     def _corners(self, letters: str) -> Coords:
-        cells = self._places(letters)
-        corners = np.empty((len(cells), 2), np.int64)
-        corners[:, 0] = np.array(self.columns, np.int64)[cells[:, 1]]
-        corners[:, 1] = np.array(self.rows, np.int64)[cells[:, 0]]
+        rows, columns = self._places(letters).T
+        x, y = np.array(self.columns, np.int64)[columns], np.array(self.rows, np.int64)[rows]
+        corners = np.stack([x, y], axis=1)
         corners.setflags(write=False)
         return corners
 
@@ -134,52 +137,24 @@ class TilePlan:
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""
-        fields = {
-            "schema_version": _SCHEMA_VERSION,
-            "spec": self.spec.to_dict(),
-            "scale": asdict(self.scale),
-            "tiles": self.tiles.to_dict(),
-            "options": dict(self.options),
-            "tissue": None if self.tissue is None else self.tissue.to_dict(),
-            "slide": None if self.slide is None else dict(self.slide),
-            "columns": list(self.columns),
-            "rows": list(self.rows),
-            "cells": list(self.cells),
-        }
-        return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False)
+        fields = records.to_dict(replace(self, tissue=None))
+        fields["tissue"] = None if self.tissue is None else self.tissue.to_dict()
+        return _FORMAT.dumps(fields, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "TilePlan":
-        """The plan that `to_json` wrote. Raises InputError where the text holds none."""
-        try:
-            fields = json.loads(text)
-            version = fields.pop("schema_version")
-            if version != _SCHEMA_VERSION:
-                raise InputError(
-                    f"the tile plan has schema version {version!r}, this xmag reads"
-                    f" {_SCHEMA_VERSION}; upgrade xmag or make the plan again"
-                )
-            tissue, columns, rows = fields["tissue"], fields["columns"], fields["rows"]
-            if [len(row) for row in fields["cells"]] != [len(columns)] * len(rows):
+        """The plan that `to_json` wrote. Raises InputError where the text holds none.
+
+        Plans of version 1 do not say which tissue they are to cover, and have to be made again.
+        """
+        fields = _FORMAT.loads(text, "the tile plan")
+        with _FORMAT.reading("the tile plan"):
+            tissue = fields.get("tissue")
+            fields["tissue"] = None if tissue is None else TissueMask.from_dict(tissue)
+            plan = records.from_dict(cls, fields)
+            if [len(row) for row in plan.cells] != [len(plan.columns)] * len(plan.rows):
                 raise ValueError("its cells are not as many as its columns and rows")
-            return cls(
-                spec=TileSpec.from_dict(fields["spec"]),
-                scale=ReadScale(**fields["scale"]),
-                tiles=TileGeometry.from_dict(fields["tiles"]),
-                columns=tuple(columns),
-                rows=tuple(rows),
-                cells=tuple(fields["cells"]),
-                options=fields["options"],
-                tissue=None if tissue is None else TissueMask.from_dict(tissue),
-                slide=fields["slide"],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"this is not a tile plan ({error!r}); expected the text that"
-                " TilePlan.to_json() returned"
-            ) from error
+        return plan
 
 
 def plan_tiles(
@@ -232,7 +207,7 @@ def plan_tiles(
         level0_mpp=slide.mpp,
         level0_size=slide.dimensions,
     )
-    polygons = None if roi is None else _polygons(roi)
+    polygons = None if roi is None else polygons_from_geojson(roi)
     options = plan_options(
         overlap=overlap,
         min_tissue=min_tissue,
@@ -316,12 +291,6 @@ def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
         XmagWarning,
         stacklevel=3,
     )
-
-
-def _polygons(roi: Any) -> tuple[Polygon, ...]:
-    if isinstance(roi, tuple) and all(isinstance(part, Polygon) for part in roi):
-        return roi
-    return polygons_from_geojson(roi)
 
 
 def _digest(polygons: Sequence[Polygon]) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
+from xmag import records
 from xmag.errors import InputError
 from xmag.urls import readable
 
@@ -54,34 +55,25 @@ class Provenance:
             object.__setattr__(self, part, _frozen(value, part))
 
     def __reduce__(self) -> tuple[type["Provenance"], tuple[Any, Any]]:
-        return Provenance, (_plain(self.fingerprint), _plain(self.record))
+        return Provenance, (records.plain(self.fingerprint), records.plain(self.record))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same content as dicts and lists of one's own."""
+        return records.to_dict(self)
 
     def to_json(self) -> str:
         """The same content as JSON text; equal provenances give equal text."""
-        parts = {"fingerprint": _plain(self.fingerprint), "record": _plain(self.record)}
-        return json.dumps(parts, sort_keys=True, allow_nan=False)
+        return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
         """The Provenance that `to_json` wrote; InputError where the text is something else."""
         try:
-            parts = json.loads(text, parse_constant=_refuse_constant)
+            return records.from_dict(cls, records.loads(text), "provenance")
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"provenance is not JSON ({error}); expected what Provenance.to_json wrote"
-            ) from error
-        if not (isinstance(parts, dict) and set(parts) == {"fingerprint", "record"}):
-            found = sorted(parts) if isinstance(parts, dict) else type(parts).__name__
-            raise InputError(
-                f"provenance holds {found}; expected 'fingerprint' and 'record', as"
-                " Provenance.to_json writes them"
-            )
-        try:
-            return cls(parts["fingerprint"], parts["record"])
-        except RecursionError as error:
-            raise InputError(
-                "provenance is nested deeper than any that Provenance.to_json wrote; make the file"
-                " again"
+                f"this is not what Provenance.to_json wrote: provenance cannot be read ({error});"
+                " make the file again"
             ) from error
 
     def differences(self, other: "Provenance") -> list[str]:
@@ -193,14 +185,6 @@ def _frozen(value: Any, key: str) -> Any:
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
@@ -210,8 +194,4 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
-    return repr(_plain(leaves[key])) if key in leaves else "nothing"
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    return repr(records.plain(leaves[key])) if key in leaves else "nothing"

@@ -13,12 +13,13 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xmag import records
 from xmag.errors import InputError
 from xmag.geometry import Polygon, inside_any
 from xmag.morphology import (
@@ -175,13 +176,14 @@ class TissueMask:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, because arrays come out of a pickle writable.
-        return _remade, (self.mask, self.mpp, self.downsample, dict(self.method), self.too_small)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return functools.partial(type(self), **values | {"method": dict(self.method)}), ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, masks packed to bits, compressed, and in base 64."""
-        masks = {"mask": self.mask, "too_small": self.too_small}
         return {
-            **{k: None if v is None else _packed(v) for k, v in masks.items()},
+            "mask": _packed(self.mask),
+            "too_small": None if self.too_small is None else _packed(self.too_small),
             "size": list(self.mask.shape[::-1]),
             "mpp": self.mpp,
             "downsample": self.downsample,
@@ -189,16 +191,13 @@ class TissueMask:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The TissueMask that `to_dict` gave; a ValueError or the like where there is none."""
-        small = fields["too_small"]
-        return cls(
-            mask=_unpacked(fields["mask"], fields["size"]),
-            mpp=fields["mpp"],
-            downsample=fields["downsample"],
-            method=fields["method"],
-            too_small=None if small is None else _unpacked(small, fields["size"]),
-        )
+        values = dict(values)
+        size, small = values.pop("size"), values["too_small"]
+        values["mask"] = _unpacked(values["mask"], size)
+        values["too_small"] = None if small is None else _unpacked(small, size)
+        return records.from_dict(cls, values, "tissue")
 
     def within(self, polygons: Sequence[Polygon]) -> Self:
         """The mask without the px whose centres lie outside of all polygons, in level-0 px."""
@@ -261,12 +260,6 @@ class TissueMask:
             for rings in pieces.values()
         ]
         return {"type": "FeatureCollection", "features": features}
-
-
-def _remade(
-    mask: Bools, mpp: float, downsample: float, method: Mapping[str, Any], too_small: Bools | None
-) -> TissueMask:
-    return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=method, too_small=too_small)
 
 
 def _packed(mask: Bools) -> str:
@@ -364,7 +357,7 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     """r, b and the density (mean of the channels), relative to the glass."""
     channels = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
     logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
-    reds, greens, blues = (logs[channel] for channel in channels)
+    reds, greens, blues = (logs.take(channel) for channel in channels)
     red, blue, light = reds - greens, blues - greens, (reds + greens + blues) / np.float32(3)
     glass = _glass(channels, red, blue)
     if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
@@ -389,7 +382,8 @@ def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> 
 def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
     """r, b and light, each less a quadratic surface through glass: lamps and lenses are uneven."""
     x, y = (np.linspace(-1, 1, size, dtype=np.float32) for size in glass.shape[::-1])
-    rows, columns = (i[:: 1 + len(i) // _GLASS_SAMPLES] for i in np.nonzero(glass))
+    places = np.flatnonzero(glass)
+    rows, columns = np.divmod(places[:: 1 + len(places) // _GLASS_SAMPLES], glass.shape[1])
     design = np.stack(_quadratic_terms(x[columns], y[rows])).astype(np.float64)
     seen = np.stack([f[rows, columns] for f in fields]).astype(np.float64)
     # Where smooth pale tissue outnumbers it, glass is still the brightest.
@@ -404,17 +398,19 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
         fit = np.linalg.solve(normal, np.einsum("in,fn->if", design * near, seen))
         near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
     fit[0] += levels
-    terms = _quadratic_terms(x, y[:, None])
-    surfaces = [
-        sum(t * c for t, c in zip(terms, coefficients, strict=True))
-        for coefficients in fit.T.astype(np.float32)
+    y = y[:, None]
+    product = x * y
+    # What depends on x or y alone is added as a row or a column.
+    return [
+        field - (one + x * cx + y * cy + product * cxy + x * x * cxx + y * y * cyy)
+        for field, (one, cx, cy, cxy, cxx, cyy) in zip(
+            fields, fit.T.astype(np.float32), strict=True
+        )
     ]
-    return [f - surface for f, surface in zip(fields, surfaces, strict=True)]
 
 
 def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:
-    one = np.ones_like(x * y)
-    return [one, x * one, y * one, x * y, x * x * one, y * y * one]
+    return [np.ones_like(x), x, y, x * y, x * x, y * y]
 
 
 def _stain(red: _Field, blue: _Field) -> _Field:

@@ -5,6 +5,7 @@ provenance, has neither: ``str(url)`` leaves them out, and errors of the librari
 name whole URLs, are told anew.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from xmag.errors import InputError, MissingExtraError, OutputError, XmagError
 _SCHEME = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+)://")
 _CHAINED = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]+:|/)")
 """Between the URLs of a chain, "zip://a.svs::https://host/slides.zip", and not in "http://[::1]"."""
+_REST = re.compile(rf"\?|{_CHAINED.pattern}")
 _MANGLED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\](?![/\\])")
 
 _SURROGATE = re.compile("[\udc80-\udcff]")
@@ -43,8 +45,8 @@ class Url:
     """The whole URL, with the credentials and signatures that must not be shown."""
 
     def __str__(self) -> str:
-        links = [self._bare, *_CHAINED.split(self._query)[1:]]
-        return "::".join(_shown(link) for link in links)
+        protocol, path, rest = self._split()
+        return "::".join(map(_shown, [protocol + path, *_CHAINED.split(rest)[1:]]))
 
     def __repr__(self) -> str:
         return f"Url({str(self)!r})"
@@ -57,7 +59,7 @@ class Url:
     @property
     def parts(self) -> tuple[str, ...]:
         """The host or bucket without credentials, then the segments of the path, decoded."""
-        return _parts(self._bare)
+        return _parts("".join(self._split()[:2]))
 
     @property
     def name(self) -> str:
@@ -72,13 +74,13 @@ class Url:
     @property
     def parent(self) -> "Url":
         """The folder it lies in."""
-        before, _, path = self._bare.partition("://")
-        return Url(f"{before}://{path.rstrip('/').rpartition('/')[0]}{self._query}")
+        protocol, path, rest = self._split()
+        return Url(protocol + path.rstrip("/").rpartition("/")[0] + rest)
 
     def __truediv__(self, below: object) -> "Url":
-        before, _, path = self._bare.partition("://")
+        protocol, path, rest = self._split()
         folder = f"{path.rstrip('/')}/" if path else ""
-        return Url(f"{before}://{folder}{below}{self._query}")
+        return Url(f"{protocol}{folder}{below}{rest}")
 
     def with_name(self, name: str) -> "Url":
         """Another file beside it."""
@@ -171,18 +173,12 @@ class Url:
         start = len(path.rstrip("/")) + 1
         return [self / found[start:] for found in sorted(store.find(path))]
 
-    @property
-    def _bare(self) -> str:
-        """All up to the end of the file's own path: what follows is a query, or another URL."""
-        path = self.text.index("://") + 3
-        chained = _CHAINED.search(self.text, path)
-        end = chained.start() if chained else len(self.text)
-        query = self.text.find("?", path, end)
-        return self.text[: end if query < 0 else query]
-
-    @property
-    def _query(self) -> str:
-        return self.text[len(self._bare) :]
+    def _split(self) -> tuple[str, str, str]:
+        """The protocol with its "://", the file's own path, and the rest: a query, or more URLs."""
+        start = self.text.index("://") + 3
+        rest = _REST.search(self.text, start)
+        end = rest.start() if rest else len(self.text)
+        return self.text[:start], self.text[start:end], self.text[end:]
 
 
 Place = Path | Url
@@ -199,16 +195,14 @@ def place_of(path: str | os.PathLike[str] | Url) -> Place:
     text = os.fspath(path)
     scheme = _SCHEME.match(text)
     if scheme is None:
-        if _MANGLED.match(text) and not Path(text).exists():
+        if (mangled := _MANGLED.match(text)) and not Path(text).exists():
             raise InputError(
-                f"{_MANGLED.match(text)[0]}... looks like a URL that lost a slash, as pathlib.Path"  # type: ignore[index]
-                " makes of them; give URLs as str"
+                f"{mangled[0]}... looks like a URL that lost a slash, as pathlib.Path makes of"
+                " them; give URLs as str"
             )
         return Path(text)
-    if scheme[1].lower() == "file":
-        parts = urlsplit(text)
-        return Path(url2pathname(unquote(parts.path) if os.name != "nt" else parts.path))
-    return Url(text)
+    is_path = scheme[1].lower() == "file"
+    return Path(url2pathname(urlsplit(text).path)) if is_path else Url(text)
 
 
 def shown(path: str | os.PathLike[str] | Url) -> str:
@@ -282,31 +276,26 @@ def told(error: BaseException, place: object) -> str:
 
 def common_parts(urls: Sequence[Url]) -> int:
     """Number of leading parts that all the folders of `urls` share."""
-    folders = [url.parts[:-1] for url in urls]
-    shared = 0
-    for level in zip(*folders, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared += 1
-    return shared
+    levels = zip(*(url.parts[:-1] for url in urls), strict=False)
+    return len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
 
 
 def _parts(bare: str) -> tuple[str, ...]:
     """Host or bucket, and segments, of a URL without its query; see `Url.parts`."""
-    before, _, rest = bare.partition("://")
-    if is_http := before.rpartition("::")[2].lower() in _HTTP:
-        rest = rest.partition("#")[0]
-    host, *segments = rest.split("/")
-    if is_http:
-        segments = [_decoded(segment) for segment in segments]
+    protocol, _, path = bare.partition("://")
+    if protocol.rpartition("::")[2].lower() not in _HTTP:
+        host, *segments = path.split("/")
+    else:
+        host, *quoted = path.partition("#")[0].split("/")
+        segments = [_decoded(segment) for segment in quoted]
     return (host.rpartition("@")[2], *segments)
 
 
 def _shown(link: str) -> str:
     """One URL of a chain without credentials and query."""
     bare = link.partition("?")[0]
-    before, found, _ = bare.partition("://")
-    return f"{before.lower()}://{'/'.join(_parts(bare))}" if found else bare
+    protocol, found, _ = bare.partition("://")
+    return f"{protocol.lower()}://{'/'.join(_parts(bare))}" if found else bare
 
 
 def _decoded(segment: str) -> str:

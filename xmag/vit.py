@@ -7,7 +7,7 @@ patches), D width, H heads.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
 from torch import Tensor, nn
 
+from xmag import records
 from xmag.errors import InputError
 
 PositionRule = Literal["offset", "size", "size_antialias"]
@@ -83,19 +84,12 @@ class ViTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ViTConfig":
         """The ViTConfig with these fields; InputError where one is unknown or missing."""
-        known = {field.name for field in fields(cls)}
-        missing = {"width", "depth", "heads", "hidden"} - set(values)
-        if missing or set(values) - known:
-            raise InputError(
-                f"a ViT config has unknown fields {sorted(set(values) - known)} and lacks"
-                f" {sorted(missing)}; expected some of {sorted(known)}"
-            )
-        return cls(**values)
+        return records.from_dict(cls, values, "vit")
 
 
 def _configs() -> dict[str, ViTConfig]:

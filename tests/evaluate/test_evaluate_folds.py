@@ -89,9 +89,10 @@ def test_folds_are_kept_in_a_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("{}", "not folds that xmag saved"),
-        ('{"format": "xmag.Folds", "schema_version": 2}', "up to version 1"),
-        ("[]", "not folds that xmag saved"),
+        ("{}", "not what Folds.save wrote"),
+        ('{"format": "xmag.Folds", "schema_version": 2}', "reads up to 1; upgrade"),
+        ('{"format": "xmag.Folds", "schema_version": 1, "samples": 2}', "splits is missing"),
+        ("[]", "not what Folds.save wrote"),
     ],
 )
 def test_other_files_are_not_folds(tmp_path: Path, text: str, message: str) -> None:
@@ -99,7 +100,7 @@ def test_other_files_are_not_folds(tmp_path: Path, text: str, message: str) -> N
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         Folds.load(path)
-    with pytest.raises(InputError, match="no folds to read"):
+    with pytest.raises(InputError, match=r"none\.json' cannot be read"):
         Folds.load(tmp_path / "none.json")
 
 

@@ -66,16 +66,16 @@ def test_a_folder_holds_the_report_and_its_pictures(report: Report, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a report that xmag saved"),
-        ("[]", "not a report that xmag saved"),
+        ("{", "not what Report.save wrote"),
+        ("[]", "not what Report.save wrote"),
         ('{"format": "xmag.Folds", "schema_version": 1}', "format 'xmag.Folds'"),
-        ('{"format": "xmag.Report", "schema_version": 99}', "up to version 1"),
+        ('{"format": "xmag.Report", "schema_version": 99}', "reads up to 1; upgrade"),
     ],
 )
 def test_other_files_are_not_reports(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         Report.from_json(text)
-    with pytest.raises(InputError, match="no report to read"):
+    with pytest.raises(InputError, match=r"report\.json' cannot be read"):
         Report.load(tmp_path)
 
 

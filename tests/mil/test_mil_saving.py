@@ -227,7 +227,7 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
     [
         ({"schema_version": 2}, "schema_version 2, and this xmag reads up to 1.*upgrade"),
         ({"schema_version": "1"}, "schema_version '1'"),
-        ({"format": "other"}, "describes something else than a classifier"),
+        ({"format": "other"}, "it has format 'other', not 'xmag.MILClassifier'"),
         ({"classes": [["str", "a"]]}, "is damaged or was changed"),
         ({"classes": [["str", "a"], ["str", "a"]]}, "is damaged"),
         ({"classes": [["str", "a"], ["eval", "b"]]}, "is damaged"),
@@ -288,5 +288,5 @@ def test_weights_that_are_not_finite_or_not_these_are_refused(folder: Path) -> N
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot make the folder"):
+    with pytest.raises(OutputError, match="cannot be made"):
         fitted().save(tmp_path / "file")

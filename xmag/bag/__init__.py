@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.bag.exports import (
     MicrometreTiles,
     encode_clam,
@@ -403,10 +404,7 @@ def _bag(content: Content) -> FeatureBag:
         return FeatureBag(features, coords, tiles=tiles, tiles_um=tiles_um)
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
-        raise NewerBagError(
-            f"the file has schema_version {version}, and this xmag reads up to {SCHEMA_VERSION};"
-            " upgrade it: pip install --upgrade xmag"
-        )
+        raise NewerBagError(records.newer("the file", int(version), SCHEMA_VERSION))
     if coords is None or header.get("bag_sha256") != _digest(features, coords, header):
         raise damaged("its content does not have the checksum that it had when it was written")
     provenance = header.get("provenance")
@@ -420,9 +418,9 @@ def _bag(content: Content) -> FeatureBag:
 
 def _geometry(text: str) -> TileGeometry:
     try:
-        return TileGeometry.from_dict(json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise damaged("its tiles are no JSON") from error
+        return TileGeometry.from_dict(records.loads(text))
+    except ValueError as error:
+        raise damaged(f"its tiles cannot be read: {error}") from error
 
 
 def _stamp(bag: FeatureBag) -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xmag.cli.arguments import Commands, add_training
 from xmag.cli.console import ALL_DONE, counted, write
 from xmag.cli.table import Table, read_table
-from xmag.errors import InputError, OutputError
+from xmag.errors import InputError
 
 if TYPE_CHECKING:
     from xmag.mil import MILClassifier
@@ -99,8 +99,7 @@ def _seen(epoch: dict[str, Any]) -> str:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from xmag.files import write_text
-    from xmag.tables import csv_text
+    from xmag.files import csv_text, write_text
 
     table = _to_predict(args.inputs, args.features)
     classifier = _load(args.classifier)
@@ -142,8 +141,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     table = read_table(args.csv, args.features)
     from xmag import evaluate  # needs the extra
+    from xmag.files import make_folder
 
-    _make_folder(args.out)
+    make_folder(args.out)  # before training, so that one that cannot be written to fails early
     if args.classifier is None:
         report = evaluate.cross_validate(
             _new_classifier(args),
@@ -185,13 +185,3 @@ def _own_labels(classifier: "MILClassifier", table: Table) -> list[Any]:
             " expected the same names: change the CSV"
         )
     return [own[label] for label in table.labels]
-
-
-def _make_folder(path: str) -> None:
-    """Make the output folder before training, so that one that cannot be written to fails early."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {path!r} cannot be made: {error.strerror}; name another"
-        ) from error

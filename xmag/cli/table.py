@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from xmag.errors import InputError
-from xmag.tables import CONTINUOUS, Row, read_csv
+from xmag.files import Row, read_csv
 
 _SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
 
@@ -80,6 +80,8 @@ def _refuse_numbers(labels: Sequence[str], path: Path) -> None:
         numbers = [float(label) for label in labels]
     except ValueError:
         return
+    from xmag.metrics.labels import CONTINUOUS  # only here: it imports numpy
+
     if broken := [text for text, n in zip(labels, numbers, strict=True) if not n.is_integer()]:
         raise InputError(
             f"the labels of {path.name!r} are numbers, such as {broken[0]}, which is not whole:"

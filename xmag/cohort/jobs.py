@@ -13,11 +13,11 @@ from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
+from xmag.files import read_csv
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
-from xmag.tables import read_csv
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown

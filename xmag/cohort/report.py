@@ -13,7 +13,6 @@ from typing import Any, Literal
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.errors import OutputError
-from xmag.tables import csv_text
 from xmag.urls import Place
 
 Status = Literal["done", "skipped", "empty", "failed", "lost"]
@@ -85,7 +84,7 @@ class CohortReport(Sequence[CohortRow]):
             share = "" if row.coverage is None else f"{row.coverage:.3f}"
             values |= {"seconds": f"{row.seconds:.2f}", "coverage": share}
             rows.append([*values.values()])
-        return csv_text([names, *rows])
+        return files.csv_text([names, *rows])
 
 
 def report_name(shard: tuple[int, int] | None) -> str:

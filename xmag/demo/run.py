@@ -9,9 +9,8 @@ from pathlib import Path
 from xmag import draw
 from xmag.demo.slide import write_demo_slide
 from xmag.encoder import load_model
-from xmag.errors import OutputError
 from xmag.extract import extract_features
-from xmag.files import atomic_path
+from xmag.files import atomic_path, make_folder
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
 from xmag.tissue import find_tissue
@@ -46,12 +45,7 @@ def run_demo(
     written to, and what `extract_features` raises.
     """
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {out} cannot be made: {error.strerror}; name another one"
-        ) from error
+    make_folder(out)
     path = out / "demo.svs" if slide is None else Path(slide)
     if slide is None:
         tell(f"making a slide of real tissue: {path}")

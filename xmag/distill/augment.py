@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag import records
 from xmag.devices import Float32
 from xmag.distill.views import checked_side
 from xmag.errors import InputError
@@ -60,17 +61,13 @@ class Augmentation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Augmentation":
         """Augmentation from its fields; InputError for an unknown one."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known - {"version"}):
-            raise InputError(
-                f"an augmentation has unknown fields {unknown}; expected some of {sorted(known)}"
-            )
         if (version := values.get("version", _VERSION)) != _VERSION:
             raise InputError(
                 f"an augmentation has version {version!r}, and this xmag draws version {_VERSION};"
                 " use the xmag that made it"
             )
-        return cls(**{key: value for key, value in values.items() if key in known})
+        drawn = {key: value for key, value in values.items() if key != "version"}
+        return records.from_dict(cls, drawn, "augmentation")
 
 
 PAPER = Augmentation()

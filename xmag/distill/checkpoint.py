@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from xmag import records
 from xmag.distill.step import Trainer
 from xmag.errors import MismatchError, OutputError
 from xmag.tensors import write_tensors
 
-SCHEMA, SCHEMA_VERSION = "xmag-distillation", 1
+_FORMAT = records.Format(
+    name="xmag-distillation",
+    version=1,
+    writer="a distillation",
+    remedy="go on with the xmag that wrote it, or write to another folder",
+    error=OutputError,
+)
 _HEADER = "xmag"
 _IN_HEADER = ("step", "decisive", "seconds", "validation", "untrained")
 _LISTED = 8
@@ -56,13 +63,11 @@ def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
     tensors |= {f"centre.{at}": mean for at, mean in enumerate(state.centres) if mean is not None}
     tensors["damaged"] = torch.from_numpy(state.damaged)
     about = {
-        "format": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
         "teachers": len(state.centres),
         **{name: getattr(state, name) for name in _IN_HEADER},
     }
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, ready, metadata={_HEADER: json.dumps(about)})
+    write_tensors(path, ready, metadata={_HEADER: json.dumps(_FORMAT.headed(about))})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -75,12 +80,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise OutputError(
             f"{path} is no whole checkpoint ({error}); delete it to begin the run anew"
         ) from error
-    if (header.get("format"), header.get("schema_version")) != (SCHEMA, SCHEMA_VERSION):
-        raise OutputError(
-            f"{path} has format {header.get('format')!r} and version"
-            f" {header.get('schema_version')!r}; expected {SCHEMA!r} and {SCHEMA_VERSION}. Go on"
-            " with the xmag that wrote it, or write to another folder"
-        )
+    header = _FORMAT.opened(header, str(path))
     centres = [tensors.pop(f"centre.{at}", None) for at in range(header["teachers"])]
     return Checkpoint(
         **{name: header[name] for name in _IN_HEADER},

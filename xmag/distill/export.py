@@ -11,8 +11,8 @@ from typing import Any
 
 from xmag.distill.views import SIDE
 from xmag.encoder import Encoder
-from xmag.errors import HubError, InputError, OutputError
-from xmag.files import write_text
+from xmag.errors import HubError, InputError
+from xmag.files import make_folder, write_text
 from xmag.geometry import TileSpec
 from xmag.hub.registry import SCHEMA, ModelConfig
 from xmag.vit import ViT, empty_vit
@@ -54,12 +54,7 @@ def export_student(
     OutputError where they cannot be written.
     """
     folder, card = Path(directory), card or Card()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be made ({error}); give a folder that you may write to"
-        ) from error
+    make_folder(folder)
     ours = empty_vit(config.vit)
     state = {name: t.detach().to("cpu", copy=True) for name, t in vit.state_dict().items()}
     ours.load_state_dict(state, assign=True)

@@ -36,8 +36,8 @@ from xmag.distill.targets import (
 )
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_PX, low_view, teacher_tiles
-from xmag.errors import InputError, ModelError, OutputError
-from xmag.files import atomic_path, write_text
+from xmag.errors import InputError, ModelError
+from xmag.files import atomic_path, make_folder, write_text
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance
 from xmag.training import Ranks
@@ -150,12 +150,7 @@ def _begun(job: _Job, ranks: Ranks) -> int:
     """Start or resume a cache folder; returns its regions per shard."""
     path = job.folder / _BEGUN
     if ranks.leads and not path.is_file():
-        try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make the folder {job.folder}: {error.strerror}; give another one"
-            ) from error
+        make_folder(job.folder)
         size = max(_LEAST_SHARD_REGIONS, -(-len(job.manifest) // _MOST_SHARDS))
         write_text(path, job.header(size).to_json())
     ranks.wait()

@@ -158,7 +158,7 @@ class KeptLesson:
     @property
     def identity(self) -> Mapping[str, Any]:
         """Identity of the teacher, and settings of the cache, as plain JSON values."""
-        found = json.loads(self.kept.provenance.to_json())["fingerprint"]
+        found = self.kept.provenance.to_dict()["fingerprint"]
         return {**found["teacher"], "kept": found["kept"]}
 
     @property

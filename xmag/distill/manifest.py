@@ -5,17 +5,16 @@ again beside the slides wherever they lie.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag import records
 from xmag.distill.views import HIGH_MPP, REGION_PX
 from xmag.errors import InputError
 from xmag.files import write_text
@@ -24,7 +23,9 @@ from xmag.geometry import TileSpec
 REGION_SPEC = TileSpec(mpp=HIGH_MPP, size_px=REGION_PX)
 """Tile specification of a region; `resample` is the kernel for slides of another scale."""
 
-_FORMAT, _SCHEMA_VERSION = "xmag-regions", 1
+_FORMAT = records.Format(
+    name="xmag-regions", version=1, writer="Manifest.save", remedy="make the manifest again"
+)
 
 _HELD_OUT = 0x4E1D
 """Salt of the random stream that draws held-out sources from the seed."""
@@ -134,18 +135,16 @@ class Manifest:
         if not np.array_equal(np.concatenate([self.places[:0], *by_source]), self.places):
             raise InputError("the regions are not in the order of their sources; sort them")
         entries = [
-            {**asdict(source), "size": list(source.size), "regions": places[:, 1:].tolist()}
+            {**records.to_dict(source), "regions": places[:, 1:].tolist()}
             for source, places in zip(self.sources, by_source, strict=True)
         ]
         fields = {
-            "format": _FORMAT,
-            "schema_version": _SCHEMA_VERSION,
             "spec": self.spec.to_dict(),
             "options": dict(self.options),
             "refused": [list(pair) for pair in self.refused],
             "sources": entries,
         }
-        return json.dumps(fields, sort_keys=True, allow_nan=False)
+        return _FORMAT.dumps(fields, sort_keys=True)
 
     @cached_property
     def sha256(self) -> str:
@@ -159,18 +158,16 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, *, name: str = "the text") -> "Manifest":
         """Manifest from a text of `to_json`; InputError, with `name`, for anything else."""
-        try:
-            fields = json.loads(text)
-            if fields.get("format") != _FORMAT:
-                raise InputError(
-                    f"{name} has the format {fields.get('format')!r}; expected {_FORMAT!r}, as"
-                    " Manifest.save writes it"
-                )
-            if (found := fields["schema_version"]) != _SCHEMA_VERSION:
-                raise InputError(
-                    f"{name} has schema version {found!r}, this xmag reads {_SCHEMA_VERSION};"
-                    " upgrade xmag or make the manifest again"
-                )
+        return cls._read(_FORMAT.loads(text, name), name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Manifest":
+        """Load the manifest from a file. Raises InputError where it holds none."""
+        return cls._read(_FORMAT.load(path), repr(os.fspath(path)))
+
+    @classmethod
+    def _read(cls, fields: Mapping[str, Any], name: str) -> "Manifest":
+        with _FORMAT.reading(name):
             places = [
                 (number, int(x), int(y))
                 for number, entry in enumerate(fields["sources"])
@@ -178,28 +175,14 @@ class Manifest:
             ]
             return cls(
                 spec=TileSpec.from_dict(fields["spec"]),
-                sources=tuple(_source(entry) for entry in fields["sources"]),
+                sources=tuple(
+                    records.from_dict(ManifestSource, entry, f"sources[{number}]")
+                    for number, entry in enumerate(fields["sources"])
+                ),
                 places=np.array(places, np.int64).reshape(-1, 3),
                 options=fields["options"],
                 refused=tuple((path, reason) for path, reason in fields["refused"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{name} is no manifest of regions ({error!r}); expected what Manifest.save wrote"
-            ) from error
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Manifest":
-        """Load the manifest from a file. Raises InputError where it holds none."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"the manifest {os.fspath(path)!r} cannot be read ({error}); check the path"
-            ) from error
-        return cls.from_json(text, name=repr(os.fspath(path)))
 
 
 def held_out(
@@ -253,8 +236,3 @@ def shuffled(
     group = rng.permutation(len(numbers))[inverse] // at_once
     mixed = rng.permutation(len(sources))
     return mixed[np.argsort(group[mixed], kind="stable")]
-
-
-def _source(entry: Mapping[str, Any]) -> ManifestSource:
-    width, height = entry["size"]
-    return ManifestSource(**{**entry, "size": (int(width), int(height))})

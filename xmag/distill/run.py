@@ -23,8 +23,9 @@ from xmag.distill.student import StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Summary
 from xmag.distill.targets import TargetSettings
 from xmag.distill.teachers import load_teacher
-from xmag.distill.training import distill, make_folder, on_device
+from xmag.distill.training import distill, on_device
 from xmag.errors import MismatchError
+from xmag.files import make_folder
 from xmag.training import Ranks, joined_ranks
 
 MANIFEST = "manifest.json"

@@ -5,7 +5,6 @@ written whole, and `targets.json`, which is written last: without it the folder 
 Features are float16 (regions, K, 16, D), the 16 tiles of a region row by row.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag import records
 from xmag.distill.augment import NONE, PAPER, Augmentation, Draws, draw
 from xmag.distill.manifest import Manifest
 from xmag.distill.teachers import Teacher
@@ -28,7 +28,9 @@ from xmag.provenance import PREPROCESSING_VERSION, Provenance
 DONE = "targets.json"
 TILES = SIDE * SIDE
 
-_FORMAT, _SCHEMA_VERSION = "xmag-kept-targets", 1
+_FORMAT = records.Format(
+    name="xmag-kept-targets", version=1, writer="keep_targets", remedy="keep the targets again"
+)
 _VIEW = 0
 """View number in the draws of variants, whose epoch is the index of the variant."""
 
@@ -297,16 +299,7 @@ class Header:
 
     def to_json(self) -> str:
         """The header as JSON text."""
-        fields = {
-            "format": _FORMAT,
-            "schema_version": _SCHEMA_VERSION,
-            "regions": self.regions,
-            "dim": self.dim,
-            "shard_regions": self.shard_regions,
-            "damaged": list(self.damaged),
-            "provenance": json.loads(self.provenance.to_json()),
-        }
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        return _FORMAT.dumps(records.to_dict(self), indent=1, sort_keys=True) + "\n"
 
 
 def read_header(path: Path) -> Header:
@@ -316,27 +309,9 @@ def read_header(path: Path) -> Header:
             f"{os.fspath(path.parent)!r} holds no kept targets, or none that are finished; make"
             " them with keep_targets(), which goes on where it was stopped"
         )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if (fields["format"], fields["schema_version"]) != (_FORMAT, _SCHEMA_VERSION):
-            raise InputError(
-                f"{path.name} has format {fields['format']!r}, schema version"
-                f" {fields['schema_version']!r}; this xmag reads {_FORMAT!r}, {_SCHEMA_VERSION}."
-                " Keep the targets again"
-            )
-        return Header(
-            regions=fields["regions"],
-            dim=fields["dim"],
-            shard_regions=fields["shard_regions"],
-            damaged=tuple(fields["damaged"]),
-            provenance=Provenance.from_json(json.dumps(fields["provenance"])),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path.name} does not describe kept targets ({error!r}); keep them again"
-        ) from error
+    fields = _FORMAT.load(path)
+    with _FORMAT.reading(path.name):
+        return records.from_dict(Header, fields)
 
 
 def fingerprint_of(

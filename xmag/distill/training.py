@@ -32,7 +32,8 @@ from xmag.distill.student import Student, StudentStart
 from xmag.distill.summary import Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher
 from xmag.distill.validation import ValidationSet, validate
-from xmag.errors import ModelError, OutputError
+from xmag.errors import ModelError
+from xmag.files import make_folder
 from xmag.progress import progress_bar
 from xmag.training import joined_ranks
 
@@ -285,16 +286,6 @@ class _Run:
             validation=self._validation,
             untrained=self._untrained,
         )
-
-
-def make_folder(folder: Path) -> None:
-    """Make an output folder; OutputError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be made ({error}); give a folder that you may write to"
-        ) from error
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

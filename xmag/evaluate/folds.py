@@ -1,18 +1,16 @@
 """Folds: cross-validation splits by patient, stratified, saved and loaded as JSON."""
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xmag import files
+from xmag import files, records
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
 from xmag.metrics.labels import (
@@ -23,9 +21,9 @@ from xmag.metrics.labels import (
     require_same_length,
 )
 
-SCHEMA_VERSION = 1
-
-_FORMAT = "xmag.Folds"
+_FORMAT = records.Format(
+    name="xmag.Folds", version=1, writer="Folds.save", remedy="give a file that xmag saved"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,60 +154,21 @@ class Folds:
 
     def to_dict(self) -> dict[str, Any]:
         """The folds as plain JSON values."""
-        return {
-            "format": _FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "samples": self.samples,
-            "splits": [
-                {"repeat": s.repeat, "train": list(s.train), "test": list(s.test)}
-                for s in self.splits
-            ],
-        }
+        return _FORMAT.headed(records.to_dict(self))
 
     @classmethod
     def from_dict(cls, content: Any) -> "Folds":
         """The Folds from a dict of `to_dict`; InputError for anything else."""
-        try:
-            if content["format"] != _FORMAT or content["schema_version"] > SCHEMA_VERSION:
-                raise InputError(
-                    f"it has format {content['format']!r}, version {content['schema_version']!r};"
-                    f" this xmag reads {_FORMAT!r} up to version {SCHEMA_VERSION}"
-                )
-            splits = tuple(
-                Split(
-                    train=tuple(int(row) for row in split["train"]),
-                    test=tuple(int(row) for row in split["test"]),
-                    repeat=int(split["repeat"]),
-                )
-                for split in content["splits"]
-            )
-            return cls(samples=int(content["samples"]), splits=splits)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"these are not folds that xmag saved: {error!r}") from error
+        return records.from_dict(cls, _FORMAT.opened(content), "folds")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folds to `path` as JSON; OutputError where it cannot be written."""
-        files.write_text(path, json.dumps(self.to_dict()) + "\n")
+        files.write_text(path, _FORMAT.dumps(records.to_dict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Folds":
         """Load the Folds from a file of `save`; InputError for another file."""
-        return cls.from_dict(read_json(path, "folds"))
-
-
-def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """Read a JSON file; InputError where it is missing, or not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"there are no {what} to read at {os.fspath(path)!r}: {error.strerror}; give the path"
-            " of a file that xmag saved"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{os.fspath(path)!r} is not JSON ({error}); give the path of a file that xmag saved"
-        ) from error
+        return records.from_dict(cls, _FORMAT.load(path), "folds")
 
 
 def _sorted_codes(labels: Sequence[Any]) -> NDArray[np.int64]:

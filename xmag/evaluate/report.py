@@ -1,6 +1,5 @@
 """Evaluation reports: results as a Markdown table, JSON and figures."""
 
-import json
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -9,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from xmag import files
-from xmag.errors import InputError, OutputError
-from xmag.evaluate.folds import Folds, read_json
+from xmag import files, records
+from xmag.errors import InputError
+from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, confusion_figure, roc_figure
 from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling
 from xmag.metrics.bootstrap import METRICS, Interval
 
-SCHEMA_VERSION = 1
-"""Version of the JSON format; changes when an older xmag could no longer read it."""
-
-_FORMAT = "xmag.Report"
+_FORMAT = records.Format(
+    name="xmag.Report", version=1, writer="Report.save", remedy="give a folder that xmag saved"
+)
 _JSON_NAME, _ROC_NAME, _CONFUSION_NAME = "report.json", "roc.png", "confusion.png"
 
 
@@ -101,26 +99,19 @@ class Report:
         tuples of these.
         """
         content = {
-            "format": _FORMAT,
-            "schema_version": SCHEMA_VERSION,
             "title": self.title,
             "classes": [_plain(label) for label in self.classes],
-            "sampling": {name: getattr(self.sampling, name) for name in Sampling.__slots__},
+            "sampling": records.to_dict(self.sampling),
             "settings": dict(self.settings),
             "results": [_result_to_dict(result) for result in self.results],
             "folds": None if self.folds is None else self.folds.to_dict(),
         }
-        return json.dumps(content, allow_nan=False) + "\n"
+        return _FORMAT.dumps(content) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The Report from a text of `to_json`; InputError for anything else."""
-        try:
-            return _from_dict(json.loads(text))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"this is not a report that xmag saved: {error!r}") from error
+        return _from_dict(_FORMAT.loads(text))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save ``report.json``, ``roc.png`` and ``confusion.png`` to `folder`, which is made.
@@ -133,12 +124,7 @@ class Report:
             _ROC_NAME: as_png(roc_figure(self)),
             _CONFUSION_NAME: as_png(confusion_figure(self)),
         }
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"the folder {os.fspath(folder)!r} cannot be made: {error.strerror}; name another"
-            ) from error
+        files.make_folder(folder)
         for name, data in pictures.items():
             files.write_bytes(Path(folder) / name, data)
         files.write_text(Path(folder) / _JSON_NAME, text)
@@ -146,9 +132,7 @@ class Report:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Report":
         """Load the Report from a folder of `save`; InputError where there is none."""
-        path = Path(folder) / _JSON_NAME
-        read_json(path, "report")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        return _from_dict(_FORMAT.load(Path(folder) / _JSON_NAME))
 
     def _metrics(self) -> list[str]:
         return [name for name in METRICS if name in self.results[0].estimates]
@@ -253,21 +237,17 @@ def _estimate_to_dict(estimate: Estimate) -> dict[str, Any]:
 
 
 def _from_dict(content: Any) -> Report:
-    if content["format"] != _FORMAT or content["schema_version"] > SCHEMA_VERSION:
-        raise InputError(
-            f"it has format {content['format']!r}, version {content['schema_version']!r}; this xmag"
-            f" reads {_FORMAT!r} up to version {SCHEMA_VERSION}"
+    with _FORMAT.reading():
+        classes = tuple(_label(plain) for plain in content["classes"])
+        folds = content["folds"]
+        return Report(
+            title=content["title"],
+            classes=classes,
+            results=tuple(_result(plain, classes) for plain in content["results"]),
+            sampling=records.from_dict(Sampling, content["sampling"], "sampling"),
+            folds=None if folds is None else Folds.from_dict(folds),
+            settings=content["settings"],
         )
-    classes = tuple(_label(plain) for plain in content["classes"])
-    folds = content["folds"]
-    return Report(
-        title=content["title"],
-        classes=classes,
-        results=tuple(_result(plain, classes) for plain in content["results"]),
-        sampling=Sampling(**content["sampling"]),
-        folds=None if folds is None else Folds.from_dict(folds),
-        settings=content["settings"],
-    )
 
 
 def _result(plain: Mapping[str, Any], classes: tuple[Hashable, ...]) -> Result:

@@ -1,10 +1,8 @@
 """Checkpoints to resume fine-tuning from: one safetensors file with JSON in its header."""
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from xmag import records
 from xmag.errors import MismatchError, OutputError, WeightsError, XmagWarning
-from xmag.finetune.training import Epoch, Progress, Trainer
+from xmag.finetune.training import Progress, Trainer
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance
 from xmag.tensors import write_tensors
@@ -21,8 +20,13 @@ from xmag.training import Ranks
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = "xmag-finetune-checkpoint"
-_SCHEMA_VERSION = 1
+_NAME = "xmag-finetune-checkpoint"
+_FORMAT = records.Format(
+    version=1,
+    writer="a fine-tuning run",
+    remedy="delete it to begin anew, or use the xmag that wrote it",
+    error=WeightsError,
+)
 
 
 def train(
@@ -87,13 +91,12 @@ def save_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -
     Raises OutputError where it cannot be written; the file that was there stays.
     """
     header = {
-        "schema_version": _SCHEMA_VERSION,
         "identity": dict(identity),
-        "progress": asdict(trainer.progress),
+        "progress": records.to_dict(trainer.progress),
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {key: t.detach().to("cpu", copy=True) for key, t in _tensors(trainer)}
-    metadata = {"format": _FORMAT, "header": json.dumps(header, allow_nan=False)}
+    metadata = {"format": _NAME, "header": _FORMAT.dumps(header)}
     write_tensors(path, tensors, metadata=metadata)
 
 
@@ -113,16 +116,11 @@ def load_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -
         raise WeightsError(
             f"{path} is no whole checkpoint ({error}); delete it to begin anew, or name another"
         ) from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != _NAME:
         raise WeightsError(
             f"{path} is no checkpoint of a fine-tuning run; give another path for the checkpoint"
         )
-    header = json.loads(metadata["header"])
-    if header["schema_version"] != _SCHEMA_VERSION:
-        raise WeightsError(
-            f"{path} has schema version {header['schema_version']}, this xmag reads"
-            f" {_SCHEMA_VERSION}; delete it to begin anew, or use the xmag that wrote it"
-        )
+    header = _FORMAT.loads(metadata["header"], str(path))
     here, there = Provenance(identity, {}), Provenance(header["identity"], {})
     if differences := here.differences(there):
         raise MismatchError(
@@ -157,8 +155,7 @@ def _restore(trainer: Trainer, tensors: Mapping[str, Tensor], progress: dict[str
             key: tensor if key == "step" else tensor.to(parameter.device)
             for key, tensor in state.items()
         }
-    history = [Epoch(**row) for row in progress.pop("history")]
-    trainer.progress = Progress(**progress, history=history)
+    trainer.progress = records.from_dict(Progress, progress, "progress")
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

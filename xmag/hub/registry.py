@@ -1,13 +1,13 @@
 """Registry of known models, and configuration of any: ViT, tiles it takes, terms of its weights."""
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from xmag import records
 from xmag.errors import InputError, WeightsError
 from xmag.geometry import TileSpec
 from xmag.vit import CONFIGS, ViTConfig
@@ -49,28 +49,15 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {
-            "vit": self.vit.to_dict(),
-            "tile_spec": self.tile_spec.to_dict(),
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """The ModelConfig that `to_dict` described; InputError where a field does not fit."""
-        try:
-            return cls(
-                vit=ViTConfig.from_dict(values["vit"]),
-                tile_spec=TileSpec.from_dict(values["tile_spec"]),
-                mean=tuple(values["mean"]),
-                std=tuple(values["std"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"a model config has fields {sorted(values)} and fails at {error!r}; expected"
-                " vit, tile_spec, mean and std as Encoder.save writes them"
-            ) from error
+        """The ModelConfig that `to_dict` described; InputError where a field does not fit.
+
+        All of its fields have to be there. Others are left out: a config.json holds more.
+        """
+        return records.from_dict(cls, {item.name: values.get(item.name) for item in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +165,8 @@ def resolve_config(
 
 def _read_config(path: Path) -> ResolvedConfig | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = records.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise WeightsError(
             f"{path} is no JSON ({error}); expected a model's config.json"
         ) from error

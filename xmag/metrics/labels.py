@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xmag import tables
 from xmag.errors import InputError
+from xmag.files import is_missing
 
 Labels = Sequence[Hashable] | NDArray[Any]
+
+CONTINUOUS = (
+    "each different number would become a class of its own. Classifiers are all there is so far:"
+    " MILRegressor, for continuous labels, comes in a later release. Group them into classes, such"
+    " as below and above a cutoff"
+)
+"""Message for labels that are measurements: why they are refused, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +105,7 @@ def _is_missing(value: Any) -> bool:
     if type(value) is tuple:
         return any(map(_is_missing, value))
     if isinstance(value, str):
-        return tables.is_missing(value)
+        return is_missing(value)
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own
@@ -116,7 +123,7 @@ def refuse_continuous(labels: Iterable[Hashable], name: str) -> None:
         parts = label if type(label) is tuple else (label,)
         if any(isinstance(part, float | Decimal | Fraction) and part % 1 != 0 for part in parts):
             raise InputError(
-                f"{name} holds {label!r}, a number that is not whole: {tables.CONTINUOUS}. Where"
+                f"{name} holds {label!r}, a number that is not whole: {CONTINUOUS}. Where"
                 " they are names of classes, give them as text"
             )
 

@@ -1,7 +1,6 @@
 """MILClassifier: slide-level classification from the embeddings of tiles."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -385,5 +384,4 @@ def _plain(value: Any) -> Any:
 
 def _fingerprint(provenance: Provenance) -> Mapping[str, Any]:
     """The fingerprint as plain dicts and lists."""
-    parts: dict[str, Any] = json.loads(provenance.to_json())
-    return dict(parts["fingerprint"])
+    return dict(provenance.to_dict()["fingerprint"])

@@ -1,28 +1,32 @@
 """Saving and loading of a classifier: a folder with weights in safetensors, the rest in JSON."""
 
-import json
+import hashlib
 import math
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from xmag import records
 from xmag.errors import InputError, ModelError, OutputError, WeightsError
-from xmag.files import sha256_of, write_bytes, write_text
+from xmag.files import make_folder, sha256_of, write_bytes, write_text
 from xmag.hub.weights import read_tensors
 from xmag.mil.aggregators import aggregator
 from xmag.mil.labels import from_json, to_json
 
 WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
-SCHEMA_VERSION = 1
-"""Version of the folder's format; changes when an older xmag could no longer read it."""
-
-_FORMAT = "xmag.MILClassifier"
+_FORMAT = records.Format(
+    name="xmag.MILClassifier",
+    version=1,
+    writer="MILClassifier.save",
+    remedy="it is damaged or was changed: save the classifier again, or copy it again",
+    error=ModelError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,25 +65,19 @@ def write_folder(path: str | os.PathLike[str], saved: Saved) -> None:
             f"the weights of {saved.kind} cannot be written as safetensors ({error}); a module of"
             " your own must not share tensors between names"
         ) from error
-    description = _described(saved)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder} ({error}); write elsewhere") from error
+    text = _described(saved, hashlib.sha256(weights).hexdigest())
+    make_folder(folder)
     write_bytes(folder / WEIGHTS, weights)
-    description["weights_sha256"] = sha256_of(folder / WEIGHTS)
-    write_text(folder / DESCRIPTION, json.dumps(description, indent=2, allow_nan=False) + "\n")
+    write_text(folder / DESCRIPTION, text)
 
 
-def _described(saved: Saved) -> dict[str, Any]:
+def _described(saved: Saved, weights_sha256: str) -> str:
     params = dict(saved.params)
     if isinstance(params.get("class_weight"), Mapping):
         params["class_weight"] = [
             [to_json(label), float(value)] for label, value in params["class_weight"].items()
         ]
     description = {
-        "format": _FORMAT,
-        "schema_version": SCHEMA_VERSION,
         "aggregator": None if saved.config is None else dict(saved.config),
         "aggregator_class": saved.kind,
         "in_dim": saved.in_dim,
@@ -89,15 +87,15 @@ def _described(saved: Saved) -> dict[str, Any]:
         "params": params,
         "best_epoch": saved.best_epoch,
         "history": saved.history,
+        "weights_sha256": weights_sha256,
     }
     try:
-        json.dumps(description, allow_nan=False)
+        return _FORMAT.dumps(description, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise OutputError(
             f"the classifier has a parameter that JSON cannot hold ({error}); set it to a plain"
             " number, text or None first"
         ) from error
-    return description
 
 
 def read_folder(path: str | os.PathLike[str]) -> Saved:
@@ -113,14 +111,9 @@ def read_folder(path: str | os.PathLike[str]) -> Saved:
                 f"{folder} has no {name}; expected a folder that MILClassifier.save wrote to its"
                 " end"
             )
-    described = _read_description(folder / DESCRIPTION)
-    try:
+    described = _FORMAT.load(folder / DESCRIPTION)
+    with _FORMAT.reading(str(folder / DESCRIPTION)):
         saved = _checked(described)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{folder / DESCRIPTION} is damaged or was changed ({error!r}); expected what"
-            " MILClassifier.save wrote. Save the classifier again, or copy it again"
-        ) from error
     found = sha256_of(folder / WEIGHTS)
     if found != described.get("weights_sha256"):
         raise WeightsError(
@@ -133,28 +126,6 @@ def read_folder(path: str | os.PathLike[str]) -> Saved:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise WeightsError(f"{folder / WEIGHTS} holds values in {key!r} that are not finite")
     return Saved(state=state, **saved)
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path} is no JSON ({error}); expected what MILClassifier.save wrote. Copy it again"
-        ) from error
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise ModelError(f"{path} describes something else than a classifier of xmag")
-    version = values.get("schema_version")
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise ModelError(
-            f"{path} has schema_version {version!r}, and this xmag reads up to {SCHEMA_VERSION};"
-            " upgrade it: pip install --upgrade xmag"
-        )
-    return values
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:

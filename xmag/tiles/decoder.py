@@ -186,17 +186,17 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
         planned, earlier = None, job.earlier
         if earlier is not None and earlier.is_to_compare(slide.facts):
             planned = _planned(job, slide)
-            readings.append(reading_of(slide, planned[1], threads=threads))
+            readings.append(reading_of(slide, planned, threads=threads))
         wants_tiles, wants_thumbnail = _wanted(job, slide.facts, readings)
         if wants_tiles or wants_thumbnail:
-            mask, plan = planned or _planned(job, slide)
-            small = _thumbnail(slide, mask, job.thumbnail_px) if wants_thumbnail else None
+            plan = _planned(job, slide) if planned is None else planned
+            small = _thumbnail(slide, plan.tissue, job.thumbnail_px) if wants_thumbnail else None
             yield Planned(job.number, plan, small)
         if wants_tiles:
             lost = np.ones(len(plan), np.bool_)
             batches = read_rows(
                 slide, plan, batch_size=batch_size, threads=threads, damaged=job.damaged,
-                tissue=mask, note=readings.append,
+                note=readings.append,
             )  # fmt: skip
             with closing(batches):
                 for rows, tiles in batches:
@@ -206,17 +206,15 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
     yield Finished(job.number, lost, readings[-1] if readings else None)
 
 
-def _planned(job: DecodeJob, slide: Slide) -> tuple[TissueMask | None, TilePlan]:
-    mask = find_tissue(slide) if job.tissue == "auto" else None
-    plan = plan_tiles(
+def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
+    return plan_tiles(
         slide,
         job.spec,
-        tissue=mask,
+        tissue=find_tissue(slide) if job.tissue == "auto" else None,
         overlap=job.overlap,
         min_tissue=job.min_tissue,
         border=job.border,
     )
-    return mask, plan
 
 
 def _nothing() -> None:

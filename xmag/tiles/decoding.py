@@ -53,7 +53,9 @@ class Reading:
 
 _WHITE = 255
 _RUN_TILES = 16
-"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share."""
+"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share.
+
+They are hashed together as well, so that another number gives all slides another hash."""
 _STACKING_THREADS = 5
 """From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
 decoding one by one is faster, as codes in a stack take longer."""
@@ -94,7 +96,7 @@ class Run:
 
     They are decoded side by side. `pieces` has a row for what each wanted tile has of each row of
     neighbours among them: wanted tile, its y and x, y and x of the side-by-side, height and width
-    in decoded px.
+    in decoded px, and how many wanted tiles go on from there, each where the one before ends.
     """
 
     sources: list[int]
@@ -165,14 +167,18 @@ class Decoding:
     def _decode_tiles(self, reader: TileReader, run: Run, batches: dict[int, Pixels4D]) -> None:
         row, lost = self._side_by_side(reader, run)
         size = self._batch_size
-        for tile, y, x, from_y, from_x, height, width in run.pieces.tolist():
-            batches[tile // size][tile % size, y : y + height, x : x + width] = row[
-                from_y : from_y + height, from_x : from_x + width
-            ]
+        for tile, y, x, from_y, from_x, height, width, count in run.pieces.tolist():
+            place = slice(tile % size, tile % size + count)
+            pixels = row[from_y : from_y + height, from_x : from_x + width * count]
+            # Each copy lets go of the GIL, and waits for it: so one for all.
+            batches[tile // size][place, y : y + height, x : x + width] = pixels.reshape(
+                height, count, width, 3
+            ).swapaxes(0, 1)
         for number in lost:
-            first, last = np.array([number, number + 1]) * self._source_shape[1]
-            start, end = run.pieces[:, 4], run.pieces[:, 4] + run.pieces[:, 6]
-            self.lost[run.pieces[(start < last) & (end > first), 0]] = True
+            first, last = number * self._source_shape[1], (number + 1) * self._source_shape[1]
+            for tile, _, _, _, from_x, _, width, count in run.pieces.tolist():
+                starts = from_x + width * np.arange(count)
+                self.lost[tile : tile + count] |= (starts < last) & (starts + width > first)
 
     def look(self, run: Run) -> None:
         """Read what a run needs for `sha256`, and decode only what has no bytes of its own."""
@@ -278,7 +284,7 @@ class Decoding:
     def _cut_runs(self) -> list[Run]:
         if self._tile_reader is None:
             # Without source tiles to share, a wanted tile is its own source.
-            nothing = np.empty((0, 7), np.int64)
+            nothing = np.empty((0, 8), np.int64)
             count, size = len(self._windows.start), self._batch_size
             return [Run(sources=[n], pieces=nothing, batches=[n // size]) for n in range(count)]
         source, pieces = _overlaps(self._windows, self._level, self._scale.reduction)
@@ -293,8 +299,9 @@ class Decoding:
         keys, pieces = keys[:, order], pieces[order]
         first = np.flatnonzero(np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)))
         widths = np.add.reduceat(pieces[:, 6], first)
-        pieces = pieces[first]
+        keys, pieces = keys[:, first], pieces[first]
         pieces[:, 6] = widths
+        first, pieces = _in_rows(keys, pieces, self._window_shape[1], self._batch_size)
         bounds = np.searchsorted(keys[0, first], np.arange(run.max() + 2))
         return [
             Run(
@@ -304,6 +311,22 @@ class Decoding:
             )
             for n, (low, high) in enumerate(itertools.pairwise(bounds))
         ]
+
+
+def _in_rows(
+    keys: NDArray[np.int64], pieces: NDArray[np.int64], side: int, batch_size: int
+) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """The first of each of the pieces that go on in the next wanted tile, and (P, 8) with counts.
+
+    They have the same `keys`, (K, N), and lie in one batch; `side` is the width of a wanted tile.
+    """
+    step = np.diff(pieces, axis=0)
+    follows = (np.diff(keys[:-1], axis=1) == 0).all(axis=0)
+    follows &= (step[:, 0] == 1) & (step[:, 4] == side) & ~step[:, [1, 2, 3, 5, 6]].any(axis=1)
+    follows &= (pieces[1:, 6] == side) & (pieces[1:, 0] % batch_size > 0)
+    first = np.flatnonzero(np.append(True, ~follows))
+    counts = np.diff(np.append(first, len(pieces)))
+    return first, np.column_stack([pieces[first], counts])
 
 
 def _overlaps(

@@ -26,7 +26,7 @@ from xmag.tiles.decoding import (
     in_order,
     windows_of,
 )
-from xmag.tissue import TissueMask, find_tissue
+from xmag.tissue import find_tissue
 
 _MOSTLY = 0.5
 """Of a source tile, the share that has to be tissue in the mask, which fills gaps and holes."""
@@ -70,13 +70,11 @@ def read_rows(
     batch_size: int = 256,
     threads: int | None = None,
     damaged: Damaged = "error",
-    tissue: TissueMask | None = None,
     note: Callable[[Reading], object] | None = None,
 ) -> Generator[tuple[NDArray[np.int64], Tiles]]:
     """The tiles of `plan` as `read_tiles` has them, with the number of each in it, int64 (B,).
 
-    `note` is called at the end. Warns of source tiles without bytes where there is `tissue`; None
-    finds it, if there are any.
+    `note` is called at the end. Warns of source tiles without bytes where there is tissue.
     """
     _check(slide, plan, batch_size, threads, damaged)
     return _stream(
@@ -85,7 +83,6 @@ def read_rows(
         batch_size=batch_size,
         threads=threads or default_threads(),
         damaged=damaged,
-        tissue=tissue,
         note=note,
     )
 
@@ -148,7 +145,6 @@ def _stream(
     batch_size: int,
     threads: int,
     damaged: Damaged,
-    tissue: TissueMask | None,
     note: Callable[[Reading], object] | None,
 ) -> Generator[tuple[NDArray[np.int64], Tiles]]:
     level = slide.reader.levels[plan.scale.level]
@@ -180,7 +176,7 @@ def _stream(
             if note is not None:
                 note(Reading(decoding.sha256(), level.empty_tiles))
             if decoding.white:
-                _warn_of_white(slide, level, decoding.white, tissue)
+                _warn_of_white(slide, level, decoding.white, plan)
         except DamagedSlideError as error:
             raise DamagedSlideError(f"{slide.name}: {error}") from error
         finally:
@@ -188,12 +184,11 @@ def _stream(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _warn_of_white(
-    slide: Slide, level: Level, white: Sequence[int], tissue: TissueMask | None
-) -> None:
+def _warn_of_white(slide: Slide, level: Level, white: Sequence[int], plan: TilePlan) -> None:
     """Warn of source tiles without bytes, in any level, where there is tissue in a coarser one."""
+    known = plan.tissue if plan.options["roi_sha256"] is None else None  # else a part of it
     try:
-        mask = find_tissue(slide) if tissue is None else tissue
+        mask = find_tissue(slide) if known is None else known
     except XmagError:
         return  # no overview: every tile was asked for, and each is there or declared empty
     assert level.tile_size is not None
