@@ -560,6 +560,17 @@ def test_slides_are_taken_by_whoever_is_free(folder, model, local, out):
     assert all(shares)
 
 
+def test_workers_of_two_runs_over_one_folder_share_the_slides(folder, model, local, out):
+    def one(pool):
+        return run(folder, out, pool, model=model, transform=transforms.slowly, shards=2)
+
+    with ThreadPoolExecutor(2) as runs, ThreadPoolExecutor(2) as a, ThreadPoolExecutor(2) as b:
+        reports = list(runs.map(one, (a, b)))
+    for rows in zip(*reports, strict=True):
+        assert sorted(row.status for row in rows) in (["done", "skipped"], ["failed", "failed"])
+    assert_equal(out, local)
+
+
 def test_in_a_store_each_worker_has_slides_of_its_own(folder, model):
     store = fsspec.filesystem("memory")
     with ThreadPoolExecutor(2) as pool:
