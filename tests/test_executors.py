@@ -669,6 +669,14 @@ def test_one_gpu_takes_no_worker(folder, model, local, out, gpus, monkeypatch):
     assert_equal(out, local)
 
 
+def test_workers_on_gpus_share_the_cores(gpus, monkeypatch):
+    monkeypatch.setattr(executors, "usable_cores", lambda: 7)
+    processes = 3 if PROCESSES_SUPPORTED else None
+    assert executors.gpu_workers("all", None)[1] == processes
+    assert executors.gpu_workers(2, 5)[1] == 5
+    assert executors.gpu_workers(1, None) == (None, None)
+
+
 @pytest.mark.parametrize("choice", [0, 3, -1, True, "both", 1.0])
 def test_gpus_that_are_not_there_are_refused(folder, model, out, gpus, choice):
     with pytest.raises(InputError, match=rf"gpus is {choice!r}, and this host has 2 CUDA devices"):

@@ -117,10 +117,11 @@ def extract_cohort(
     jobs = jobs_of(slides, format=format, mpp=mpp)
     if shard is not None:
         jobs = share_of(jobs, shard)
-    if gpus is not None and executor is not None:
-        raise InputError("gpus and executor both say who does the slides; give one of them")
-    workers = executor if gpus is None else gpu_workers(gpus)
-    engine = None if workers is None else Engine(workers, shards=shards, model=model)
+    if gpus is not None:
+        if executor is not None:
+            raise InputError("gpus and executor both say who does the slides; give one of them")
+        executor, processes = gpu_workers(gpus, processes)
+    engine = None if executor is None else Engine(executor, shards=shards, model=model)
     settings = Settings(
         encoder=resolve_encoder(model) if engine is None else engine.encoder,
         out=place_of(out),

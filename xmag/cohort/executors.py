@@ -29,8 +29,10 @@ from xmag.cohort.jobs import Job, Settings
 from xmag.cohort.report import CohortRow, Status
 from xmag.cohort.resume import JsonLines
 from xmag.cohort.workers import MARKER, Piece, PieceStatus, by_name, run_piece, transform_name
+from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, MismatchError, XmagError
+from xmag.tiles import PROCESSES_SUPPORTED
 from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,13 @@ class Executor(Protocol):
         """Submit a call; returns an object with `done()` and `result()`."""
 
 
-def gpu_workers(gpus: int | Literal["all"]) -> Callable[[], Executor] | None:
-    """A function that starts a worker process for each of so many GPUs; None where one is enough.
+def gpu_workers(
+    gpus: int | Literal["all"], processes: int | None
+) -> tuple[Callable[[], Executor] | None, int | None]:
+    """A function that starts a worker on each of so many GPUs, and the decoding processes of each.
 
-    Raises InputError where this host does not have as many.
+    None for one GPU, which needs no other process. `processes` is what the caller wants. Raises
+    InputError where this host does not have as many GPUs.
     """
     there = torch.cuda.device_count()
     wanted = there if gpus == "all" else gpus
@@ -69,9 +74,12 @@ def gpu_workers(gpus: int | Literal["all"]) -> Callable[[], Executor] | None:
             " 'all', a number from 1 to that, or None"
         )
     if wanted == 1:
-        return None
+        return None, processes
+    if processes is None and PROCESSES_SUPPORTED:
+        processes = max(1, usable_cores() // wanted)
     context = multiprocessing.get_context("spawn")  # CUDA does not work in a fork
-    return partial(ProcessPoolExecutor, wanted, mp_context=context, initializer=_serve_caller)
+    workers = partial(ProcessPoolExecutor, wanted, mp_context=context, initializer=_serve_caller)
+    return workers, processes
 
 
 def _serve_caller() -> None:
