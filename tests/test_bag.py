@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import xmag
-from xmag.bag import SCHEMA_VERSION, FeatureBag
+from xmag.bag import FeatureBag
+from xmag.bag.bag import SCHEMA_VERSION
 from xmag.errors import BagError, InputError, OutputError
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance

@@ -146,7 +146,7 @@ def test_outputs_of_another_version_spec_precision_or_transform_are_told_apart(
 
 def test_a_bag_of_a_newer_xmag_is_not_replaced_unasked(folder, out, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr("xmag.bag.SCHEMA_VERSION", 99)
+        later.setattr("xmag.bag.bag.SCHEMA_VERSION", 99)
         run(folder, out)
     whole = (out / "a.h5").read_bytes()
     with pytest.raises(MismatchError, match=r"(?s)a\.h5 is there.*schema_version 99"):

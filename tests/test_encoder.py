@@ -27,8 +27,7 @@ import xmag.encoder
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import InputError, ModelError, OutputError, WeightsError, XmagWarning
 from xmag.geometry import TileSpec
-from xmag.hub.mini import MINI_WEIGHTS
-from xmag.hub.registry import ModelConfig
+from xmag.hub.registry import MINI_WEIGHTS, ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +288,7 @@ def test_the_mini_model_is_the_file_whose_hash_is_pinned(
     assert found == hashlib.sha256(data).hexdigest()
     damaged = tmp_path / "mini.safetensors"
     damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    monkeypatch.setattr(xmag.hub.model, "MINI_WEIGHTS", damaged)
+    monkeypatch.setattr(xmag.hub.fetch, "MINI_WEIGHTS", damaged)
     with pytest.raises(WeightsError, match=r"is damaged.*Install xmag again"):
         load_model("xmag-mini", device="cpu")
 

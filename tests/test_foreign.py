@@ -13,6 +13,7 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from support.fake_reader import FakeTileReader
 
@@ -310,6 +311,19 @@ def test_coords_beside_the_features_are_taken(tmp_path):
         bag = FeatureBag.load(tmp_path / name)
         np.testing.assert_array_equal(bag.features, FEATURES, strict=True)
         np.testing.assert_array_equal(bag.coords, COORDS, strict=True)
+
+
+@pytest.mark.parametrize("name", ["features", "feats"])
+def test_features_go_by_either_name_in_every_format(tmp_path, name):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file[name] = FEATURES
+    safetensors.numpy.save_file({name: FEATURES}, tmp_path / "a.safetensors")
+    torch.save({name: torch.as_tensor(FEATURES)}, tmp_path / "a.pt")
+    np.savez(tmp_path / "a.npz", **{name: FEATURES})
+    for suffix in (".h5", ".safetensors", ".pt", ".npz"):
+        bag = FeatureBag.load(tmp_path / f"a{suffix}")
+        np.testing.assert_array_equal(bag.features, FEATURES, strict=True)
+        assert bag.coords is None
 
 
 def test_features_of_regions_are_no_bag(tmp_path):

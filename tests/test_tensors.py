@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.models import random_encoder
 
 from xmag.errors import OutputError
-from xmag.tensors import write_tensors
+from xmag.hub.weights import write_tensors
 
 
 def on_a_full_disk(run: Callable[[], object]) -> str:

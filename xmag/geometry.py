@@ -7,6 +7,7 @@ top-left corner of the canvas; *decoded px* are pixels of a level decoded at 1/r
 px* are pixels of a finished tile.
 """
 
+import functools
 import json
 import math
 import os
@@ -45,20 +46,12 @@ class TileSpec:
     resample: Resample = "area"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise InputError(f"TileSpec.mpp is {self.mpp!r}; expected a positive number of µm/px")
-        if not (isinstance(self.size_px, int) and 0 < self.size_px <= _MAX_TILE_PX):
-            raise InputError(
-                f"TileSpec.size_px is {self.size_px!r}; expected an int from 1 to {_MAX_TILE_PX}"
-            )
-        if not 0 <= self.mpp_tolerance < 0.5:
-            raise InputError(
-                f"TileSpec.mpp_tolerance is {self.mpp_tolerance!r}; expected a fraction in [0, 0.5)"
-            )
-        if self.resample not in ("area", "lanczos"):
-            raise InputError(
-                f"TileSpec.resample is {self.resample!r}; expected 'area' or 'lanczos'"
-            )
+        require = functools.partial(records.require, self)
+        require("mpp", math.isfinite(self.mpp) and self.mpp > 0, "a positive number of µm/px")
+        is_size = isinstance(self.size_px, int) and 0 < self.size_px <= _MAX_TILE_PX
+        require("size_px", is_size, f"an int from 1 to {_MAX_TILE_PX}")
+        require("mpp_tolerance", 0 <= self.mpp_tolerance < 0.5, "a fraction in [0, 0.5)")
+        require("resample", self.resample in ("area", "lanczos"), "'area' or 'lanczos'")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

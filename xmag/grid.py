@@ -3,7 +3,7 @@
 Pure arithmetic on rectangles and masks; `xmag.plan` puts it together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,9 +135,14 @@ def _keep_pieces(
     corners = np.stack([columns.corners[kept[:, 0]], rows.corners[kept[:, 1]]], axis=1)
     has_tile = np.zeros(count + 1, np.bool_)
     has_tile[labels[_touched(corners, side, tissue)]] = True
-    for piece, window in _largest_first(labels, count, tissue):
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    large = sizes >= tissue.min_area_mm2 / (tissue.mpp / 1000) ** 2 - _SLACK_PX
+    pieces = np.flatnonzero(large[1:] & ~has_tile[1:]) + 1
+    for piece in pieces[np.argsort(-sizes[pieces], kind="stable")].tolist():
         if has_tile[piece]:
             continue
+        ys, xs = np.nonzero(labels == piece)
+        window = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
         part = labels[window] == piece
         near, edges = [], []
         for axis, across in zip(axes, window[::-1], strict=True):
@@ -154,21 +159,6 @@ def _keep_pieces(
             has_tile[labels[_touched(corner, side, tissue)]] = True
 
 
-def _largest_first(
-    labels: NDArray[np.intp], count: int, tissue: TissueMask
-) -> Iterator[tuple[int, tuple[slice, slice]]]:
-    """The pieces that are not too small, each with the rows and columns of px that it spans."""
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    least = tissue.min_area_mm2 / (tissue.mpp / 1000) ** 2
-    ys, xs = np.nonzero(labels)
-    order = np.argsort(labels[ys, xs], kind="stable")
-    parts = np.split(order, np.cumsum(sizes[1:])[:-1])
-    for piece in np.argsort(-sizes[1:], kind="stable") + 1:
-        if sizes[piece] >= least - _SLACK_PX:
-            y, x = ys[parts[piece - 1]], xs[parts[piece - 1]]
-            yield int(piece), (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1))
-
-
 def _touched(corners: NDArray[np.int64], side: float, tissue: TissueMask) -> Bools:
     """The px of the mask that lie under one of the squares, with a part of them at least."""
     most = np.array(tissue.mask.shape[::-1])
@@ -181,10 +171,11 @@ def painted(
     first: NDArray[np.int64], last: NDArray[np.int64], shape: tuple[int, int]
 ) -> NDArray[np.bool_]:
     """The places, bool (height, width), in one of the boxes from `first` up to `last`, (N, 2)."""
-    change = np.zeros((shape[0] + 1, shape[1] + 1), np.int64)
+    change = np.zeros((shape[0] + 1, shape[1] + 1), np.int32)
     for x, y, by in ((first, first, 1), (last, first, -1), (first, last, -1), (last, last, 1)):
         np.add.at(change, (y[:, 1], x[:, 0]), by)
-    return np.asarray(change.cumsum(0).cumsum(1)[:-1, :-1] > 0)
+    change.cumsum(0, out=change).cumsum(1, out=change)
+    return np.asarray(change[:-1, :-1] > 0)
 
 
 def tissue_under(
@@ -226,8 +217,8 @@ def _area(mask: Bools) -> _Area:
     in a summed-area table give a window (Crow, SIGGRAPH 1984).
     """
     height, width = mask.shape
-    table = np.zeros((height + 1, width + 1))
-    table[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
+    table = np.zeros((height + 1, width + 1), np.int32)
+    mask.cumsum(0, out=table[1:, 1:]).cumsum(1, out=table[1:, 1:])
 
     def integral(x: _Floats, y: _Floats) -> _Floats:
         x, y = np.clip(x, 0, width), np.clip(y, 0, height)

@@ -26,8 +26,8 @@ def over_square(combine: np.ufunc, values: NDArray[Any], reach_px: int) -> NDArr
         padded, size = np.pad(values, padding, mode="edge"), values.shape[axis]
         steps = range(2 * reach_px + 1)
         shifted = [padded[i : i + size] if axis == 0 else padded[:, i : i + size] for i in steps]
-        values = shifted[0].copy()
-        for other in shifted[1:]:
+        values = combine(shifted[0], shifted[1]) if reach_px else shifted[0]
+        for other in shifted[2:]:
             combine(values, other, out=values)
     return values
 
@@ -50,7 +50,7 @@ def filled(mask: Bools, max_px: float) -> Bools:
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         inside[edge] = False
     inside[0] = True
-    return np.asarray(inside[labels])
+    return np.asarray(inside.take(labels))
 
 
 def holding(mask: Bools, seeds: Bools) -> Bools:
@@ -59,7 +59,7 @@ def holding(mask: Bools, seeds: Bools) -> Bools:
     kept = np.zeros(count + 1, np.bool_)
     kept[labels[seeds]] = True
     kept[0] = False
-    return np.asarray(kept[labels])
+    return np.asarray(kept.take(labels))
 
 
 def without_small(mask: Bools, min_px: float) -> Bools:
@@ -67,7 +67,7 @@ def without_small(mask: Bools, min_px: float) -> Bools:
     labels, count = labelled(mask)
     kept = np.bincount(labels.ravel(), minlength=count + 1) >= min_px
     kept[0] = False
-    return np.asarray(kept[labels])
+    return np.asarray(kept.take(labels))
 
 
 def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
@@ -86,10 +86,11 @@ def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
     below = last - first
     upper = np.repeat(np.arange(len(starts)), below)
     lower = np.arange(len(upper)) + np.repeat(first - (np.cumsum(below) - below), below)
-    names, pieces = np.unique(_lowest_connected(len(starts), upper, lower), return_inverse=True)
+    lowest = _lowest_connected(len(starts), upper, lower)
+    numbers = np.cumsum(lowest == np.arange(len(starts)))
     labels = np.zeros(mask.shape, np.intp)
-    labels[mask] = np.repeat(pieces + 1, stops - starts)
-    return labels, len(names)
+    labels[mask] = np.repeat(numbers[lowest], stops - starts)
+    return labels, int(numbers[-1]) if len(numbers) else 0
 
 
 def _lowest_connected(count: int, a: _Ints, b: _Ints) -> _Ints:

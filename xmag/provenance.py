@@ -21,15 +21,9 @@ from xmag.urls import readable
 PREPROCESSING_VERSION = 2
 """Changes only when the same slide and settings give other pixels or another plan."""
 
-_DTYPE_CLASSES = {
-    "float32": "fp32",
-    "fp32": "fp32",
-    "float16": "half",
-    "fp16": "half",
-    "half": "half",
-    "bfloat16": "half",
-    "bf16": "half",
-}
+_DTYPE_CLASSES = {"float32": "fp32", "fp32": "fp32"} | dict.fromkeys(
+    ("float16", "fp16", "half", "bfloat16", "bf16"), "half"
+)
 
 _SAMPLE_BLOCKS = 16
 _SAMPLE_BLOCK_BYTES = 64 * 1024

@@ -69,6 +69,16 @@ def from_dict(
     return kind(**{k: _converted(v, hints[k], _at(where, k), to_float) for k, v in values.items()})
 
 
+def require(record: Any, name: str, fits: bool, expected: str, where: str = "") -> None:
+    """Raise InputError where a field does not hold what it should, by its name and what it holds.
+
+    `where` is the place of the record, by default the name of its class.
+    """
+    if not fits:
+        place = f"{where or type(record).__name__}.{name}"
+        raise InputError(f"{place} is {getattr(record, name)!r}; expected {expected}")
+
+
 def nearest(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that is most like another, by difflib's ratio; None where none is alike."""
     import difflib  # only here: it takes longer to import than all else here

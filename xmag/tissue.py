@@ -399,14 +399,14 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
         near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
     fit[0] += levels
     y = y[:, None]
-    product = x * y
-    # What depends on x or y alone is added as a row or a column.
-    return [
-        field - (one + x * cx + y * cy + product * cxy + x * x * cxx + y * y * cyy)
-        for field, (one, cx, cy, cxy, cxx, cyy) in zip(
-            fields, fit.T.astype(np.float32), strict=True
-        )
-    ]
+    product, flat = x * y, []
+    for values, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype(np.float32), strict=True):
+        surface = (one + x * cx) + y * cy
+        surface += product * cxy
+        surface += x * x * cxx  # a row
+        surface += y * y * cyy  # a column
+        flat.append(np.subtract(values, surface, out=surface))
+    return flat
 
 
 def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:

@@ -5,6 +5,7 @@ those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens (clas
 patches), D width, H heads.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,35 +53,23 @@ class ViTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid"):
+        require = functools.partial(records.require, self)
+        for name in ("width", "depth", "heads", "hidden", "patch_px", "position_grid", "registers"):
+            value, least = getattr(self, name), 0 if name == "registers" else 1
+            most = _MAX_DEPTH if name == "depth" else _MAX_SIZE
             # type and not isinstance: True is an int, and 1, but no size to torch.
-            if not (type(value := getattr(self, name)) is int and value > 0):
-                raise InputError(f"ViTConfig.{name} is {value!r}; expected a positive int")
-        if not (type(self.registers) is int and self.registers >= 0):
-            raise InputError(
-                f"ViTConfig.registers is {self.registers!r}; expected an int from 0 on"
-            )
-        if not isinstance(self.class_position, bool):
-            raise InputError(
-                f"ViTConfig.class_position is {self.class_position!r}; expected True or False"
-            )
-        if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
-            raise InputError(f"ViTConfig.eps is {self.eps!r}; expected a positive number")
-        largest = max(self.width, self.heads, self.hidden, self.patch_px, self.position_grid)
-        if max(largest, self.registers) > _MAX_SIZE:
-            raise InputError(
-                f"ViTConfig has a size of {max(largest, self.registers)}; expected at most"
-                f" {_MAX_SIZE}"
-            )
-        if self.depth > _MAX_DEPTH:
-            raise InputError(f"ViTConfig.depth is {self.depth}; expected at most {_MAX_DEPTH}")
+            fits = type(value) is int and least <= value <= most
+            kind = "an int from 0" if name == "registers" else "a positive int"
+            require(name, fits, f"{kind}, at most {most}")
+        require("class_position", isinstance(self.class_position, bool), "True or False")
+        is_number = isinstance(self.eps, float) and math.isfinite(self.eps)
+        require("eps", is_number and self.eps > 0, "a positive number")
         if self.width % self.heads:
             raise InputError(
                 f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"
             )
         for name, known in (("mlp", get_args(Mlp)), ("position_rule", get_args(PositionRule))):
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"ViTConfig.{name} is {value!r}; expected one of {known}")
+            require(name, getattr(self, name) in known, f"one of {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ import safetensors.numpy
 
 from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 from xmag.bag import FeatureBag
-from xmag.bag.formats import Content, encode_h5, encode_safetensors
+from xmag.bag.formats import Content, encode
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 
@@ -65,8 +66,10 @@ def seeds() -> dict[str, bytes]:
     provenance = Provenance({"weights_sha256": "0" * 64}, {"slide": {"name": "a.svs"}})
     bag = FeatureBag(features, coords, provenance, tiles)
     found = {}
-    for name, encode in (("a.h5", encode_h5), ("a.safetensors", encode_safetensors)):
-        found[name] = encode(_content(bag, name))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a.h5", "a.safetensors"):
+            bag.save(Path(folder, name))
+            found[name] = Path(folder, name).read_bytes()
     for name, options in (
         ("clam.h5", {}),
         (
@@ -101,12 +104,6 @@ def seeds() -> dict[str, bytes]:
     found["slide2vec.npz"] = buffer.getvalue()
     found["foreign.safetensors"] = safetensors.numpy.save({"features": features, "coords": coords})
     return found
-
-
-def _content(bag: FeatureBag, name: str) -> Any:
-    from xmag.bag import _content as content
-
-    return content(bag, name)
 
 
 def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str, bytes]:
@@ -329,13 +326,13 @@ def hostile_safetensors(features: Any, coords: Any, header: Mapping[str, str]) -
     """A bag of xmag's with these texts in its header, and a checksum that fits."""
     ours = {"format": "xmag.FeatureBag", "schema_version": "1", **header}
     whole = _with_digest(features, coords, ours)
-    return encode_safetensors(Content(features=features, coords=coords, header=whole))
+    return encode(Content(features=features, coords=coords, header=whole), ".safetensors")
 
 
 def _hostile_safetensors(rng: Random) -> bytes:
     features, coords = _hostile_arrays(rng)
     header = _hostile_header(features, coords, rng)
-    return encode_safetensors(Content(features=features, coords=coords, header=header))
+    return encode(Content(features=features, coords=coords, header=header), ".safetensors")
 
 
 def _hostile_h5(rng: Random) -> bytes:

@@ -72,9 +72,8 @@ def test_leica_macro_images_are_left_out():
         "<illuminationSettings><illuminationSource>brightfield</illuminationSource>"
         "</illuminationSettings></scanSettings></image></collection></scn>"
     )
-    collection = metadata.leica_collection(xml)
-    assert collection.size_nm == (26564529, 76734144)
-    (scan,) = collection.scans
+    size_nm, (scan,) = metadata.leica_scans(xml)
+    assert size_nm == (26564529, 76734144)
     assert scan.offset_nm == (9125170, 18880004)
     assert scan.levels == ((39168, 44632, 4), (9784, 11156, 5))  # finest first
     assert (scan.power, scan.illumination, scan.planes) == (20, "brightfield", 1)

@@ -27,7 +27,7 @@ from xmag.errors import (
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.slide import remote
-from xmag.slide.remote import RangeFile, RemoteSource
+from xmag.slide.remote import RemoteSource
 from xmag.slide.tiff import TiffReader
 from xmag.tiles.decoding import Decoding, windows_of
 from xmag.urls import Url
@@ -140,7 +140,7 @@ def test_neighbours_share_a_request_and_strangers_do_not(server):
 def test_the_file_object_reads_as_the_file_does(folder, server):
     source = RemoteSource(Url(f"{server.url}/bytes"))
     rng = np.random.default_rng(1)
-    with (folder / "bytes").open("rb") as here, RangeFile(source) as there:
+    with (folder / "bytes").open("rb") as here, source.file() as there:
         for _ in range(50):
             whence = int(rng.integers(0, 3))
             base = (0, here.tell(), 200_000)[whence]
@@ -162,7 +162,7 @@ def test_the_file_object_reads_as_the_file_does(folder, server):
 
 def test_a_parser_that_asks_for_far_too_much_is_stopped(server, monkeypatch):
     monkeypatch.setattr(remote, "_MOST_PARSED_BYTES", 100_000)
-    file = RangeFile(RemoteSource(Url(f"{server.url}/bytes")))
+    file = RemoteSource(Url(f"{server.url}/bytes")).file()
     with pytest.raises(DamagedSlideError, match="more than 100000 bytes"):
         file.read(150_000)
     assert isinstance(file.failure, DamagedSlideError)
@@ -260,11 +260,14 @@ def test_no_failure_while_directories_are_read_is_taken_for_damage(tmp_path, mon
         assert opening > 5
 
 
-def test_a_failure_while_directories_are_read_is_not_taken_for_a_damaged_file(folder, server):
+def test_a_failure_while_directories_are_read_is_not_taken_for_a_damaged_file(
+    folder, server, monkeypatch
+):
+    monkeypatch.setattr(remote, "_TIMEOUT_S", 3)
     size = (folder / "slide.svs").stat().st_size
     assert size > 500_000  # so that later directories are not in the first block
     server.silent_after = 1
-    source = RemoteSource(Url(f"{server.url}/slide.svs"), timeout_s=3)
+    source = RemoteSource(Url(f"{server.url}/slide.svs"))
     with pytest.raises(SlideError, match="no answer in time"):
         TiffReader(source)
 

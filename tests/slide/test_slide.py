@@ -15,7 +15,7 @@ from support.slides import shrunk, write_svs
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
-from xmag.slide.source import LocalSource
+from xmag.slide.tiff import LocalSource
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,8 @@ def test_bytes_beyond_the_end_of_the_file_are_damage(tmp_path):
     path = tmp_path / "a.svs"
     write_svs(path, size=(300, 300), levels=(1,))
     with Slide(path) as slide:
-        offset = slide.reader._offsets[0][0]
+        (data,) = slide.reader.read_tile_bytes(0, [0])
+        offset = path.read_bytes().index(data)
         with path.open("r+b") as file:
             file.truncate(offset + 100)
         with pytest.raises(DamagedSlideError, match=r"a\.svs should hold .* ends after"):

@@ -1,8 +1,7 @@
-"""Feature files as bytes: the .h5 that readers of CLAM and TRIDENT expect, and .safetensors.
+"""Feature files as bytes: .h5 as readers of CLAM and TRIDENT expect it, .safetensors, .pt and .npz.
 
-Both hold the arrays `features` and `coords`, and a header of short texts. Files are laid out in
-memory and written by `xmag.files`, so that a full disk is met there, and in one way only. The .pt
-and .npz of other software are read.
+A file of ours holds the arrays `features` and `coords`, and a header of short texts. Files are laid
+out in memory and written by `xmag.files`, so that a full disk is met there, and in one way only.
 """
 
 import errno
@@ -13,8 +12,9 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -35,9 +35,13 @@ _SPARE_BYTES = 1 << 24
 
 _NOT_READ = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 """Errors of the system on files that may be whole: closed to us, locked, out of reach."""
+_BROKEN = (
+    OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, EOFError,
+    SyntaxError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""Errors that the libraries raise on a file that makes no sense."""
 
-HEADER_KEYS = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
-
+_HEADER = ("format", "schema_version", "provenance", "tiles", "bag_sha256")
 _FEATURES = ("features", "feats", "patch_embeddings")
 """Names of the features in files of other software; the last two are STAMP's."""
 _ROOT_ATTRIBUTES = ("tile_size_um", "tile_size_px", "tile_size", "unit", "encoder")
@@ -45,6 +49,10 @@ _COORDS_ATTRIBUTES = (
     "patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap",
     "level0_width", "level0_height",
 )  # fmt: skip
+
+
+class NewerBagError(BagError):
+    """A bag that a newer xmag wrote: it is whole, but this one cannot read it."""
 
 
 class ForeignBagError(BagError):
@@ -59,81 +67,123 @@ class UnreadableBagError(BagError):
 class Content:
     """Content of a feature file, unchecked.
 
-    `header` has those of HEADER_KEYS that are there. `coords_attributes` of our own .h5 are only
-    written: they repeat in TRIDENT's words what the header says exactly. Of foreign .h5 files those
-    that tell where tiles lie are read, as `attributes` are, which stand at the root: numbers, and
-    None for what is there and no number. Files of other software may lack `coords`, and may call
-    the features otherwise.
+    `header` has the texts of xmag that are there. `attributes`, of the root of an .h5, and
+    `coords_attributes` are written as they are; of a foreign file those that tell where tiles lie
+    are read: numbers, and None for what is there and no number. Of our own none are read: they
+    repeat in TRIDENT's words what the header says exactly.
     """
 
     features: NDArray[Any]
-    coords: NDArray[Any] | None
-    header: Mapping[str, str]
+    coords: NDArray[Any] | None = None
+    header: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
     coords_attributes: Mapping[str, Any] = field(default_factory=dict)
-    attributes: Mapping[str, float | None] = field(default_factory=dict)
     features_name: str = "features"
 
+    def equals(self, other: "Content") -> bool:
+        """Whether the arrays and the header are the same."""
+        return (
+            np.array_equal(self.features, other.features)
+            # As an array None equals itself, and nothing else.
+            and np.array_equal(np.asarray(self.coords), np.asarray(other.coords))
+            and self.header == other.header
+        )
 
-def encode_h5(content: Content) -> bytes:
-    """The content as an HDF5 file; equal content gives equal bytes.
 
-    The header stands at the root and not on `coords`: TRIDENT copies the attributes of `coords`
-    into what it makes with other models, and those must not inherit it.
+def encode(content: Content, suffix: str) -> bytes:
+    """The bytes of a file with this content; equal content gives equal bytes."""
+    return _ENCODERS[suffix](content)
+
+
+def decode(path: Path, suffix: str) -> Content:
+    """The content of a file, ours or a foreign one; no code in it is run.
+
+    Raises BagError where it is damaged, UnreadableBagError where the system does not let anyone
+    read it now, and ForeignBagError for a whole file of something else.
     """
+    try:
+        return _DECODERS[suffix](path)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in _NOT_READ:
+            raise UnreadableBagError(
+                f"the file cannot be read ({os.strerror(error.errno)}); see who may read it, and"
+                " who has it open"
+            ) from error
+        raise damaged(error) from error
 
-    def fill(file: h5py.File) -> None:
-        file.create_dataset("features", data=content.features)
-        coords = file.create_dataset("coords", data=content.coords)
-        coords.attrs.update(content.coords_attributes)
-        for key, text in content.header.items():
-            # As bytes it has a fixed length and lies where the checksums are; see _attribute.
-            file.attrs[key] = np.bytes_(text.encode())
 
-    return h5_bytes(fill)
+def damaged(reason: object) -> BagError:
+    """The error for a file that does not hold what it should."""
+    return BagError(
+        f"the file is truncated, damaged, or something else than its suffix says ({reason});"
+        " make it again, or copy it again"
+    )
 
 
-def h5_bytes(fill: Callable[[h5py.File], None]) -> bytes:
-    """Bytes of the HDF5 file that `fill` fills, without time stamps.
+def _content_of(
+    names: Collection[str],
+    read: Callable[[str], NDArray[Any]],
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> Content:
+    """The arrays among those of a file: by name of ours, else by one of the known names."""
+    is_ours = "format" in header
+    wanted = ("features",) if is_ours else _FEATURES
+    name = next((name for name in wanted if name in names), None)
+    has_coords = "coords" in names
+    if name is None or (is_ours and not has_coords):
+        raise _missing("features" if name is None else "coords", names, is_ours=is_ours)
+    return Content(
+        features=read(name),
+        coords=read("coords") if has_coords else None,
+        header=header,
+        features_name=name,
+    )
 
-    In the layout of HDF5 1.8 (2008): it has checksums, and no limit on the size of an attribute.
+
+def _missing(name: str, found: Collection[str], *, is_ours: bool) -> BagError:
+    kind = BagError if is_ours else ForeignBagError
+    return kind(
+        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' (or STAMP's"
+        " 'feats') and, where the tiles are to be found again, 'coords'"
+    )
+
+
+def _encode_h5(content: Content) -> bytes:
+    """An HDF5 file in the layout of HDF5 1.8 (2008), without time stamps.
+
+    It has checksums, and no limit on the size of an attribute. The header stands at the root and
+    not on `coords`: TRIDENT copies the attributes of `coords` into what it makes with other models,
+    and those must not inherit it.
     """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=("v108", "v108")) as file:
-        fill(file)
+        file.create_dataset(content.features_name, data=content.features)
+        coords = file.create_dataset("coords", data=content.coords)
+        coords.attrs.update(content.coords_attributes)
+        file.attrs.update(content.attributes)
+        for key, text in content.header.items():
+            # As bytes it has a fixed length and lies where the checksums are; see _text.
+            file.attrs[key] = np.bytes_(text.encode())
     return buffer.getvalue()
 
 
-def decode_h5(path: Path) -> Content:
-    """The content of an HDF5 file, ours or a foreign one; BagError where it is damaged."""
-    try:
-        with h5py.File(path, "r") as file:
-            header = {key: _attribute(file, key) for key in HEADER_KEYS if key in file.attrs}
-            most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
-            if "format" in header:
-                return Content(
-                    features=_dataset(file, "features", most, is_ours=True),
-                    coords=_dataset(file, "coords", most, is_ours=True),
-                    header=header,
-                )
-            found = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
-            name = found[0] if found and found[0] != "coords" else "features"
-            features = _dataset(file, name, most, is_ours=False)
-            has_coords = "coords" in found
-            return Content(
-                features=features,
-                coords=_dataset(file, "coords", most, is_ours=False) if has_coords else None,
-                header=header,
-                coords_attributes=_numbers(file["coords"], _COORDS_ATTRIBUTES)
-                if has_coords
-                else {},
-                attributes=_numbers(file, _ROOT_ATTRIBUTES),
-                features_name=name,
-            )
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
-        raise _kept_from(error) or damaged(error) from error
+def _decode_h5(path: Path) -> Content:
+    with h5py.File(path, "r") as file:
+        header = {key: _text(file, key) for key in _HEADER if key in file.attrs}
+        is_ours = "format" in header
+        known = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
+        most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
+        content = _content_of(
+            known or list(file), lambda name: _dataset(file, name, most, is_ours=is_ours), header
+        )
+        if is_ours:
+            return content
+        places = {} if content.coords is None else _numbers(file["coords"], _COORDS_ATTRIBUTES)
+        root = _numbers(file, _ROOT_ATTRIBUTES)
+        return replace(content, attributes=root, coords_attributes=places)
 
 
-def _attribute(file: h5py.File, key: str) -> str:
+def _text(file: h5py.File, key: str) -> str:
     """Text that xmag wrote; "" for other types: HDF5 may hang or crash on damaged ones."""
     attribute = file.attrs.get_id(key)
     if attribute.shape != () or attribute.dtype.kind != "S":
@@ -143,7 +193,7 @@ def _attribute(file: h5py.File, key: str) -> str:
 
 
 def _numbers(place: h5py.Group | h5py.Dataset, keys: Collection[str]) -> dict[str, float | None]:
-    """Attributes that are one number; None for those that are something else: see _attribute."""
+    """Attributes that are one number; None for those that are something else: see _text."""
     found: dict[str, float | None] = {}
     for key in keys:
         if key in place.attrs:
@@ -160,7 +210,7 @@ def _dataset(file: h5py.File, name: str, most: int, *, is_ours: bool) -> NDArray
         raise ValueError(f"{name!r} lies in another file or under another name")
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
-        raise _missing(name, list(file), is_ours=is_ours)
+        raise _missing(name, file, is_ours=is_ours)
     if dataset.is_virtual or dataset.external:
         raise ValueError(f"the values of {name!r} lie in other files")
     if dataset.dtype.kind not in "iuf":
@@ -190,65 +240,32 @@ def _is_whole(dataset: h5py.Dataset) -> bool:
     return len(sizes) == math.prod(grid) and min(sizes, default=1) > least
 
 
-def encode_safetensors(content: Content) -> bytes:
-    """The content as a safetensors file, header as metadata; equal content gives equal bytes."""
-    arrays = {"features": content.features, "coords": np.asarray(content.coords)}
-    return _sorted_header(safetensors.numpy.save(arrays, metadata=dict(content.header)))
-
-
-def _sorted_header(data: bytes) -> bytes:
+def _encode_safetensors(content: Content) -> bytes:
     """A safetensors file with its header in order: the library writes it in a random one.
 
     A file is the header's length (8 bytes, little-endian), the header as JSON padded with spaces to
     a multiple of 8, and the arrays, which the header locates relative to its own end.
     """
+    arrays = {"features": content.features, "coords": np.asarray(content.coords)}
+    data = safetensors.numpy.save(arrays, metadata=dict(content.header))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def decode_safetensors(path: Path) -> Content:
-    """The content of a safetensors file, ours or a foreign one; BagError where it is damaged."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            names, header = list(file.keys()), file.metadata() or {}
-            is_ours = "format" in header
-            for name in ("features", "coords") if is_ours else ("features",):
-                if name not in names:
-                    raise _missing(name, names, is_ours=is_ours)
-            return Content(
-                features=file.get_tensor("features"),
-                coords=file.get_tensor("coords") if "coords" in names else None,
-                header={k: v for k, v in header.items() if k in HEADER_KEYS},
-            )
-    except (OSError, safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
-        raise _kept_from(error) or damaged(error) from error
+def _decode_safetensors(path: Path) -> Content:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = {k: v for k, v in (file.metadata() or {}).items() if k in _HEADER}
+        return _content_of(list(file.keys()), file.get_tensor, header)
 
 
-def decode_npz(path: Path) -> Content:
-    """The content of a foreign .npz, such as slide2vec's; BagError where it is damaged.
-
-    No pickle is read, and no array takes more memory than the file can hold.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            found = [name for name in _FEATURES if name in names]
-            if not found:
-                raise _missing("features", names, is_ours=False)
-            return Content(
-                features=_npy(archive, found[0], most),
-                coords=_npy(archive, "coords", most) if "coords" in names else None,
-                header={},
-                features_name=found[0],
-            )
-    except (
-        OSError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, ValueError, TypeError,
-        RuntimeError, OverflowError, SyntaxError, RecursionError,
-    ) as error:  # fmt: skip
-        raise _kept_from(error) or damaged(error) from error
+def _decode_npz(path: Path) -> Content:
+    """The arrays of an .npz, such as slide2vec's, in no more memory than the file can hold."""
+    with zipfile.ZipFile(path) as archive:
+        most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        return _content_of(names, lambda name: _npy(archive, name, most))
 
 
 def _npy(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
@@ -272,11 +289,16 @@ def _npy(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
     return values.reshape(shape, order="F" if by_columns else "C")
 
 
-def decode_pt(path: Path) -> Content:
-    """The content of a foreign .pt: a tensor, as CLAM's and slide2vec's, or a dictionary of them.
+def _encode_pt(content: Content) -> bytes:
+    import torch  # only here: see TYPE_CHECKING
 
-    Raises ForeignBagError for anything else; no code in the file is run.
-    """
+    buffer = io.BytesIO()
+    torch.save(torch.tensor(content.features), buffer)
+    return buffer.getvalue()
+
+
+def _decode_pt(path: Path) -> Content:
+    """A tensor, as CLAM's and slide2vec's, or a dictionary of them."""
     from xmag.hub.weights import read_tensors  # only here: it imports torch
 
     try:
@@ -285,18 +307,14 @@ def decode_pt(path: Path) -> Content:
         raise ForeignBagError(
             f"{error}. Features are read from a tensor: torch.save(torch.as_tensor(features), path)"
         ) from error
-    found = [name for name in ("", *_FEATURES) if name in tensors]
-    if not found:
+    if "" in tensors:  # the file is a tensor
+        tensors["features"] = tensors[""]
+    if not tensors.keys() & set(_FEATURES):
         raise ForeignBagError(
             f"the file holds {sorted(tensors)}; expected a tensor (N, D), or one called 'features'"
         )
-    coords, most = tensors.get("coords"), path.stat().st_size
-    return Content(
-        features=dense(tensors[found[0]], most),
-        coords=None if coords is None else dense(coords, most),
-        header={},
-        features_name=found[0] or "features",
-    )
+    most = path.stat().st_size
+    return _content_of(tensors, lambda name: dense(tensors[name], most))
 
 
 def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
@@ -307,13 +325,8 @@ def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
     """
     import torch  # only here: see TYPE_CHECKING
 
-    if (
-        tensor.layout != torch.strided
-        or tensor.is_nested
-        or tensor.is_complex()
-        or tensor.is_quantized
-        or tensor.is_meta
-    ):
+    is_strided = tensor.layout == torch.strided and not tensor.is_nested
+    if not is_strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
         raise ForeignBagError(
             f"it is a tensor of {tensor.dtype}, {tensor.layout}; expected dense floats"
         )
@@ -328,27 +341,16 @@ def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
     return array
 
 
-def damaged(reason: object) -> BagError:
-    """The error for a file that does not hold what it should."""
-    return BagError(
-        f"the file is truncated, damaged, or something else than its suffix says ({reason});"
-        " make it again, or copy it again"
-    )
-
-
-def _kept_from(error: Exception) -> UnreadableBagError | None:
-    """The error for a file that the system does not let anyone read now; None for any other."""
-    if not isinstance(error, OSError) or error.errno not in _NOT_READ:
-        return None
-    return UnreadableBagError(
-        f"the file cannot be read ({os.strerror(error.errno)}); see who may read it, and who has it"
-        " open"
-    )
-
-
-def _missing(name: str, found: list[str], *, is_ours: bool) -> BagError:
-    kind = BagError if is_ours else ForeignBagError
-    return kind(
-        f"the file has no dataset {name!r}; found {sorted(found)}, expected 'features' (or STAMP's"
-        " 'feats') and, where the tiles are to be found again, 'coords'"
-    )
+_ENCODERS: dict[str, Callable[[Content], bytes]] = {
+    ".h5": _encode_h5,
+    ".safetensors": _encode_safetensors,
+    ".pt": _encode_pt,
+}
+_DECODERS: dict[str, Callable[[Path], Content]] = {
+    ".h5": _decode_h5,
+    ".safetensors": _decode_safetensors,
+    ".pt": _decode_pt,
+    ".npz": _decode_npz,
+}
+SUFFIXES = tuple(_DECODERS)
+"""Suffixes of the files that `FeatureBag.load` reads."""

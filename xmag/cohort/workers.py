@@ -37,8 +37,7 @@ from xmag.encoder import Encoder, TileEncoder, load_model
 from xmag.errors import HubError, InputError, ModelError, OutputError, WeightsError, XmagError
 from xmag.extract import Transform
 from xmag.hub.fetch import locate_model
-from xmag.hub.mini import MINI_SHA256
-from xmag.hub.registry import DEFAULT_MODEL, MINI, ModelConfig
+from xmag.hub.registry import DEFAULT_MODEL, MINI, MINI_SHA256, ModelConfig
 from xmag.hub.weights import file_sha256
 from xmag.provenance import dtype_class
 from xmag.tiles import DecodingPool

@@ -49,10 +49,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation", "hue"):
             most = 0.5 if name == "hue" else 1.0
-            if not 0 <= (value := getattr(self, name)) <= most:
-                raise InputError(
-                    f"Augmentation.{name} is {value!r}; expected a number from 0 to {most:g}"
-                )
+            fits = 0 <= getattr(self, name) <= most
+            records.require(self, name, fits, f"a number from 0 to {most:g}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the augmentation's version as plain JSON values."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from xmag import records
 from xmag.distill.step import Trainer
 from xmag.errors import MismatchError, OutputError
-from xmag.tensors import write_tensors
+from xmag.hub.weights import write_tensors
 
 _FORMAT = records.Format(
     name="xmag-distillation",

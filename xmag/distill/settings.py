@@ -1,9 +1,11 @@
 """Settings of a distillation with their defaults, under the names of the TOML file."""
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from xmag import records
 from xmag.distill.augment import Augmentation
 from xmag.distill.schedule import SCHEDULES
 from xmag.errors import InputError
@@ -31,9 +33,10 @@ class LossSettings:
     centre_regions: int = 512
 
     def __post_init__(self) -> None:
+        require = functools.partial(records.require, self, where="loss")
         for name in ("global_weight", "local_weight", "cosine", "smooth_l1", "relational"):
-            _check("loss", self, name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
-        _check("loss", self, "centre_regions", self.centre_regions > 0, "a positive number")
+            require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
+        require("centre_regions", self.centre_regions > 0, "a positive number")
         if not (self.global_weight + self.local_weight and any(self.distances().values())):
             raise InputError(
                 f"the loss is 0 whatever the student does: {self}; expected a positive"
@@ -78,17 +81,18 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require = functools.partial(records.require, self, where="train")
         for name in ("epochs", "batch", "views", "lr", "clip"):
-            _check("train", self, name, getattr(self, name) > 0, "a positive number")
+            require(name, getattr(self, name) > 0, "a positive number")
         for name in ("steps", "micro_batch"):
             value = getattr(self, name)
-            _check("train", self, name, value is None or value > 0, "a positive number, or none")
+            require(name, value is None or value > 0, "a positive number, or none")
         for name in ("weight_decay", "seed"):
-            _check("train", self, name, getattr(self, name) >= 0, "a number from 0 on")
+            require(name, getattr(self, name) >= 0, "a number from 0 on")
         for name in ("warmup", "floor", "ema"):
-            _check("train", self, name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        _check("train", self, "schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
-        _check("train", self, "precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
+            require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        require("schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
+        require("precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
 
     def total_steps(self, regions: int) -> int:
         """The number of steps of a run over `regions` regions."""
@@ -108,9 +112,10 @@ class LogSettings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _check("log", self, "every", self.every > 0, "a positive number of steps")
+        require = functools.partial(records.require, self, where="log")
+        require("every", self.every > 0, "a positive number of steps")
         for name in ("checkpoint_every", "validate_every"):
-            _check("log", self, name, getattr(self, name) >= 0, "a number of steps, or 0")
+            require(name, getattr(self, name) >= 0, "a number of steps, or 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +132,11 @@ class LoaderSettings:
     prefetch: int = 3
 
     def __post_init__(self) -> None:
+        require = functools.partial(records.require, self, where="loader")
         threads, processes = self.threads, self.processes
-        _check("loader", self, "threads", threads is None or threads > 0, "a positive number")
-        _check("loader", self, "processes", (processes or 0) >= 0, "a number from 0 on")
-        _check("loader", self, "prefetch", self.prefetch > 0, "a positive number of batches")
+        require("threads", threads is None or threads > 0, "a positive number")
+        require("processes", (processes or 0) >= 0, "a number from 0 on")
+        require("prefetch", self.prefetch > 0, "a positive number of batches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +156,3 @@ class Settings:
     def decisive(self) -> dict[str, Any]:
         """The settings that determine the weights: all but loader and logging, as JSON values."""
         return {key: value for key, value in asdict(self).items() if key not in ("loader", "log")}
-
-
-def _check(section: str, owner: Any, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{section}.{name} is {getattr(owner, name)!r}; expected {expected}")

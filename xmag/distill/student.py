@@ -12,7 +12,7 @@ from xmag.distill.heads import ProjectionHead
 from xmag.distill.losses import BLOCKS, block_means
 from xmag.distill.views import LOW_MPP
 from xmag.errors import InputError
-from xmag.hub.model import read_model
+from xmag.hub import read_model
 from xmag.hub.registry import ModelConfig
 from xmag.vit import CONFIGS, ViT, ViTConfig, empty_vit
 
@@ -146,8 +146,7 @@ def pretrained_student(
     InputError where the model is for tiles of another scale than the student's 2.0 µm/px, and
     HubError or WeightsError where it cannot be read.
     """
-    hub = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
-    loaded = read_model(name_or_path, config=config, **{**hub, **options})
+    loaded = read_model(name_or_path, config=config, **options)
     model = student_config(loaded.config)
     vit = empty_vit(model.vit)
     vit.load_state_dict(loaded.state, assign=True)

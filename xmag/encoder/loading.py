@@ -10,7 +10,7 @@ import torch
 from xmag.devices import resolve_device, resolve_dtype
 from xmag.encoder.model import Encoder
 from xmag.errors import XmagWarning
-from xmag.hub.model import read_model
+from xmag.hub import read_model
 from xmag.hub.registry import DEFAULT_MODEL, ModelConfig
 from xmag.vit import ViTConfig, empty_vit
 

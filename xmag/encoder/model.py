@@ -20,7 +20,7 @@ from xmag.errors import InputError, ModelError
 from xmag.files import write_text
 from xmag.geometry import TileSpec
 from xmag.hub.registry import SCHEMA, ModelConfig
-from xmag.tensors import write_tensors
+from xmag.hub.weights import write_tensors
 from xmag.vit import ViT
 
 _logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ class Encoder:
         an array or a tensor on any device; B may be 0. Raises InputError for anything else.
         """
         checked = self._checked(tiles)
-        return _usable(self._embed(checked, 1, max(len(checked), 1))[0][:, 0])
+        tokens, _ = self.tokens_in_parts(checked, max(len(checked), 1), keep=1)
+        return tokens[:, 0].clone()  # autograd refuses tensors made in inference mode
 
     def embed_tokens(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D) and the patch tokens (B, N, D), row by row, float32.
@@ -159,9 +160,8 @@ class Encoder:
         raises what `embed` does.
         """
         checked = self._checked(tiles)
-        tokens = self._embed(checked, None, max(len(checked), 1))[0]
-        first = 1 + self._config.vit.registers
-        return _usable(tokens[:, 0]), _usable(tokens[:, first:])
+        tokens, _ = self.tokens_in_parts(checked, max(len(checked), 1))
+        return tokens[:, 0].clone(), tokens[:, 1 + self._config.vit.registers :].clone()
 
     def embed_stream(
         self, batches: Iterable[tuple[NDArray[np.int64], Tiles]]
@@ -235,25 +235,14 @@ class Encoder:
         # torch takes neither negative strides nor, without a warning, read-only memory.
         return torch.from_numpy(np.require(tiles, requirements=["C", "W"]))
 
-    def _tokens(self, tiles: Tensor, keep: int | None) -> Tensor:
-        missing = (self._whole_batch or len(tiles)) - len(tiles)
-        if missing <= 0:
-            return self._run(tiles, keep)
-        # What was compiled for one batch size would be compiled again for another.
-        padded = nn.functional.pad(tiles, (0, 0, 0, 0, 0, 0, 0, missing))
-        return self._run(padded, keep)[: len(tiles)]
+    def tokens_in_parts(
+        self, tiles: Tensor, limit: int, *, keep: int | None = None
+    ) -> tuple[Tensor, int]:
+        """The first `keep` tokens of tiles, in parts of `limit`, and the limit that memory allowed.
 
-    def embed_parts(self, tiles: Tensor, limit: int) -> tuple[Tensor, int]:
-        """The embeddings of tiles on the device, and the largest part that memory allowed.
-
-        For streams of tiles: takes what `embed` checked, and returns what belongs to torch's
-        inference mode.
+        For streams: takes tiles that are checked, and returns what belongs to torch's inference
+        mode, float32 (B, T, D).
         """
-        tokens, used = self._embed(tiles, 1, limit)
-        return tokens[:, 0], used
-
-    def _embed(self, tiles: Tensor, keep: int | None, limit: int) -> tuple[Tensor, int]:
-        """The tokens of tiles in parts of at most `limit`, and the limit that memory allowed."""
         if not len(tiles):
             side = self.tile_spec.size_px // self._config.vit.patch_px
             shape = (0, keep or 1 + self._config.vit.registers + side**2, self.embed_dim)
@@ -262,7 +251,7 @@ class Encoder:
             with torch.inference_mode(), full_precision(self._device):
                 try:
                     parts = [
-                        self._tokens(part.to(self._device, non_blocking=True), keep)
+                        self._run_padded(part.to(self._device, non_blocking=True), keep)
                         for part in torch.split(tiles, min(limit, self._whole_batch or limit))
                     ]
                     return (parts[0] if len(parts) == 1 else torch.cat(parts)), limit
@@ -277,7 +266,10 @@ class Encoder:
             torch.cuda.empty_cache()
             _logger.warning("%s is out of memory: going on with %d tiles", self._device, limit)
 
-
-def _usable(result: Tensor) -> Tensor:
-    """A copy that autograd accepts, which tensors made in inference mode are not."""
-    return result.clone()
+    def _run_padded(self, tiles: Tensor, keep: int | None) -> Tensor:
+        missing = (self._whole_batch or len(tiles)) - len(tiles)
+        if missing <= 0:
+            return self._run(tiles, keep)
+        # What was compiled for one batch size would be compiled again for another.
+        padded = nn.functional.pad(tiles, (0, 0, 0, 0, 0, 0, 0, missing))
+        return self._run(padded, keep)[: len(tiles)]

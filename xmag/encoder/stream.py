@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,13 +31,19 @@ class _Chunk(Generic[Tag]):
 
 @dataclass(slots=True)
 class _Batch(Generic[Tag]):
-    """A batch on the device: its tiles, and the rows of chunks that they are."""
+    """A batch that is filled on the device: its tiles, and the rows of chunks that they are."""
 
     tiles: Tensor
     filled: int = 0
     parts: list[tuple[_Chunk[Tag], int, int]] = field(default_factory=list)
-    features: Tensor | None = None
-    done: torch.cuda.Event | None = None
+
+
+class _Flying(NamedTuple, Generic[Tag]):
+    """A batch under way: its rows, embeddings in pinned memory, and the event of their arrival."""
+
+    parts: list[tuple[_Chunk[Tag], int, int]]
+    features: Tensor
+    done: torch.cuda.Event
 
 
 class TileStream(Generic[Tag]):
@@ -57,7 +63,7 @@ class TileStream(Generic[Tag]):
         self._computing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._computing.wait_stream(torch.cuda.current_stream(device))
         self._filling: _Batch[Tag] | None = None
-        self._flying: deque[_Batch[Tag]] = deque()
+        self._flying: deque[_Flying[Tag]] = deque()
         self._copied: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
         self._chunks: deque[_Chunk[Tag]] = deque()
 
@@ -88,7 +94,7 @@ class TileStream(Generic[Tag]):
         """The tags and embeddings, float32 (B, D), of chunks that are complete, in order."""
         self.poll()
         while self._flying and (
-            len(self._flying) > _BATCHES_IN_FLIGHT or _is_done(self._flying[0])
+            len(self._flying) > _BATCHES_IN_FLIGHT or self._flying[0].done.query()  # type: ignore[no-untyped-call]
         ):
             self._land(self._flying.popleft())
         while self._chunks and not self._chunks[0].missing:
@@ -128,18 +134,15 @@ class TileStream(Generic[Tag]):
         with torch.cuda.device(self._encoder.device), torch.cuda.stream(self._computing):
             # The memory goes back to the copying stream only when this stream is through with it.
             batch.tiles.record_stream(self._computing)
-            features, self._limit = self._encoder.embed_parts(
-                batch.tiles[: batch.filled], self._limit
+            tokens, self._limit = self._encoder.tokens_in_parts(
+                batch.tiles[: batch.filled], self._limit, keep=1
             )
-            batch.features = _pinned(features.shape, torch.float32)
-            batch.features.copy_(features, non_blocking=True)
-            batch.done = _recorded(self._computing)
-        self._flying.append(batch)
+            features = _pinned(tokens[:, 0].shape, torch.float32)
+            features.copy_(tokens[:, 0], non_blocking=True)
+            self._flying.append(_Flying(batch.parts, features, _recorded(self._computing)))
 
-    def _land(self, batch: _Batch[Tag]) -> None:
+    def _land(self, batch: _Flying[Tag]) -> None:
         """Hand the rows of a batch to their chunks."""
-        assert batch.done is not None
-        assert batch.features is not None
         batch.done.synchronize()
         rows, at = batch.features.numpy(), 0
         for chunk, first, count in batch.parts:
@@ -163,11 +166,6 @@ def pinned(memory: NDArray[np.uint8]) -> Iterator[bool]:
         if done:
             torch.cuda.synchronize()
             runtime.cudaHostUnregister(address)
-
-
-def _is_done(batch: _Batch[Tag]) -> bool:
-    assert batch.done is not None
-    return bool(batch.done.query())  # type: ignore[no-untyped-call]
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xmag import records
 from xmag.devices import Float32
-from xmag.errors import InputError
 
 _AXES = 3
 """Number of mirror axes (left-right, up-down, diagonal), which give the 8 square symmetries."""
@@ -30,8 +30,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation", "hue"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise InputError(f"Augmentation.{name} is {value!r}; expected 0 <= {name} < 1")
+            records.require(self, name, 0 <= getattr(self, name) < 1, f"0 <= {name} < 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from xmag import records
 from xmag.errors import MismatchError, OutputError, WeightsError, XmagWarning
 from xmag.finetune.training import Progress, Trainer
+from xmag.hub.weights import write_tensors
 from xmag.progress import progress_bar
 from xmag.provenance import Provenance
-from xmag.tensors import write_tensors
 from xmag.training import Ranks
 
 _logger = logging.getLogger(__name__)

@@ -1,9 +1,11 @@
 """Hyperparameters of fine-tuning."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from xmag import records
 from xmag.errors import InputError
 from xmag.finetune.augment import Augmentation
 from xmag.finetune.network import Precision
@@ -61,23 +63,20 @@ class Settings:
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require = functools.partial(records.require, self)
         for name in ("epochs", "slides_per_step", "sampled_tiles"):
-            self._require(name, isinstance(getattr(self, name), int), "an int")
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+            require(name, isinstance(getattr(self, name), int), "an int")
+            require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("patience", "chunk_tiles", "checkpoint_steps"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "None or at least 1")
+            require(name, value is None or value >= 1, "None or at least 1")
         for name in ("learning_rate", "classifier_learning_rate", "weight_decay"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "0 < layer_decay <= 1")
-        self._require("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a part of all steps")
-        self._require("clip", self.clip is None or self.clip > 0, "None or more than 0")
-        self._require("ema", self.ema is None or 0 <= self.ema < 1, "None, or 0 <= ema < 1")
-        self._require("precision", self.precision in get_args(Precision), str(get_args(Precision)))
-
-    def _require(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise InputError(f"Settings.{name} is {getattr(self, name)!r}; expected {expected}")
+            require(name, getattr(self, name) >= 0, "at least 0")
+        require("layer_decay", 0 < self.layer_decay <= 1, "0 < layer_decay <= 1")
+        require("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a part of all steps")
+        require("clip", self.clip is None or self.clip > 0, "None or more than 0")
+        require("ema", self.ema is None or 0 <= self.ema < 1, "None, or 0 <= ema < 1")
+        require("precision", self.precision in get_args(Precision), str(get_args(Precision)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

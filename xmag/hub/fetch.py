@@ -4,17 +4,14 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from xmag.errors import HubError, InputError, WeightsError
 from xmag.files import refuse_special
-from xmag.hub.registry import KNOWN, MINI
+from xmag.hub.registry import KNOWN, MINI, MINI_WEIGHTS
 from xmag.urls import shown
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _logger = logging.getLogger("xmag.hub")
 
@@ -45,11 +42,13 @@ def locate_model(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> LocalModel:
-    """The local files of a model: an existing path, else a Hub repository, fetched if need be.
+    """The local files of a model: "xmag-mini", an existing path, or a Hub name, fetched if need be.
 
-    Raises InputError for what is neither, HubError for what cannot be fetched, WeightsError for a
-    folder or repository without weights that xmag reads.
+    Raises InputError for what is none of these, HubError for what cannot be fetched, WeightsError
+    for a folder or repository without weights that xmag reads.
     """
+    if name == MINI:
+        return LocalModel(name=MINI, weights=MINI_WEIGHTS)
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
@@ -57,31 +56,33 @@ def locate_model(
                 f"revision={revision!r} was given for the local path {path}; it is for Hub names."
                 " Leave it out"
             )
-        return _local_model(path)
+        refuse_special(path, WeightsError)
+        if path.is_file():
+            return LocalModel(name=str(path), weights=path)
+        return _in_folder(path, name=str(path))
     if not (isinstance(name, str) and _HUB_NAME.fullmatch(name)):
         raise InputError(
             f"{shown(name)!r} is no existing path and no Hub name; expected a checkpoint file,"
             f' a folder with weights, a name like "owner/model", or "{MINI}"'
         )
-    return _HubModel(name, revision, token, cache_dir).get(local_files_only=local_files_only)
+    return _from_hub(name, revision, token, cache_dir, offline=local_files_only)
 
 
-def _local_model(path: Path) -> LocalModel:
-    refuse_special(path, WeightsError)
-    if path.is_file():
-        return LocalModel(name=str(path), weights=path)
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
-    weights = _choose_weights(names, where=f"the folder {path}")
-    config = path / _CONFIG if _CONFIG in names else None
-    return LocalModel(name=str(path), weights=path / weights, config_json=config)
+def _in_folder(folder: Path, *, name: str, revision: str | None = None) -> LocalModel:
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    return LocalModel(
+        name=name,
+        weights=folder / _choose_weights(names, where=f"the folder {folder}"),
+        config_json=folder / _CONFIG if _CONFIG in names else None,
+        revision=revision,
+    )
 
 
-def _choose_weights(names: "Iterable[str]", *, where: str) -> str:
+def _choose_weights(given: Iterable[str], *, where: str) -> str:
     """The file with the weights: the canonical name or the only one, safetensors before pickles."""
-    given = set(names)
-    names = sorted(name for name in given if "/" not in name and name != _OF_CLASSIFIER)
+    names = sorted(name for name in given if "/" not in name)
     for suffixes in (_SAFE, _PICKLED):
-        found = [name for name in names if name.endswith(suffixes)]
+        found = [name for name in names if name.endswith(suffixes) and name != _OF_CLASSIFIER]
         canonical = [name for name in found if name in _CANONICAL]
         if canonical or len(found) == 1:
             return (canonical or found)[0]
@@ -91,7 +92,7 @@ def _choose_weights(names: "Iterable[str]", *, where: str) -> str:
                 f" {' or '.join(_CANONICAL)}. Give the path of the file you mean (sharded weights"
                 " have to be merged first)"
             )
-    if _OF_CLASSIFIER in given:
+    if _OF_CLASSIFIER in names:
         raise WeightsError(
             f"{where} has a classifier and no encoder; read it with MILClassifier.load, and load"
             " the encoder that its bags were made with"
@@ -102,153 +103,120 @@ def _choose_weights(names: "Iterable[str]", *, where: str) -> str:
     )
 
 
-class _HubModel:
-    """One repository of the Hub at one revision, and its place in the cache.
+def _from_hub(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    offline: bool,
+) -> LocalModel:
+    """The files of a repository: from the cache without a request where that is enough.
 
-    The cache is huggingface_hub's own (HF_HOME, HF_HUB_CACHE, or cache_dir), whose layout is
-    documented: huggingface.co/docs/huggingface_hub/guides/manage-cache.
+    Enough is any cached version for the default revision, and the very one for a commit; a branch
+    or tag is looked up, as it may have moved.
     """
+    # Only here is huggingface_hub needed, and it is slow to import.
+    from huggingface_hub import constants, errors
 
-    def __init__(
-        self,
-        name: str,
-        revision: str | None,
-        token: str | bool | None,
-        cache_dir: str | os.PathLike[str] | None,
-    ) -> None:
-        # Only here is huggingface_hub needed, and it is slow to import.
-        from huggingface_hub import constants
-
-        self._name = name
-        self._revision = revision
-        self._token = token
-        self._endpoint = constants.ENDPOINT
-        self._cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-
-    def get(self, *, local_files_only: bool) -> LocalModel:
-        """Local files: from the cache without a request where that is enough, else fetched.
-
-        Enough is any cached version for the default revision, and the very one for a commit; a
-        branch or tag is looked up, as it may have moved.
-        """
-        cached = self._cached()
-        movable = self._revision is not None and not _COMMIT.fullmatch(self._revision)
-        if cached and (local_files_only or not movable):
+    page = f"{constants.ENDPOINT}/{name}"
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    # huggingface_hub speaks requests up to 0.x and httpx from 1.0: the errors of either are the
+    # bases of its own, or OSError.
+    failures: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
+    cached = None
+    try:
+        cached = _cached(name, revision, cache)
+        if cached and (offline or revision is None or _COMMIT.fullmatch(revision)):
             return cached
-        if local_files_only:
-            raise self._unreachable("local_files_only=True")
-        return self._fetch(cached)
-
-    def _cached(self) -> LocalModel | None:
-        folder = self._cache / f"models--{self._name.replace('/', '--')}"
-        commit = self._revision or "main"
-        ref = folder / "refs" / commit
-        if ref.is_file():
-            commit = ref.read_text().strip()
-        snapshot = folder / "snapshots" / commit
-        try:
-            names = [entry.name for entry in snapshot.iterdir()]
-            weights = snapshot / _choose_weights(names, where=str(snapshot))
-        except (OSError, WeightsError):  # nothing there yet, or only a part
-            return None
-        config = snapshot / _CONFIG if _CONFIG in names else None
-        return LocalModel(name=self._name, weights=weights, config_json=config, revision=commit)
-
-    def _fetch(self, cached: LocalModel | None) -> LocalModel:
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
+        if offline:
+            raise errors.OfflineModeIsEnabled("local_files_only=True")
+        return _fetched(name, revision, token, cache, page)
+    except errors.HFValidationError as error:
+        raise InputError(f"{name!r} is no name that the Hub allows: {error}") from error
+    except failures as error:
+        # "Not in the cache" hides what kept it from being fetched.
+        hidden = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
+        reason = hidden or error
+        status = getattr(getattr(reason, "response", None), "status_code", None)
+        if cached and (status is None or status >= 500):
+            _logger.warning("%s cannot be reached; using %s", page, cached.weights)
+            return cached
+        said = _explained(reason, status, page, revision) or (
+            f"is not in the cache at {cache} and cannot be fetched from {page}"
+            f" ({type(reason).__name__}: {reason}). Connect once, set HF_HOME or cache_dir= to a"
+            " cache that has it, give a folder or file with its weights, or use"
+            f' "{MINI}", which needs no network'
         )
+        raise HubError(f"{name} {said}") from error
 
-        # huggingface_hub speaks requests up to 0.x and httpx from 1.0: the errors of either are
-        # the bases of its own, or OSError.
-        failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-        try:
-            return self._download()
-        except HFValidationError as error:
-            raise InputError(f"{self._name!r} is no name that the Hub allows: {error}") from error
-        except failures as error:
-            # "Not in the cache" hides what kept it from being fetched.
-            hidden = isinstance(error, LocalEntryNotFoundError) and error.__cause__
-            reason = hidden or error
-            status = getattr(getattr(reason, "response", None), "status_code", None)
-            if cached and (status is None or status >= 500):
-                _logger.warning("%s cannot be reached; using %s", self._page, cached.weights)
-                return cached
-            raise self._explained(reason, status) from error
 
-    def _explained(self, error: BaseException, status: int | None) -> HubError:
-        from huggingface_hub import errors
+def _cached(name: str, revision: str | None, cache: Path) -> LocalModel | None:
+    """The files of a revision in the cache; None where there are none, or not the weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-        if isinstance(error, errors.GatedRepoError):
-            return self._forbidden("is gated, and this account has no access")
-        if isinstance(error, errors.RevisionNotFoundError):
-            return HubError(
-                f"{self._page} has no revision {self._revision!r}; expected a branch, tag or full"
-                " commit hash listed under its files"
+    try:
+        # No pattern, as other files of the repository may well be missing.
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=[]
+        )
+        return _in_folder(Path(folder), name=name, revision=Path(folder).name)
+    except (LocalEntryNotFoundError, WeightsError):
+        return None
+
+
+def _fetched(
+    name: str, revision: str | None, token: str | bool | None, cache: Path, page: str
+) -> LocalModel:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    # Later versions do this themselves: tqdm's own lock is shared with child processes, and
+    # making one fixes the start method of multiprocessing for the whole program.
+    if "_lock" not in vars(tqdm):
+        tqdm.set_lock(threading.RLock())
+    listing = HfApi(token=token).model_info(name, revision=revision).siblings or []
+    names = [entry.rfilename for entry in listing]
+    weights = _choose_weights(names, where=page)
+    terms = KNOWN[name].terms if name in KNOWN else "not known to xmag; read its page"
+    _logger.warning("fetching %s; terms of use: %s", page, terms)
+    # The weights come last: a snapshot that has them is whole. The first file is asked for by the
+    # name of the revision, which huggingface_hub then remembers; the next by its commit.
+    folder = cache
+    for file in (_CONFIG, weights) if _CONFIG in names else (weights,):
+        got = hf_hub_download(name, file, revision=revision, cache_dir=cache, token=token)
+        folder = Path(got).parent
+        revision = folder.name
+    return _in_folder(folder, name=name, revision=revision)
+
+
+def _explained(
+    error: BaseException, status: int | None, page: str, revision: str | None
+) -> str | None:
+    """What follows the name of a model that the Hub does not give; None where it was silent."""
+    from huggingface_hub import errors
+
+    token = "set HF_TOKEN, run `hf auth login`, or pass token="
+    terms = f"Accept its terms at {page} while logged in, then give a token of that account"
+    match error:
+        case errors.GatedRepoError():
+            return f"is gated, and this account has no access. {terms}: {token}"
+        case errors.RevisionNotFoundError():
+            return (
+                f"has no revision {revision!r}; expected a branch, tag or full commit hash listed"
+                f" under its files at {page}"
             )
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return HubError(
-                f"{self._page} was not found. Check the spelling; a private model needs a token"
-                " that may read it: set HF_TOKEN, run `hf auth login`, or pass token="
+        case errors.RepositoryNotFoundError():
+            return (
+                f"was not found at {page}. Check the spelling; a private model needs a token that"
+                f" may read it: {token}"
             )
-        if status in (401, 403):
-            return self._forbidden(f"refused this account (HTTP {status})")
-        if status == 404:
-            return HubError(
-                f"{self._page} lists a file that it does not have ({error}). Try again, or another"
-                " revision="
-            )
-        return self._unreachable(f"{type(error).__name__}: {error}")
-
-    def _download(self) -> LocalModel:
-        from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.utils.tqdm import tqdm
-
-        # Later versions do this themselves: tqdm's own lock is shared with child processes, and
-        # making one fixes the start method of multiprocessing for the whole program.
-        if "_lock" not in vars(tqdm):
-            tqdm.set_lock(threading.RLock())
-        api = HfApi(endpoint=self._endpoint, token=self._token)
-        listing = api.model_info(self._name, revision=self._revision).siblings or []
-        names = [entry.rfilename for entry in listing]
-        weights = _choose_weights(names, where=self._page)
-        terms = (
-            KNOWN[self._name].terms if self._name in KNOWN else "not known to xmag; read its page"
+    if status in (401, 403):
+        return f"refused this account (HTTP {status}). {terms}: {token}"
+    if status == 404:
+        return (
+            f"lists a file that it does not have at {page} ({error}). Try again, or another"
+            " revision="
         )
-        _logger.warning("fetching %s; terms of use: %s", self._page, terms)
-        # The weights come last: a snapshot that has them is whole. The first file is asked for by
-        # the name of the revision, which huggingface_hub then remembers; the next by its commit.
-        commit, files = self._revision or "main", {}
-        for name in ([_CONFIG] if _CONFIG in names else []) + [weights]:
-            files[name] = Path(
-                hf_hub_download(
-                    self._name, name, revision=commit, cache_dir=self._cache, token=self._token
-                )
-            )
-            commit = files[name].parent.name
-        return LocalModel(
-            name=self._name,
-            weights=files[weights],
-            config_json=files.get(_CONFIG),
-            revision=commit,
-        )
-
-    @property
-    def _page(self) -> str:
-        return f"{self._endpoint}/{self._name}"
-
-    def _forbidden(self, what: str) -> HubError:
-        return HubError(
-            f"{self._name} {what}. Accept its terms at {self._page} while logged in, then give a"
-            " token of that account: set HF_TOKEN, run `hf auth login`, or pass token="
-        )
-
-    def _unreachable(self, reason: str) -> HubError:
-        return HubError(
-            f"{self._name} is not in the cache at {self._cache} and cannot be fetched from"
-            f" {self._endpoint} ({reason}). Connect once, set HF_HOME or cache_dir= to a cache"
-            f' that has it, give a folder or file with its weights, or use "{MINI}", which needs no'
-            " network"
-        )
+    return None

@@ -22,30 +22,33 @@ _ANCHORS = {
 }
 """A parameter that every model of a layout has once; what stands before it is the prefix."""
 
-_NOT_USED = {"mask_token"}
-"""Parameters of pre-training that no embedding depends on."""
+_Names = tuple[tuple[re.Pattern[str], str], ...]
 
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
+
+def _names(*pairs: tuple[str, str]) -> _Names:
+    return tuple((re.compile(pattern), ours) for pattern, ours in pairs)
+
+
+_CHUNKS = _names((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."))
 """DINOv2's training checkpoints group blocks for sharding: blocks.<chunk>.<block>."""
 
-_HUGGINGFACE = tuple(
-    (re.compile(pattern), ours)
-    for pattern, ours in (
-        (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^layernorm\.", "norm."),
-        (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-        (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.qkv[0]."),
-        (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.qkv[1]."),
-        (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.qkv[2]."),
-        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-        (r"\.mlp\.weights_in\.", ".mlp.w12."),
-        (r"\.mlp\.gate_proj\.", ".mlp.w12[0]."),
-        (r"\.mlp\.up_proj\.", ".mlp.w12[1]."),
-        (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
-    )
+_TIMM = _names((r"^reg_token$", "register_tokens"))
+_TIMM_SWIGLU = _names((r"\.mlp\.fc1\.", ".mlp.w12."), (r"\.mlp\.fc2\.", ".mlp.w3."))
+_HUGGINGFACE = _names(
+    (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.qkv[0]."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.qkv[1]."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.qkv[2]."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.gate_proj\.", ".mlp.w12[0]."),
+    (r"\.mlp\.up_proj\.", ".mlp.w12[1]."),
+    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
 )
 _PART = re.compile(r"\[(\d)\]")
 _LISTED = 12
@@ -75,12 +78,16 @@ def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str
     outside = (key for key in tensors if not key.startswith(prefix))
     layout = _ANCHORS[anchor]
     if layout == "huggingface":
-        state = _join_parts({_rename_huggingface(key): t for key, t in model.items()})
+        state = _join_parts(_renamed(model, _HUGGINGFACE))
     else:
-        layout = "timm" if _is_timm(model, config) else "dinov2"
-        state = _rename_dinov2(model, config)
-    state = {key: tensor for key, tensor in state.items() if key not in _NOT_USED}
-    state = _with_class_position(state, config)
+        dinov2 = _renamed(model, _CHUNKS)
+        state = _renamed(dinov2, _TIMM + (_TIMM_SWIGLU if config.mlp == "swiglu" else ()))
+        layout = "dinov2" if state.keys() == dinov2.keys() else "timm"
+    state.pop("mask_token", None)  # of pre-training: no embedding depends on it
+    table, patches = state.get("pos_embed"), config.position_grid**2
+    if config.class_position and table is not None and table.shape[1:2] == (patches,):
+        # timm adds the class position to the token: a row of zeros stands for it.
+        state["pos_embed"] = torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)
     _check(state, config, where=where, prefix=prefix, layout=layout)
     return ViTState(
         state={key: t.to(torch.float32, copy=True).contiguous() for key, t in state.items()},
@@ -118,10 +125,13 @@ def _choose_model(tensors: Mapping[str, Tensor], where: str) -> tuple[str, str]:
     )
 
 
-def _rename_huggingface(key: str) -> str:
-    for pattern, ours in _HUGGINGFACE:
-        key = pattern.sub(ours, key)
-    return key
+def _renamed(state: Mapping[str, Tensor], names: _Names) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, ours in names:
+            key = pattern.sub(ours, key)  # noqa: PLW2901
+        renamed[key] = tensor
+    return renamed
 
 
 def _join_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,30 +141,6 @@ def _join_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = _PART.sub("", key)
         joined[whole] = torch.cat((joined[whole], state[key])) if whole in joined else state[key]
     return joined
-
-
-def _is_timm(model: Mapping[str, Tensor], config: ViTConfig) -> bool:
-    packed = config.mlp == "swiglu" and any(".mlp.fc1." in key for key in model)
-    return packed or "reg_token" in model
-
-
-def _rename_dinov2(model: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    renamed = {}
-    for key, tensor in model.items():
-        name = _CHUNKED_BLOCK.sub(r"blocks.\1.", key)
-        name = "register_tokens" if name == "reg_token" else name
-        if config.mlp == "swiglu":
-            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
-        renamed[name] = tensor
-    return renamed
-
-
-def _with_class_position(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """State with a position row of zeros for timm, which adds the class position to the token."""
-    table = state.get("pos_embed")
-    if not config.class_position or table is None or table.shape[1:2] != (config.position_grid**2,):
-        return state
-    return {**state, "pos_embed": torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)}
 
 
 def _check(
@@ -178,16 +164,12 @@ def _check(
             f" {config.width}, depth {config.depth}, {config.registers} registers and mlp"
             f" {config.mlp!r}. {listed}. Give config= for the model that these weights are of"
         )
-    bad = [key for key, t in state.items() if not (t.is_floating_point() and _is_finite(t))]
+    bad = [k for k, t in state.items() if not (t.is_floating_point() and t.isfinite().all())]
     if bad:
         raise WeightsError(
             f"{where} has values that are not finite floating-point numbers in {', '.join(bad)};"
             " expected none. Fetch it again, or take a checkpoint from before training diverged"
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _listed(keys: list[str]) -> str:

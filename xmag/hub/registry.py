@@ -13,9 +13,16 @@ from xmag.geometry import TileSpec
 from xmag.vit import CONFIGS, ViTConfig
 
 DEFAULT_MODEL = "AI4PATH/XMAG"
-MINI = "xmag-mini"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
+
+MINI = "xmag-mini"
+"""A small trained ViT inside the package, so that everything runs without a network.
+
+Its model card is docs/models.md. The weights are stored in float16, and computed with in float32.
+"""
+MINI_WEIGHTS = Path(__file__).with_name("mini.safetensors")
+MINI_SHA256 = "7c70c6c0caf86dca66cfea67a9de99532cb88ea82f298902753d45ea0f77ac4e"
 
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
@@ -61,67 +68,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnownModel:
-    """A model of the registry: its configuration and the terms of its weights."""
-
-    config: ModelConfig
-    terms: str
-
-
-def _known() -> dict[str, KnownModel]:
-    models = {
-        DEFAULT_MODEL: KnownModel(
-            config=ModelConfig(vit=CONFIGS["dinov2_vitb14"]),
-            terms="PolyForm Noncommercial 1.0.0, as the reference code; read the model's page",
-        ),
-        "MahmoodLab/UNI2-h": KnownModel(
-            config=ModelConfig(vit=CONFIGS["uni2_h"], tile_spec=TileSpec(mpp=0.5)),
-            terms="CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
-        ),
-        MINI: KnownModel(
-            config=ModelConfig(vit=CONFIGS["xmag_mini"]),
-            terms="Apache-2.0; made from images under CC BY 3.0, see the model card",
-        ),
-    }
-    for size, letter in (("small", "s"), ("base", "b"), ("large", "l"), ("giant", "g")):
-        plain = replace(CONFIGS[f"dinov2_vit{letter}14"], position_rule="size")
-        models[f"facebook/dinov2-{size}"] = KnownModel(
-            config=ModelConfig(vit=plain), terms="Apache-2.0"
-        )
-        models[f"facebook/dinov2-with-registers-{size}"] = KnownModel(
-            config=ModelConfig(vit=CONFIGS[f"dinov2_vit{letter}14_reg"]), terms="Apache-2.0"
-        )
-    return models
-
-
-KNOWN: Mapping[str, KnownModel] = MappingProxyType(_known())
-"""The models that need no configuration from the user, by Hub name.
-
-facebook/dinov2-* follow the code that their repositories are made for (Hugging Face's
-Dinov2Model), which resizes positions by "size".
-"""
-
-_BY_NAME: Mapping[str, ModelConfig] = MappingProxyType(
-    {name: ModelConfig(vit=vit) for name, vit in CONFIGS.items()}
-    | {"uni2_h": KNOWN["MahmoodLab/UNI2-h"].config}
-)
-
-
-def given_config(config: "ModelConfig | ViTConfig | str") -> ModelConfig:
-    """The ModelConfig that a `config=` argument means; InputError where it means none."""
-    if isinstance(config, ModelConfig):
-        return config
-    if isinstance(config, ViTConfig):
-        return ModelConfig(vit=config)
-    if isinstance(config, str) and config in _BY_NAME:
-        return _BY_NAME[config]
-    raise InputError(
-        f"config={config!r} is unknown; expected one of {sorted(_BY_NAME)}, a ViTConfig or a"
-        " ModelConfig"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
     """Configuration of a model, its source, terms and lineage.
 
@@ -135,32 +81,77 @@ class ResolvedConfig:
     lineage: Mapping[str, Any] | None = None
 
 
+def _known(vit: ViTConfig, terms: str, *, mpp: float = 2.0) -> ResolvedConfig:
+    config = ModelConfig(vit=vit, tile_spec=TileSpec(mpp=mpp))
+    return ResolvedConfig(config=config, source="registry", terms=terms)
+
+
+_UNI = "MahmoodLab/UNI2-h"
+_SIZES = ("small", "base", "large", "giant")
+
+KNOWN: Mapping[str, ResolvedConfig] = MappingProxyType(
+    {
+        DEFAULT_MODEL: _known(
+            CONFIGS["dinov2_vitb14"],
+            "PolyForm Noncommercial 1.0.0, as the reference code; read the model's page",
+        ),
+        _UNI: _known(
+            CONFIGS["uni2_h"],
+            "CC-BY-NC-ND 4.0, gated: non-commercial academic research only, no sharing",
+            mpp=0.5,
+        ),
+        MINI: _known(
+            CONFIGS["xmag_mini"],
+            "Apache-2.0; made from images under CC BY 3.0, see the model card",
+        ),
+    }
+    | {
+        f"facebook/dinov2-{size}": _known(
+            replace(CONFIGS[f"dinov2_vit{size[0]}14"], position_rule="size"), "Apache-2.0"
+        )
+        for size in _SIZES
+    }
+    | {
+        f"facebook/dinov2-with-registers-{size}": _known(
+            CONFIGS[f"dinov2_vit{size[0]}14_reg"], "Apache-2.0"
+        )
+        for size in _SIZES
+    }
+)
+"""The models that need no configuration from the user, by Hub name.
+
+facebook/dinov2-* follow the code that their repositories are made for (Hugging Face's
+Dinov2Model), which resizes positions by "size".
+"""
+
+
+def given_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
+    """The ModelConfig that a `config=` argument means; InputError where it means none."""
+    if isinstance(config, ModelConfig):
+        return config
+    if isinstance(config, ViTConfig):
+        return ModelConfig(vit=config)
+    if isinstance(config, str) and config in CONFIGS:
+        # UNI2-h alone is not for tiles at 2.0 µm/px.
+        return KNOWN[_UNI].config if config == "uni2_h" else ModelConfig(vit=CONFIGS[config])
+    raise InputError(
+        f"config={config!r} is unknown; expected one of {sorted(CONFIGS)}, a ViTConfig or a"
+        " ModelConfig"
+    )
+
+
 def resolve_config(
-    name: str, config_json: Path | None, given: "ModelConfig | ViTConfig | str | None"
+    name: str, config_json: Path | None, given: ModelConfig | None
 ) -> ResolvedConfig:
     """The configuration of a model: the given one, the registry's, config.json's, or an assumed.
 
     Assumed is `dinov2_vitb14`, for a bare checkpoint file and beside a config.json that names no
     model that xmag knows. Raises WeightsError for a config.json that is broken.
     """
-    known = KNOWN.get(name)
     read = None if config_json is None else _read_config(config_json)
-    terms = known.terms if known else (read.terms if read else None)
-    trained = read.trained if read else True
-    lineage = read.lineage if read else None
-    if given is not None:
-        return ResolvedConfig(
-            config=given_config(given),
-            source="given",
-            terms=terms,
-            trained=trained,
-            lineage=lineage,
-        )
-    if known:
-        return ResolvedConfig(config=known.config, source="registry", terms=terms)
-    if read:
-        return read
-    return ResolvedConfig(config=_BY_NAME["dinov2_vitb14"], source="assumed")
+    assumed = ResolvedConfig(config=given_config("dinov2_vitb14"), source="assumed")
+    found = KNOWN.get(name) or read or assumed
+    return found if given is None else replace(found, config=given, source="given")
 
 
 def _read_config(path: Path) -> ResolvedConfig | None:
@@ -185,8 +176,7 @@ def _read_config(path: Path) -> ResolvedConfig | None:
             )
         if values.get("model_type") == _OFFICIAL_TYPE:
             # A copy of the official repository, whose own code reads the rest of its config.
-            official = KNOWN[DEFAULT_MODEL]
-            return ResolvedConfig(config=official.config, source="registry", terms=official.terms)
+            return KNOWN[DEFAULT_MODEL]
         if values.get("model_type") in ("dinov2", "dinov2_with_registers"):
             return ResolvedConfig(config=ModelConfig(vit=_dinov2_config(values)), source="read")
     except (InputError, KeyError, TypeError) as error:

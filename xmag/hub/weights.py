@@ -1,6 +1,7 @@
-"""Tensors and SHA-256 of a checkpoint file, read without running code from it."""
+"""Tensors of a file: read without running code from it, written whole; and its SHA-256."""
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xmag.errors import WeightsError
-from xmag.files import sha256_of
+from xmag.errors import OutputError, WeightsError
+from xmag.files import atomic_path, sha256_of
 
 _SAFE_PICKLE = (2, 10)
 """The first torch whose weights_only loading has neither CVE-2025-32434 nor CVE-2026-24747."""
@@ -57,23 +58,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Nested dictionaries are flattened ("state_dict.model.norm.weight"); what is no tensor is left
     out. Raises WeightsError for a file that is truncated, no checkpoint, or a pickle with code.
     """
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    tensors = dict(_flatten(read(path), ""))
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path, device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path} is no whole safetensors file ({error}). Fetch or copy it again"
+            ) from error
+    else:
+        tensors = dict(_flatten(_read_pickle(path), ""))
     if not tensors:
         raise WeightsError(
             f"{path} holds no tensors by name; expected a state dict, or a training checkpoint that"
             " contains one"
         )
     return tensors
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    try:
-        return load_file(path, device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is no whole safetensors file ({error}). Fetch or copy it again"
-        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -86,14 +85,20 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(_checked_archive(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # The rest of torch's message advises to trust the file (weights_only=False).
+        named = _NAMED.search(str(error))
+        refused = f" (it names {named[1]})" if named else ""
         raise WeightsError(
             f"{path} is a pickle that holds more than tensors and plain values, or is none at"
-            f" all{_found(error)}. Code in a file is never run, and there is no option that would."
+            f" all{refused}. Code in a file is never run, and there is no option that would."
             " Save the bare state dict, best as safetensors"
         ) from None
     except _LOAD_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # with False it would read these two, says torch
+            reason = "it is TorchScript, or a tar as of torch 0.1"
         raise WeightsError(
-            f"{path} is no whole torch checkpoint ({_first_line(error)}). Fetch or copy it again"
+            f"{path} is no whole torch checkpoint ({reason}). Fetch or copy it again"
         ) from error
 
 
@@ -118,24 +123,26 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
     return path
 
 
-def _found(error: pickle.UnpicklingError) -> str:
-    """Name of the object for which a pickle is refused, from torch's message.
-
-    The rest advises to trust the file (weights_only=False).
-    """
-    named = _NAMED.search(str(error))
-    return f" (it names {named[1]})" if named else ""
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    # Of these two torch says that weights_only=False would read them.
-    return "it is TorchScript, or a tar as of torch 0.1" if "weights_only" in line else line
-
-
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(node, Tensor):
         yield path, node.detach()
     elif isinstance(node, Mapping):
         for key, value in node.items():
             yield from _flatten(value, f"{path}.{key}" if path else str(key))
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
+) -> None:
+    """Write contiguous CPU tensors to `path` as safetensors, atomically; see `atomic_path`.
+
+    Raises OutputError where it cannot be written; what was there before is untouched.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise OutputError(
+            f"{path} cannot be written ({error}): free some space there, or write elsewhere. What"
+            " was there before is untouched"
+        ) from error

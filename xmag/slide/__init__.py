@@ -1,6 +1,5 @@
 """Whole-slide image files: a reader for each format, opened as a `Slide`."""
 
-from xmag.slide.opening import is_slide_path
-from xmag.slide.slide import Slide, SlideFacts
+from xmag.slide.slide import Slide, SlideFacts, is_slide_path
 
 __all__ = ["Slide", "SlideFacts", "is_slide_path"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -20,13 +20,14 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import check_jpeg, check_zeros, end_of_header
+from xmag.slide.integrity import check_jpeg, check_jpeg2000, check_webp, check_zeros, end_of_header
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 
 JPEG = 7
 APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
+_ZSTD, _WEBP = 50000, 50001
 _PHOTOMETRIC_RGB = 2
 _BAND_PX = 1 << 20
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -34,20 +35,17 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _RESTART = re.compile(rb"\xff[\xd0-\xd9]")
 _RESTART_BYTES = 16
 """In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
-_WEBP_ZEROS = 8
-"""A WebP ends in fewer: what pads the last bits, and a byte to make the length even."""
 _REDUCTIONS = (1, 2, 4, 8)
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
 it has too few samples at the end. It is decoded by so much less, and then averaged."""
 
 
-class Decoder(Protocol):
-    """Pixels of one tile at 1/reduction; DamagedSlideError where the bytes are not a tile."""
+Decoder = Callable[[bytes, int], Pixels]
+"""Tile bytes, n -> the pixels of the tile at 1/n, in full tile size.
 
-    def __call__(self, data: bytes, reduction: int, /) -> Pixels:
-        """The pixels, in full tile size."""
-        ...
+DamagedSlideError where the bytes are not a tile.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +88,13 @@ def decoder(coding: TileCoding) -> Decoder:
     if coding.compression in (JPEG, 33007):
         return _JpegDecoder(coding)
     if coding.compression in JPEG_2000:
-        return _Jpeg2000Decoder(coding)
+        return _jpeg2000(coding)
     if coding.photometric != _PHOTOMETRIC_RGB:
         raise UnsupportedSlideError(
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
             " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
         )
-    if coding.compression == 50001:
+    if coding.compression == _WEBP:
         return _ArrayDecoder(coding, partial(_webp, size=coding.size))
     return _ArrayDecoder(coding, _lossless(coding))
 
@@ -289,32 +287,28 @@ class _ArrayDecoder:
         return box_average(_padded(pixels, self._size), reduction)
 
 
-class _Jpeg2000Decoder:
-    """Tiles in JPEG 2000: in full, or at 1/4 and less without their finest wavelet level."""
+def _jpeg2000(coding: TileCoding) -> Decoder:
+    """The decoder of JPEG 2000: in full, or at 1/4 and less without the finest wavelet level."""
+    # Elsewhere the code stands for JPEG 2000 of any kind, and no tag tells RGB from YCbCr.
+    ycbcr = coding.aperio and coding.compression == APERIO_J2K_YCBCR
+    decode = partial(jpeg2000.decode, ycbcr=ycbcr)
+    width, height = coding.size
+    # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
+    native = _ArrayDecoder(coding, partial(decode, size=coding.size, rounded=True))
+    full = _ArrayDecoder(coding, partial(decode, size=coding.size))
+    quarter = _ArrayDecoder(
+        replace(coding, size=(width // 4, height // 4), last_height=height // 4),
+        lambda half: jpeg2000.quarter(decode(half, size=(width // 2, height // 2))),
+    )
 
-    def __init__(self, coding: TileCoding) -> None:
-        # Elsewhere the code stands for JPEG 2000 of any kind, and no tag tells RGB from YCbCr.
-        ycbcr = coding.aperio and coding.compression == APERIO_J2K_YCBCR
-        full = partial(jpeg2000.decode, size=coding.size, ycbcr=ycbcr)
-        self._size = coding.size
-        # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
-        self._native = _ArrayDecoder(coding, partial(full, rounded=True))
-        self._full = _ArrayDecoder(coding, full)
-        width, height = coding.size[0] // 4, coding.size[1] // 4
-        quarter = replace(coding, size=(width, height), last_height=height)
-        halved = partial(
-            jpeg2000.decode, size=(coding.size[0] // 2, coding.size[1] // 2), ycbcr=ycbcr
-        )
-        self._quarter = _ArrayDecoder(quarter, lambda half: jpeg2000.quarter(halved(half)))
-
-    def __call__(self, data: bytes, reduction: int) -> Pixels:
-        jpeg2000.check_body(data)
+    def decoded(data: bytes, reduction: int) -> Pixels:
+        check_jpeg2000(data)
         if reduction == 1:
-            return self._native(data, reduction)
-        half = jpeg2000.without_finest_level(data, self._size) if reduction >= 4 else None
-        if half is None:
-            return self._full(data, reduction)
-        return self._quarter(half, reduction // 4)
+            return native(data, reduction)
+        half = jpeg2000.without_finest_level(data, coding.size) if reduction >= 4 else None
+        return full(data, reduction) if half is None else quarter(half, reduction // 4)
+
+    return decoded
 
 
 def over_white(rgba: NDArray[np.uint8]) -> Pixels:
@@ -338,31 +332,8 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
-    """The pixels of a WebP stream; DamagedSlideError where it says that it is larger than `size`.
-
-    Its header is in RFC 9649, sections 2.5 to 2.7.
-    """
-    kind, width, height = data[12:16], 0, 0
-    if kind == b"VP8X":
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    elif kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8 ":
-        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    if not (0 < width <= size[0] and 0 < height <= size[1]):
-        raise DamagedSlideError(f"its WebP is {width}x{height} px, the tile {size[0]}x{size[1]} px")
-    check_zeros(data, "WebP")
-    # It ends without a marker, and says itself where; what follows pads.
-    if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(_WEBP_ZEROS)):
-        raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
+    check_webp(data, size)
     return imagecodecs.webp_decode(data)
-
-
-def _zstd(data: bytes, *, out: int) -> bytes | bytearray:
-    """The content of a Zstandard frame. Most writers leave its checksum out."""
-    check_zeros(data, "Zstandard")
-    return imagecodecs.zstd_decode(data, out=out)
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -373,7 +344,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
         8: imagecodecs.zlib_decode,
         32946: imagecodecs.zlib_decode,
         32773: imagecodecs.packbits_decode,
-        50000: _zstd,
+        _ZSTD: imagecodecs.zstd_decode,
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):
@@ -385,6 +356,8 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     whole = row * coding.size[1]
 
     def decode(data: bytes) -> NDArray[Any]:
+        if coding.compression == _ZSTD:  # most writers leave its checksum out
+            check_zeros(data, "Zstandard")
         # With the size of what comes out, so that a few bytes cannot unpack to gigabytes.
         raw = np.frombuffer(unpack(data, out=whole + 1), np.uint8)
         if raw.size > whole:

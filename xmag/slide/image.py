@@ -39,9 +39,10 @@ class ImageReader:
                 f"{path.name} has {length} bytes; xmag reads plain images of up to {_MAX_BYTES}"
                 " bytes. Convert it to a tiled pyramid"
             )
-        self._is_png = _is_png(path)
-        self.format = "png" if self._is_png else "jpeg"
-        size = _png_size(path) if self._is_png else _jpeg_size(path)
+        with path.open("rb") as file:
+            head = file.read(26)
+        self.format = "png" if head.startswith(PNG_MAGIC) else "jpeg"
+        size = _png_size(head, path.name) if self.format == "png" else _jpeg_size(path)
         limit = Image.MAX_IMAGE_PIXELS
         if not (size[0] > 0 and size[1] > 0):
             raise DamagedSlideError(f"{path.name} has {size[0]}x{size[1]} px; copy it again")
@@ -51,7 +52,7 @@ class ImageReader:
                 " (PIL.Image.MAX_IMAGE_PIXELS). Convert it to a tiled pyramid, or raise the limit"
                 " if you trust the file"
             )
-        self.levels = (Level(size=size, downsample=1.0),)
+        self.levels: tuple[Level, ...] = (Level(size=size, downsample=1.0),)
         self._pixels: Pixels | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -75,11 +76,12 @@ class ImageReader:
 
     def _decoded(self) -> Pixels:
         try:
-            if not self._is_png:
+            if self.format == "jpeg":
                 data = self._path.read_bytes()
                 check_jpeg(data)
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
+            # Not by imagecodecs, whose libpng complains on stderr.
             with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 return _on_white(image)
         # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
@@ -87,9 +89,6 @@ class ImageReader:
             raise DamagedSlideError(
                 f"{self._path.name} is damaged: {error}. Copy the file again"
             ) from error
-
-    def __reduce__(self) -> tuple[type["ImageReader"], tuple[Path]]:
-        return ImageReader, (self._path,)
 
 
 def _pixels_of_png(data: bytes) -> io.BytesIO:
@@ -111,21 +110,14 @@ def _on_white(image: Image.Image) -> Pixels:
     return over_white(array) if image.mode == "RGBA" else array
 
 
-def _is_png(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(PNG_MAGIC)) == PNG_MAGIC
-
-
-def _png_size(path: Path) -> tuple[int, int]:
+def _png_size(head: bytes, name: str) -> tuple[int, int]:
     """(width, height) from the IHDR chunk; UnsupportedSlideError where it is not 8-bit RGB."""
-    with path.open("rb") as file:
-        head = file.read(26)
     if len(head) < 26 or head[12:16] != b"IHDR":
-        raise DamagedSlideError(f"{path.name} begins like a PNG, and then ends; copy it again")
+        raise DamagedSlideError(f"{name} begins like a PNG, and then ends; copy it again")
     bits, colour = head[24], head[25]
     if bits != 8 or colour not in (2, 6):
         raise UnsupportedSlideError(
-            f"{path.name} is a PNG of {bits}-bit {_PNG_COLOURS.get(colour, 'unknown')} pixels; xmag"
+            f"{name} is a PNG of {bits}-bit {_PNG_COLOURS.get(colour, 'unknown')} pixels; xmag"
             " reads 8-bit RGB. Convert it"
         )
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")

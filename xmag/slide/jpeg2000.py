@@ -9,7 +9,6 @@ left. Averages at 1/4 can be had from it, on a real slide within 1 grey level of
 Averages at 1/2 need the finest level, without which they are 3 grey levels off.
 """
 
-import re
 import struct
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import DamagedSlideError
+from xmag.slide.integrity import check_jpeg2000_size
 from xmag.slide.reader import Pixels
 
 _SOC, _SIZ, _COD, _QCD = b"\xff\x4f", b"\xff\x51", b"\xff\x52", b"\xff\x5c"
@@ -25,14 +25,6 @@ _COM, _SOT, _SOD, _EOC = b"\xff\x64", b"\xff\x90", b"\xff\x93", b"\xff\xd9"
 _PROGRESSION, _LAYERS, _TRANSFORM, _LEVELS, _WAVELET = 5, slice(6, 8), 8, 9, 13
 """Offsets in COD of packet order, quality layers, colour transform, wavelet levels and kind."""
 _LRCP, _RLCP, _RPCL = 0, 1, 2
-_SIZ_END = 42
-_MAX_COMPONENTS = 4
-_CHROMA_STEPS = {(1, 1), (2, 1), (2, 2)}
-"""Chroma subsampling factors (x, y) that OpenJPEG converts to RGB."""
-_MAX_TILES = 4096
-_PRECINCTS = 14
-_MOST_ZEROS, _SPARE_ZEROS = 4096, 128
-_NO_PACKET = re.compile(rb"\xff[\x90-\xff]")
 _9_7 = 0
 _OWN_PRECINCTS = 1
 
@@ -48,95 +40,23 @@ def decode(
 ) -> NDArray[Any]:
     """Decoded pixels of a JPEG 2000 stream, as OpenJPEG has them: (height, width, components).
 
-    It may not be larger than `size` (width, height): OpenJPEG takes memory for what it says it is.
-
-    With `ycbcr`, components are YCbCr without the stream saying so, and become RGB: from YCbCr
-    `rounded` to 8 bits first, as OpenSlide does it, or faster inside the decoder, which is up to 2
-    grey levels off that. A stream that names a colour transform is RGB all the same. Raises
-    DamagedSlideError where the stream is cut, and what imagecodecs raises.
+    It may not be larger than `size` (width, height). With `ycbcr`, components are YCbCr without the
+    stream saying so, and become RGB: from YCbCr `rounded` to 8 bits first, as OpenSlide does it, or
+    faster inside the decoder, which is up to 2 grey levels off that. A stream that names a colour
+    transform is RGB all the same. Raises DamagedSlideError where the stream is cut, and what
+    imagecodecs raises.
     """
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
     if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
         raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
-    _check_extent(stream, size)
-    # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples, and only there.
-    if not ycbcr or _is_subsampled(stream) or _is_transformed(stream):
+    check_jpeg2000_size(stream, size)
+    # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples (XRsiz, YRsiz in SIZ).
+    if not ycbcr or stream[46:48] != b"\1\1" or _is_transformed(stream):
         return imagecodecs.jpeg2k_decode(stream)
     transformed = None if rounded else _with_colour_transform(stream)
     if transformed is None:
         return _ycbcr_to_rgb(imagecodecs.jpeg2k_decode(stream))
     return imagecodecs.jpeg2k_decode(transformed)
-
-
-def _check_extent(stream: bytes, size: tuple[int, int]) -> None:
-    """Raise DamagedSlideError where SIZ says more than what a tile of `size` can be."""
-    if len(stream) < _SIZ_END:
-        raise DamagedSlideError("its JPEG 2000 stream is truncated")
-    x, y, left, top, tile_x, tile_y, tile_left, tile_top, count = struct.unpack_from(
-        ">8IH", stream, 8
-    )
-    width, height = x - left, y - top
-    fits = 0 < width <= size[0] and 0 < height <= size[1] and 0 < count <= _MAX_COMPONENTS
-    if not (fits and tile_x and tile_y):
-        raise DamagedSlideError(
-            f"its JPEG 2000 is {width}x{height} px of {count} components in tiles of"
-            f" {tile_x}x{tile_y} px, the tile {size[0]}x{size[1]} px"
-        )
-    if len(stream) < _SIZ_END + 3 * count:
-        raise DamagedSlideError("its JPEG 2000 stream is truncated")
-    steps = [tuple(stream[at + 1 : at + 3]) for at in range(_SIZ_END, _SIZ_END + 3 * count, 3)]
-    chroma = steps[1:3]
-    if {steps[0], *steps[3:]} != {(1, 1)} or len(set(chroma)) > 1 or set(chroma) - _CHROMA_STEPS:
-        raise DamagedSlideError(f"its JPEG 2000 has components with a sample every {steps} px")
-    across, down = -(-(x - tile_left) // tile_x), -(-(y - tile_top) // tile_y)
-    if not 0 < across * down <= _MAX_TILES:
-        raise DamagedSlideError(
-            f"its JPEG 2000 is cut into {across}x{down} tiles; expected at most {_MAX_TILES}"
-        )
-
-
-def check_body(stream: bytes) -> None:
-    """Raise DamagedSlideError where coded data hold what no encoder writes.
-
-    OpenJPEG decodes whatever it gets. But packets never hold 0xFF before a byte above 0x8F
-    (ISO/IEC 15444-1, annex A.3), and long runs of zeros only where packets are empty, a byte each.
-    """
-    start = stream.find(_SOD)
-    end = stream.rfind(_EOC)
-    if start < 0:
-        raise DamagedSlideError("its JPEG 2000 stream holds no data")
-    most = _most_zeros(stream[:start])
-    if _NO_PACKET.search(stream, start + 2, end) and stream.count(_SOD) == 1:
-        raise DamagedSlideError("its JPEG 2000 stream holds markers where there are none")
-    if stream.find(bytes(most), start, end) >= 0:
-        raise DamagedSlideError(
-            f"its JPEG 2000 stream has a stretch of {most} zeros, as where bytes were lost"
-        )
-
-
-def _most_zeros(header: bytes) -> int:
-    """Longest run of zeros allowed in a stream with this header: one for each packet, and some.
-
-    There is a packet for each layer, component, resolution and precinct of it; ISO/IEC 15444-1,
-    annexes A.6.1 and B.6.
-    """
-    cod = header.find(_COD, 4)
-    if cod < 0 or len(header) < cod + _PRECINCTS:
-        return _MOST_ZEROS
-    width, height = struct.unpack_from(">2I", header, 8)
-    layers = int.from_bytes(header[cod + 6 : cod + 8], "big")
-    levels, sizes = header[cod + _LEVELS], header[cod + _PRECINCTS :]
-    precincts = 0
-    for resolution in range(levels + 1):
-        size = sizes[resolution] if header[cod + 4] & _OWN_PRECINCTS and sizes[resolution:] else 255
-        shrink = levels - resolution
-        across, down = (
-            -(-side // (1 << shrink + exponent))
-            for side, exponent in ((width, size & 15), (height, size >> 4))
-        )
-        precincts += across * down
-    packets = layers * precincts * _MAX_COMPONENTS
-    return min(packets + _SPARE_ZEROS, _MOST_ZEROS)
 
 
 def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:
@@ -218,10 +138,7 @@ def _shorten(segment: bytearray, count: int) -> None:
 
 
 def _with_colour_transform(stream: bytes) -> bytes | None:
-    """The stream, decoded to RGB where it holds YCbCr; None where it cannot be.
-
-    The transform that goes with the 9/7 wavelet is that of JFIF.
-    """
+    """The stream that decodes to RGB where this holds YCbCr (JFIF's, with 9/7); None where none."""
     parsed = _parsed(stream)
     if parsed is None:
         return None
@@ -231,11 +148,6 @@ def _with_colour_transform(stream: bytes) -> bytes | None:
         return None
     cod[_TRANSFORM] = 1
     return _SOC + b"".join(header.values()) + data
-
-
-def _is_subsampled(stream: bytes) -> bool:
-    """Whether the second component has fewer samples than the image (XRsiz, YRsiz in SIZ)."""
-    return stream[46:48] != b"\x01\x01"
 
 
 def _is_transformed(stream: bytes) -> bool:

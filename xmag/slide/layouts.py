@@ -12,7 +12,7 @@ from tifffile import TiffPage
 
 from xmag.errors import InputError, UnsupportedSlideError
 from xmag.slide import metadata
-from xmag.slide.reader import ScaleMetadata
+from xmag.slide.reader import ScaleMetadata, whole_factor
 
 _REDUCED = 1
 _MACRO = 8
@@ -63,17 +63,20 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
-def choose(names: Sequence[str], region: int | None) -> int:
-    """The index of the scan to read; InputError, listing `names`, where that is not clear."""
-    if region is None and len(names) == 1:
+def _choose(scans: Sequence[tuple[int, int]], region: int | None) -> int:
+    """The index of the scan to read; InputError, listing their sizes, where that is not clear.
+
+    By sizes alone: a name is free text, in which a patient may stand.
+    """
+    if region is None and len(scans) == 1:
         return 0
-    listing = ", ".join(f"region={i} ({name})" for i, name in enumerate(names))
+    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
     if region is None:
         raise InputError(
-            f"the file holds {len(names)} scans; choose one with Slide(path, region=...), of"
+            f"the file holds {len(scans)} scans; choose one with Slide(path, region=...), of"
             f" {listing}"
         )
-    if not (isinstance(region, int) and 0 <= region < len(names)):
+    if not (isinstance(region, int) and 0 <= region < len(scans)):
         raise InputError(f"region={region!r} is not in the file; it holds {listing}")
     return region
 
@@ -83,16 +86,16 @@ def page_size(page: TiffPage) -> tuple[int, int]:
     return page.imagewidth, page.imagelength
 
 
-def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
-    """The whole k for which `size` is `base` / k, rounded up or down; None if there is none."""
-    k = max(1, round(base[0] / size[0]))
-    fits = all(b // k <= s <= -(-b // k) for b, s in zip(base, size, strict=True))
-    return k if fits else None
-
-
 def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
     """Levels of pages that are levels just as they are."""
     return tuple(PageLevel(page=page, size=page_size(page)) for page in pages)
+
+
+def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | None) -> TiffLayout:
+    """The layout of a file whose one scan has these pages as levels; a z-stack is refused."""
+    _refuse_planes(pages[0], pages[1:])
+    _choose([page_size(pages[0])], region)
+    return TiffLayout(format=format, levels=_whole(pages), metadata=scale)
 
 
 def _is_associated(page: TiffPage) -> bool:
@@ -129,15 +132,11 @@ def _is_reduced(base: TiffPage, page: TiffPage) -> bool:
     )
 
 
-def _name(page: TiffPage) -> str:
-    return f"{page.imagewidth}x{page.imagelength} px"
-
-
 def _refuse_planes(base: TiffPage, others: _Pages) -> None:
     """Raise UnsupportedSlideError where pages as large as `base` make a z-stack of it."""
     same = sum(page_size(page) == page_size(base) for page in others)
     if same:
-        raise _stack(f"{same + 1} images of {_name(base)}")
+        raise _stack(f"{same + 1} images of {base.imagewidth}x{base.imagelength} px")
 
 
 def _stack(what: str) -> UnsupportedSlideError:
@@ -159,15 +158,10 @@ def _aperio(pages: _Pages, region: int | None) -> TiffLayout:
     tiled.sort(key=page_size, reverse=True)
     base = tiled[0]
     _refuse_planes(base, tiled[1:])
-    choose([_name(base)], region)
     signed = next(page for page in (base, *pages) if _is_aperio(page))
     scale = _or_resolution(metadata.aperio_scale(signed.description), base)
     levels = [base, *(page for page in tiled if _is_reduced(base, page))]
-    return TiffLayout(format="aperio", levels=_whole(levels), metadata=scale)
-
-
-def _is_philips(page: TiffPage) -> bool:
-    return page.software.startswith("Philips") and "DPUfsImport" in page.description
+    return _one_scan("aperio", levels, scale, region)
 
 
 def _philips(pages: _Pages, region: int | None) -> TiffLayout:
@@ -176,7 +170,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
-    choose([_name(tiled[0])], region)
+    _choose([page_size(tiled[0])], region)
     width, height = page_size(tiled[0])
     levels = []
     for page, spacing in zip(tiled, spacings, strict=True):
@@ -187,18 +181,13 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     return TiffLayout(format="philips", levels=tuple(levels), metadata=scale)
 
 
-def _is_leica(page: TiffPage) -> bool:
-    return "http://www.leica-microsystems.com/scn/" in page.description
-
-
 def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of a Leica slide: scans on one canvas, the whole slide, in OpenSlide's coordinates."""
-    collection = metadata.leica_collection(pages[0].description)
-    scans = [scan for scan in collection.scans if scan.illumination == "brightfield"]
+    slide_nm, scans = metadata.leica_scans(pages[0].description)
+    scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
-    names = [f"{scan.levels[0][0]}x{scan.levels[0][1]} px" for scan in scans]
-    scan = scans[choose(names, region)]
+    scan = scans[_choose([scan.levels[0][:2] for scan in scans], region)]
     if scan.planes > 1:
         raise _stack(f"{scan.planes} planes of each level")
     levels = []
@@ -208,17 +197,13 @@ def _leica(pages: _Pages, region: int | None) -> TiffLayout:
         levels.append(
             PageLevel(
                 page=pages[page],
-                size=(math.ceil(collection.size_nm[0] / nm), math.ceil(collection.size_nm[1] / nm)),
+                size=(math.ceil(slide_nm[0] / nm), math.ceil(slide_nm[1] / nm)),
                 origin=(int(scan.offset_nm[0] / nm), int(scan.offset_nm[1] / nm)),
             )
         )
     x, y = (scan.size_nm[i] / scan.levels[0][i] / 1e3 for i in (0, 1))
     scale = ScaleMetadata(mpp=(x, y), mpp_source="Leica view size", objective_power=scan.power)
     return TiffLayout(format="leica", levels=tuple(levels), metadata=scale)
-
-
-def _is_ventana(page: TiffPage) -> bool:
-    return "<iScan" in _xmp(page)
 
 
 def _xmp(page: TiffPage) -> str:
@@ -233,14 +218,8 @@ def _ventana(pages: _Pages, region: int | None) -> TiffLayout:
     encoding = _xmp(levels[0])
     if "EncodeInfo" in encoding and metadata.ventana_is_stitched(encoding):
         raise NeedsOpenSlideError("its tiles overlap or are scattered")
-    _refuse_planes(levels[0], levels[1:])
-    choose([_name(levels[0])], region)
     scale = _or_resolution(metadata.ventana_scale(_xmp(pages[0])), levels[0])
-    return TiffLayout(format="ventana", levels=_whole(levels), metadata=scale)
-
-
-def _is_hamamatsu(page: TiffPage) -> bool:
-    return _NDPI_SOURCE_LENS_TAG in page.tags
+    return _one_scan("ventana", levels, scale, region)
 
 
 def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
@@ -248,37 +227,21 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
     levels = [page for page in pages if (page.tags.valueof(_NDPI_SOURCE_LENS_TAG) or 0) > 0]
     if not levels:
         raise UnsupportedSlideError("the NDPI file holds no page taken through an objective")
-    _refuse_fluorescence(levels[0])
-    if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
-        raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
-    _refuse_planes(levels[0], levels[1:])
-    choose([_name(levels[0])], region)
-    power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
-    return TiffLayout(
-        format="hamamatsu",
-        levels=_whole(levels),
-        metadata=replace(_resolution(levels[0]), objective_power=power),
-    )
-
-
-def _refuse_fluorescence(page: TiffPage) -> None:
-    """Raise UnsupportedSlideError where an NDPI was not taken in colour and transmitted light.
-
-    Capture mode 0 is brightfield, 16 one in grey, all others are fluorescence; older scanners
-    give the filter set alone (Bio-Formats, NDPIReader).
-    """
-    mode = page.tags.valueof(_NDPI_CAPTURE_MODE_TAG)
-    filters = str(page.tags.valueof(_NDPI_FILTER_TAG, default="")).strip("\0 ")
+    # Capture mode 0 is brightfield, 16 one in grey, all others are fluorescence; older scanners
+    # give the filter set alone (Bio-Formats, NDPIReader).
+    mode = levels[0].tags.valueof(_NDPI_CAPTURE_MODE_TAG)
+    filters = str(levels[0].tags.valueof(_NDPI_FILTER_TAG, default="")).strip("\0 ")
     if mode or (mode is None and filters):
         seen = f"capture mode {mode}" if mode else "the name of a filter set"
         raise UnsupportedSlideError(
             f"the NDPI file has {seen}, which means fluorescence or grey; xmag reads brightfield"
             " scans in colour"
         )
-
-
-def _is_ome(page: TiffPage) -> bool:
-    return page.description.rstrip().endswith("OME>")
+    if levels[0].jpegheader is None and max(page_size(levels[0])) > _MAX_JPEG_SIDE:
+        raise NeedsOpenSlideError("it has no restart markers that would cut it into tiles")
+    power = float(levels[0].tags.valueof(_NDPI_SOURCE_LENS_TAG))
+    scale = replace(_resolution(levels[0]), objective_power=power)
+    return _one_scan("hamamatsu", levels, scale, region)
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
@@ -292,9 +255,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
             " OME-TIFF that is one file"
         )
-    # By their sizes alone: a name is free text, in which a patient may stand.
-    names = [_name(pages[image.page]) for image in images]
-    image = images[choose(names, region)]
+    image = images[_choose([page_size(pages[image.page]) for image in images], region)]
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
@@ -311,10 +272,6 @@ def _sub_pages(page: TiffPage) -> list[TiffPage]:
     return [sub for sub in subs if _is_reduced(page, sub)]
 
 
-def _is_trestle(page: TiffPage) -> bool:
-    return page.software.startswith("MedScan")
-
-
 def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
     raise NeedsOpenSlideError(f"the tiles of its {len(pages)} pages overlap")
 
@@ -323,7 +280,15 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of any other TIFF: scans are pages that are not reduced, then come their levels."""
     scans: list[list[TiffPage]] = []
     for page in _scan_pages(pages):
-        larger = next((scan for scan in reversed(scans) if _is_level_of(scan[-1], page)), None)
+        larger = next(
+            (
+                scan
+                for scan in reversed(scans)
+                if _is_reduced(scan[-1], page)
+                and whole_factor(page_size(scan[-1]), page_size(page))
+            ),
+            None,
+        )
         if page.is_tiled and larger is not None:
             larger.append(page)
         elif not page.subfiletype & _REDUCED and (page.is_tiled or not scans):
@@ -331,23 +296,13 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     if not scans:
         raise UnsupportedSlideError("the TIFF holds only reduced images, and no full one")
     # What is kept in strips before a larger image in tiles is a thumbnail, a label or a macro.
-    if len(scans) > 1 and not scans[0][0].is_tiled and page_size(scans[0][0]) < _largest(scans[1:]):
+    first, *others = (scan[0] for scan in scans)
+    if others and not first.is_tiled and page_size(first) < max(map(page_size, others)):
         del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-    chosen = scans[choose([_name(scan[0]) for scan in scans], region)]
+    chosen = scans[_choose([page_size(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
-
-
-def _largest(scans: Sequence[_Pages]) -> tuple[int, int]:
-    return max(page_size(scan[0]) for scan in scans)
-
-
-def _is_level_of(finer: TiffPage, page: TiffPage) -> bool:
-    """Whether `page` is `finer` divided by a whole number above 1."""
-    return _is_reduced(finer, page) and (
-        whole_factor(page_size(finer), page_size(page)) is not None
-    )
 
 
 def _or_resolution(found: ScaleMetadata, page: TiffPage) -> ScaleMetadata:
@@ -367,10 +322,11 @@ _Layout = Callable[[_Pages, int | None], TiffLayout]
 
 _LAYOUTS: tuple[tuple[Callable[[TiffPage], bool], _Layout], ...] = (
     (_is_aperio, _aperio),
-    (_is_philips, _philips),
-    (_is_leica, _leica),
-    (_is_ventana, _ventana),
-    (_is_hamamatsu, _hamamatsu),
-    (_is_ome, _ome),
-    (_is_trestle, _trestle),
+    (lambda p: p.software.startswith("Philips") and "DPUfsImport" in p.description, _philips),
+    (lambda p: "http://www.leica-microsystems.com/scn/" in p.description, _leica),
+    (lambda p: "<iScan" in _xmp(p), _ventana),
+    (lambda p: _NDPI_SOURCE_LENS_TAG in p.tags, _hamamatsu),
+    (lambda p: p.description.rstrip().endswith("OME>"), _ome),
+    (lambda p: p.software.startswith("MedScan"), _trestle),
 )
+"""By the first page of a file, the layout of its vendor."""

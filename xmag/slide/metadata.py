@@ -5,7 +5,7 @@ vendor writes; the TIFF reader turns them into DamagedSlideError.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -38,12 +38,7 @@ def aperio_scale(description: str) -> ScaleMetadata:
     """The scale in an Aperio ImageDescription: `... |AppMag = 20|MPP = 0.4990|...`."""
     pairs = (field.partition("=") for field in description.split("|"))
     fields = {key.strip(): value for key, _, value in pairs}
-    mpp = _number(fields.get("MPP"))
-    return ScaleMetadata(
-        mpp=None if mpp is None else (mpp, mpp),
-        mpp_source="" if mpp is None else "Aperio MPP",
-        objective_power=_number(fields.get("AppMag")),
-    )
+    return _scale(fields, "MPP", "AppMag", source="Aperio MPP")
 
 
 def resolution_scale(x: float, y: float, unit: int) -> ScaleMetadata:
@@ -63,15 +58,12 @@ def philips_spacings(description: str) -> list[tuple[float, float]]:
     The XML holds them in mm, as text like `"0.000250" "0.000250"`, the row spacing (y) first.
     """
     spacings = []
-    for level in _children(ElementTree.fromstring(description), "DataObject", deep=True):
-        if level.get("ObjectType") != "PixelDataRepresentation":
-            continue
-        for attribute in _children(level, "Attribute"):
-            if attribute.get("Name") == "DICOM_PIXEL_SPACING":
-                y, x = (
-                    float(part) * 1e3 for part in (attribute.text or "").replace('"', " ").split()
-                )
-                spacings.append((x, y))
+    for spacing in ElementTree.fromstring(description).iterfind(
+        ".//{*}DataObject[@ObjectType='PixelDataRepresentation']"
+        "/{*}Attribute[@Name='DICOM_PIXEL_SPACING']"
+    ):
+        y, x = (float(part) * 1e3 for part in (spacing.text or "").replace('"', " ").split())
+        spacings.append((x, y))
     return spacings
 
 
@@ -87,63 +79,46 @@ class LeicaScan:
     power: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeicaCollection:
-    """The slide as Leica has it: its size in nm and the scans on it, macro images left out."""
-
-    size_nm: tuple[int, int]
-    scans: tuple[LeicaScan, ...]
-
-
-def leica_collection(description: str) -> LeicaCollection:
-    """The Leica collection that the XML of an SCN file describes."""
-    root = ElementTree.fromstring(description)
-    collection = _first(root, "collection")
-    whole = _int_pair(collection, "sizeX", "sizeY")
-    scans = (_leica_scan(image) for image in _children(collection, "image"))
-    return LeicaCollection(
-        size_nm=whole,
-        scans=tuple(s for s in scans if (s.offset_nm, s.size_nm) != ((0, 0), whole)),
-    )
+def leica_scans(description: str) -> tuple[tuple[int, int], list[LeicaScan]]:
+    """(the size of the slide in nm, the scans on it) in the XML of an SCN file, without macros."""
+    collection = _first(ElementTree.fromstring(description), "collection")
+    whole = (int(collection.attrib["sizeX"]), int(collection.attrib["sizeY"]))
+    scans = map(_leica_scan, collection.iterfind("{*}image"))
+    return whole, [scan for scan in scans if (scan.offset_nm, scan.size_nm) != ((0, 0), whole)]
 
 
 def _leica_scan(image: ElementTree.Element) -> LeicaScan:
-    view = _first(image, "view")
-    dimensions = list(_children(image, "dimension", deep=True))
+    view = _first(image, "view").attrib
+    dimensions = image.findall(".//{*}dimension")
     levels = [
         (int(d.attrib["sizeX"]), int(d.attrib["sizeY"]), int(d.attrib["ifd"]))
         for d in dimensions
         if d.get("z", "0") == "0" and d.get("c", "0") == "0"
     ]
     return LeicaScan(
-        offset_nm=_int_pair(view, "offsetX", "offsetY"),
-        size_nm=_int_pair(view, "sizeX", "sizeY"),
+        offset_nm=(int(view["offsetX"]), int(view["offsetY"])),
+        size_nm=(int(view["sizeX"]), int(view["sizeY"])),
         levels=tuple(sorted(levels, reverse=True)),
         planes=len({(d.get("z"), d.get("c")) for d in dimensions}),
-        illumination=_text(image, "illuminationSource"),
-        power=_number(_text(image, "objective")),
+        illumination=image.findtext(".//{*}illuminationSource", "").strip(),
+        power=_number(image.findtext(".//{*}objective")),
     )
 
 
 def ventana_scale(xml: str) -> ScaleMetadata:
     """The scale in the `iScan` element of a Ventana slide."""
     root = ElementTree.fromstring(xml)
-    iscan = root if _local(root) == "iScan" else _first(root, "iScan")
-    mpp = _number(iscan.get("ScanRes"))
-    return ScaleMetadata(
-        mpp=None if mpp is None else (mpp, mpp),
-        mpp_source="" if mpp is None else "Ventana ScanRes",
-        objective_power=_number(iscan.get("Magnification")),
-    )
+    iscan = root if root.tag.rpartition("}")[2] == "iScan" else _first(root, "iScan")
+    return _scale(iscan.attrib, "ScanRes", "Magnification", source="Ventana ScanRes")
 
 
 def ventana_is_stitched(xml: str) -> bool:
     """Whether the tiles of a Ventana slide overlap, or lie elsewhere than on one regular grid."""
     root = ElementTree.fromstring(xml)
-    joints = _children(root, "TileJointInfo", deep=True)
+    joints = root.iterfind(".//{*}TileJointInfo")
     if any(float(joint.get(f"Overlap{axis}", 0)) for joint in joints for axis in "XY"):
         return True
-    areas = [a for a in _children(root, "ImageInfo", deep=True) if a.get("AOIScanned") != "0"]
+    areas = [a for a in root.iterfind(".//{*}ImageInfo") if a.get("AOIScanned") != "0"]
     return len(areas) > 1 or any(float(areas[0].get(f"Pos-{axis}", 0)) for axis in "XY")
 
 
@@ -167,33 +142,28 @@ def ome_images(description: str, page_samples: Sequence[int] = ()) -> list[OmeIm
     root = ElementTree.fromstring(description)
     powers = {
         objective.get("ID"): _number(objective.get("NominalMagnification"))
-        for objective in _children(root, "Objective", deep=True)
+        for objective in root.iterfind(".//{*}Objective")
     }
     images: list[OmeImage] = []
     following = 0
-    for image in _children(root, "Image"):
+    for image in root.iterfind("{*}Image"):
         pixels = _first(image, "Pixels")
-        data = list(_children(pixels, "TiffData"))
-        samples = max(
-            (int(c.get("SamplesPerPixel", 1)) for c in _children(pixels, "Channel")), default=1
-        )
-        page = int(data[0].get("IFD", following)) if data else following
-        samples = max(samples, *page_samples[page : page + 1], 1)
+        data, uuid = pixels.find("{*}TiffData"), pixels.find("{*}TiffData/{*}UUID")
+        page = following if data is None else int(data.get("IFD", following))
+        channels = [int(c.get("SamplesPerPixel", 1)) for c in pixels.iterfind("{*}Channel")]
+        samples = max(1, *channels, *page_samples[page : page + 1])
         depth = int(pixels.get("SizeZ", 1)) * int(pixels.get("SizeT", 1))
         planes = depth * -(-int(pixels.get("SizeC", 1)) // samples)
         following = page + planes
-        settings = next(_children(image, "ObjectiveSettings"), None)
+        objective = image.find("{*}ObjectiveSettings")
+        power = None if objective is None else powers.get(objective.get("ID"))
         images.append(
             OmeImage(
                 name=image.get("Name") or image.get("ID") or f"image {len(images)}",
                 page=page,
                 planes=planes,
-                file=next(
-                    (uuid.get("FileName") for d in data for uuid in _children(d, "UUID")), None
-                ),
-                scale=_ome_scale(
-                    pixels, None if settings is None else powers.get(settings.get("ID"))
-                ),
+                file=None if uuid is None else uuid.get("FileName"),
+                scale=_ome_scale(pixels, power),
             )
         )
     return images
@@ -213,31 +183,22 @@ def _ome_scale(pixels: ElementTree.Element, power: float | None) -> ScaleMetadat
     )
 
 
-def _children(
-    element: ElementTree.Element, name: str, *, deep: bool = False
-) -> Iterator[ElementTree.Element]:
-    """The elements called `name`, in whatever namespace, below `element`."""
-    return (child for child in (element.iter() if deep else element) if _local(child) == name)
+def _scale(fields: Mapping[str, str], mpp: str, power: str, *, source: str) -> ScaleMetadata:
+    """The scale in two fields, of which either may be missing; pixels are square."""
+    um = _number(fields.get(mpp))
+    return ScaleMetadata(
+        mpp=None if um is None else (um, um),
+        mpp_source="" if um is None else source,
+        objective_power=_number(fields.get(power)),
+    )
 
 
 def _first(element: ElementTree.Element, name: str) -> ElementTree.Element:
     """The first element called `name` below `element`; ValueError where there is none."""
-    for child in _children(element, name):
-        return child
-    raise ValueError(f"{_local(element)!r} holds no {name!r}")
-
-
-def _local(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _text(element: ElementTree.Element, name: str) -> str:
-    """The text of the first element called `name` below `element`; "" where there is none."""
-    return next((child.text or "" for child in _children(element, name, deep=True)), "").strip()
-
-
-def _int_pair(element: ElementTree.Element, x: str, y: str) -> tuple[int, int]:
-    return int(element.attrib[x]), int(element.attrib[y])
+    found = element.find(f"{{*}}{name}")
+    if found is None:
+        raise ValueError(f"{element.tag!r} holds no {name!r}")
+    return found
 
 
 def _number(text: str | None) -> float | None:

@@ -14,8 +14,8 @@ from xmag.errors import (
     UnsupportedSlideError,
 )
 from xmag.slide.codecs import over_white
-from xmag.slide.layouts import whole_factor
-from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
+from xmag.slide.integrity import check_level
+from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.urls import without_folder
 
 SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
@@ -64,9 +64,13 @@ class OpenSlideReader:
         check_brightfield(properties)
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self._downsamples = self._slide.level_downsamples
-        self.levels = _levels(self._slide.level_dimensions, self._downsamples)
+        sizes = self._slide.level_dimensions
+        self.levels = tuple(
+            Level(size=size, downsample=downsample(sizes[0], size, stated))
+            for size, stated in zip(sizes, self._downsamples, strict=True)
+        )
         for number, level in enumerate(self.levels):
-            check_size(number, level)
+            check_level(number, level)
         x, y = (_float(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.metadata = ScaleMetadata(
             mpp=(x, y) if x and y else None,
@@ -79,8 +83,7 @@ class OpenSlideReader:
         if self._closed:
             raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
         # OpenSlide wants the corner in level-0 px, and divides by a downsample of its own.
-        downsample = self._downsamples[level]
-        corner = (round(xy[0] * downsample), round(xy[1] * downsample))
+        corner = (round(xy[0] * self._downsamples[level]), round(xy[1] * self._downsamples[level]))
         try:
             region = self._slide.read_region(corner, level, size)
         except self._errors as error:
@@ -95,9 +98,6 @@ class OpenSlideReader:
         self._closed = True
         self._slide.close()
 
-    def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[Path]]:
-        return OpenSlideReader, (self._path,)
-
 
 def check_brightfield(properties: Mapping[str, str]) -> None:
     """Raise UnsupportedSlideError where OpenSlide shows fluorescence as if it were colour."""
@@ -105,20 +105,6 @@ def check_brightfield(properties: Mapping[str, str]) -> None:
         raise UnsupportedSlideError(
             "its scanner says that it is fluorescence; xmag reads brightfield scans in colour"
         )
-
-
-def _levels(
-    sizes: tuple[tuple[int, int], ...], downsamples: tuple[float, ...]
-) -> tuple[Level, ...]:
-    """OpenSlide's levels, their downsamples whole where their sizes allow it."""
-    return tuple(
-        Level(size=size, downsample=float(_whole(sizes[0], size) or downsample))
-        for size, downsample in zip(sizes, downsamples, strict=True)
-    )
-
-
-def _whole(base: tuple[int, int], size: tuple[int, int]) -> int | None:
-    return whole_factor(base, size) if min(*base, *size) > 0 else None
 
 
 def _float(text: str | None) -> float | None:

@@ -13,14 +13,7 @@ from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
-from xmag.slide.reader import (
-    Level,
-    Pixels,
-    RegionReader,
-    SlideReader,
-    StackReader,
-    TileReader,
-)
+from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
@@ -93,9 +86,11 @@ def decode_together(
 
     Of `chunks`, what is not bytes is not decoded.
     """
-    if not hasattr(reader, "decode_many"):
+    decode_many = getattr(reader, "decode_many", None)
+    if decode_many is None:
         return [False] * len(chunks)
-    return cast(StackReader, reader).decode_many(level, chunks, reduction, row)
+    done: list[bool] = decode_many(level, chunks, reduction, row)
+    return done
 
 
 def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:
@@ -234,9 +229,7 @@ def _area_weights(
 
 
 def _weighted_sums(
-    rows: NDArray[np.uint8 | np.float32],
-    indices: NDArray[np.intp],
-    weights: NDArray[np.float32],
+    rows: NDArray[np.uint8 | np.float32], indices: NDArray[np.intp], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Sums of rows: result[i] is the sum over k of weights[i, k] * rows[indices[i, k]]."""
     total = np.zeros((len(indices), rows.shape[1]), np.float32)

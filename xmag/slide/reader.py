@@ -13,11 +13,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import DamagedSlideError
-
-_MAX_SIDE = 1 << 32
-"""px; TIFF counts no further."""
-
 Pixels = NDArray[np.uint8]
 """uint8 RGB pixels, shape (height, width, 3)."""
 
@@ -64,19 +59,19 @@ class Level:
         return -(-self.stored[1] // self.tile_size[1])
 
 
-def check_size(number: int, level: Level) -> None:
-    """Raise DamagedSlideError where the sizes of a level make no sense."""
-    sides = (*level.size, *level.stored, *(abs(o) + 1 for o in level.origin))
-    if not (
-        all(0 < side < _MAX_SIDE for side in sides)
-        and math.isfinite(level.downsample)
-        and level.downsample >= 1
-    ):
-        raise DamagedSlideError(
-            f"level {number} is {level.size[0]}x{level.size[1]} px, {level.stored[0]}x"
-            f"{level.stored[1]} px of it stored at {level.origin}, {level.downsample:g} times"
-            " smaller than the first; it is damaged: copy it again"
-        )
+def whole_factor(base: tuple[int, int], size: tuple[int, int]) -> int | None:
+    """The whole k for which `size` is `base` / k, rounded up or down; None if there is none."""
+    k = max(1, round(base[0] / size[0]))
+    fits = all(b // k <= s <= -(-b // k) for b, s in zip(base, size, strict=True))
+    return k if fits else None
+
+
+def downsample(base: tuple[int, int], size: tuple[int, int], stated: float | None = None) -> float:
+    """Level-0 px per px: whole where the sizes allow it, as they are rounded."""
+    if min(*base, *size) < 1:
+        return stated or math.nan
+    mean = (base[0] / size[0] + base[1] / size[1]) / 2
+    return float(whole_factor(base, size) or stated or mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +85,15 @@ class ScaleMetadata:
 
 @runtime_checkable
 class SlideReader(Protocol):
-    """Protocol of slide readers. Methods are safe to call from several threads at once."""
+    """Protocol of slide readers. Methods are safe to call from several threads at once.
 
-    @property
-    def format(self) -> str:
-        """Short lower-case name of the format, such as "aperio" or "ome-tiff"."""
-        ...
+    `format` is a short lower-case name, such as "aperio" or "ome-tiff"; `levels` are the levels,
+    finest first, the first with a downsample of 1; `metadata` is the scale as the file states it.
+    """
 
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """The levels, finest first; `levels[0].downsample` is 1."""
-        ...
-
-    @property
-    def metadata(self) -> ScaleMetadata:
-        """Scale as the file states it."""
-        ...
+    format: str
+    levels: tuple[Level, ...]
+    metadata: ScaleMetadata
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
@@ -114,7 +102,13 @@ class SlideReader(Protocol):
 
 @runtime_checkable
 class TileReader(SlideReader, Protocol):
-    """A reader that hands out compressed tiles, so that each can be decoded once."""
+    """A reader that hands out compressed tiles, so that each can be decoded once.
+
+    It may also have `decode_many(level, chunks, reduction, row)`, which is faster and raises
+    nothing: it decodes tiles into `row`, uint8 (height, widths of all, 3), side by side, and gives
+    a bool for each. What is False, and its place in `row` undefined, is left to `decode`: a chunk
+    that is no bytes, that cannot be decoded with the others, or that is damaged.
+    """
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, each complete enough for `decode`; None for one declared empty."""
@@ -124,20 +118,6 @@ class TileReader(SlideReader, Protocol):
         """The pixels of one tile at 1/`reduction`, in full tile size even at the edges.
 
         Raises DamagedSlideError where the bytes do not hold what they should.
-        """
-        ...
-
-
-class StackReader(TileReader, Protocol):
-    """A TileReader that also decodes many tiles of a level in one call, which is faster."""
-
-    def decode_many(
-        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
-    ) -> list[bool]:
-        """Decode tiles into `row`, uint8 (height, widths of all, 3), side by side.
-
-        What is False, and its place in `row` undefined, is left to `decode`: a chunk that is no
-        bytes, that cannot be decoded with the others, or that is damaged. Raises nothing.
         """
         ...
 

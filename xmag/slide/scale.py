@@ -95,7 +95,7 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
                 f" {power:g}, which goes with about {nominal:.4g}; {mpp:.4g} is used. Give mpp= if"
                 " that is wrong",
                 XmagWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return mpp, found.mpp_source
     if nominal is not None:
@@ -104,7 +104,7 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
             f"{name} gives no usable µm/px,{seen} only an objective power of {power:g};"
             f" {nominal:.4g} µm/px is assumed, which may be off by 10%. Give mpp= if you know it",
             XmagWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return nominal, "objective power"
     return None, "unknown"

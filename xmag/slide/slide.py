@@ -1,27 +1,43 @@
-"""A slide: its size, its scale, its pixels."""
+"""A slide: its size, its scale, its pixels; the reader for it is chosen by its first bytes."""
 
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from PIL import Image
 
-from xmag.errors import ClosedSlideError, InputError
+from xmag.errors import (
+    ClosedSlideError,
+    DamagedSlideError,
+    InputError,
+    MissingExtraError,
+    SlideError,
+    UnsupportedSlideError,
+)
+from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
-from xmag.slide.opening import open_reader
+from xmag.slide import openslide
+from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
+from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import Pixels, SlideReader
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
+from xmag.slide.tiff import TiffReader
 from xmag.urls import Place, Url, place_of, readable
 
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DICOM_MAGIC_AT_128 = b"DICM"
+_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
 _ROUNDING = 1e-6
+
+_Source = tuple[Place, int | None]
+"""Place of a file, and the scan in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +79,8 @@ class Slide:
         MissingExtraError: the format needs an optional package.
     """
 
+    _version: str | None = None
+
     def __init__(
         self,
         path: str | os.PathLike[str] | Url,
@@ -72,34 +90,29 @@ class Slide:
     ) -> None:
         given = checked_mpp(mpp)
         place = place_of(path)
-        self._path: Place | None = place.absolute() if isinstance(place, Path) else place
-        self._region = region
-        self._version: str | None
+        place = place.absolute() if isinstance(place, Path) else place
         # Before it is read: what is written to it from now on is another version.
-        version = _version(self._path)
-        reader = open_reader(self._path, region)
+        version = _version(place)
+        reader = open_reader(place, region)
         try:
-            self._set(reader, self._path.name, *judge(reader.metadata, given, self._path.name))
-            self._version = self._remote.version if self._remote else version
+            self._set(reader, place.name, given, (place, region))
         except BaseException:
             reader.close()
             raise
+        self._version = self._remote.version if self._remote else version
 
     @classmethod
     def from_reader(cls, reader: SlideReader, *, name: str, mpp: float | None = None) -> Self:
         """The slide that `reader` offers, without a file of its own."""
         slide = cls.__new__(cls)
-        slide._path = None
-        slide._region = None
-        slide._set(reader, name, *judge(reader.metadata, checked_mpp(mpp), name))
+        slide._set(reader, name, checked_mpp(mpp), None)
         return slide
 
-    def _set(self, reader: SlideReader, name: str, mpp: float | None, mpp_source: str) -> None:
-        self._reader = reader
-        self._name = readable(name)
-        self._mpp = mpp
-        self._mpp_source = mpp_source
-        self._version = None
+    def _set(
+        self, reader: SlideReader, name: str, mpp: float | None, source: _Source | None
+    ) -> None:
+        self._mpp, self._mpp_source = judge(reader.metadata, mpp, name)
+        self._reader, self._source, self._name = reader, source, readable(name)
         self._closed = False
 
     @property
@@ -153,13 +166,11 @@ class Slide:
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
         """Identity of the file (name, size, content hash); None without a file."""
-        if self._path is None:
+        if self._source is None:
             return None
-        if isinstance(self._path, Path):
-            return file_fingerprint(self._path)
-        source = self._remote
-        assert source is not None
-        return content_fingerprint(source.name, source.size, source.read_many)
+        if (there := self._remote) is not None:
+            return content_fingerprint(there.name, there.size, there.read_many)
+        return file_fingerprint(cast(Path, self._source[0]))
 
     @property
     def bytes_fetched(self) -> int | None:
@@ -190,12 +201,12 @@ class Slide:
         """
         mpp = self.known_mpp()
         check_area(self.dimensions, mpp, self._name)
+        return self._scale_for(spec, mpp)
+
+    def _scale_for(self, spec: TileSpec, mpp: float) -> ReadScale:
         levels = self._reader.levels
-        return choose_scale(
-            [mpp * level.downsample for level in levels],
-            [level.reductions for level in levels],
-            spec,
-        )
+        mpps = [mpp * level.downsample for level in levels]
+        return choose_scale(mpps, [level.reductions for level in levels], spec)
 
     def read_region(
         self, xy: tuple[int, int], size: tuple[int, int], *, mpp: float | None = None
@@ -213,7 +224,7 @@ class Slide:
             raise InputError(f"size is {size}; expected a width and height of at least 1 px")
         ratio = 1.0 if mpp is None else checked_scale(mpp) / self.known_mpp()
         box = (x, y, x + width * ratio, y + height * ratio)
-        edges = (*self.dimensions,)
+        edges = self.dimensions
         if x < 0 or y < 0 or any(box[2 + i] > edges[i] * (1 + _ROUNDING) for i in (0, 1)):
             raise InputError(
                 f"the region from {xy} to ({box[2]:.6g}, {box[3]:.6g}) in level-0 px is not wholly"
@@ -239,11 +250,7 @@ class Slide:
         reader = self.reader
         width, height = self.dimensions
         downsample = max(1.0, max(width, height) / max_px)
-        scale = choose_scale(
-            [level.downsample for level in reader.levels],
-            [level.reductions for level in reader.levels],
-            TileSpec(mpp=downsample, mpp_tolerance=0),
-        )
+        scale = self._scale_for(TileSpec(mpp=downsample, mpp_tolerance=0), 1.0)
         size = (max(1, round(width / downsample)), max(1, round(height / downsample)))
         box = (0, 0, width, height)
         return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
@@ -256,12 +263,7 @@ class Slide:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -269,10 +271,16 @@ class Slide:
         scale = "unknown" if self._mpp is None else f"{self._mpp:.4g}"
         return f"<Slide {self._name!r} {self.format} {width}x{height} px, {scale} µm/px>"
 
-    def __reduce__(self) -> tuple[Callable[..., "Slide"], tuple[Any, ...]]:
-        reader = self.reader
-        source = reader if self._path is None else (self._path, self._region)
-        return _reopen, (type(self), source, self._name, self._mpp, self._mpp_source)
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_reader": self.reader}
+        # The file is opened again, and may be another one by then.
+        again = {"_version", "fingerprint"} | ({"_reader"} if self._source else set())
+        return {name: value for name, value in state.items() if name not in again}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._source is not None:
+            self._reader = open_reader(*self._source)
 
 
 def _version(path: Place) -> str | None:
@@ -295,16 +303,79 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     return first, second
 
 
-def _reopen(
-    cls: type[Slide],
-    source: SlideReader | tuple[Place, int | None],
-    name: str,
-    mpp: float | None,
-    mpp_source: str,
-) -> Slide:
-    """A slide opened again after pickling; the warnings on its scale are not repeated."""
-    slide = cls.__new__(cls)
-    slide._path, slide._region = source if isinstance(source, tuple) else (None, None)
-    reader = open_reader(*source) if isinstance(source, tuple) else source
-    slide._set(reader, name, mpp, mpp_source)
-    return slide
+def is_slide_path(path: Place) -> bool:
+    """Whether a file in a folder looks like a slide by its name.
+
+    Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
+    """
+    return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
+
+
+def open_reader(path: Place, region: int | None) -> SlideReader:
+    """The reader for the slide at `path`.
+
+    Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
+    but is not installed, InputError for a wrong `region`.
+    """
+    if isinstance(path, Url):
+        return _open_remote(path, region)
+    head = _first_bytes(path)
+    if head.startswith(_TIFF_MAGIC):
+        try:
+            return TiffReader(path, region=region)
+        except NeedsOpenSlideError:
+            return openslide.OpenSlideReader(path, region=region)
+    # A .mrxs file is a JPEG.
+    for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]
+    if head.startswith((PNG_MAGIC, JPEG_MAGIC)) and not for_openslide:
+        return ImageReader(path, region=region)
+    try:
+        return openslide.OpenSlideReader(path, region=region)
+    except MissingExtraError as error:
+        if for_openslide:
+            raise
+        raise UnsupportedSlideError(
+            f"{path.name} is not a slide that xmag knows: neither TIFF, PNG nor JPEG. If it is one"
+            ' that OpenSlide reads, run pip install "xmag[openslide]"'
+        ) from error
+
+
+def _open_remote(url: Url, region: int | None) -> SlideReader:
+    source = RemoteSource(url)
+    try:
+        if source.head.startswith(_TIFF_MAGIC):
+            return TiffReader(source, region=region)
+        reason = "it is no TIFF"
+    except NeedsOpenSlideError:
+        reason = "only OpenSlide reads its kind of TIFF"
+    except BaseException:
+        source.close()
+        raise
+    source.close()
+    raise UnsupportedSlideError(
+        f"{url} cannot be read by byte ranges: {reason}. Download it, and open the local file"
+    )
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first bytes of a file; SlideError where it is none, or empty."""
+    refuse_special(path, UnsupportedSlideError)
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+    # Without their causes: those name the folders, which do not belong into logs of cohorts.
+    except FileNotFoundError:
+        raise SlideError(
+            f"there is no file {path.name} at the path that was given; check the path"
+        ) from None
+    except IsADirectoryError:
+        raise SlideError(
+            f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
+            " files)"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SlideError(f"{path.name} cannot be opened: {reason}; check its rights") from None
+    if not head:
+        raise DamagedSlideError(f"{path.name} is empty; copy it again")
+    return head

@@ -1,8 +1,10 @@
 """Tiles of TIFF slides: tifffile parses the directories, everything after that is ours."""
 
-import math
+import logging
+import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence, Set
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -10,51 +12,84 @@ from xml.etree import ElementTree
 
 from tifffile import TiffFile, TiffFileError, TiffPage
 
-from xmag.errors import DamagedSlideError, UnsupportedSlideError, XmagError
+from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
-from xmag.slide.layouts import (
-    NeedsOpenSlideError,
-    PageLevel,
-    TiffLayout,
-    find_layout,
-    page_size,
-    whole_factor,
-)
-from xmag.slide.reader import Level, Pixels, ScaleMetadata, check_size
+from xmag.slide.integrity import check_level, damaged
+from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, page_size
+from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.slide.remote import RemoteSource
-from xmag.slide.source import ByteSource, LocalSource
 
 _MAX_TILE_PX = 1 << 26
 """Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
 _MAX_JPEG_2000_TILE_PX = 1 << 24
 """OpenJPEG takes 24 bytes a px."""
-_SPARE_TILE_BYTES = 1 << 16
-"""What the bytes of a small tile may take beyond twice its pixels."""
-_MAX_LEVEL_PX = 1 << 40
-"""A square of a million px; the largest scans are a tenth of that."""
 
-_ESSENTIAL_TAGS = frozenset(
-    {
-        254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338,
-        339, 347,
-    }
-)  # fmt: skip
-"""Tags without which tifffile would take the pixels for others than they are."""
-
-_APERIO = "aperio"
-"""The one format whose writers are known to give an offset to tiles without bytes."""
-_MARKER_BYTES = 2
+_MOST_GAP = 64
+"""Bytes between tiles that are read along with them: some writers align tiles."""
+_MOST_TOGETHER = 1 << 22
+"""Bytes read at once."""
 
 _UNASSOCIATED_ALPHA = 2
-_SEPARATE_PLANES = 2
 
 _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
-    AttributeError, ZeroDivisionError,
-    RuntimeError,
-    ElementTree.ParseError, StopIteration,
+    AttributeError, ZeroDivisionError, RuntimeError, ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """What tifffile may raise on a directory that makes no sense."""
+
+
+class LocalSource:
+    """Byte ranges of a file on a local or mounted file system, from several threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length); DamagedSlideError where the file is too short."""
+        if self._file.closed:
+            raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
+        chunks = list[bytes]()
+        for group in _neighbours(ranges):
+            start, last = group[0][0], group[-1]
+            data = self._read(start, sum(last) - start)
+            # Each read lets go of the GIL and waits for it, which slices do not.
+            chunks += [data[offset - start : offset - start + size] for offset, size in group]
+        for (offset, length), chunk in zip(ranges, chunks, strict=True):
+            if len(chunk) != length:
+                raise damaged(
+                    f"{self._name} should hold {length} bytes at offset {offset}, but ends after"
+                    f" {len(chunk)} of them"
+                )
+        return chunks
+
+    def close(self) -> None:
+        """Release the file. Closing twice is fine."""
+        self._file.close()
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
+
+    def _seek_and_read(self, offset: int, length: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
+
+    # Windows has no pread.
+    _read = _read_at if hasattr(os, "pread") else _seek_and_read
+
+
+def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+    """The (offset, length) in groups that follow each other in the file."""
+    first = 0
+    for at in range(1, len(ranges) + 1):
+        if at < len(ranges):
+            gap = ranges[at][0] - sum(ranges[at - 1])
+            if 0 <= gap <= _MOST_GAP and sum(ranges[at]) - ranges[first][0] <= _MOST_TOGETHER:
+                continue
+        yield ranges[first:at]
+        first = at
 
 
 class TiffReader:
@@ -67,57 +102,55 @@ class TiffReader:
             raise type(error)(f"{path.name}: {error}") from error
 
     def _open(self, path: Path | RemoteSource, region: int | None) -> None:
-        with _opened(path) as file:
-            self._size = file.seek(0, 2)
-            layout = _read_layout(file, region, is_ndpi=path.name.endswith(".ndpi"))
+        # What goes wrong on the way to a remote file comes before all else.
+        with path.open("rb") if isinstance(path, Path) else path.file() as file:
+            end = file.seek(0, 2)
+            layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=path.name.endswith(".ndpi"))
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        self._is_aperio = layout.format == _APERIO
-        codings = [_coding(stored.page, aperio=self._is_aperio) for stored in layout.levels]
+        is_aperio = layout.format == "aperio"
+        pages = [stored.page for stored in layout.levels]
+        codings = [_coding(page, aperio=is_aperio) for page in pages]
         self.levels: tuple[Level, ...] = tuple(
-            _level(stored, layout.levels[0].size, coding)
+            Level(
+                size=stored.size,
+                downsample=stored.downsample or downsample(layout.levels[0].size, stored.size),
+                tile_size=coding.size,
+                origin=stored.origin,
+                stored_size=page_size(stored.page),
+                reductions=tuple(
+                    n
+                    for n in codecs.reductions(coding.size)
+                    if not any(o % n for o in stored.origin)
+                ),
+                empty_tiles=stored.page.databytecounts.count(0),
+            )
             for stored, coding in zip(layout.levels, codings, strict=True)
         )
-        self._tile_bytes = [coding.size[0] * coding.size[1] * coding.samples for coding in codings]
         self._decoders = [codecs.decoder(coding) for coding in codings]
-        self._offsets = [stored.page.dataoffsets for stored in layout.levels]
-        self._lengths = [stored.page.databytecounts for stored in layout.levels]
-        # Each stretch of a JPEG but the first has a restart marker before it.
-        self._leads = [0 if coding.jpeg_header is None else _MARKER_BYTES for coding in codings]
-        for number, level in enumerate(self.levels):
-            check_size(number, level)
-            _check_tiles(number, level, len(self._offsets[number]), len(self._lengths[number]))
-        self.source: ByteSource = LocalSource(path) if isinstance(path, Path) else path
+        most = [directories.most_bytes(*coding.size, coding.samples) for coding in codings]
+        self._tables = [
+            directories.TileTable(number, page, most=most[number], end=end, is_aperio=is_aperio)
+            for number, page in enumerate(pages)
+        ]
+        for number, (level, page) in enumerate(zip(self.levels, pages, strict=True)):
+            check_level(number, level)
+            tiles = level.tiles_across * level.tiles_down
+            directories.check_table(f"level {number}", level.size, tiles, page)
+        self.source = LocalSource(path) if isinstance(path, Path) else path
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those that are declared empty."""
-        offsets, lengths, lead = self._offsets[level], self._lengths[level], self._leads[level]
+        table = self._tables[level]
         for index in indices:
-            self._check_entry(level, index)
+            table.check(index)
+        offsets, lengths, lead = table.offsets, table.lengths, table.lead
         stored = [i for i in indices if lengths[i]]
         chunks = self.source.read_many([(offsets[i] - lead, lengths[i] + lead) for i in stored])
         if lead:
-            pairs = zip(chunks, stored, strict=True)
-            chunks = [_behind_marker(chunk, level, index) for chunk, index in pairs]
+            chunks = [table.behind_lead(*pair) for pair in zip(chunks, stored, strict=True)]
         following = iter(chunks)
         return [next(following) if lengths[i] else None for i in indices]
-
-    def _check_entry(self, level: int, index: int) -> None:
-        """Raise DamagedSlideError where the place that a tile is said to have makes no sense."""
-        offset, length = self._offsets[level][index], self._lengths[level][index]
-        most = 2 * self._tile_bytes[level] + _SPARE_TILE_BYTES
-        if not 0 <= length <= most or offset + length > self._size:
-            raise DamagedSlideError(
-                f"tile {index} of level {level} should have {length} bytes at offset {offset}, but"
-                f" the file ends at {self._size}, and the pixels of a tile take {most} at most; it"
-                " is truncated or damaged: copy it again"
-            )
-        if (length and not offset) or (offset and not length and not self._is_aperio):
-            raise DamagedSlideError(
-                f"tile {index} of level {level} has {length} bytes at offset {offset}, where one"
-                " that is declared empty has neither; a part of the file's table of tiles is lost:"
-                " copy it again"
-            )
 
     def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
         """The pixels of one tile at 1/`reduction`, in full tile size."""
@@ -134,71 +167,47 @@ class TiffReader:
         self.source.close()
 
 
-def _behind_marker(data: bytes, level: int, index: int) -> bytes:
-    """A stretch of a JPEG without the marker before it, which says that all of it is there."""
-    if index and not (data[0] == 0xFF and 0xD0 <= data[1] <= 0xD7):
-        raise DamagedSlideError(
-            f"tile {index} of level {level} has no restart marker before it, where one has to be;"
-            " the file is damaged: copy it again"
-        )
-    return data[_MARKER_BYTES:]
-
-
-@contextmanager
-def _opened(path: Path | RemoteSource) -> Iterator[BinaryIO]:
-    """The file as a stream; what went wrong on the way to a remote one comes before all else."""
-    if isinstance(path, Path):
-        with path.open("rb") as local:
-            yield local
-        return
-    remote = path.file()
-    try:
-        yield cast(BinaryIO, remote)
-    finally:
-        if remote.failure is not None:
-            raise remote.failure
-
-
 def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:
     """The pages of the slide in the file."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
     try:
-        with directories.silent_tifffile(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
+        with _silent_tifffile(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
-                raise DamagedSlideError(
-                    "it begins like a TIFF, but holds no image; it is truncated or damaged: copy it"
-                    " again"
-                )
+                raise damaged("it begins like a TIFF, but holds no image")
             try:
                 layout = find_layout(pages, region)
             except NeedsOpenSlideError:
                 for number, page in enumerate(pages):
-                    _check_tags(number, page, codes)
-                    _check_memory(number, page)
+                    directories.check_tags(number, page, codes)
+                    width, height, _ = _tile_size(page)
+                    directories.check_for_openslide(number, page, (width, height))
                 raise
             for number, level in enumerate(layout.levels):
-                _check_tags(number, level.page, codes)
+                directories.check_tags(number, level.page, codes)
             return layout
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
         # Without the error itself, which may hold some of what the scanner wrote of the patient.
-        raise DamagedSlideError(
-            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__});"
-            " it is truncated or damaged: copy it again"
+        raise damaged(
+            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
 
 
-def _check_tags(number: int, page: TiffPage, codes: Mapping[int, Set[int]]) -> None:
-    """Raise DamagedSlideError where tifffile left out a tag that it could not read."""
-    lost = (codes.get(page.offset, frozenset()) & _ESSENTIAL_TAGS) - {tag.code for tag in page.tags}
-    if lost:
-        raise DamagedSlideError(
-            f"directory {number} of its levels has tags {sorted(lost)} of a type or a place that"
-            " makes no sense; it is damaged: copy it again"
-        )
+@contextmanager
+def _silent_tifffile() -> Iterator[None]:
+    """Context in which tifffile does not complain on stderr, where the program does not log.
+
+    logging writes there what nobody takes. What counts of it is found out here and raised.
+    """
+    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
+    logger.addHandler(taker)
+    try:
+        yield
+    finally:
+        logger.removeHandler(taker)
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
@@ -221,7 +230,7 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
             " samples"
         )
     if not isinstance(page.jpegtables, bytes | None):
-        raise DamagedSlideError("its JPEG tables are no bytes; it is damaged: copy it again")
+        raise damaged("its JPEG tables are no bytes")
     width, height, rows = _tile_size(page)
     return codecs.TileCoding(
         compression=int(page.compression),
@@ -254,71 +263,3 @@ def _tile_size(page: TiffPage) -> tuple[int, int, int]:
             " tiled pyramid"
         )
     return width, height, last
-
-
-def _check_memory(number: int, page: TiffPage) -> None:
-    """Raise where tiles are too large for OpenSlide: it ends the process where memory is short.
-
-    Or where there are fewer or more of them than the page has room for: it reads beside the list.
-    """
-    width, height, _ = _tile_size(page)
-    if page.is_tiled:
-        expected = -(-page.imagewidth // width) * -(-page.imagelength // height)
-        expected *= page.samplesperpixel if page.planarconfig == _SEPARATE_PLANES else 1
-        if not len(page.dataoffsets) == len(page.databytecounts) == expected:
-            raise DamagedSlideError(
-                f"page {number} of {page.imagewidth}x{page.imagelength} px needs {expected} tiles,"
-                f" but lists {len(page.dataoffsets)} offsets and {len(page.databytecounts)}"
-                " lengths; it is damaged: copy it again"
-            )
-    if any(
-        at and not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)
-    ):
-        raise DamagedSlideError(
-            f"tiles of page {number} have an offset, but no bytes; a part of the file's table of"
-            " tiles is lost: copy it again"
-        )
-    most = 2 * width * height * page.samplesperpixel + _SPARE_TILE_BYTES
-    if max(page.databytecounts, default=0) > most:
-        raise DamagedSlideError(
-            f"a tile of page {number} should have {max(page.databytecounts)} bytes, but its pixels"
-            f" take {most} at most; it is damaged: copy it again"
-        )
-
-
-def _level(stored: PageLevel, base: tuple[int, int], coding: codecs.TileCoding) -> Level:
-    reductions = tuple(
-        n for n in codecs.reductions(coding.size) if all(o % n == 0 for o in stored.origin)
-    )
-    return Level(
-        size=stored.size,
-        downsample=stored.downsample or _downsample(base, stored.size),
-        tile_size=coding.size,
-        origin=stored.origin,
-        stored_size=page_size(stored.page),
-        reductions=reductions,
-        empty_tiles=stored.page.databytecounts.count(0),
-    )
-
-
-def _downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
-    """Level-0 px per px: whole where the sizes allow it, as they are rounded."""
-    if min(*base, *size) < 1:
-        return math.nan
-    factor = whole_factor(base, size)
-    return float(factor or (base[0] / size[0] + base[1] / size[1]) / 2)
-
-
-def _check_tiles(number: int, level: Level, offsets: int, lengths: int) -> None:
-    """Raise DamagedSlideError where the tiles listed are not those that the size calls for."""
-    expected = level.tiles_across * level.tiles_down
-    if offsets != expected or lengths != expected:
-        raise DamagedSlideError(
-            f"level {number} of {level.size[0]}x{level.size[1]} px needs {expected} tiles, but the"
-            f" file lists {offsets} offsets and {lengths} lengths; it is damaged: copy it again"
-        )
-    if level.size[0] * level.size[1] > _MAX_LEVEL_PX:
-        raise UnsupportedSlideError(
-            f"level {number} is {level.size[0]}x{level.size[1]} px; expected at most"
-            f" {_MAX_LEVEL_PX} px in all. Export the part with the tissue"
-        )

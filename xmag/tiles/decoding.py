@@ -52,11 +52,11 @@ class Reading:
 
 
 _WHITE = 255
-_RUN_TILES = 16
+_RUN_TILES = 32
 """Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share.
 
 They are hashed together as well, so that another number gives all slides another hash."""
-_STACKING_THREADS = 5
+_STACKING_THREADS = 3
 """From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
 decoding one by one is faster, as codes in a stack take longer."""
 
