@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from xmag.cli.arguments import Commands, add_model, add_mpp
 from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
@@ -21,6 +21,7 @@ examples:
   xmag extract a.svs b.svs -o features
   xmag extract slides/ -o features --model xmag-mini --format safetensors
   xmag extract scan.tif -o features --mpp 0.25
+  xmag extract slides/ -o features --gpus all
   xmag extract slides.csv -o s3://bucket/features --shard 0/4
 """
 
@@ -57,6 +58,10 @@ def add_commands(commands: Commands) -> None:
     extract.add_argument(
         "--slide-timeout", metavar="S", type=float, help="seconds that decoding a slide may take"
     )
+    extract.add_argument(
+        "--gpus", metavar="N", type=_gpus,
+        help="on how many GPUs of this machine, or 'all': a process on each (default: one GPU)",
+    )  # fmt: skip
     extract.add_argument(
         "--shard", metavar="I/N", type=_shard,
         help="do every N-th slide alone, from the I-th on, counted from 0: for N machines",
@@ -128,6 +133,14 @@ def _info_lines(slide: "Slide") -> Iterator[tuple[str, str]]:
     yield f"{spec.mpp:g} µm/px", f"read from {decoded}, {how}"
 
 
+def _gpus(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; expected 'all' or 2")
+    return int(text)
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -159,6 +172,7 @@ def _extract(args: argparse.Namespace) -> int:
         on_mismatch="redo" if args.redo else "error",
         damaged=args.damaged,
         slide_timeout=args.slide_timeout,
+        gpus=args.gpus,
         shard=args.shard,
     )
     for row in report:
@@ -168,7 +182,7 @@ def _extract(args: argparse.Namespace) -> int:
     report_path = place_of(args.out) / report_name(args.shard)
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
     write(sys.stdout, f"{counted(len(report), 'slide')}: {counts}; see {report_path}")
-    return FAILED if report.failed else ALL_DONE
+    return FAILED if report.failed or report.lost else ALL_DONE
 
 
 def _demo(args: argparse.Namespace) -> int:
