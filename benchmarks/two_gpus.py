@@ -17,7 +17,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from encoder import xmag_encoder
 
 from xmag.cohort import extract_cohort
 
-SHARDS_EACH = 4
-"""Shards a worker: the work is shared evenly, and batches stay full."""
+WARM_UP = 4
+"""Slides that each worker does before the clock runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,14 +69,19 @@ def measure(
     """The row of so many workers."""
     options: dict[str, Any] = {"model": model, "processes": processes, "progress": False}
     cohort = listed(paths, count, work / "cohort.csv")
-    warm_up = listed(paths, SHARDS_EACH * workers, work / "warm-up.csv")
+    warm_up = listed(paths, max(WARM_UP, processes or 0), work / "warm-up.csv")
     out = work / str(workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        shards = SHARDS_EACH * workers
-        extract_cohort(warm_up, out / "warm-up", executor=pool, shards=shards, **options)
+        # A cohort for each at once: of one, the first worker that is up would do all.
+        def warm(number: int) -> None:
+            folder = out / f"warm-up-{number}"
+            extract_cohort(warm_up, folder, executor=pool, shards=1, **options)
+
+        with ThreadPoolExecutor(workers) as threads:
+            list(threads.map(warm, range(workers)))
         start = time.perf_counter()
-        done = extract_cohort(cohort, out / "timed", executor=pool, shards=shards, **options)
+        done = extract_cohort(cohort, out / "timed", executor=pool, shards=workers, **options)
         seconds = time.perf_counter() - start
     assert all(row.status == "done" for row in done), done.counts()
     tiles = sum(row.tiles for row in done)

@@ -1,6 +1,8 @@
 """Many slides on all GPUs of this machine, a worker each; run it again and it does what is missing.
 
 python examples/cohort_one_host.py slides/ features/
+
+`xmag extract slides/ -o features --gpus all` does the same; this is how with a pool of your own.
 """
 
 import argparse

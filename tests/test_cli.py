@@ -50,8 +50,9 @@ def test_flags_of_extract_are_options_of_extract_cohort_and_its_defaults_hold(mo
     flags = {
         "model": "xmag-mini", "format": "safetensors", "border": "drop", "damaged": "drop",
         "slide_timeout": 9.0, "mpp": 0.25, "overlay": True, "on_mismatch": "redo", "shard": (1, 4),
+        "gpus": 2,
     }  # fmt: skip
-    args = ["--overlay", "--redo", "--shard", "1/4"]
+    args = ["--overlay", "--redo", "--shard", "1/4", "--gpus", "2"]
     for name in ("model", "format", "border", "damaged", "slide_timeout", "mpp"):
         args += [f"--{name.replace('_', '-')}", str(flags[name])]
     calls = []
@@ -84,6 +85,7 @@ def test_version_is_that_of_the_package(capsys):
         ["info", "a.svs", "--mpp", "fine"],
         ["extract", "a.svs", "--over", "-o", "out"],
         ["extract", "a.svs", "-o", "out", "--shard", "4/4"],
+        ["extract", "a.svs", "-o", "out", "--gpus", "both"],
         ["extract", "a.svs", "-o", "out", "--damaged", "white"],
     ],
 )
@@ -246,6 +248,18 @@ def test_features_made_differently_are_kept_unless_redo_is_given(slides, tmp_pat
     assert main([*args, "--mpp", "0.26"]) == 1
     assert "give --redo to make it again" in capsys.readouterr().out
     assert main([*args, "--mpp", "0.26", "--redo"]) == 0
+
+
+def test_a_worker_on_each_gpu_needs_no_script(slides, tmp_path, capsys, monkeypatch):
+    args = ["extract", str(slides), "-o", str(tmp_path / "o"), "--model", "xmag-mini"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main([*args, "--gpus", "all"]) == 2
+    assert "gpus is 'all', and this host has 0 CUDA devices" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert main([*args, "--gpus", "2"]) == 1  # one is broken
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["done", "done", "failed", "3"]
+    assert main([*args, "--gpus", "3"]) == 2
 
 
 def test_a_folder_beside_slides_is_wrong_use(slides, tmp_path, capsys):

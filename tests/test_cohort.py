@@ -12,7 +12,7 @@ from support.slides import write_svs
 
 from xmag import provenance
 from xmag.bag import FeatureBag
-from xmag.cohort import extract_cohort, settings
+from xmag.cohort import extract_cohort, jobs
 from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
@@ -158,8 +158,8 @@ def test_a_bag_of_a_newer_xmag_is_not_replaced_unasked(folder, out, monkeypatch)
 def test_what_is_expected_is_worked_out_once(folder, out, monkeypatch):
     run(folder, out)
     calls = []
-    made = settings.fingerprint_of
-    monkeypatch.setattr(settings, "fingerprint_of", lambda *a: calls.append(a) or made(*a))
+    made = jobs.fingerprint_of
+    monkeypatch.setattr(jobs, "fingerprint_of", lambda *a: calls.append(a) or made(*a))
     assert {row.status for row in run(folder, out)} == {"skipped"}
     assert len(calls) == 1
 

@@ -4,36 +4,36 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import transforms
 from support.encoders import ColourEncoder
+from support.killing import descendants, survivors
 from support.models import TINY, random_encoder
 from support.slides import texture, write_svs
 
 import xmag
 from xmag.bag import FeatureBag
-from xmag.cohort import executors, extract_cohort, shards
-from xmag.cohort.executors import Engine, shares
-from xmag.cohort.gpus import claim
-from xmag.cohort.jobs import jobs_of
+from xmag.cohort import executors, extract_cohort, workers
+from xmag.cohort.executors import Engine
+from xmag.cohort.jobs import Settings, jobs_of
 from xmag.cohort.resume import SEEN_NAME
-from xmag.cohort.settings import Settings
+from xmag.cohort.workers import PieceStatus, claim, run_piece
 from xmag.errors import (
     InputError,
     MismatchError,
@@ -42,8 +42,12 @@ from xmag.errors import (
     WeightsError,
     XmagWarning,
 )
+from xmag.tiles import PROCESSES_SUPPORTED
 from xmag.urls import Url
 
+needs_proc = pytest.mark.skipif(
+    not (PROCESSES_SUPPORTED and Path("/proc/self/stat").exists()), reason="looks into /proc"
+)
 SLIDES = ("a.svs", "b.svs", "broken.svs", "site/c.svs", "site/d.svs", "site/e.svs")
 STATUSES = ["done", "done", "failed", "done", "done", "done"]
 
@@ -80,6 +84,7 @@ def local(folder, model, tmp_path_factory):
 def _quick(monkeypatch):
     monkeypatch.setattr(executors, "_STATUS_EVERY_S", 0.05)
     monkeypatch.setattr(executors, "_POLL_S", 0.02)
+    monkeypatch.setattr(workers, "_IDLE_S", 0.1)  # of threads here; processes have their own
 
 
 @pytest.fixture
@@ -117,15 +122,15 @@ def assert_equal(out, local):
 
 
 class Changing(ThreadPoolExecutor):
-    """Threads whose shards arrive changed, as they would on machines that differ."""
+    """Threads whose pieces of work arrive changed, as they would on machines that differ."""
 
-    def __init__(self, change):
-        super().__init__(1)
+    def __init__(self, change, threads=1):
+        super().__init__(threads)
         self._change, self._count = change, 0
 
-    def submit(self, function, shard):
+    def submit(self, function, piece):
         self._count += 1
-        return super().submit(function, self._change(shard, self._count))
+        return super().submit(function, self._change(piece, self._count))
 
 
 def test_threads_write_the_same_files_and_one_report(folder, model, local, out):
@@ -164,7 +169,7 @@ def test_limits_and_what_becomes_of_damage_travel_to_workers(folder, model, out)
     )
     options = {"damaged": "drop", "slide_timeout": 60.0, "memory_limit": 1 << 30, "processes": 1}
     seen = []
-    with Changing(lambda shard, _: seen.append(shard.options) or shard) as pool:
+    with Changing(lambda piece, _: seen.append(piece.options) or piece) as pool:
         assert [row.status for row in run(path, out, pool, model=model)] == ["failed"]
         with pytest.warns(XmagWarning, match="damaged and left out"):
             (row,) = run(path, out, pool, model=model, **options)
@@ -176,11 +181,11 @@ def test_limits_and_what_becomes_of_damage_travel_to_workers(folder, model, out)
 def test_relative_paths_mean_the_same_in_workers(folder, model, local, out, monkeypatch):
     monkeypatch.chdir(out.parent)
 
-    def elsewhere(shard, count):
-        assert all(job.path.is_absolute() for job in shard.jobs)
-        assert shard.options["out"].is_absolute()
-        assert Path(shard.model.path_or_name).is_absolute()
-        return shard
+    def elsewhere(piece, count):
+        assert all(job.path.is_absolute() for job in piece.unpacked().values())
+        assert piece.options["out"].is_absolute()
+        assert Path(piece.model.path_or_name).is_absolute()
+        return piece
 
     slides = os.path.relpath(folder)
     with Changing(elsewhere) as pool:
@@ -189,7 +194,7 @@ def test_relative_paths_mean_the_same_in_workers(folder, model, local, out, monk
     assert record["model"]["name"] == os.path.relpath(model)
 
 
-def test_each_slide_is_reported_while_its_shard_goes_on(folder, model, out):
+def test_each_slide_is_reported_while_its_worker_goes_on(folder, model, out):
     with ThreadPoolExecutor(1) as pool:
         rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=1)
         next(rows)
@@ -198,7 +203,7 @@ def test_each_slide_is_reported_while_its_shard_goes_on(folder, model, out):
 
 
 def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
-    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(executors, "_REMOTE_STATUS_EVERY_S", 0.05)
     store = fsspec.filesystem("memory")
     with ThreadPoolExecutor(1) as pool:
@@ -211,7 +216,7 @@ def test_workers_of_a_store_stop_when_nobody_waits(folder, model, monkeypatch):
 
 
 def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, monkeypatch):
-    monkeypatch.setattr(shards, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
     with ThreadPoolExecutor(1) as pool:
         rows = rows_of(folder, out, pool, model, transform=transforms.slowly, shards=2)
         next(rows)
@@ -220,11 +225,16 @@ def test_who_stops_waiting_stops_the_workers_after_a_slide(folder, model, out, m
     assert [path.name for path in out.glob(".*")] == [SEEN_NAME]
 
 
-def rows_of(folder, out, pool, model, *, shards, transform):
+def rows_of(folder, out, pool, model, *, shards, transform, processes=0):
     """The rows of an engine, one by one, as extract_cohort takes them."""
     engine = Engine(pool, shards=shards, model=model)
     jobs = jobs_of(folder, format="h5", mpp=None)
-    options = {"encoder": engine.encoder, "out": out, "transform": transform, "processes": 0}
+    options = {
+        "encoder": engine.encoder,
+        "out": out,
+        "transform": transform,
+        "processes": processes,
+    }
     options |= {"overlap": 0, "min_tissue": 0.25, "overlay": False, "on_mismatch": "error"}
     options |= {"border": "shift", "damaged": "error"}
     settings = Settings(**{field.name: options.get(field.name) for field in fields(Settings)})
@@ -263,31 +273,43 @@ def test_a_broken_engine_is_made_again_but_not_for_ever(folder, model, out, loca
     assert len(made) == 4
 
 
-def test_what_stops_one_shard_fails_its_slides_and_the_others_are_done(folder, model, out):
-    def change(shard, count):
-        return replace(shard, transform="nowhere:transform") if count == 1 else shard
+def test_what_stops_one_worker_costs_nothing_while_another_works(folder, model, local, out, caplog):
+    def change(piece, count):
+        return replace(piece, transform="nowhere:transform") if count == 1 else piece
 
     with Changing(change) as pool:
         report = run(folder, out, pool, model=model, transform=transforms.same, shards=3)
-    failed = [row for row in report if "cannot import the transform nowhere:transform" in row.error]
-    assert len(failed) == 2
-    assert len(report.failed) <= 3
-    assert sum(row.status == "done" for row in report) >= 3
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+    assert "cannot import the transform nowhere:transform" in caplog.text
 
 
-def test_what_stops_every_shard_is_raised(folder, model, out, tmp_path):
+def test_what_stops_all_workers_in_the_middle_fails_the_slides_that_are_left(folder, model, out):
+    def one_slide_only(piece, count):
+        if count > 1:
+            return replace(piece, transform="no:t")
+        jobs = dict(list(piece.unpacked().items())[:1])
+        return replace(piece, jobs=zlib.compress(pickle.dumps(jobs)))
+
+    with Changing(one_slide_only) as pool:
+        report = run(folder, out, pool, model=model, transform=transforms.same, shards=2)
+    assert [row.status for row in report] == ["done"] + ["failed"] * 5
+    assert "cannot import the transform no:t" in report[1].error
+
+
+def test_what_stops_every_worker_is_raised(folder, model, out, tmp_path):
     with (
-        Changing(lambda shard, count: replace(shard, run=tmp_path / "elsewhere")) as pool,
+        Changing(lambda piece, count: replace(piece, run=tmp_path / "elsewhere")) as pool,
         pytest.raises(OutputError, match="does not see the output folder"),
     ):
         run(folder, out, pool, model=model)
     assert not list(out.rglob("*.h5"))
 
 
-def test_an_engine_that_starts_a_shard_again_gets_the_same_rows(folder, model, out):
-    def twice(shard, count):
-        assert shards.run_shard(shard).error is None
-        return shard
+def test_an_engine_that_starts_a_piece_again_gets_the_same_rows(folder, model, out):
+    def twice(piece, count):
+        assert run_piece(piece).error is None
+        return piece
 
     with Changing(twice) as pool:
         report = run(folder, out, pool, model=model, shards=1)
@@ -297,11 +319,9 @@ def test_an_engine_that_starts_a_shard_again_gets_the_same_rows(folder, model, o
 def test_a_model_travels_by_name_and_never_as_weights(folder, model, out, local):
     seen = []
 
-    def change(shard, count):
-        import pickle
-
-        seen.append(len(pickle.dumps(shard)))
-        return pickle.loads(pickle.dumps(shard))
+    def change(piece, count):
+        seen.append(len(pickle.dumps(piece)))
+        return pickle.loads(pickle.dumps(piece))
 
     encoder = xmag.load_model(model, device="cpu")
     with Changing(change) as pool:
@@ -358,12 +378,15 @@ def test_a_given_config_and_dtype_travel_with_the_model(folder, out, tmp_path):
 
 
 def test_workers_that_compute_in_different_dtypes_are_told_apart(folder, model, out):
-    def change(shard, count):
+    def change(piece, count):
         dtype = "float32" if count % 2 else "bfloat16"
-        return replace(shard, model=replace(shard.model, dtype=dtype))
+        return replace(piece, model=replace(piece.model, dtype=dtype))
 
-    with Changing(change) as pool, pytest.raises(MismatchError, match="some workers compute in"):
-        run(folder, out, pool, model=model)
+    with (
+        Changing(change, threads=2) as pool,
+        pytest.raises(MismatchError, match="some workers compute in"),
+    ):
+        run(folder, out, pool, model=model, transform=transforms.slowly)
 
 
 def test_outputs_of_another_model_are_refused_or_redone(folder, model, out, tmp_path):
@@ -429,24 +452,6 @@ def test_shares_by_index_cover_the_cohort_without_overlap(folder, model, local, 
     assert_equal(out, local)
 
 
-@given(st.lists(st.floats(0, 1e9), max_size=40), st.integers(1, 12))
-def test_shares_hold_everything_once_and_none_is_empty(work, count):
-    found = shares(work, count)
-    assert sorted(index for share in found for index in share) == list(range(len(work)))
-    assert all(found)
-    assert len(found) == min(count, len(work))
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 3))
-def test_the_largest_share_is_near_the_best_there_is(work, count):
-    largest = max(sum(work[i] for i in share) for share in shares(work, count))
-    best = min(
-        max(sum(w for w, to in zip(work, choice, strict=True) if to == n) for n in range(count))
-        for choice in product(range(count), repeat=len(work))
-    )
-    assert largest <= best * 4 / 3
-
-
 def test_devices_are_claimed_evenly_and_let_go_of(tmp_path):
     devices = ["gpu-0", "GPU-1a/b"]
     held = [claim(devices, tmp_path) for _ in range(5)]
@@ -462,7 +467,7 @@ def test_a_killed_process_lets_go_of_its_device(tmp_path):
     code = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from xmag.cohort.gpus import claim
+        from xmag.cohort.workers import claim
         print(claim(["gpu-0", "gpu-1"], Path(sys.argv[1]))[0], flush=True)
         time.sleep(800)
     """)
@@ -481,8 +486,8 @@ def test_a_killed_process_lets_go_of_its_device(tmp_path):
     os.close(other)
 
 
-def spawned():
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+def spawned(count=1):
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture
@@ -516,6 +521,234 @@ def test_a_killed_pool_is_made_again_and_finishes(folder, model, local, out, cal
     report = run(folder, out, spawned, model=model, **options)
     assert [row.status for row in report] == STATUSES
     assert_equal(out, local)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_slide_that_kills_its_worker_runs_alone_and_last_and_costs_itself_only(
+    folder, model, local, out, tmp_path, calls, count
+):
+    slides = tmp_path / "slides"
+    shutil.copytree(folder, slides)
+    write_svs(slides / "aa.svs", pixels=np.full((950, 950, 3), 77, np.uint8), mpp=0.5, power=20)
+    made = []
+
+    def make():
+        made.append(spawned(count))
+        return made[-1]
+
+    report = run(slides, out, make, model=model, transform=transforms.killing_at_grey)
+    statuses = {row.slide: row.status for row in report}
+    assert statuses.pop("aa.svs") == "lost"
+    assert statuses == dict(zip(SLIDES, STATUSES, strict=True))
+    (left,) = out.glob(".*.xmag-lock")  # nobody's: the next run removes it
+    left.unlink()
+    assert_equal(out, local)
+    # Tiles that were seen before each death, with the number of those of other slides since.
+    deaths = [path.read_text() for path in sorted(calls.glob("death-*"))]
+    assert len(deaths) == len(made) == 4
+    assert deaths[-1] == deaths[-2]
+
+
+def test_slides_are_taken_by_whoever_is_free(folder, model, local, out):
+    with ThreadPoolExecutor(3) as pool:
+        seen = Seen(pool)
+        report = run(folder, out, seen, model=model, transform=transforms.slowly, shards=3)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+    shares = [{number for number, _ in future.result().rows} for future in seen.futures]
+    assert sorted(number for share in shares for number in share) == list(range(len(SLIDES)))
+    assert all(shares)
+
+
+def test_workers_of_two_runs_over_one_folder_share_the_slides(folder, model, local, out):
+    def one(pool):
+        return run(folder, out, pool, model=model, transform=transforms.slowly, shards=2)
+
+    with ThreadPoolExecutor(2) as runs, ThreadPoolExecutor(2) as a, ThreadPoolExecutor(2) as b:
+        reports = list(runs.map(one, (a, b)))
+    for rows in zip(*reports, strict=True):
+        assert sorted(row.status for row in rows) in (["done", "skipped"], ["failed", "failed"])
+    assert_equal(out, local)
+
+
+def test_in_a_store_each_worker_has_slides_of_its_own(folder, model):
+    store = fsspec.filesystem("memory")
+    with ThreadPoolExecutor(2) as pool:
+        seen = Seen(pool)
+        report = run(folder, "memory://shares", seen, model=model, shards=2)
+    assert [row.status for row in report] == STATUSES
+    shares = [sorted(number for number, _ in future.result().rows) for future in seen.futures]
+    assert shares == [[0, 2, 4], [1, 3, 5]]
+    assert not [path for path in store.find("/shares") if ".xmag-run" in path]
+    store.rm("/shares", recursive=True)
+
+
+class Seen:
+    """An executor whose futures can be looked at."""
+
+    def __init__(self, pool):
+        self._pool, self.futures = pool, []
+
+    def submit(self, function, piece):
+        self.futures.append(self._pool.submit(function, piece))
+        return self.futures[-1]
+
+
+def children_of(pid):
+    found = []
+    for each in descendants(pid):
+        with suppress(FileNotFoundError):
+            if b"xmag.tiles.worker" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+    return found
+
+
+def hurry():
+    workers._IDLE_S = 1.0
+
+
+@needs_proc
+def test_decoding_processes_are_kept_between_pieces_of_work_and_go_with_the_worker(
+    folder, model, local, out
+):
+    with spawned() as pool:
+        pid = pool.submit(os.getpid).result()
+        run(folder, out, pool, model=model, processes=1)
+        kept = children_of(pid)
+        assert len(kept) == 1
+        run(folder, out / "again", pool, model=model, processes=1)
+        assert children_of(pid) == kept
+        os.kill(pid, signal.SIGKILL)
+        assert survivors(kept) == []
+    shutil.rmtree(out / "again")
+    assert_equal(out, local)
+
+
+@needs_proc
+def test_decoding_processes_go_after_an_idle_time(folder, model, out):
+    with spawned() as pool:
+        pid = pool.submit(os.getpid).result()
+        pool.submit(hurry).result()
+        run(folder, out, pool, model=model, processes=1)
+        assert survivors(children_of(pid)) == []
+        report = run(folder, out / "again", pool, model=model, processes=1)
+    assert [row.status for row in report] == STATUSES
+    assert survivors([pid]) == []
+
+
+@needs_proc
+def test_decoding_processes_at_work_go_when_nobody_waits(folder, model, out, monkeypatch):
+    monkeypatch.setattr(workers, "_LOOK_EVERY_S", 0)
+    options = {"transform": transforms.slowly, "shards": 1, "processes": 1}
+    with ThreadPoolExecutor(1) as pool:
+        rows = rows_of(folder, out, pool, model, **options)
+        next(rows)
+        kept = children_of(os.getpid())
+        rows.close()
+    assert kept
+    assert survivors(kept) == []
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, as far as the caller can see; its workers see none, and compute on the CPU."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("choice", ["all", 2])
+def test_a_worker_a_gpu_writes_the_same_files(folder, model, local, out, gpus, choice):
+    report = extract_cohort(folder, out, model=model, tissue=None, processes=0, gpus=choice)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_one_gpu_takes_no_worker(folder, model, local, out, gpus, monkeypatch):
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", None)
+    report = extract_cohort(folder, out, model=model, tissue=None, processes=0, gpus=1)
+    assert [row.status for row in report] == STATUSES
+    assert_equal(out, local)
+
+
+def test_workers_on_gpus_share_the_cores(gpus, monkeypatch):
+    monkeypatch.setattr(executors, "usable_cores", lambda: 7)
+    processes = 3 if PROCESSES_SUPPORTED else None
+    assert executors.gpu_workers("all", None)[1] == processes
+    assert executors.gpu_workers(2, 5)[1] == 5
+    assert executors.gpu_workers(1, None) == (None, None)
+
+
+@pytest.mark.parametrize("choice", [0, 3, -1, True, "both", 1.0])
+def test_gpus_that_are_not_there_are_refused(folder, model, out, gpus, choice):
+    with pytest.raises(InputError, match=rf"gpus is {choice!r}, and this host has 2 CUDA devices"):
+        extract_cohort(folder, out, model=model, gpus=choice)
+    assert not out.exists()
+
+
+def test_gpus_and_an_executor_are_one_too_many(folder, model, out, gpus):
+    with pytest.raises(InputError, match="give one of them"):
+        extract_cohort(folder, out, model=model, gpus="all", executor=ThreadPoolExecutor)
+
+
+def started(folder, out, model, tmp_path, options):
+    """A program that does the cohort with some workers, once it has written a file."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import signal, sys, torch, xmag
+        from support import transforms
+        from test_executors import spawned
+        if __name__ == "__main__":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.cuda.device_count = lambda: 2
+            xmag.extract_cohort(sys.argv[1], sys.argv[2], model=sys.argv[3], tissue=None,
+                                transform=transforms.slowly, {options})
+    """)
+    )
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, program, folder, out, model],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 600
+    while not list(out.rglob("*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_of_gpus_end_with_their_caller(folder, model, out, tmp_path, how):
+    with started(folder, out, model, tmp_path, "processes=1, gpus='all'") as process:
+        below = descendants(process.pid)
+        process.send_signal(how)
+        process.wait(600)
+    assert len(below) >= 4
+    assert survivors(below) == []
+    report = extract_cohort(folder, out, model=model, tissue=None, transform=transforms.slowly)
+    assert {row.status for row in report} == {"done", "skipped", "failed"}
+
+
+@needs_proc
+def test_workers_of_a_pool_stop_after_a_slide_when_their_caller_is_killed(
+    folder, model, out, tmp_path
+):
+    more = tmp_path / "more"
+    more.mkdir()
+    for number in range(30):
+        shutil.copy(folder / "site/e.svs", more / f"{number}.svs")
+    with started(more, out, model, tmp_path, "processes=0, executor=spawned") as process:
+        below = descendants(process.pid)
+        process.kill()
+        process.wait(600)
+    last = -1
+    while (now := len(list(out.rglob("*.h5")))) != last:
+        last = now
+        time.sleep(5)
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert 1 <= last <= 15
 
 
 @pytest.fixture(scope="module")
@@ -578,16 +811,21 @@ def test_mpi_writes_the_same_files(folder, model, local, out):
     assert_equal(out, local)
 
 
-def test_statuses_are_plain_json(folder, model, out):
+def test_what_workers_tell_is_plain_json(folder, model, out):
     seen = []
 
-    def peek(shard, count):
-        status = shards.run_shard(shard)
-        seen.append((json.loads(shard.status.read_text()), status))
-        return shard
+    def peek(piece, count):
+        status = run_piece(piece)
+        path = piece.run / f"{piece.round}-{piece.number}.jsonl"
+        seen.append(([json.loads(line) for line in path.read_text().split("\n") if line], status))
+        assert PieceStatus.news(piece.lines) == status
+        assert list(piece.lines.news()) == seen[0][0]
+        return piece
 
     with Changing(peek) as pool:
         run(folder, out, pool, model=model, shards=1)
-    ((text, status),) = seen
-    assert [row["status"] for _, row in sorted(text["rows"], key=itemgetter(0))] == STATUSES
-    assert shards.ShardStatus.from_json(status.to_json()) == status
+    ((lines, status),) = seen
+    assert lines[0] == {"dtype_class": "fp32"} == {"dtype_class": status.dtype_class}
+    assert {line["number"]: line["row"]["status"] for line in lines[1:]} == dict(
+        enumerate(STATUSES)
+    )

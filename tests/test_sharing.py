@@ -16,9 +16,9 @@ from support.encoders import ColourEncoder
 from support.killing import Trial, rows_of, write_slides
 
 from xmag.bag import FeatureBag
-from xmag.cohort import extract_cohort, locks
+from xmag.cohort import claims, extract_cohort
+from xmag.cohort.claims import Claims
 from xmag.cohort.jobs import Job
-from xmag.cohort.locks import Claims
 from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import OutputError
 
@@ -119,7 +119,7 @@ def test_a_claim_is_one_runs_and_free_again_once_that_ends(tmp_path):
 def test_the_lock_of_a_killed_program_is_free_at_once(tmp_path):
     program = (
         "import sys, time; from pathlib import Path, PurePosixPath\n"
-        "from xmag.cohort.locks import Claims; from xmag.cohort.jobs import Job\n"
+        "from xmag.cohort.claims import Claims; from xmag.cohort.jobs import Job\n"
         "job = Job(path=Path('a'), name='a', output=PurePosixPath('a.h5'), mpp=None)\n"
         "with Claims(Path(sys.argv[1])) as claims:\n"
         "    print(claims.take(job), flush=True); time.sleep(800)\n"
@@ -143,10 +143,10 @@ def test_a_lock_that_lost_its_name_while_it_was_waited_for_counts_for_nothing(
     """Two that hold locks on two files of one name would both think that the output is theirs."""
     with Claims(tmp_path) as first, Claims(tmp_path) as second:
         assert first.take(job("a"))
-        try_lock = locks.try_lock
+        try_lock = claims.try_lock
 
         def release_first(fd):
-            monkeypatch.setattr(locks, "try_lock", try_lock)
+            monkeypatch.setattr(claims, "try_lock", try_lock)
             first.release(job("a"))
             assert try_lock(fd)
             assert Claims.take(third, job("a"))
@@ -154,7 +154,7 @@ def test_a_lock_that_lost_its_name_while_it_was_waited_for_counts_for_nothing(
 
         third = Claims(tmp_path)
         with third:
-            monkeypatch.setattr(locks, "try_lock", release_first)
+            monkeypatch.setattr(claims, "try_lock", release_first)
             assert not second.take(job("a"))
 
 
@@ -162,7 +162,7 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, caplog):
     def refuse(fd):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(locks, "try_lock", refuse)
+    monkeypatch.setattr(claims, "try_lock", refuse)
     with Claims(tmp_path) as one, Claims(tmp_path) as other:
         assert one.take(job("a"))
         assert other.take(job("a"))
@@ -257,7 +257,7 @@ CLAIM = """
 import os, sys
 from pathlib import Path, PurePosixPath
 from xmag.cohort.jobs import Job
-from xmag.cohort.locks import Claims
+from xmag.cohort.claims import Claims
 user, group = map(int, sys.argv[2:])
 os.setgroups([group]), os.setgid(user), os.setuid(user), os.umask(0o077)
 job = Job(path=Path("a"), name="a", output=PurePosixPath("a.h5"), mpp=None)

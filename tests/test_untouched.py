@@ -18,7 +18,7 @@ from support.slides import write_svs
 
 from xmag import files
 from xmag.bag import FeatureBag
-from xmag.cohort import extract_cohort, gpus, loop
+from xmag.cohort import extract_cohort, loop, workers
 from xmag.encoder import load_model
 from xmag.errors import (
     BagError,
@@ -279,12 +279,12 @@ def test_gpus_are_taken_without_locks_where_there_are_none(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    index, file = gpus.claim(["gpu-0", "gpu-1"], tmp_path)
+    index, file = workers.claim(["gpu-0", "gpu-1"], tmp_path)
     os.close(file)
     assert index == os.getpid() % 2
     assert "no files can be locked" in caplog.text
     with pytest.raises(ModelError, match="set TMPDIR"):
-        gpus.claim(["gpu-0"], tmp_path / "none")
+        workers.claim(["gpu-0"], tmp_path / "none")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX users")
@@ -296,13 +296,13 @@ def test_gpu_claims_in_a_folder_of_all_users_touch_nothing_that_lies_there(tmp_p
                  lambda: path.write_text("mine")):  # fmt: skip
         make()
         with pytest.raises(ModelError, match="set TMPDIR to a folder of your own"):
-            gpus.claim(["gpu-0"], tmp_path)
+            workers.claim(["gpu-0"], tmp_path)
         assert not target.exists()
         path.rmdir() if path.is_dir() else path.unlink()
-    _, file = gpus.claim(["gpu-0"], tmp_path)
+    _, file = workers.claim(["gpu-0"], tmp_path)
     os.close(file)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     if os.getuid() == 0:
         os.chown(path, 12345, 12345)
         with pytest.raises(ModelError, match="another user's"):
-            gpus.claim(["gpu-0"], tmp_path)
+            workers.claim(["gpu-0"], tmp_path)

@@ -30,3 +30,15 @@ def killing_the_third(tiles):
             os.kill(os.getpid(), signal.SIGKILL)
         return tiles
     raise AssertionError("far more calls than slides")
+
+
+def killing_at_grey(tiles):
+    """A slide of one grey ends the process, and leaves how many tiles of others were seen."""
+    folder = Path(os.environ["XMAG_TEST_CALLS"])
+    if tiles.std() > 0:
+        (folder / f"tiles-{time.monotonic_ns()}").touch()
+        return tiles
+    seen = len(list(folder.glob("tiles-*")))
+    (folder / f"death-{time.monotonic_ns()}").write_text(str(seen))
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from xmag.cli.console import write
 
@@ -60,6 +60,14 @@ def _flag(names: str, text: str | None, metavar: str | None = None, **options: A
     if metavar is not None:
         options["metavar"] = metavar
     return names.split(), {"help": text, **options}
+
+
+def _gpus(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; expected 'all' or 2")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -132,6 +140,10 @@ _COMMANDS = {
         ),
         _flag("--slide-timeout", "seconds that decoding a slide may take", "S", type=float),
         _flag(
+            "--gpus", "on how many GPUs of this machine, or 'all': a process on each (default: one"
+            " GPU)", "N", type=_gpus,
+        ),
+        _flag(
             "--shard", "do every N-th slide alone, from the I-th on, counted from 0: for N"
             " machines", "I/N", type=_shard,
         ),
@@ -144,6 +156,7 @@ examples:
   xmag extract a.svs b.svs -o features
   xmag extract slides/ -o features --model xmag-mini --format safetensors
   xmag extract scan.tif -o features --mpp 0.25
+  xmag extract slides/ -o features --gpus all
   xmag extract slides.csv -o s3://bucket/features --shard 0/4
 """),
     "demo": _Command("slides", "run the main job on a small slide", (

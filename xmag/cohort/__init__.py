@@ -7,13 +7,12 @@ from contextlib import closing
 from os import PathLike
 from typing import Literal
 
-from xmag.cohort.executors import Engine, Executor, share_of
-from xmag.cohort.jobs import Job, jobs_of
+from xmag.cohort.executors import Engine, Executor, gpu_workers, share_of
+from xmag.cohort.jobs import Job, Settings, jobs_of
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
-from xmag.cohort.settings import Settings
 from xmag.encoder import TileEncoder
-from xmag.errors import MismatchError, OutputError
+from xmag.errors import InputError, MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder
 from xmag.grid import Border
 from xmag.progress import progress_bar
@@ -45,6 +44,7 @@ def extract_cohort(
     on_mismatch: Literal["error", "redo"] = "error",
     progress: bool | None = None,
     transform: Transform | None = None,
+    gpus: int | Literal["all"] | None = None,
     executor: Executor | Callable[[], Executor] | None = None,
     shards: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -58,10 +58,10 @@ def extract_cohort(
     it is valid and was made from the same slide with the same model, tiles and preprocessing. Runs
     over one folder at the same time share the slides. See docs/reliability.md.
 
-    With `executor` the slides are done by workers, in this machine or others, each of which takes
-    a part of them at a time. What a lost worker had finished stays; what it had not becomes a row
-    with status "lost", unless `executor` is a function that makes an executor: then a new one does
-    the rest. Models travel to workers by name, so that they must be able to load it.
+    With `gpus` or `executor` the slides are done by workers, in this machine or others, each of
+    which takes one after another. What a lost worker had finished stays; what it had not becomes a
+    row with status "lost", unless `executor` is a function that makes an executor: then a new one
+    does the rest. Models travel to workers by name, so that they must be able to load it.
 
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
@@ -81,7 +81,8 @@ def extract_cohort(
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         processes: Child processes that open and decode slides, by default one a core if the encoder
             is on CUDA, where decoding is what takes the time, and one elsewhere. 0 decodes in this
-            process, which a slide may then crash; Windows has nothing else.
+            process, which a slide may then crash; Windows has nothing else. With `gpus` or
+            `executor` each worker has as many, by default its share of the cores.
         slide_timeout: Seconds that decoding a slide may take, without the time that it waits for
             the model; then its process is killed, and its row says so. None: any time.
         memory_limit: Bytes that a decoding process may allocate, at least 256 MiB; a slide that
@@ -92,21 +93,23 @@ def extract_cohort(
         on_mismatch: What to do with a valid bag that was made with something else: "error" raises
             before any work, "redo" makes it again.
         progress: Show a bar on stderr; None does on a terminal and in a notebook.
-        transform: Applied to each batch of tiles, for instance to normalise stains. With `executor`
-            a function at the top of a module that workers can import.
+        transform: Applied to each batch of tiles, for instance to normalise stains. With workers a
+            function at the top of a module that they can import.
+        gpus: On how many GPUs of this host, or "all": on several each has a worker process, which
+            a script starts below ``if __name__ == "__main__":``. None uses one.
         executor: What runs functions elsewhere: an object whose `submit` returns something with
             `done()` and `result()`, or a function without arguments that makes one. See
             docs/clusters.md.
-        shards: Into how many parts the slides are cut for `executor`; by default at least 16, and
-            at most 64 slides each.
+        shards: How many pieces of work `executor` is given, by default at least 16, and one for
+            each 64 slides: it should be no fewer than it has workers.
         shard: ``(i, n)`` does the i-th of n shares of the slides alone, from 0 on, and reports to
             ``report-<i>-of-<n>.csv``: for n processes that do not know of each other.
 
     Raises:
         InputError: No slides, a CSV without the column, names that collide, an impossible option.
         MismatchError: Bags in `out` were made with something else (see `on_mismatch`). With
-            `executor` it may come after other workers have begun.
-        ModelError: The model cannot be loaded; with `executor`, not by its name.
+            workers it may come after some have begun.
+        ModelError: The model cannot be loaded; with workers, not by its name.
         OutputError: `out` cannot be written to, its disk is full, or it has gone away. What is
             finished stays, and the same call goes on from there.
     """
@@ -114,6 +117,10 @@ def extract_cohort(
     jobs = jobs_of(slides, format=format, mpp=mpp)
     if shard is not None:
         jobs = share_of(jobs, shard)
+    if gpus is not None:
+        if executor is not None:
+            raise InputError("gpus and executor both say who does the slides; give one of them")
+        executor, processes = gpu_workers(gpus, processes)
     engine = None if executor is None else Engine(executor, shards=shards, model=model)
     settings = Settings(
         encoder=resolve_encoder(model) if engine is None else engine.encoder,
@@ -132,10 +139,13 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
-    run = rows_of if engine is None else engine.rows
+    if engine is None:
+        found = rows_of(jobs, settings, processes=settings.processes_for(len(jobs)))
+    else:
+        found = engine.rows(jobs, settings)
     with ReportFile(settings.out / report_name(shard), jobs, rows) as report:
         try:
-            _fill(rows, run(jobs, settings), report, len(jobs), progress)
+            _fill(rows, found, report, len(jobs), progress)
         except MismatchError:
             raise
         except OutputError as error:

@@ -1,34 +1,38 @@
-"""Cohort on an executor: shards of slides go to its workers, and one report comes back.
+"""Cohort on an executor: its workers do the slides, and one report comes back.
 
 An executor is anything whose `submit` returns something with `done()` and `result()`: a
 ProcessPoolExecutor, Dask's ``client.get_executor()``, submitit's, mpi4py's.
 """
 
 import logging
+import multiprocessing
+import os
+import pickle
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
 
 from xmag import files
-from xmag.cohort.jobs import Job
-from xmag.cohort.models import ModelName, by_name
-from xmag.cohort.report import CohortRow
-from xmag.cohort.settings import Settings
-from xmag.cohort.shards import (
-    MARKER,
-    Shard,
-    ShardStatus,
-    read_status,
-    run_shard,
-    transform_name,
-)
+from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.report import CohortRow, Status
+from xmag.cohort.resume import JsonLines
+from xmag.cohort.workers import MARKER, Piece, PieceStatus, by_name, run_piece, transform_name
+from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, MismatchError, XmagError
+from xmag.tiles import PROCESSES_SUPPORTED
 from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)
@@ -39,17 +43,11 @@ _BUILDS = 4
 _POLL_S = 0.1
 _STATUS_EVERY_S = 1.0
 _REMOTE_STATUS_EVERY_S = 10.0
-"""Seconds between looks at the status files, on a file system and in a store."""
+"""Seconds between looks at the rows of workers, on a file system and in a store."""
 
-_LEAST_SHARDS = 16
+_LEAST_PIECES = 16
 _MOST_SLIDES = 64
-"""Slides in a shard: few enough to share the work evenly, and enough to keep batches full."""
-
-_ASKING_THREADS = 16
-"""Asking a store for the size of an object is waiting, and stores answer many at once."""
-
-_DONE_WEIGHT = 0.01
-"""Work of a slide whose output is there already, as a part of doing it."""
+"""Slides a piece where nobody says how many: more pieces than most executors have workers."""
 
 
 @runtime_checkable
@@ -60,8 +58,48 @@ class Executor(Protocol):
         """Submit a call; returns an object with `done()` and `result()`."""
 
 
+def gpu_workers(
+    gpus: int | Literal["all"], processes: int | None
+) -> tuple[Callable[[], Executor] | None, int | None]:
+    """A function that starts a worker on each of so many GPUs, and the decoding processes of each.
+
+    None for one GPU, which needs no other process. `processes` is what the caller wants. Raises
+    InputError where this host does not have as many GPUs.
+    """
+    there = torch.cuda.device_count()
+    wanted = there if gpus == "all" else gpus
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= there:
+        raise InputError(
+            f"gpus is {gpus!r}, and this host has {there} CUDA devices that can be seen; expected"
+            " 'all', a number from 1 to that, or None"
+        )
+    if wanted == 1:
+        return None, processes
+    if processes is None and PROCESSES_SUPPORTED:
+        processes = max(1, usable_cores() // wanted)
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a fork
+    workers = partial(ProcessPoolExecutor, wanted, mp_context=context, initializer=_serve_caller)
+    return workers, processes
+
+
+def _serve_caller() -> None:
+    """Let this worker end when its caller does, however that ends, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    caller.join()
+    os._exit(1)
+
+
+_Row = tuple[Job, CohortRow]
+
+
 class Engine:
-    """An executor or its factory, and the model by name for workers and as an encoder here.
+    """A cohort on an executor: the slides that are left, by number, and what its workers told.
 
     `model` is what `extract_cohort` was given; `encoder` is it on this machine. Raises InputError
     for what is no executor, ModelError for a model that workers cannot load.
@@ -74,7 +112,9 @@ class Engine:
         shards: int | None,
         model: TileEncoder | str | None,
     ) -> None:
-        if _is_factory(executor) and not callable(executor):
+        # A class of executors makes them, too.
+        self._is_factory = isinstance(executor, type) or not isinstance(executor, Executor)
+        if self._is_factory and not callable(executor):
             raise InputError(
                 f"executor is a {type(executor).__name__}; expected an object with submit(), such"
                 " as a ProcessPoolExecutor, or a function that makes one"
@@ -83,186 +123,160 @@ class Engine:
             raise InputError(f"shards is {shards!r}; expected at least 1, or None")
         self._executor, self._shards = executor, shards
         self._model, self.encoder = by_name(model)
+        self._jobs: Sequence[Job] = ()
+        self._left: set[int] = set()
+        self._suspects: Counter[int] = Counter()
+        """How often a worker was lost that was at a slide."""
+        self._lost_to = ""
+        """The kind of error by which a worker was lost, the last time that one was."""
+        self._errors: list[XmagError] = []
+        self._dtype_class: str | None = None
+        self._has_rows = False
 
-    def rows(
-        self, jobs: Sequence[Job], settings: Settings
-    ) -> Generator[tuple[Job, CohortRow], None, None]:
+    def rows(self, jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
         """The rows of jobs, each soon after its worker has done it.
 
         Raises MismatchError where workers find outputs that were made with something else, or
-        compute in different dtypes, and what stopped every shard if none did anything.
+        compute in different dtypes, and what stopped every worker if none did anything.
         """
-        transform_name(settings.transform)  # whether it has one, before any work
+        self._jobs, self._left = jobs, set(range(len(jobs)))
         settings = replace(settings, out=_absolute(settings.out))
+        options = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+        transform = transform_name(options.pop("transform"))
+        del options["encoder"]
         with _run_folder(settings.out) as run:
-            left = {n: replace(job, path=_absolute(job.path)) for n, job in enumerate(jobs)}
-            cohort = _Cohort(settings, self._model, run, left)
+            form = Piece(run=run, model=self._model, options=options, transform=transform)
             for attempt in range(_BUILDS):
-                with _opened(self._executor) as executor:
-                    pieces = cohort.pieces(self._shards, is_retry=attempt > 0)
-                    for number, row in cohort.round(executor, pieces):
-                        yield jobs[number], row
-                if not left or not _is_factory(self._executor):
+                with self._opened() as executor:
+                    numbers = sorted(self._left - self._suspects.keys())
+                    count = self._shards or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+                    yield from self._done(executor, self._pieces(form, numbers, count))
+                    if attempt:  # last: if one takes its worker down again, the others are done
+                        numbers = sorted(self._left & self._suspects.keys(), key=self._risk)
+                        careful = replace(form, is_careful=True)
+                        yield from self._done(executor, self._pieces(careful, numbers, 1))
+                if not (self._left and self._lost_to and self._is_factory):
                     break
-                logger.warning("%d slides are left after a worker was lost", len(left))
-            cohort.raise_if_nothing_ran()
-            for number, job in sorted(left.items()):
-                yield jobs[number], cohort.lost_row(job)
+                logger.warning("%d slides are left after a worker was lost", len(self._left))
+            yield from self._rest()
 
+    @contextmanager
+    def _opened(self) -> Iterator[Executor]:
+        """The executor that was given, or one of the factory's, which is shut down again."""
+        executor: Any = self._executor
+        if not self._is_factory:
+            yield executor
+            return
+        executor = executor()
+        if not isinstance(executor, Executor):
+            raise InputError(
+                f"executor made a {type(executor).__name__}; expected a function that returns an"
+                " object with submit()"
+            )
+        is_wanted = False
+        try:
+            yield executor
+            is_wanted = True
+        finally:
+            if hasattr(executor, "shutdown"):  # the workers notice that nobody waits any more
+                executor.shutdown(wait=is_wanted)
 
-@dataclass(slots=True)
-class _Cohort:
-    """State of a cohort on its executor: slides left, by number, and the workers' errors."""
+    def _pieces(self, form: Piece, numbers: Sequence[int], count: int) -> list[Piece]:
+        """So many pieces with slides, each with all of them, or in a store with its share."""
+        count = min(count, len(numbers))
+        if isinstance(form.run, Url):
+            parts = [self._packed(numbers[i::count]) for i in range(count)]
+        else:
+            parts = [self._packed(numbers)] * count
+        share = -(-len(numbers) // max(1, count))
+        form = replace(form, round=secrets.token_hex(4), share=share)
+        return [replace(form, number=i, jobs=part) for i, part in enumerate(parts)]
 
-    settings: Settings
-    model: ModelName
-    run: Place
-    left: dict[int, Job]
-    shards_made: int = 0
-    dtype_class: str | None = None
-    lost_to: str = ""
-    errors: list[XmagError] = field(default_factory=list)
-    has_rows: bool = False
-    suspects: set[int] = field(default_factory=set)
-    """Slides that a lost worker may have died of: the first that each had not done."""
+    def _packed(self, numbers: Iterable[int]) -> bytes:
+        jobs = ((number, self._jobs[number]) for number in numbers)
+        found = {number: replace(job, path=_absolute(job.path)) for number, job in jobs}
+        return zlib.compress(pickle.dumps(found))
 
-    def pieces(self, shards: int | None, *, is_retry: bool) -> list[list[int]]:
-        """The slides that are left, by number, as shards of about the same work."""
-        suspects = sorted(self.suspects & self.left.keys()) if is_retry else []
-        numbers = [number for number in self.left if number not in suspects]
-        if shards is None:
-            shards = max(_LEAST_SHARDS, -(-len(numbers) // _MOST_SLIDES))
-        with ThreadPoolExecutor(_ASKING_THREADS, "xmag-size") as pool:
-            out = self.settings.out
-            work = list(pool.map(lambda number: _work_of(self.left[number], out), numbers))
-        found = [[numbers[i] for i in share] for share in shares(work, shards)]
-        # Alone and last: if one of them takes its worker down again, the others are done.
-        return found + [[number] for number in suspects]
-
-    def round(self, executor: Executor, pieces: list[list[int]]) -> Iterator[tuple[int, CohortRow]]:
-        """Submit the pieces, and give the number and row of each slide as it is done."""
-        futures: dict[int, tuple[Any, Shard, list[int]]] = {}
+    def _done(self, executor: Executor, pieces: Sequence[Piece]) -> Iterator[_Row]:
+        """Submit pieces of work, and give the row of each slide soon after it is done."""
+        futures: dict[Piece, Any] = {}
+        told = {piece: piece.lines for piece in pieces}
+        every_s = _STATUS_EVERY_S
+        if pieces and isinstance(pieces[0].run, Url):
+            every_s = _REMOTE_STATUS_EVERY_S
         try:
             for piece in pieces:
-                self.shards_made += 1
-                jobs = [self.left[number] for number in piece]
-                shard = Shard.of(
-                    jobs, self.settings, self.model, number=self.shards_made, run=self.run
-                )
-                future = self._submitted(executor, shard)
-                if future is not None:
-                    futures[shard.number] = (future, shard, piece)
-            yield from self._collect(futures)
+                try:
+                    futures[piece] = executor.submit(run_piece, piece)
+                # An engine may raise anything where it is broken: its slides are left.
+                except Exception as error:  # noqa: BLE001
+                    self._lose(error)
+            looked_at = time.monotonic()
+            while futures:
+                ended = [piece for piece, future in futures.items() if future.done()]
+                for piece in ended:
+                    yield from self._ended(futures.pop(piece), piece, told[piece])
+                if time.monotonic() - looked_at > every_s:
+                    for piece in list(futures):
+                        yield from self._taken(PieceStatus.news(told[piece]))
+                    looked_at = time.monotonic()
+                if futures and not ended:
+                    time.sleep(_POLL_S)
         finally:
-            for future, _, _ in futures.values():
+            for future in futures.values():
                 with suppress(AttributeError):  # not every engine takes work back
                     future.cancel()
 
-    def _submitted(self, executor: Executor, shard: Shard) -> Any | None:
+    def _ended(self, future: Any, piece: Piece, told: JsonLines) -> Iterator[_Row]:
+        """The last rows of a piece; what its file says where its worker was lost."""
         try:
-            return executor.submit(run_shard, shard)
-        # An engine may raise anything where it is broken: its slides are left, and so reported.
-        except Exception as error:  # noqa: BLE001
-            self._lose(error)
-            return None
-
-    def _collect(
-        self, futures: dict[int, tuple[Any, Shard, list[int]]]
-    ) -> Iterator[tuple[int, CohortRow]]:
-        is_remote = isinstance(self.run, Url)
-        every_s = _REMOTE_STATUS_EVERY_S if is_remote else _STATUS_EVERY_S
-        looked_at = time.monotonic()
-        while futures:
-            ended = [number for number, (future, _, _) in futures.items() if future.done()]
-            for number in ended:
-                future, shard, piece = futures.pop(number)
-                yield from self._take(self._end_of(future, shard, piece), piece)
-            if time.monotonic() - looked_at > every_s:
-                for _, shard, piece in list(futures.values()):
-                    yield from self._take(read_status(shard), piece)
-                looked_at = time.monotonic()
-            if futures and not ended:
-                time.sleep(_POLL_S)
-
-    def _end_of(self, future: Any, shard: Shard, piece: list[int]) -> ShardStatus:
-        """Final status of a shard; that in its status file where its worker was lost."""
-        try:
-            status: ShardStatus = future.result()
+            status: PieceStatus = future.result()
         # Each engine has its own way to say that a worker is gone.
         except Exception as error:  # noqa: BLE001
             self._lose(error)
-            status = read_status(shard)
-            if status.dtype_class is not None:  # it had begun
-                done = {index for index, _ in status.rows}
-                missing = [n for index, n in enumerate(piece) if index not in done]
-                self.suspects.update(missing[:1])
-            return status
-        if status.error is not None and (
-            status.is_fatal or isinstance(status.error, MismatchError)
-        ):
-            raise status.error
-        if status.error is None:
-            return status
-        self.errors.append(status.error)
-        done = {index for index, _ in status.rows}
-        reason = str(status.error)
-        failed = [
-            (index, CohortRow(slide=job.name, status="failed", error=reason))
-            for index, job in enumerate(shard.jobs)
-            if index not in done
-        ]
-        return replace(status, rows=(*status.rows, *failed))
-
-    def _take(self, status: ShardStatus, piece: list[int]) -> Iterator[tuple[int, CohortRow]]:
-        """The rows of a shard that were not known yet."""
-        self._compare(status.dtype_class)
-        for index, row in status.rows:
-            number = piece[index]
-            if number in self.left:
-                del self.left[number]
-                self.has_rows = self.has_rows or row.status != "failed"
-                yield number, row
-
-    def _compare(self, kind: str | None) -> None:
-        """Raise MismatchError where a worker computes in another dtype than those before."""
-        if kind is None or kind == self.dtype_class:
+            yield from self._taken(PieceStatus.news(told))
+            self._suspects.update(piece.under_way(self._left))
             return
-        if self.dtype_class is not None:
+        yield from self._taken(status)
+        if status.error is not None:
+            if status.is_fatal or isinstance(status.error, MismatchError):
+                raise status.error
+            logger.warning("a worker stopped: %s", status.error)
+            self._errors.append(status.error)
+
+    def _taken(self, status: PieceStatus) -> Iterator[_Row]:
+        """The rows that were not known yet; MismatchError where a worker has another dtype."""
+        kind = status.dtype_class or self._dtype_class
+        if self._dtype_class not in (None, kind):
             raise MismatchError(
-                f"some workers compute in {self.dtype_class}, others in {kind}: their features may"
+                f"some workers compute in {self._dtype_class}, others in {kind}: their features may"
                 " not be mixed. Give model=load_model(..., dtype='bfloat16') or 'float32' for all,"
                 " and on_mismatch='redo'"
             )
-        self.dtype_class = kind
+        self._dtype_class = kind
+        for number, row in status.rows:
+            if number in self._left:
+                self._left.remove(number)
+                self._has_rows = self._has_rows or row.status != "failed"
+                yield self._jobs[number], row
+
+    def _risk(self, number: int) -> tuple[int, int]:
+        return self._suspects[number], number
 
     def _lose(self, error: BaseException) -> None:
-        self.lost_to = type(error).__name__
-        logger.warning("a worker was lost (%s)", self.lost_to, exc_info=error)
+        self._lost_to = type(error).__name__
+        logger.warning("a worker was lost (%s)", self._lost_to, exc_info=error)
 
-    def lost_row(self, job: Job) -> CohortRow:
-        """The row of a slide that no worker finished."""
-        reason = f"its worker was lost ({self.lost_to or 'it was stopped'}); run the same again"
-        return CohortRow(slide=job.name, status="lost", error=reason)
-
-    def raise_if_nothing_ran(self) -> None:
-        """Raise what stopped the shards, if that was all that came of them."""
-        if self.errors and not self.has_rows and not self.left:
-            raise self.errors[0]
-
-
-def shares(work: Sequence[float], count: int) -> list[list[int]]:
-    """The indices of `work` as at most `count` shares of about the same sum, in order; none empty.
-
-    The largest goes first, each to the share that has the least (Graham, SIAM J. Appl. Math. 17,
-    1969): the largest sum is at most 4/3 of the best one.
-    """
-    found: list[list[int]] = [[] for _ in range(min(count, len(work)))]
-    sums = [0.0] * len(found)
-    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        least = min(range(len(found)), key=lambda i: (sums[i], len(found[i])))
-        found[least].append(index)
-        sums[least] += work[index]
-    return [sorted(share) for share in found]
+    def _rest(self) -> Iterator[_Row]:
+        """The rows of slides that no worker did. Raises what stopped all workers at their start."""
+        error = None if self._lost_to or not self._errors else self._errors[0]
+        if error is not None and self._left and not self._has_rows:
+            raise error
+        how = self._lost_to or "it was stopped"
+        reason = f"its worker was lost ({how}); run the same again" if error is None else str(error)
+        status: Status = "lost" if error is None else "failed"
+        for job in (self._jobs[number] for number in sorted(self._left)):
+            yield job, CohortRow(slide=job.name, status=status, error=reason)
 
 
 def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
@@ -272,13 +286,13 @@ def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
     agree. Raises InputError where there is no such share.
     """
     try:
-        index, count = shard
-        valid = isinstance(index, int) and isinstance(count, int) and 0 <= index < count
+        index, total = shard
+        valid = isinstance(index, int) and isinstance(total, int) and 0 <= index < total
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise InputError(f"shard is {shard!r}; expected (i, n) with i from 0 to n - 1")
-    return jobs[index::count]
+    return jobs[index::total]
 
 
 def _absolute(place: Place) -> Place:
@@ -286,25 +300,9 @@ def _absolute(place: Place) -> Place:
     return place.absolute() if isinstance(place, Path) else place
 
 
-def _work_of(job: Job, out: Place) -> float:
-    """Estimated work of a job, in bytes of the slide; 1 where nobody can tell."""
-    try:
-        size = job.path.stat().st_size if isinstance(job.path, Path) else job.path.size()
-    # Its worker will say what is wrong with it.
-    except Exception:  # noqa: BLE001
-        return 1.0
-    is_there = isinstance(out, Path) and (out / job.output).exists()
-    return size * (_DONE_WEIGHT if is_there else 1.0)
-
-
-def _is_factory(engine: object) -> bool:
-    """Whether `engine` makes executors; a class of them does, too."""
-    return isinstance(engine, type) or not isinstance(engine, Executor)
-
-
 @contextmanager
 def _run_folder(out: Place) -> Iterator[Place]:
-    """A folder for the status files of a run, which tells workers that somebody waits for them."""
+    """A folder for what workers tell, which tells them that somebody waits for it."""
     run = out / f".xmag-run-{secrets.token_hex(8)}"
     run.mkdir(parents=True, exist_ok=True)
     files.write_text(run / MARKER, "{}\n")
@@ -312,26 +310,3 @@ def _run_folder(out: Place) -> Iterator[Place]:
         yield run
     finally:
         files.remove_folder(run)
-
-
-@contextmanager
-def _opened(engine: Executor | Callable[[], Executor]) -> Iterator[Executor]:
-    """The executor that was given, or one of the factory's, which is shut down again."""
-    if not _is_factory(engine):
-        yield engine  # type: ignore[misc]  # a factory has no submit
-        return
-    executor = engine()  # type: ignore[operator]
-    if not isinstance(executor, Executor):
-        raise InputError(
-            f"executor made a {type(executor).__name__}; expected a function that returns an object"
-            " with submit()"
-        )
-    shutdown = getattr(executor, "shutdown", None)
-    try:
-        yield executor
-    except BaseException:
-        if shutdown is not None:
-            shutdown(wait=False)  # the workers notice that nobody waits any more
-        raise
-    if shutdown is not None:
-        shutdown(wait=True)

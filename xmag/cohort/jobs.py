@@ -6,12 +6,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
+from xmag.cores import usable_cores
+from xmag.encoder import TileEncoder
 from xmag.errors import InputError
+from xmag.extract import Transform, fingerprint_of
 from xmag.files import read_csv
+from xmag.grid import Border
+from xmag.plan import check_grid, plan_options
 from xmag.slide import is_slide_path
 from xmag.slide.scale import checked_mpp
+from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
+from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 
 FORMATS = ("h5", "safetensors")
@@ -60,14 +68,24 @@ def jobs_of(
             f"no slides in {told!r}; expected a folder with slides, a CSV file with a"
             " column 'slide', or a list of paths"
         )
-    names = _names([entry.path for entry in entries], root)
-    jobs = [_job(entry, name, format) for entry, name in zip(entries, names, strict=True)]
+    jobs = []
+    for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
+        if entry.id is None:
+            output = below.with_name(f"{below.stem}.{format}")
+        elif _RESERVED.search(entry.id):
+            raise InputError(
+                f"the id {entry.id!r} is not a file name on every system; expected one without"
+                ' slashes, control characters and <>:"|?*, and none that Windows keeps for devices,'
+                " such as CON, AUX, NUL and COM1"
+            )
+        else:
+            output = PurePosixPath(f"{entry.id}.{format}")
+        jobs.append(Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp))
     _refuse_collisions(jobs)
     return jobs
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     path: Place
     id: str | None
     mpp: float | None
@@ -109,48 +127,23 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
 
 def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
     """The path of each slide below the folder that they share, those at URLs among themselves."""
-    paths = [place for place in places if isinstance(place, Path)]
+    # Without "..", which would lead out of the output folder; links are not followed.
+    absolute = [os.path.abspath(place) for place in places if isinstance(place, Path)]  # noqa: PTH100
+    folders = [os.path.split(path)[0] for path in absolute]
+    folder = root if isinstance(root, Path) else Path(os.path.commonpath(folders or ["."]))
     urls = [place for place in places if isinstance(place, Url)]
-    if isinstance(root, Path) or not paths:
-        folder = root
-    else:
-        folder = Path(os.path.commonpath([_absolute(path).parent for path in paths]))
     depth = len([p for p in root.parts if p]) if isinstance(root, Url) else common_parts(urls)
-    return [
-        _below_url(place, depth) if isinstance(place, Url) else _below(place, folder)
-        for place in places
-    ]
-
-
-def _absolute(path: Path) -> Path:
-    """The path from the root, without `..`, which would lead out of the output folder."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
-
-
-def _below(path: Path, folder: Place | None) -> PurePosixPath:
-    assert isinstance(folder, Path)
-    return PurePosixPath(readable(os.path.relpath(path, folder)).replace("\\", "/"))
-
-
-def _below_url(url: Url, depth: int) -> PurePosixPath:
-    parts = [part for part in url.parts[depth:] if part]
-    if not parts or {".", ".."} & set(parts) or any("\\" in part for part in parts):
-        raise InputError(f"the URL {url} names no file by a plain path; give it without '..'")
-    return PurePosixPath(*parts)
-
-
-def _job(entry: _Entry, below: PurePosixPath, format: str) -> Job:
-    if entry.id is None:
-        output = below.with_name(f"{below.stem}.{format}")
-    elif _RESERVED.search(entry.id):
-        raise InputError(
-            f"the id {entry.id!r} is not a file name on every system; expected one without slashes,"
-            ' control characters and <>:"|?*, and none that Windows keeps for devices, such as CON,'
-            " AUX, NUL and COM1"
-        )
-    else:
-        output = PurePosixPath(f"{entry.id}.{format}")
-    return Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp)
+    names = []
+    for place in places:
+        if isinstance(place, Path):
+            below = readable(os.path.relpath(str(place), folder)).replace("\\", "/")
+            names.append(PurePosixPath(below))
+            continue
+        parts = [part for part in place.parts[depth:] if part]
+        if not parts or {".", ".."} & set(parts) or any("\\" in part for part in parts):
+            raise InputError(f"the URL {place} names no file by a plain path; give it without '..'")
+        names.append(PurePosixPath(*parts))
+    return names
 
 
 def _refuse_collisions(jobs: Sequence[Job]) -> None:
@@ -170,3 +163,78 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
                 f"{len(same)} slides would be written to {same[0].output}: {names}; list them in a"
                 " CSV file with columns 'slide' and 'id', and give each an id of its own"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Settings of a cohort, the same for every slide."""
+
+    encoder: TileEncoder
+    out: Place
+    tissue: Literal["auto"] | None
+    overlap: int
+    min_tissue: float | None
+    border: Border
+    overlay: bool
+    batch_size: int | None
+    processes: int | None
+    slide_timeout: float | None
+    memory_limit: int | None
+    damaged: Damaged
+    on_mismatch: Literal["error", "redo"]
+    transform: Transform | None
+
+    def __post_init__(self) -> None:
+        if self.tissue not in ("auto", None):
+            raise InputError(
+                f"tissue is {self.tissue!r}; a cohort takes 'auto' or None (every tile); for a mask"
+                " of your own use extract_features() on each slide"
+            )
+        check_damaged(self.damaged)
+        check_grid(self.encoder.tile_spec, **self._grid)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
+        if self.on_mismatch not in ("error", "redo"):
+            raise InputError(f"on_mismatch is {self.on_mismatch!r}; expected 'error' or 'redo'")
+        if self.processes is not None and not (
+            isinstance(self.processes, int) and self.processes >= 0
+        ):
+            raise InputError(f"processes is {self.processes!r}; expected 0 or more, or None")
+        if self.processes and not PROCESSES_SUPPORTED:
+            raise InputError(
+                f"processes is {self.processes}, but this system has no decoding processes; use 0"
+            )
+        if self.limits != Limits() and (self.processes == 0 or not PROCESSES_SUPPORTED):
+            raise InputError(
+                "slide_timeout and memory_limit hold for decoding processes, and there are none"
+                " here; expected processes to be at least 1, or no limits"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of time and memory for one slide."""
+        return Limits(slide_timeout=self.slide_timeout, memory_limit=self.memory_limit)
+
+    def processes_for(self, slides: int) -> int:
+        """Number of decoding processes for so many slides: those asked for, or those that pay.
+
+        One a core where a GPU embeds faster than threads of one process decode. Elsewhere one: it
+        keeps up, and a slide that crashes it does not take this process down.
+        """
+        if self.processes is not None:
+            return min(self.processes, slides)
+        if not PROCESSES_SUPPORTED:
+            return 0
+        on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
+        return min(usable_cores(), slides) if on_cuda else min(1, slides)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint that a bag made with these settings has."""
+        method = None if self.tissue is None else TISSUE_METHOD
+        options = plan_options(**self._grid, tissue_method=method)
+        return fingerprint_of(self.encoder, options, self.transform)
+
+    @property
+    def _grid(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("overlap", "min_tissue", "border")}

@@ -9,34 +9,38 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from xmag import files
 from xmag.bag import save_bag
-from xmag.cohort.jobs import Job
-from xmag.cohort.pictures import THUMBNAIL_PX, Kept, is_picture_missing, write_picture
-from xmag.cohort.report import CohortRow
-from xmag.cohort.resume import Found, earlier_of
-from xmag.cohort.settings import Settings
-from xmag.cohort.sharing import Share
+from xmag.cohort.claims import Share
+from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.report import CohortRow, Status
+from xmag.cohort.resume import Found, changed_slide, earlier_of
+from xmag.draw.overview import OVERLAY_PX, overlay
 from xmag.encoder import Encoder, TileStream, pinned
 from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
+from xmag.slide.reader import Pixels
 from xmag.tiles import (
     Begun,
     Decoded,
     DecodeJob,
     DecodingPool,
+    Earlier,
     Event,
     Failed,
     Finished,
@@ -49,7 +53,7 @@ from xmag.tiles import (
     default_threads,
     reason_of,
 )
-from xmag.urls import readable, without_folder
+from xmag.urls import Place, readable, without_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +69,20 @@ _MOST_SAVES = 2 * _SAVING_THREADS
 _Row = tuple[Job, CohortRow]
 
 
-def rows_of(jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
-    """The rows of jobs, each as soon as it is done.
+def rows_of(
+    jobs: Iterable[Job],
+    settings: Settings,
+    *,
+    processes: int,
+    pool: Callable[..., AbstractContextManager[DecodingPool]] = DecodingPool,
+) -> Generator[_Row, None, None]:
+    """The rows of jobs, each as soon as it is done; jobs that are no list are taken one by one.
 
-    Raises MismatchError before any work, see `find_earlier`; OutputError where nothing more can be
-    written.
+    `pool` opens the decoding processes. Raises MismatchError, of a list before any work, see
+    `find_earlier`; OutputError where nothing more can be written.
     """
-    processes = settings.processes_for(len(jobs))
     with Share(jobs, settings) as share, ExitStack() as stack:
-        loop = _Loop(share, settings, processes, stack)
+        loop = _Loop(share, settings, processes, pool, stack)
         # However the caller stops: all ends with this call, and not with its last trace.
         rows = stack.enter_context(closing(loop.rows()))
         for job, row in rows:
@@ -101,6 +110,7 @@ class _UnderWay:
     job: Job
     start: float
     found: Found | None = None
+    earlier: Earlier | None = None
     slide: SlideFacts | None = None
     plan: TilePlan | None = None
     thumbnail: Thumbnail | None = None
@@ -113,7 +123,14 @@ class _UnderWay:
 class _Loop:
     """The slides under way in a cohort, from their first event to their rows."""
 
-    def __init__(self, share: Share, settings: Settings, processes: int, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        share: Share,
+        settings: Settings,
+        processes: int,
+        pool: Callable[..., AbstractContextManager[DecodingPool]],
+        stack: ExitStack,
+    ) -> None:
         self._share, self._settings = share, settings
         self._saving = stack.enter_context(_saving_threads())
         encoder = settings.encoder
@@ -125,7 +142,7 @@ class _Loop:
         self._is_pinned = False
         if processes:
             self._pool = stack.enter_context(
-                DecodingPool(
+                pool(
                     processes,
                     slot_tiles=self._chunk,
                     size_px=encoder.tile_spec.size_px,
@@ -172,13 +189,8 @@ class _Loop:
             self._numbers += 1
             slide = _UnderWay(self._numbers, job, time.monotonic())
             self._under_way[slide.number] = slide
-            earlier = None
-            with self._costs_a_row(slide):
-                slide.found = self._share.earlier(job)
-                if slide.found is not None:
-                    thumbnail = is_picture_missing(job, settings)
-                    seen = self._share.seen
-                    earlier = earlier_of(slide.found, job, settings, seen, thumbnail=thumbnail)
+            with self._failing_alone(slide):
+                self._compare(slide)
             if slide.number not in self._under_way:
                 continue
             yield DecodeJob(
@@ -190,13 +202,30 @@ class _Loop:
                 overlap=settings.overlap,
                 min_tissue=settings.min_tissue,
                 border=settings.border,
-                thumbnail_px=THUMBNAIL_PX if settings.overlay else None,
-                earlier=earlier,
+                thumbnail_px=OVERLAY_PX if settings.overlay else None,
+                earlier=slide.earlier,
                 damaged=settings.damaged,
             )
 
+    def _compare(self, slide: _UnderWay) -> None:
+        """Look for the earlier bag of a slide; without one, whether there is room for its files.
+
+        Raises OutputError where what is to be written would replace another program's file.
+        """
+        settings, job = self._settings, slide.job
+        slide.found = self._share.earlier(job)
+        if slide.found is not None:
+            is_missing = settings.overlay and not _picture_of(job, settings).exists()
+            seen = self._share.seen
+            slide.earlier = earlier_of(slide.found, job, settings, seen, thumbnail=is_missing)
+            return
+        if isinstance(settings.out, Path):
+            files.linked_to(settings.out / job.output, settings.out)
+        if settings.overlay:
+            _require_own_picture(job, settings)
+
     @contextmanager
-    def _costs_a_row(self, slide: _UnderWay) -> Iterator[None]:
+    def _failing_alone(self, slide: _UnderWay) -> Iterator[None]:
         """Make whatever goes wrong inside the failed row of a slide, and go on.
 
         Only what would go wrong with all the others is raised: a disk that is full, or gone.
@@ -227,7 +256,7 @@ class _Loop:
         if isinstance(event, Decoded):
             self._embed(slide, event)
         elif slide is not None:
-            with self._costs_a_row(slide):
+            with self._failing_alone(slide):
                 self._note(slide, event)
         if self._stream is not None:
             self._collect(self._stream.landed())
@@ -253,18 +282,20 @@ class _Loop:
         if lost is not None:
             assert slide.plan is not None
             slide.plan = without_damaged(slide.plan, lost, slide.slide.name)
-        found = slide.found
-        sha256 = None if slide.reading is None else slide.reading.sha256
-        if found is None or not found.is_of(slide.slide, sha256, slide.job, self._settings):
+        earlier, sha256 = slide.earlier, slide.reading.sha256 if slide.reading else None
+        if earlier is None or not earlier.is_of(slide.slide, sha256):
+            if earlier is not None and not earlier.redo:
+                raise changed_slide(earlier, slide.slide, slide.job)
             slide.all_sent = True
             self._save_if_complete(slide)
             return
-        self._share.seen.add(slide.job, found.sha256, slide.slide.version)
+        assert slide.found is not None
+        self._share.seen.add(slide.job, earlier.sha256, slide.slide.version)
+        row = _row_of(slide.job, "skipped", slide.found)
         if slide.thumbnail is None:
-            self._end(slide, _skipped_row(slide.job, found))
+            self._end(slide, row)
         else:
-            del self._under_way[slide.number]
-            self._saves.append((slide, self._saving.submit(self._make_up, slide, found)))
+            self._save(slide, partial(self._made_up, slide, row))
 
     def _embed(self, slide: _UnderWay | None, event: Decoded) -> None:
         """Embed tiles, at once or in a batch with others, and release their memory."""
@@ -272,7 +303,7 @@ class _Loop:
         if slide is None:
             event.release()
             return
-        with self._costs_a_row(slide):
+        with self._failing_alone(slide):
             if transform is not None:
                 # What comes back may be a view of some kind, which torch does not take.
                 tiles = np.require(transformed(tiles.copy(), transform), requirements=["C", "W"])
@@ -304,14 +335,18 @@ class _Loop:
     def _save_if_complete(self, slide: _UnderWay) -> None:
         assert slide.plan is not None
         if slide.all_sent and slide.landed == len(slide.plan):
-            del self._under_way[slide.number]
-            self._saves.append((slide, self._saving.submit(self._save, slide)))
+            self._save(slide, partial(self._saved, slide))
+
+    def _save(self, slide: _UnderWay, work: Callable[[], CohortRow]) -> None:
+        """Let a thread do the work of saving a slide; its row is the result."""
+        del self._under_way[slide.number]
+        self._saves.append((slide, self._saving.submit(work)))
 
     def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
         """The rows that are ready; waits until at most so many bags are still to be saved."""
         while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
             slide, save = self._saves.popleft()
-            with self._costs_a_row(slide):
+            with self._failing_alone(slide):
                 self._done.append((slide.job, save.result()))
         while self._done:
             yield self._done.popleft()
@@ -323,7 +358,7 @@ class _Loop:
             if save.exception() is None:
                 yield job, save.result()
 
-    def _save(self, done: _UnderWay) -> CohortRow:
+    def _saved(self, done: _UnderWay) -> CohortRow:
         """The row of a slide whose picture and bag are written now, in a thread that saves."""
         assert done.features is not None
         assert done.plan is not None
@@ -342,39 +377,68 @@ class _Loop:
         share.check_folder()
         # Once more when it is written: a share may go away at any time.
         save_bag(bag, settings.out / job.output, check=share.check_folder, inside=settings.out)
-        assert bag.provenance is not None
-        made = Found(len(bag), bag.provenance.record)
+        made = Found.of(bag)
         share.seen.add(job, made.sha256, done.slide.version)
-        return CohortRow(
-            slide=job.name,
-            status="done" if len(bag) else "empty",
-            tiles=len(bag),
-            coverage=bag.coverage,
-            seconds=time.monotonic() - done.start,
-            output=str(job.output),
-            empty_source_tiles=made.empty,
-        )
+        status: Status = "done" if len(bag) else "empty"
+        return _row_of(job, status, made, seconds=time.monotonic() - done.start)
 
-    def _make_up(self, slide: _UnderWay, found: Found) -> CohortRow:
+    def _made_up(self, slide: _UnderWay, row: CohortRow) -> CohortRow:
         """The row of a slide whose bag is there, and whose picture alone is written now."""
         self._draw(slide)
-        return _skipped_row(slide.job, found)
+        return row
 
     def _draw(self, slide: _UnderWay) -> None:
-        if slide.thumbnail is not None:
-            assert slide.slide is not None
-            assert slide.plan is not None
-            kept = Kept.of(slide.slide, slide.thumbnail)
-            tissue = slide.thumbnail.tissue
-            write_picture(kept, slide.job, self._settings, tissue, slide.plan)
+        """Write the picture of a slide's tissue and tiles, if one is asked for."""
+        if slide.thumbnail is None:
+            return
+        assert slide.slide is not None
+        settings, seen = self._settings, slide.thumbnail
+        _require_own_picture(slide.job, settings)
+        own = PngInfo()
+        own.add_text("Software", "xmag")
+        kept = _Kept(slide.slide.name, slide.slide.mpp, seen.dimensions, seen.pixels)
+        with files.atomic_path(_picture_of(slide.job, settings), inside=settings.out) as path:
+            image = overlay(kept, tissue=seen.tissue, plan=slide.plan, max_px=OVERLAY_PX)
+            image.save(path, format="PNG", pnginfo=own)
 
 
-def _skipped_row(job: Job, found: Found) -> CohortRow:
+def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> CohortRow:
     return CohortRow(
         slide=job.name,
-        status="skipped",
-        tiles=found.tiles,
-        coverage=found.coverage,
+        status=status,
+        tiles=bag.tiles,
+        coverage=bag.coverage,
+        seconds=seconds,
         output=str(job.output),
-        empty_source_tiles=found.empty,
+        empty_source_tiles=bag.empty,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Facts and thumbnail of a slide, to draw it where only a decoding process may open it."""
+
+    name: str
+    mpp: float | None
+    dimensions: tuple[int, int]
+    pixels: Pixels
+
+    def thumbnail(self, *, max_px: int) -> Image.Image:
+        """The thumbnail, which was made for `max_px`."""
+        assert max(self.pixels.shape) <= max_px
+        return Image.fromarray(self.pixels)
+
+
+def _picture_of(job: Job, settings: Settings) -> Place:
+    """Path of the overlay of a slide, beside its bag."""
+    output = settings.out / job.output
+    return output.with_name(output.name + ".png")
+
+
+def _require_own_picture(job: Job, settings: Settings) -> None:
+    """Raise OutputError where the picture of a slide would replace one that xmag did not write."""
+    files.require_own(_picture_of(job, settings), settings.out, _is_own_picture)
+
+
+def _is_own_picture(head: bytes) -> bool:
+    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0xmag" in head

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,10 +92,6 @@ def report_name(shard: tuple[int, int] | None) -> str:
     return REPORT_NAME if shard is None else f"report-{shard[0]}-of-{shard[1]}.csv"
 
 
-def _is_report(head: bytes) -> bool:
-    return head.startswith(_OWN_START)
-
-
 class ReportFile:
     """Keeps ``report.csv`` up to date while the rows come in, and complete at the end."""
 
@@ -122,7 +119,8 @@ class ReportFile:
     def _write(self) -> None:
         rows = [self._rows[job] for job in self._jobs if job in self._rows]
         if isinstance(self._path, Path) or self._written_at == -math.inf:
-            files.require_own(self._path, self._path.parent, _is_report)
+            is_own = methodcaller("startswith", _OWN_START)
+            files.require_own(self._path, self._path.parent, is_own)
         text = CohortReport(tuple(rows)).to_csv()
         files.write_text(self._path, text, inside=self._path.parent)
         self._written_at = time.monotonic()

@@ -4,16 +4,16 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from xmag.bag import FeatureBag, NewerBagError
 from xmag.bag.formats import ForeignBagError, UnreadableBagError
-from xmag.cohort.jobs import Job
-from xmag.cohort.settings import Settings
+from xmag.cohort.jobs import Job, Settings
 from xmag.errors import BagError, MismatchError, OutputError, XmagError
 from xmag.provenance import Provenance
 from xmag.slide import SlideFacts
@@ -29,16 +29,17 @@ _OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A valid bag of an earlier run: its number of tiles, its record, and its coverage."""
+    """A valid bag that is there: its number of tiles, its record, and its coverage."""
 
     tiles: int
     record: Mapping[str, Any]
-    coverage: float | None = None
+    coverage: float | None
 
-    @property
-    def of_slide(self) -> tuple[Mapping[str, Any] | None, float | None]:
-        """The content of the slide it was made from, and its µm/px."""
-        return self.record["slide"], self.record["scale"]["level0_mpp"]
+    @classmethod
+    def of(cls, bag: FeatureBag) -> "Found":
+        """The facts of a bag that xmag made."""
+        assert bag.provenance is not None
+        return cls(len(bag), bag.provenance.record, bag.coverage)
 
     @property
     def sha256(self) -> str | None:
@@ -49,51 +50,6 @@ class Found:
     def empty(self) -> int:
         """Source tiles that its slide declares empty."""
         return int((self.record.get("source_tiles") or {}).get("empty", 0))
-
-    def is_of(self, slide: SlideFacts, sha256: str | None, job: Job, settings: Settings) -> bool:
-        """Whether it was made from this slide's content, at this scale.
-
-        `sha256` is of the bytes of its tiles, where those were read again. Raises MismatchError if
-        not, unless such bags are to be made again.
-        """
-        then = self.of_slide
-        is_same = then == (slide.fingerprint, slide.mpp)
-        if is_same and sha256 in (None, self.sha256):
-            return True
-        if settings.on_mismatch == "redo":
-            return False
-        if is_same:
-            raise MismatchError(
-                f"{job.output} is there already, but its slide was written since, and the bytes of"
-                " its tiles are others than those that it was made from (was the slide damaged, or"
-                " is it now?); give on_mismatch='redo' to make it again"
-            )
-        raise MismatchError(
-            f"{job.output} is there already, but was made from other content or at another scale:"
-            f" from {_described(*then)}, while the slide has"
-            f" {_described(slide.fingerprint, slide.mpp)}; give on_mismatch='redo' to make it again"
-        )
-
-
-def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
-    if slide is None:
-        return f"an unknown file at {mpp} µm/px"
-    return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
-
-
-def _lost(provenance: Provenance, settings: Settings) -> list[str]:
-    """Line saying that a bag lacks tiles, for damage or a region, where it may not; or none.
-
-    That is no part of the fingerprint: such a bag may be mixed with others, but is incomplete.
-    """
-    lost = provenance.record.get("tiles", {}).get("damaged", 0)
-    if (provenance.record.get("plan") or {}).get("roi_sha256"):
-        return ["roi: a part of the slide there, all of it here"]
-    return (
-        [f"damaged: {lost} tiles dropped there, none here"]
-        if lost and settings.damaged == "error"
-        else []
-    )
 
 
 def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | None:
@@ -121,7 +77,7 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         else:
             differences = expected.differences(bag.provenance) + _lost(bag.provenance, settings)
             if not differences:
-                return Found(len(bag), bag.provenance.record, bag.coverage)
+                return Found.of(bag)
     if settings.on_mismatch == "redo":
         return None
     raise MismatchError(
@@ -131,22 +87,107 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
     )
 
 
+def _lost(provenance: Provenance, settings: Settings) -> list[str]:
+    """Line saying that a bag lacks tiles, for damage or a region, where it may not; or none.
+
+    That is no part of the fingerprint: such a bag may be mixed with others, but is incomplete.
+    """
+    if (provenance.record.get("plan") or {}).get("roi_sha256"):
+        return ["roi: a part of the slide there, all of it here"]
+    lost = provenance.record.get("tiles", {}).get("damaged", 0)
+    if lost and settings.damaged == "error":
+        return [f"damaged: {lost} tiles dropped there, none here"]
+    return []
+
+
+def changed_slide(earlier: Earlier, slide: SlideFacts, job: Job) -> MismatchError:
+    """The error for a bag that was made from other content than the slide has now."""
+    if (earlier.content, earlier.mpp) == (slide.fingerprint, slide.mpp):
+        return MismatchError(
+            f"{job.output} is there already, but its slide was written since, and the bytes of"
+            " its tiles are others than those that it was made from (was the slide damaged, or"
+            " is it now?); give on_mismatch='redo' to make it again"
+        )
+    return MismatchError(
+        f"{job.output} is there already, but was made from other content or at another scale:"
+        f" from {_described(earlier.content, earlier.mpp)}, while the slide has"
+        f" {_described(slide.fingerprint, slide.mpp)}; give on_mismatch='redo' to make it again"
+    )
+
+
+def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
+    if slide is None:
+        return f"an unknown file at {mpp} µm/px"
+    return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
+
+
+class JsonLines:
+    """A file of JSON objects, a line each. Lines are only ever added, so that runs may share it.
+
+    A store has no adding: there the file is written anew.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place, self._read_chars = place, 0
+
+    def add(self, objects: list[dict[str, Any]]) -> None:
+        """Add objects. Where that fails the log says so: what they tell is not known, then."""
+        # A line break before each: whatever a killed run left half written.
+        text = "".join(f"\n{json.dumps(each)}\n" for each in objects)
+        try:
+            if isinstance(self._place, Url):
+                with retold(OutputError, self._place):
+                    self._place.write((self._text() + text).encode())
+                return
+            with self._opened(os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+                file.write(text.encode())
+        except (OSError, XmagError) as error:
+            logger.warning("%s cannot be written: %s", self._place.name, error)
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """The objects that were added since the last call; none while they cannot be read."""
+        text = ""
+        with suppress(OSError, XmagError):
+            text = self._text()
+        start, self._read_chars = self._read_chars, max(self._read_chars, text.rfind("\n") + 1)
+        for line in text[start : self._read_chars].splitlines():
+            with suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
+
+    def _text(self) -> str:
+        if isinstance(self._place, Url):
+            with retold(OutputError, self._place):
+                return self._place.read().decode() if self._place.exists() else ""
+        with self._opened(os.O_RDONLY) as file:
+            return file.read().decode(errors="replace")
+
+    def _opened(self, flags: int) -> FileIO:
+        assert isinstance(self._place, Path)
+        fd = os.open(self._place, flags | _OPEN, 0o666)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return FileIO(fd, "r" if flags == os.O_RDONLY else "w")
+        os.close(fd)
+        raise OSError(f"{self._place.name} is no file")
+
+
 class Seen:
     """Versions of the slides that the bags in a folder were made from, or compared with.
 
     A version tells when a file was written, which may be when a patient was scanned. So it stands
     in a hidden file of the output folder and in no result; without that file, every version is
-    unknown. A line is a JSON object; lines are only ever added, so that runs may share the folder.
-    In a store the file is written when a run ends.
+    unknown. In a store the file is written when a run ends.
     """
 
     def __init__(self, out: Place) -> None:
-        self._place = out / SEEN_NAME
+        self._lines, self._is_store = JsonLines(out / SEEN_NAME), isinstance(out, Url)
         self._versions: dict[tuple[str, str], set[str]] = {}
-        self._unwritten: list[str] = []
-        with suppress(OSError, XmagError):
-            for line in self._read().splitlines():
-                self._take(line)
+        self._unwritten: list[dict[str, Any]] = []
+        for line in self._lines.news():
+            with suppress(LookupError):
+                key = (str(line["output"]), str(line["sha256"]))
+                self._versions.setdefault(key, set()).add(str(line["version"]))
 
     def versions(self, job: Job, sha256: str | None) -> frozenset[str]:
         """The versions of a slide that had the bytes with this hash; none where it is unknown."""
@@ -158,58 +199,26 @@ class Seen:
         if sha256 is None or version is None or version in known:
             return
         known.add(version)
-        fields = {"output": str(job.output), "sha256": sha256, "version": version}
-        self._unwritten.append(json.dumps(fields))
-        if isinstance(self._place, Path):
+        line = {"output": str(job.output), "sha256": sha256, "version": version}
+        self._unwritten.append(line)
+        if not self._is_store:
             self.write()
 
     def write(self) -> None:
         """Write what was added. Where that fails, the next run does not know of it."""
         lines, self._unwritten = self._unwritten, []
-        if not lines:
-            return
-        text = "".join(f"\n{line}\n" for line in lines)  # whatever a killed run left half written
-        try:
-            if isinstance(self._place, Url):
-                with retold(OutputError, self._place):
-                    self._place.write((self._read() + text).encode())
-                return
-            fd = self._opened(os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            with os.fdopen(fd, "wb", buffering=0) as file:
-                file.write(text.encode())
-        except (OSError, XmagError) as error:
-            logger.warning("%s cannot be written: %s", self._place.name, error)
-
-    def _read(self) -> str:
-        if isinstance(self._place, Url):
-            with retold(OutputError, self._place):
-                return self._place.read().decode() if self._place.exists() else ""
-        with os.fdopen(self._opened(os.O_RDONLY), encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def _opened(self, flags: int) -> int:
-        assert isinstance(self._place, Path)
-        fd = os.open(self._place, flags | _OPEN, 0o666)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-        raise OSError(f"{self._place.name} is no file")
-
-    def _take(self, line: str) -> None:
-        with suppress(ValueError, LookupError, TypeError):
-            fields = json.loads(line)
-            key = (str(fields["output"]), str(fields["sha256"]))
-            self._versions.setdefault(key, set()).add(str(fields["version"]))
+        if lines:
+            self._lines.add(lines)
 
 
 def earlier_of(
     found: Found, job: Job, settings: Settings, seen: Seen, *, thumbnail: bool
 ) -> Earlier:
     """A slide as it was when its bag was made, with the comparisons wanted now."""
-    content, mpp = found.of_slide
+    content = found.record["slide"]
     return Earlier(
         content=None if content is None else dict(content),
-        mpp=mpp,
+        mpp=found.record["scale"]["level0_mpp"],
         thumbnail=thumbnail,
         redo=settings.on_mismatch == "redo",
         sha256=found.sha256,

@@ -1,4 +1,4 @@
-"""Claims on outputs, so that several runs over one folder share the slides.
+"""Claims on outputs, so that several runs over one folder share its slides.
 
 A claim is a lock that the operating system holds for a process and drops with it, however it ends:
 no claim outlives its run. The lock is on an empty, hidden file beside the output, which is removed
@@ -12,14 +12,17 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from xmag.cohort.jobs import Job
-from xmag.errors import OutputError
-from xmag.files import remove_leftovers
+from xmag import files
+from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.resume import Found, Seen, find_earlier
+from xmag.errors import MismatchError, OutputError
+from xmag.provenance import Provenance
+from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ _NO_LOCKS = {
 
 _ATTEMPTS, _PAUSE_S = 20, 0.05
 """Attempts at a lock whose maker may be about to share it, and seconds between them."""
+
+_LOOK_AGAIN_S = 0.5
+"""Seconds between looks whether another run is through with a slide."""
 
 if sys.platform == "win32":
     import msvcrt
@@ -72,41 +78,17 @@ else:
         os.close(fd)
 
 
-class Unclaimed:
-    """Claims in a store, which has no locks: every output is this run's to make.
-
-    Two runs over one URL do the same slides, and each file is whole, from one run or the other.
-    """
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def take(self, job: Job) -> bool:
-        """Whether the output is this run's to make: in a store, always."""
-        del job
-        return True
-
-    def check_folder(self) -> None:
-        """Check nothing: a store that is gone says so when it is written to."""
-
-    def release(self, job: Job) -> None:
-        """Do nothing: in a store there is no claim to drop."""
-
-    def tidy(self, job: Job) -> None:
-        """Do nothing: in a store no claim is left behind."""
-
-
 class Claims:
     """The claims of one run on the outputs in a folder; a context manager that drops them all.
 
     They also see that the folder is still the one it was: what is written to the empty mount point
     of a share that went away would fill another disk, and be hidden when the share is back.
+
+    A store has no locks: every output there is this run's to make. Two runs over one URL do the
+    same slides, and each file is whole, from one run or the other.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Place) -> None:
         self._out = out
         self._held: dict[Job, tuple[int, Path]] = {}
         self._identity: tuple[int, int] | None = None
@@ -117,12 +99,7 @@ class Claims:
         self._identity = self._identity_now()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for job in list(self._held):
             self.release(job)
 
@@ -131,16 +108,18 @@ class Claims:
 
         Raises OutputError where the folder is gone, and OSError where it takes no files.
         """
+        if isinstance(self._out, Url):
+            return True
         self.check_folder()
-        output, path = self._out / job.output, self._path(job)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        folder, path = (self._out / job.output).parent, _lock_path(self._out, job)
+        folder.mkdir(parents=True, exist_ok=True)
         fd = self._locked(path)
         if fd is None:
             return False
         self._held[job] = (fd, path)
-        if output.parent not in self._seen:
-            self._seen.add(output.parent)
-            remove_leftovers(output.parent)
+        if folder not in self._seen:
+            self._seen.add(folder)
+            files.remove_leftovers(folder)
         return True
 
     def check_folder(self) -> None:
@@ -157,38 +136,28 @@ class Claims:
         if held is not None:
             _unlock(*held)
 
-    def tidy(self, job: Job) -> None:
-        """Remove the claim on an output that a killed run left behind when it was there."""
-        with suppress(OSError):
-            if self._path(job).exists() and self.take(job):
-                self.release(job)
-
-    def _path(self, job: Job) -> Path:
-        output = self._out / job.output
-        digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
-        return output.with_name(f".{digest}.xmag-lock")
-
     def _identity_now(self) -> tuple[int, int] | None:
-        try:
-            found = self._out.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
+        """What tells the folder from another one; None where it is gone, or in a store."""
+        if isinstance(self._out, Path):
+            with suppress(OSError):
+                found = self._out.stat()
+                return found.st_dev, found.st_ino
+        return None
 
     def _locked(self, path: Path) -> int | None:
         """The descriptor of the locked file at `path`; None while another run has the lock."""
         while True:
             fd = open_lock(path, shared=True)
             try:
-                if not self._lock(fd):
-                    os.close(fd)
-                    return None
-                if not self._can_lock or _is_at(fd, path):
+                is_locked = self._lock(fd)
+                if is_locked and (not self._can_lock or _is_at(fd, path)):
                     return fd
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
+            if not is_locked:
+                return None
 
     def _lock(self, fd: int) -> bool:
         if not self._can_lock:
@@ -205,6 +174,104 @@ class Claims:
             )
             self._can_lock = False
             return True
+
+
+class Share(Claims):
+    """Jobs of a cohort that this run takes, as other runs over the folder leave them.
+
+    Two runs over one folder each take what the other has not taken. What is left in the end is
+    waited for: it is done by the other run, or by this one if the other ends without.
+    """
+
+    def __init__(self, jobs: Iterable[Job], settings: Settings) -> None:
+        """Look for the earlier bags of a list of jobs; of other iterables, as each job comes.
+
+        Raises MismatchError, see `find_earlier`: for a list before any work.
+        """
+        super().__init__(settings.out)
+        self._jobs, self._settings = jobs, settings
+        self._expected = Provenance(fingerprint=settings.fingerprint, record={})
+        self._found: dict[Job, Found | OutputError | None] = {}
+        self.seen = Seen(settings.out)
+        if isinstance(jobs, Sequence):
+            for job in jobs:
+                self._look_at(job)
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.write()
+        super().__exit__()
+
+    def rounds(self) -> Iterator[Iterator[Job]]:
+        """Rounds of the jobs to do now, until none is left. Exhaust each before the next.
+
+        Have all that was taken done and released before asking for the next round: the other run
+        may be waiting for it.
+        """
+        waiting, postponed = self._jobs, list[Job]()
+        while True:
+            yield self._takeable(waiting, postponed)
+            if not postponed:
+                return
+            if waiting is self._jobs:
+                logger.info("waiting for %d slides that another run is at", len(postponed))
+            time.sleep(_LOOK_AGAIN_S)
+            waiting, postponed = postponed, []
+
+    def earlier(self, job: Job) -> Found | None:
+        """The valid bag that is there already for a job taken, another run's among them.
+
+        Raises MismatchError if it was made with something else and that is not to be redone, and
+        OutputError where the folder of this one output takes no files.
+        """
+        found = self._found[job]
+        if found is None:
+            found = self._found[job] = find_earlier(job, self._settings, self._expected)
+        if isinstance(found, OutputError):
+            raise found
+        return found
+
+    def _look_at(self, job: Job) -> None:
+        """Look for the earlier bag of a job; one that cannot be read costs its own row."""
+        try:
+            self._found[job] = find_earlier(job, self._settings, self._expected)
+        except MismatchError:
+            raise
+        except OutputError as error:
+            self._found[job] = error
+
+    def _takeable(self, jobs: Iterable[Job], postponed: list[Job]) -> Iterator[Job]:
+        for job in jobs:
+            if job not in self._found:
+                self._look_at(job)
+            try:
+                is_ours = self._is_there(job) or self.take(job)
+            except OSError as error:
+                told = files.cannot_write(self._settings.out / job.output, error)
+                if files.is_of_the_place(told):
+                    raise told from error
+                self._found[job], is_ours = told, True
+            if is_ours:
+                yield job
+            else:
+                postponed.append(job)
+
+    def _is_there(self, job: Job) -> bool:
+        """Whether nothing is to be written; then a claim that a killed run left goes, too."""
+        settings = self._settings
+        may_write = settings.overlay or settings.on_mismatch == "redo"
+        if may_write or not isinstance(self._found[job], Found):
+            return False
+        if isinstance(settings.out, Path):
+            with suppress(OSError):
+                if _lock_path(settings.out, job).exists() and self.take(job):
+                    self.release(job)
+        return True
+
+
+def _lock_path(out: Path, job: Job) -> Path:
+    output = out / job.output
+    digest = hashlib.sha256(output.name.encode()).hexdigest()[:16]
+    return output.with_name(f".{digest}.xmag-lock")
 
 
 def open_lock(path: Path, *, shared: bool) -> int:
