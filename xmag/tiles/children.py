@@ -374,7 +374,7 @@ class _Child:
     def _patience_s(self) -> float | None:
         """Seconds after which a silent process is looked at; None: it may be silent for ever."""
         limit = self._pool.limits.slide_timeout
-        if limit is None or not self._process.has_started:  # it is not at a slide yet
+        if limit is None or not self._has_begun:  # it is not at a slide yet
             return None
         return max(0.0, self._process.seconds_left(limit)) if self._has_slot() else _NO_SLOT_S
 
