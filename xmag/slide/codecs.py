@@ -1,9 +1,8 @@
 """Tile bytes -> RGB pixels, at full or reduced scale.
 
-A decoder is made once for a level and called for its tiles, from any thread; it holds no state
-that changes. JPEG is decoded at 1/2, 1/4 and 1/8 by libjpeg-turbo's scaled inverse transforms,
-which are box averages; JPEG 2000 at 1/4 and 1/8 from half its resolution; all else is decoded in
-full and averaged.
+A decoder is made once for a level and called for its tiles, from any thread. JPEG is decoded at
+1/2, 1/4 and 1/8 by libjpeg-turbo's scaled inverse transforms, which are box averages; JPEG 2000 at
+1/4 and 1/8 from half its resolution; all else is decoded in full and averaged.
 """
 
 import re
@@ -20,7 +19,15 @@ from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
-from xmag.slide.integrity import check_jpeg, check_jpeg2000, check_webp, check_zeros, end_of_header
+from xmag.slide.integrity import (
+    check_codes,
+    check_jpeg,
+    check_jpeg2000,
+    check_webp,
+    check_zeros,
+    end_of_header,
+    scan_facts,
+)
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 
@@ -107,6 +114,17 @@ def box_average(pixels: Pixels, factor: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Header of a JPEG tile, as it is `stored` and whole, its (width, height), and its checks."""
+
+    stored: bytes
+    header: bytes
+    size: tuple[int, int]
+    subsampling: str
+    zeros: bytes
+
+
 class _JpegDecoder:
     """Tiles in JPEG, whole or without their tables."""
 
@@ -117,19 +135,39 @@ class _JpegDecoder:
         self._heights = {coding.size[1], coding.last_height}
         self._header = coding.jpeg_header
         self._tables = _tables(coding.jpeg_tables) if coding.jpeg_tables else b""
+        self._last: _Start | None = None
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
-        stream, expected = self._complete(data)
-        check_jpeg(stream)
         try:
-            height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
-            self._check(width, height, colorspace, expected)
-            pixels = _decode_jpeg(stream, (width, height), subsampling, reduction)
+            stream, start = self._started(data)
+            pixels = _decode_jpeg(stream, start.size, start.subsampling, reduction)
         except ValueError as error:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
         except KeyError:
             raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
         return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+
+    def _started(self, data: bytes) -> tuple[bytes, "_Start"]:
+        """(a tile's bytes as a whole JPEG, what its header says), checked against lost bytes.
+
+        The last header is remembered: tiles of a level begin alike.
+        """
+        start = self._last
+        if start is not None and data.startswith(start.stored):
+            stream = start.header + data[len(start.stored) :]
+            check_codes(stream, len(start.header), start.zeros)
+            return stream, start
+        stream, expected = self._complete(data)
+        check_jpeg(stream)
+        height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
+        self._check(width, height, colorspace, expected)
+        header = stream[: end_of_header(stream)]
+        has_one_scan, zeros = scan_facts(header)
+        stored = data[: len(data) - len(stream) + len(header)]
+        start = _Start(stored, header, (width, height), subsampling, zeros)
+        if has_one_scan and self._header is None:
+            self._last = start
+        return stream, start
 
     def many(self, chunks: Sequence[object], reduction: int, row: Pixels) -> list[bool]:
         """Decode tiles into `row`, side by side and equal to each alone; False for the others.
@@ -142,20 +180,19 @@ class _JpegDecoder:
         if len(stored) < 2 or self._header is not None:
             return done
         try:
-            stream, expected = self._complete(stored[0])
-            _, _, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
+            start = self._started(stored[0])[1]
         except (DamagedSlideError, ValueError, KeyError):
             return done
         # At full scale chroma is interpolated, over the seam of two tiles as well.
-        apart = subsampling == "444" or reduction > 1
-        stack = stack_of(stream[: end_of_header(stream)], self._size)
-        if stack is None or not apart or colorspace != expected:
+        apart = start.subsampling == "444" or reduction > 1
+        stack = stack_of(start.header, self._size)
+        if stack is None or not apart:
             return done
         width, height = self._size[0] // reduction, self._size[1] // reduction
         places = row.reshape(height, len(chunks), width, 3)
-        for members, joined, rows in stack.join(stored, end_of_header(stored[0])):
+        for members, joined, rows in stack.join(stored, len(start.stored)):
             try:
-                pixels = _decode_jpeg(joined, (self._size[0], rows), subsampling, reduction)
+                pixels = _decode_jpeg(joined, (self._size[0], rows), start.subsampling, reduction)
             except ValueError:
                 continue
             tiles = pixels[: len(members) * height].reshape(-1, height, width, 3).swapaxes(0, 1)

@@ -94,11 +94,14 @@ def check_jpeg(stream: bytes) -> None:
     microsecond or two.
     """
     start = end_of_header(stream)
-    has_one_scan, zeros = _known(stream[:start])
+    has_one_scan, zeros = scan_facts(stream[:start])
     if not has_one_scan:
         check_scans(stream)
-    if start >= len(stream):
-        return  # the decoder says what is wrong with it
+    check_codes(stream, start, zeros)
+
+
+def check_codes(stream: bytes, start: int, zeros: bytes) -> None:
+    """Raise DamagedSlideError where the codes of a JPEG, from `start`, hold so many zeros."""
     at = stream.find(zeros, start)
     while at >= 0 and _is_of_dc(stream, at):
         following = stream.find(_SCAN, at)
@@ -170,11 +173,11 @@ class Header:
 
 def unexplained_zeros(header: bytes) -> bytes:
     """As many zeros as no encoder writes in a row after this header."""
-    return _known(header)[1]
+    return scan_facts(header)[1]
 
 
 @lru_cache(maxsize=256)
-def _known(header: bytes) -> tuple[bool, bytes]:
+def scan_facts(header: bytes) -> tuple[bool, bytes]:
     """(whether decoders take no scan but the first, zeros that no encoder writes after it)."""
     has_one_scan, bits = False, None
     try:

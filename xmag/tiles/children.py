@@ -17,12 +17,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from xmag.errors import DamagedSlideError, InputError, XmagError
@@ -152,7 +151,8 @@ class _Process:
         if status == -signal.SIGKILL:
             return "was killed (signal SIGKILL), most likely because memory ran out"
         if status < 0:
-            return f"crashed (signal {_name_of(-status)})"
+            names = {number.value: number.name for number in signal.Signals}
+            return f"crashed (signal {names.get(-status, -status)})"
         return f"ended by itself (status {status})"
 
 
@@ -165,7 +165,7 @@ def _launched(call: str, arena_fd: int) -> tuple["subprocess.Popen[bytes]", "Con
         f"import sys; sys.path.insert(0, {root!r}); from xmag.tiles.worker import main;"
         f" main({theirs.fileno()}, {call})"
     )
-    with theirs, _told(ours):
+    try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.DEVNULL,
@@ -176,27 +176,15 @@ def _launched(call: str, arena_fd: int) -> tuple["subprocess.Popen[bytes]", "Con
             # Nothing there multiplies matrices: threads for that would only take memory.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
-    return process, Connection(ours.detach())
-
-
-@contextmanager
-def _told(ours: socket.socket) -> Iterator[None]:
-    """XmagError where the system starts no process."""
-    try:
-        yield
     except OSError as error:
         ours.close()
         raise XmagError(
             f"no process to decode slides can be started ({error.strerror}); with processes=0"
             " slides are decoded in this process"
         ) from error
-
-
-def _name_of(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
+    finally:
+        theirs.close()
+    return process, Connection(ours.detach())
 
 
 class _Pool:
@@ -220,12 +208,7 @@ class _Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -341,7 +324,8 @@ class _Child:
         while not self._pool.is_closing and len(self._jobs) < _JOBS_EACH:
             try:
                 # While it has not begun, the next job is for a process that has none.
-                job = self._pool.todo.get(block=not self._jobs) if self._can_take() else None
+                can_take = self._has_begun or not self._jobs
+                job = self._pool.todo.get(block=not self._jobs) if can_take else None
             except queue.Empty:
                 break
             if job is None:
@@ -351,9 +335,6 @@ class _Child:
             self._jobs.append(job)
             self._process.send(job)
         return not self._pool.is_closing
-
-    def _can_take(self) -> bool:
-        return self._has_begun or not self._jobs
 
     def _next_event(self) -> Event | None:
         """The next event of the process; None where what it says concerns nobody else."""
@@ -393,7 +374,7 @@ class _Child:
     def _patience_s(self) -> float | None:
         """Seconds after which a silent process is looked at; None: it may be silent for ever."""
         limit = self._pool.limits.slide_timeout
-        if limit is None or not self._process.has_started:  # it is not at a slide yet
+        if limit is None or not self._has_begun:  # it is not at a slide yet
             return None
         return max(0.0, self._process.seconds_left(limit)) if self._has_slot() else _NO_SLOT_S
 

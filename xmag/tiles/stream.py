@@ -76,15 +76,60 @@ def read_rows(
 
     `note` is called at the end. Warns of source tiles without bytes where there is tissue.
     """
-    _check(slide, plan, batch_size, threads, damaged)
-    return _stream(
-        slide,
-        plan,
-        batch_size=batch_size,
-        threads=threads or default_threads(),
-        damaged=damaged,
-        note=note,
-    )
+    check_damaged(damaged)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads!r}; expected at least 1, or None for the default")
+    if plan.slide is not None and slide.fingerprint is not None and plan.slide != slide.fingerprint:
+        raise InputError(
+            f"the plan was made for {plan.slide['name']!r}, not for the content of {slide.name!r};"
+            " make a plan for this slide with plan_tiles()"
+        )
+    if plan.tiles.level0_size != slide.dimensions or plan.tiles.level0_mpp != slide.mpp:
+        raise InputError(
+            f"the plan is for {plan.tiles.level0_size} px at {plan.tiles.level0_mpp} µm/px, but"
+            f" {slide.name!r} has {slide.dimensions} px at {slide.mpp} µm/px; make a plan for this"
+            " slide with plan_tiles()"
+        )
+    level = slide.reader.levels[plan.scale.level]
+    workers = 1 if are_huge(level) else threads or default_threads()
+
+    def stream() -> Generator[tuple[NDArray[np.int64], Tiles]]:
+        windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
+        decoding = Decoding(
+            slide.reader,
+            plan.scale,
+            windows,
+            batch_size,
+            damaged=damaged,
+            hashed=note is not None,
+            threads=workers,
+        )
+        # A batch ahead, so that threads have work while the caller is busy with the one it got.
+        ahead = 3 * workers + len(decoding.runs) // max(decoding.batch_count, 1)
+        with ThreadPoolExecutor(workers, thread_name_prefix="xmag-tiles") as pool:
+            try:
+                for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
+                    batch = slice(number * batch_size, number * batch_size + len(decoded))
+                    rows = np.arange(batch.start, batch.stop)
+                    tiles = finished(decoded, windows, batch, plan.spec, pool)
+                    lost = decoding.lost[batch]
+                    if not lost.any():
+                        yield rows, tiles
+                    elif not lost.all():
+                        yield rows[~lost], tiles[~lost]
+                if note is not None:
+                    note(Reading(decoding.sha256(), level.empty_tiles))
+                if decoding.white:
+                    _warn_of_white(slide, level, decoding.white, plan)
+            except DamagedSlideError as error:
+                raise DamagedSlideError(f"{slide.name}: {error}") from error
+            finally:
+                # A consumer that stops early must not wait for runs that nobody will look at.
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    return stream()
 
 
 def reading_of(slide: Slide, plan: TilePlan, *, threads: int | None = None) -> Reading:
@@ -115,73 +160,6 @@ def check_damaged(damaged: str) -> None:
     """Raise InputError where `damaged` is no policy."""
     if damaged not in get_args(Damaged):
         raise InputError(f"damaged is {damaged!r}; expected 'error' or 'drop'")
-
-
-def _check(
-    slide: Slide, plan: TilePlan, batch_size: int, threads: int | None, damaged: str
-) -> None:
-    check_damaged(damaged)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; expected at least 1")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads!r}; expected at least 1, or None for the default")
-    if plan.slide is not None and slide.fingerprint is not None and plan.slide != slide.fingerprint:
-        raise InputError(
-            f"the plan was made for {plan.slide['name']!r}, not for the content of {slide.name!r};"
-            " make a plan for this slide with plan_tiles()"
-        )
-    if plan.tiles.level0_size != slide.dimensions or plan.tiles.level0_mpp != slide.mpp:
-        raise InputError(
-            f"the plan is for {plan.tiles.level0_size} px at {plan.tiles.level0_mpp} µm/px, but"
-            f" {slide.name!r} has {slide.dimensions} px at {slide.mpp} µm/px; make a plan for this"
-            " slide with plan_tiles()"
-        )
-
-
-def _stream(
-    slide: Slide,
-    plan: TilePlan,
-    *,
-    batch_size: int,
-    threads: int,
-    damaged: Damaged,
-    note: Callable[[Reading], object] | None,
-) -> Generator[tuple[NDArray[np.int64], Tiles]]:
-    level = slide.reader.levels[plan.scale.level]
-    windows = windows_of(plan.coords, plan.scale, plan.spec.size_px, level)
-    decoding = Decoding(
-        slide.reader,
-        plan.scale,
-        windows,
-        batch_size,
-        damaged=damaged,
-        hashed=note is not None,
-        threads=threads,
-    )
-    if are_huge(level):
-        threads = 1
-    # A batch ahead, so that threads have work while the caller is busy with the one it got.
-    ahead = 3 * threads + len(decoding.runs) // max(decoding.batch_count, 1)
-    with ThreadPoolExecutor(threads, thread_name_prefix="xmag-tiles") as pool:
-        try:
-            for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
-                batch = slice(number * batch_size, number * batch_size + len(decoded))
-                rows = np.arange(batch.start, batch.stop)
-                tiles = finished(decoded, windows, batch, plan.spec, pool)
-                lost = decoding.lost[batch]
-                if not lost.any():
-                    yield rows, tiles
-                elif not lost.all():
-                    yield rows[~lost], tiles[~lost]
-            if note is not None:
-                note(Reading(decoding.sha256(), level.empty_tiles))
-            if decoding.white:
-                _warn_of_white(slide, level, decoding.white, plan)
-        except DamagedSlideError as error:
-            raise DamagedSlideError(f"{slide.name}: {error}") from error
-        finally:
-            # A consumer that stops early must not wait for runs that nobody will look at.
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _warn_of_white(slide: Slide, level: Level, white: Sequence[int], plan: TilePlan) -> None:
