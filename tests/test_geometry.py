@@ -75,7 +75,7 @@ def test_an_impossible_tile_spec_is_refused(fields):
 def test_specs_and_geometries_survive_json_values():
     spec = TileSpec(mpp=1.0, size_px=256, mpp_tolerance=0.0, resample="lanczos")
     assert TileSpec.from_dict(spec.to_dict()) == spec
-    with pytest.raises(InputError, match=r"tile_spec\.magnification is no known key; expected"):
+    with pytest.raises(InputError, match=r"TileSpec\.magnification is no known key; expected"):
         TileSpec.from_dict({"mpp": 1.0, "magnification": 5})
     tiles = TileGeometry(
         size_px=224,

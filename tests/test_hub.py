@@ -342,6 +342,7 @@ def test_a_bare_file_is_assumed_to_be_a_vit_b_and_says_so() -> None:
     ("values", "said"),
     [
         ({"format": SCHEMA}, "describes no model.*vit"),
+        ({"format": SCHEMA, "schema_version": 2}, "reads up to 1; upgrade it"),
         (
             {"format": SCHEMA, **ModelConfig(vit=TINY).to_dict(), "vit": {"width": 3}},
             "vit.depth is missing",

@@ -14,7 +14,7 @@ from xmag.errors import InputError, OutputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(records.Record):
     """A record in another."""
 
     size: tuple[int, int]
@@ -54,10 +54,23 @@ FORMAT = records.Format(
 
 
 def test_records_survive_json() -> None:
-    values = records.to_dict(WHOLE)
+    values = records.plain(WHOLE)
     assert values["parts"] == [{"size": [1, 2], "share": None}, {"size": [3, 4], "share": 0.5}]
     assert records.from_dict(Whole, json.loads(json.dumps(values))) == WHOLE
     assert records.from_dict(Whole, {"name": "a"}) == Whole(name="a")
+
+
+def test_a_record_has_its_values_and_comes_back_from_them() -> None:
+    part = Part(size=(1, 2), share=0.5)
+    assert part.to_dict() == {"size": [1, 2], "share": 0.5}
+    assert Part.from_dict(part.to_dict()) == part
+    with pytest.raises(InputError, match=r"^Part\.siez is no known key; did you mean 'size'\?"):
+        Part.from_dict({"siez": [1, 2]})
+    records.require(part, "share", True, "a part")
+    with pytest.raises(InputError, match=r"^Part\.share is 0\.5; expected a part$"):
+        records.require(part, "share", False, "a part")
+    with pytest.raises(InputError, match=r"^loss\.share is 0\.5; expected a part$"):
+        records.require(part, "share", False, "a part", where="loss")
 
 
 def test_a_whole_number_becomes_a_float_only_where_people_write_it(tmp_path: Path) -> None:
@@ -100,7 +113,7 @@ def test_what_does_not_fit_is_named_with_what_was_expected(change: dict, message
 
 
 def test_files_say_which_format_and_version_they_have() -> None:
-    text = FORMAT.dumps(records.to_dict(WHOLE), indent=1)
+    text = FORMAT.dumps(records.plain(WHOLE), indent=1)
     assert text.startswith('{\n "format": "xmag.Whole",\n "schema_version": 3,\n "name": "a"')
     assert records.from_dict(Whole, FORMAT.loads(text)) == WHOLE
     with pytest.raises(ValueError, match="JSON"):

@@ -31,7 +31,7 @@ _SAME_MPP = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TileSpec:
+class TileSpec(records.Record):
     """Tiles that a model takes: squares of `size_px` at `mpp` µm/px.
 
     A level, or a level decoded at 1/2, 1/4 or 1/8, whose scale is within the relative
@@ -52,15 +52,6 @@ class TileSpec:
         require("size_px", is_size, f"an int from 1 to {_MAX_TILE_PX}")
         require("mpp_tolerance", 0 <= self.mpp_tolerance < 0.5, "a fraction in [0, 0.5)")
         require("resample", self.resample in ("area", "lanczos"), "'area' or 'lanczos'")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return records.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TileSpec":
-        """The TileSpec with these fields; InputError for an unknown one, or of another type."""
-        return records.from_dict(cls, fields, "tile_spec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +109,7 @@ def choose_scale(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TileGeometry:
+class TileGeometry(records.Record):
     """Geometry of a slide's tiles, which a reader of `coords` needs to know besides.
 
     `size_px` output px at `mpp` cover `size_level0` level-0 px (the nearest int; `mpp` and
@@ -146,15 +137,6 @@ class TileGeometry:
                 f"a tile geometry has sizes {counts} and scales {scales}; expected whole numbers of"
                 " px and positive numbers of µm/px"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return records.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TileGeometry":
-        """The TileGeometry with these fields; InputError where they are not what `to_dict` gave."""
-        return records.from_dict(cls, fields, "tiles")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

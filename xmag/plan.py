@@ -137,7 +137,7 @@ class TilePlan:
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""
-        fields = records.to_dict(replace(self, tissue=None))
+        fields = records.plain(replace(self, tissue=None))
         fields["tissue"] = None if self.tissue is None else self.tissue.to_dict()
         return _FORMAT.dumps(fields, indent=1, sort_keys=True)
 

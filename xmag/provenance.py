@@ -30,7 +30,7 @@ _SAMPLE_BLOCK_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(records.Record):
     """Provenance of a bag: JSON values only, read-only all the way down.
 
     Bags whose `fingerprint` is equal may be mixed; see `mixing_fingerprint`. The `record` holds
@@ -51,10 +51,6 @@ class Provenance:
     def __reduce__(self) -> tuple[type["Provenance"], tuple[Any, Any]]:
         return Provenance, (records.plain(self.fingerprint), records.plain(self.record))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same content as dicts and lists of one's own."""
-        return records.to_dict(self)
-
     def to_json(self) -> str:
         """The same content as JSON text; equal provenances give equal text."""
         return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
@@ -63,7 +59,7 @@ class Provenance:
     def from_json(cls, text: str) -> "Provenance":
         """The Provenance that `to_json` wrote; InputError where the text is something else."""
         try:
-            return records.from_dict(cls, records.loads(text), "provenance")
+            return cls.from_dict(records.loads(text))
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"this is not what Provenance.to_json wrote: provenance cannot be read ({error});"

@@ -9,36 +9,42 @@ import json
 import os
 import reprlib
 import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Self, TypeVar, Union
 
 from xmag.errors import InputError, XmagError
 
 _Record = TypeVar("_Record")
 _Values = dict[str, Any]
 
-_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
-def to_dict(record: Any) -> _Values:
-    """The fields of a dataclass as JSON values, those of dataclasses in it as well."""
-    return {item.name: plain(getattr(record, item.name)) for item in fields(record)}
+class Record:
+    """Base of dataclasses that become JSON values and come back."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dict(plain(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """One with these fields; InputError for one unknown, missing or of another type."""
+        return from_dict(cls, values, cls.__name__)
 
 
 def plain(value: Any) -> Any:
-    """A value with dicts for its mappings and dataclasses, and lists for its tuples."""
+    """A dataclass as a dict of its fields, and so on down: dicts and lists, as JSON has them."""
     if is_dataclass(value):
-        return to_dict(value)
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -155,10 +161,10 @@ class Format:
         """What went into `headed`, brought to this version."""
         if not isinstance(values, dict):
             raise self._refused(name, f"it holds a {type(values).__name__}")
-        fields: _Values = dict(values)
-        if self.name is not None and (found := fields.pop("format", None)) != self.name:
-            raise self._refused(name, f"it has format {found!r}, not {self.name!r}")
-        version = fields.pop("schema_version", None)
+        found: _Values = dict(values)
+        if self.name is not None and (kind := found.pop("format", None)) != self.name:
+            raise self._refused(name, f"it has format {kind!r}, not {self.name!r}")
+        version = found.pop("schema_version", None)
         if type(version) is not int or version < 1:
             raise self._refused(name, f"it has schema_version {version!r}")
         if version > self.version:
@@ -169,18 +175,17 @@ class Format:
                     f"{name} has schema_version {version}, which this xmag no longer reads;"
                     f" {self.remedy}"
                 )
-            fields, version = self.migrations[version](fields), version + 1
-        return fields
+            found, version = self.migrations[version](found), version + 1
+        return found
 
     @contextmanager
     def reading(self, name: str = "this") -> Iterator[None]:
         """A context in which values that do not fit are an error that says so."""
         try:
             yield
-        except InputError as error:
-            raise self._refused(name, str(error)) from error
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise self._refused(name, repr(error)) from error
+            reason = str(error) if isinstance(error, InputError) else repr(error)
+            raise self._refused(name, reason) from error
 
     def _refused(self, name: str, reason: str) -> XmagError:
         return self.error(f"{name} is not what {self.writer} wrote ({reason}); {self.remedy}")
@@ -195,7 +200,7 @@ def _text_of(path: str | os.PathLike[str], kind: type[XmagError]) -> str:
 
 def _converted(value: Any, hint: Any, where: str, to_float: bool) -> Any:
     """A value as the type of a field has it; InputError where it is of another."""
-    origin, inner = get_origin(hint), get_args(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         for choice in inner:
             if _fits(value, choice):
@@ -215,9 +220,9 @@ def _converted(value: Any, hint: Any, where: str, to_float: bool) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value may be of a type, by its outermost part."""
-    origin = get_origin(hint)
+    origin = typing.get_origin(hint)
     if hint is Any or origin is Literal:
-        return hint is Any or value in get_args(hint)
+        return hint is Any or value in typing.get_args(hint)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     if origin in (list, tuple):
@@ -227,7 +232,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    origin, inner = get_origin(hint), get_args(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (Union, types.UnionType):

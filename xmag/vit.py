@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
@@ -30,7 +30,7 @@ _HISTORICAL_OFFSET = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(records.Record):
     """Configuration that defines the arithmetic of a ViT.
 
     `hidden` is the inner width of the MLP (of each half for "swiglu"). The table of positions has
@@ -70,15 +70,6 @@ class ViTConfig:
             )
         for name, known in (("mlp", get_args(Mlp)), ("position_rule", get_args(PositionRule))):
             require(name, getattr(self, name) in known, f"one of {known}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return records.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ViTConfig":
-        """The ViTConfig with these fields; InputError where one is unknown or missing."""
-        return records.from_dict(cls, values, "vit")
 
 
 def _configs() -> dict[str, ViTConfig]:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -31,6 +32,11 @@ if TYPE_CHECKING:  # processes that decode slides import this module, but never 
 _MOST_UNPACKED = 50
 """Most bytes unpacked from one: features take 1 to 3 times their bytes, coords up to 10 times."""
 _CHECKSUM_BYTES = 4
+_MOST_BESIDE = 32
+"""Attributes of a dataset that are kept in its header."""
+_HDF5 = threading.RLock()
+"""Held for a whole file: h5py's own lock, which it takes at each call, would go from thread to
+thread in the middle, and each time wait for the GIL."""
 _SPARE_BYTES = 1 << 24
 
 _NOT_READ = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -156,20 +162,29 @@ def _encode_h5(content: Content) -> bytes:
     and those must not inherit it.
     """
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v108", "v108")) as file:
+    # In place, and not in a heap and a tree of their own, which eight or more get.
+    beside = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    beside.set_attr_phase_change(_MOST_BESIDE, 0)
+    with _HDF5, h5py.File(buffer, "w", libver=("v108", "v108")) as file:
         file.create_dataset(content.features_name, data=content.features)
-        coords = file.create_dataset("coords", data=content.coords)
-        coords.attrs.update(content.coords_attributes)
-        file.attrs.update(content.attributes)
-        for key, text in content.header.items():
-            # As bytes it has a fixed length and lies where the checksums are; see _text.
-            file.attrs[key] = np.bytes_(text.encode())
+        coords = file.create_dataset("coords", data=content.coords, dcpl=beside)
+        # As bytes a text has a fixed length and lies where the checksums are; see _text.
+        texts = {key: np.bytes_(text.encode()) for key, text in content.header.items()}
+        for place, values in (
+            (coords, content.coords_attributes),
+            (file, content.attributes),
+            (file, texts),
+        ):
+            attributes = place.attrs
+            for key, value in values.items():
+                attributes.create(key, value)
     return buffer.getvalue()
 
 
 def _decode_h5(path: Path) -> Content:
-    with h5py.File(path, "r") as file:
-        header = {key: _text(file, key) for key in _HEADER if key in file.attrs}
+    with _HDF5, h5py.File(path, "r") as file:
+        attributes = file.attrs
+        header = {key: _text(attributes, key) for key in _HEADER if key in attributes}
         is_ours = "format" in header
         known = [n for n in (*_FEATURES, "coords") if file.get(n, getlink=True) is not None]
         most = _MOST_UNPACKED * path.stat().st_size + _SPARE_BYTES
@@ -183,12 +198,14 @@ def _decode_h5(path: Path) -> Content:
         return replace(content, attributes=root, coords_attributes=places)
 
 
-def _text(file: h5py.File, key: str) -> str:
+def _text(attributes: h5py.AttributeManager, key: str) -> str:
     """Text that xmag wrote; "" for other types: HDF5 may hang or crash on damaged ones."""
-    attribute = file.attrs.get_id(key)
+    attribute = attributes.get_id(key)
     if attribute.shape != () or attribute.dtype.kind != "S":
         return ""
-    text: str = file.attrs[key].decode()
+    value = np.empty((), attribute.dtype)
+    attribute.read(value)
+    text: str = value.item().decode()
     return text
 
 

@@ -135,7 +135,7 @@ class Manifest:
         if not np.array_equal(np.concatenate([self.places[:0], *by_source]), self.places):
             raise InputError("the regions are not in the order of their sources; sort them")
         entries = [
-            {**records.to_dict(source), "regions": places[:, 1:].tolist()}
+            {**records.plain(source), "regions": places[:, 1:].tolist()}
             for source, places in zip(self.sources, by_source, strict=True)
         ]
         fields = {

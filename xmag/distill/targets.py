@@ -299,7 +299,7 @@ class Header:
 
     def to_json(self) -> str:
         """The header as JSON text."""
-        return _FORMAT.dumps(records.to_dict(self), indent=1, sort_keys=True) + "\n"
+        return _FORMAT.dumps(records.plain(self), indent=1, sort_keys=True) + "\n"
 
 
 def read_header(path: Path) -> Header:

@@ -1,7 +1,6 @@
 """Encoder, and TileEncoder, the protocol for encoders of the user's own."""
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from xmag.encoder.stream import TileStream
 from xmag.errors import InputError, ModelError
 from xmag.files import write_text
 from xmag.geometry import TileSpec
-from xmag.hub.registry import SCHEMA, ModelConfig
+from xmag.hub.registry import FORMAT, ModelConfig
 from xmag.hub.weights import write_tensors
 from xmag.vit import ViT
 
@@ -213,9 +212,9 @@ class Encoder:
         folder = Path(directory)
         state = {key: t.detach().cpu().contiguous() for key, t in self.vit.state_dict().items()}
         about = {key: self._provenance.get(key) for key in ("name", "terms", "trained", "lineage")}
-        config = {"format": SCHEMA, **about, **self._config.to_dict()}
+        config = FORMAT.dumps({**about, **self._config.to_dict()}, indent=2)
         write_tensors(folder / "model.safetensors", state, metadata={"format": "pt"})
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", config + "\n")
 
     def _checked(self, tiles: Tiles) -> Tensor:
         size = self.tile_spec.size_px

@@ -154,7 +154,7 @@ class Folds:
 
     def to_dict(self) -> dict[str, Any]:
         """The folds as plain JSON values."""
-        return _FORMAT.headed(records.to_dict(self))
+        return _FORMAT.headed(records.plain(self))
 
     @classmethod
     def from_dict(cls, content: Any) -> "Folds":
@@ -163,7 +163,7 @@ class Folds:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folds to `path` as JSON; OutputError where it cannot be written."""
-        files.write_text(path, _FORMAT.dumps(records.to_dict(self)) + "\n")
+        files.write_text(path, _FORMAT.dumps(records.plain(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Folds":

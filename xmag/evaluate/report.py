@@ -101,7 +101,7 @@ class Report:
         content = {
             "title": self.title,
             "classes": [_plain(label) for label in self.classes],
-            "sampling": records.to_dict(self.sampling),
+            "sampling": records.plain(self.sampling),
             "settings": dict(self.settings),
             "results": [_result_to_dict(result) for result in self.results],
             "folds": None if self.folds is None else self.folds.to_dict(),

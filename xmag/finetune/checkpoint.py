@@ -92,7 +92,7 @@ def save_checkpoint(path: Path, trainer: Trainer, identity: Mapping[str, Any]) -
     """
     header = {
         "identity": dict(identity),
-        "progress": records.to_dict(trainer.progress),
+        "progress": records.plain(trainer.progress),
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {key: t.detach().to("cpu", copy=True) for key, t in _tensors(trainer)}

@@ -15,6 +15,13 @@ from xmag.vit import CONFIGS, ViTConfig
 DEFAULT_MODEL = "AI4PATH/XMAG"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
+FORMAT = records.Format(
+    name=SCHEMA,
+    version=1,
+    writer="Encoder.save",
+    remedy="save the model again",
+    error=WeightsError,
+)
 
 MINI = "xmag-mini"
 """A small trained ViT inside the package, so that everything runs without a network.
@@ -32,7 +39,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(records.Record):
     """A ViT, the tiles it wants, and how RGB in [0, 1] is normalised for it."""
 
     vit: ViTConfig
@@ -53,10 +60,6 @@ class ModelConfig:
                 f"mean {self.mean} and std {self.std} do not normalise RGB; expected three numbers"
                 " each, those of std positive"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return records.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -167,6 +170,8 @@ def _read_config(path: Path) -> ResolvedConfig | None:
         )
     try:
         if values.get("format") == SCHEMA:
+            # Those that earlier versions wrote do not say which version they have.
+            values = FORMAT.opened({"schema_version": 1, **values}, str(path))
             return ResolvedConfig(
                 config=ModelConfig.from_dict(values),
                 source="read",

@@ -24,7 +24,7 @@ _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
 _ROW_PX = 1 << 20
 """Decoded px of tiles side by side, at most, but for a single one."""
-_RUN_TILES = 8
+_RUN_TILES = 16
 """Tiles that a thread decodes at once where it reads a window."""
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
@@ -287,9 +287,11 @@ def _tile_px(shape: Level) -> int:
 
 
 def _runs(shape: Level, reduction: int, rows: list[range]) -> Iterator[range]:
-    """Rows of tiles, cut into those that are decoded side by side."""
-    step = tiles_at_once(shape, reduction, _RUN_TILES)
-    return (row[at : at + step] for row in rows for at in range(0, len(row), step))
+    """Rows of tiles, cut evenly into those that are decoded side by side."""
+    most = tiles_at_once(shape, reduction, _RUN_TILES)
+    for row in rows:
+        parts = -(-len(row) // most)
+        yield from (row[len(row) * n // parts : len(row) * (n + 1) // parts] for n in range(parts))
 
 
 def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:

@@ -186,7 +186,7 @@ def _stream(
 
 def _warn_of_white(slide: Slide, level: Level, white: Sequence[int], plan: TilePlan) -> None:
     """Warn of source tiles without bytes, in any level, where there is tissue in a coarser one."""
-    known = plan.tissue if plan.options["roi_sha256"] is None else None  # else a part of it
+    known = None if plan.options.get("roi_sha256") else plan.tissue  # of a region, a part of it
     try:
         mask = find_tissue(slide) if known is None else known
     except XmagError:
