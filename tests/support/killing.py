@@ -21,8 +21,8 @@ import numpy as np
 from support.encoders import ColourEncoder
 from support.slides import texture, write_svs
 
-from xmag import bag, files
-from xmag.bag import FeatureBag
+from xmag import files
+from xmag.bag import FeatureBag, bag
 from xmag.cohort import extract_cohort
 from xmag.errors import BagError
 
