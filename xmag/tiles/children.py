@@ -102,7 +102,6 @@ class _Process:
             f" parent={os.getpid()}"
         )
         self.popen, self.connection = _launched(call, arena.fd)
-        self.has_started = False
         self._sending = threading.Lock()
         self._worked_s, self._since = 0.0, time.monotonic()
 
@@ -121,7 +120,6 @@ class _Process:
         except Exception as error:
             raise _GoneError from error
         self._since = time.monotonic()
-        self.has_started = True
         return message
 
     def start_clock(self, *, anew: bool = False) -> None:
