@@ -20,13 +20,15 @@ from PIL import Image
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.slide import jpeg2000
 from xmag.slide.integrity import (
+    FRAMES,
     check_codes,
     check_jpeg,
     check_jpeg2000,
     check_webp,
     check_zeros,
     end_of_header,
-    scan_facts,
+    limits,
+    segments,
 )
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
@@ -36,17 +38,11 @@ APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _ZSTD, _WEBP = 50000, 50001
 _PHOTOMETRIC_RGB = 2
-_BAND_PX = 1 << 20
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segments that say how large a JPEG is, and of which components."""
-_RESTART = re.compile(rb"\xff[\xd0-\xd9]")
-_RESTART_BYTES = 16
-"""In so many last bytes of a stretch of a JPEG stands the marker that ends it."""
-_REDUCTIONS = (1, 2, 4, 8)
+_APPLICATION = {*range(0xE0, 0xF0), 0xFE}
+"""Markers of application segments and comments of a JPEG."""
 _CHROMA_LAG = {"422": 2, "440": 2, "411": 4, "441": 4}
 """Where chroma is subsampled along one side only, libjpeg-turbo reduces it as much as luma, so that
 it has too few samples at the end. It is decoded by so much less, and then averaged."""
-
 
 Decoder = Callable[[bytes, int], Pixels]
 """Tile bytes, n -> the pixels of the tile at 1/n, in full tile size.
@@ -87,7 +83,7 @@ def decode_many(
 
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
     """The n for which tiles of this (width, height) can be had at 1/n."""
-    return tuple(n for n in _REDUCTIONS if size[0] % n == 0 and size[1] % n == 0)
+    return tuple(n for n in (1, 2, 4, 8) if size[0] % n == 0 and size[1] % n == 0)
 
 
 def decoder(coding: TileCoding) -> Decoder:
@@ -101,9 +97,7 @@ def decoder(coding: TileCoding) -> Decoder:
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
             " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
         )
-    if coding.compression == _WEBP:
-        return _ArrayDecoder(coding, partial(_webp, size=coding.size))
-    return _ArrayDecoder(coding, _lossless(coding))
+    return _in_full(coding, _webp(coding) if coding.compression == _WEBP else _lossless(coding))
 
 
 def box_average(pixels: Pixels, factor: int) -> Pixels:
@@ -134,8 +128,13 @@ class _JpegDecoder:
         self._size = coding.size
         self._heights = {coding.size[1], coding.last_height}
         self._header = coding.jpeg_header
-        self._tables = _tables(coding.jpeg_tables) if coding.jpeg_tables else b""
         self._last: _Start | None = None
+        shared = coding.jpeg_tables or b""
+        self._tables = b"".join(
+            shared[start:end]
+            for marker, start, end in segments(shared)
+            if marker != 0xD9 and marker not in _APPLICATION
+        )
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         try:
@@ -145,7 +144,7 @@ class _JpegDecoder:
             raise DamagedSlideError(f"its JPEG cannot be decoded: {error}") from error
         except KeyError:
             raise DamagedSlideError("its JPEG has chroma in an order that no scanner has") from None
-        return _padded(pixels, (self._size[0] // reduction, self._size[1] // reduction))
+        return _padded(pixels, self._size[1] // reduction)
 
     def _started(self, data: bytes) -> tuple[bytes, "_Start"]:
         """(a tile's bytes as a whole JPEG, what its header says), checked against lost bytes.
@@ -160,9 +159,14 @@ class _JpegDecoder:
         stream, expected = self._complete(data)
         check_jpeg(stream)
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
-        self._check(width, height, colorspace, expected)
+        if width != self._size[0] or height not in self._heights:
+            raise DamagedSlideError(
+                f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
+            )
+        if colorspace != expected:
+            raise DamagedSlideError(f"its JPEG is {colorspace}, where the file promises {expected}")
         header = stream[: end_of_header(stream)]
-        has_one_scan, zeros = scan_facts(header)
+        has_one_scan, zeros = limits(header)
         stored = data[: len(data) - len(stream) + len(header)]
         start = _Start(stored, header, (width, height), subsampling, zeros)
         if has_one_scan and self._header is None:
@@ -204,47 +208,40 @@ class _JpegDecoder:
                 done[n] = True
         return done
 
-    def _check(self, width: int, height: int, colorspace: str, expected: str) -> None:
-        """Raise DamagedSlideError where the JPEG is not the tile that the TIFF promises."""
-        if width != self._size[0] or height not in self._heights:
-            raise DamagedSlideError(
-                f"its JPEG is {width}x{height} px, the tile {self._size[0]}x{self._size[1]} px"
-            )
-        if colorspace != expected:
-            raise DamagedSlideError(f"its JPEG is {colorspace}, where the file promises {expected}")
-
     def _complete(self, data: bytes) -> tuple[bytes, str]:
-        """(`data` with the tables it shares and a marker of its colour space, that space)."""
-        if self._header is not None:
-            if not _RESTART.search(data, max(0, len(data) - _RESTART_BYTES)):
-                raise DamagedSlideError("its stretch of a JPEG does not end with a marker")
-            # A stretch that ends with a restart marker lacks the end; the last has one already.
-            data = self._header + data + b"\xff\xd9"
-        if data[:2] != b"\xff\xd8":
-            raise DamagedSlideError("its bytes do not begin like a JPEG")
-        start, says_ycbcr = 2, False
-        while data[start : start + 1] == b"\xff" and _is_application(data[start + 1 : start + 2]):
-            following = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-            says_ycbcr |= _says_ycbcr(data[start:following])
-            start = following
-        ycbcr = self._is_ycbcr(data, start, says_ycbcr)
-        head = b"\xff\xd8" + _adobe_segment(int(ycbcr)) + self._tables
-        return head + data[start:], "YCbCr" if ycbcr else "RGB"
-
-    def _is_ycbcr(self, data: bytes, start: int, says_ycbcr: bool) -> bool:
-        """Whether a stream, whose segments begin at `start`, holds YCbCr.
+        """(`data` with the tables it shares and a marker of its colour space, that space).
 
         The tag of the TIFF counts, as in libtiff; a marker alone does not. But converters tag as
         RGB what a JPEG library made YCbCr of: RGB never has less chroma, and outside of Aperio's
         files a stream is believed whose components have the names of RGB, or a marker and the
         names of YCbCr (JFIF 1.02).
         """
-        names, subsampled = _components(data, start)
-        if subsampled or self._aperio:
-            return subsampled or self._tagged_ycbcr
-        if names == b"RGB":
-            return False
-        return self._tagged_ycbcr or (says_ycbcr and names == b"\1\2\3")
+        if self._header is not None:
+            if not re.search(rb"\xff[\xd0-\xd9]", data[-16:]):
+                raise DamagedSlideError("its stretch of a JPEG does not end with a marker")
+            # A stretch that ends with a restart marker lacks the end; the last has one already.
+            data = self._header + data + b"\xff\xd9"
+        if data[:2] != b"\xff\xd8":
+            raise DamagedSlideError("its bytes do not begin like a JPEG")
+        start, says_ycbcr, components = 2, False, b""
+        for marker, at, end in segments(data):
+            if at == start and marker in _APPLICATION:
+                said, start = data[at + 4 : end], end
+                says_ycbcr |= said[:5] == b"JFIF\0" or (
+                    said[:5] == b"Adobe" and said[11:12] == b"\1"
+                )
+            elif marker in FRAMES:
+                components = data[at + 10 : end]
+                break
+        subsampled = len(set(components[1::3])) > 1
+        ycbcr = subsampled or self._tagged_ycbcr
+        if not (subsampled or self._aperio):
+            names = components[::3]
+            ycbcr = names != b"RGB" and (ycbcr or (says_ycbcr and names == b"\1\2\3"))
+        # Adobe's segment states the colour transform: 0 for none, 1 for YCbCr.
+        adobe_segment = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([ycbcr])
+        stream = b"\xff\xd8" + adobe_segment + self._tables + data[start:]
+        return stream, "YCbCr" if ycbcr else "RGB"
 
 
 def _decode_jpeg(stream: bytes, size: tuple[int, int], subsampling: str, reduction: int) -> Pixels:
@@ -260,68 +257,28 @@ def _decode_jpeg(stream: bytes, size: tuple[int, int], subsampling: str, reducti
     return box_average(pixels, reduction // scale)
 
 
-def _is_application(marker: bytes) -> bool:
-    """Whether a JPEG marker begins an application segment or a comment."""
-    return b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
+def _in_full(coding: TileCoding, decode: Callable[[bytes], NDArray[Any]]) -> Decoder:
+    """A decoder of tiles that are decoded in full, then averaged."""
+    width, height = coding.size
 
-
-def _adobe_segment(transform: int) -> bytes:
-    """The APP14 segment that states the colour transform: 0 for none (RGB), 1 for YCbCr."""
-    return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
-
-
-def _says_ycbcr(segment: bytes) -> bool:
-    """Whether an application segment is one of JFIF, or one of Adobe that states YCbCr."""
-    return segment[4:9] == b"JFIF\0" or (segment[4:9] == b"Adobe" and segment[15:16] == b"\1")
-
-
-def _components(stream: bytes, start: int) -> tuple[bytes, bool]:
-    """(the names of the components, whether they differ in samples) by the frame header."""
-    at = start
-    while at + 10 <= len(stream) and stream[at] == 0xFF and stream[at + 1] != 0xDA:
-        if stream[at + 1] in _FRAMES:
-            listed = stream[at + 10 : at + 10 + 3 * stream[at + 9]]
-            return listed[::3], len(set(listed[1::3])) > 1
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    return b"", False
-
-
-def _tables(stream: bytes) -> bytes:
-    """The segments of a JPEGTables stream, without application segments and end markers."""
-    kept, at = b"", 2
-    while at + 4 <= len(stream) and stream[at] == 0xFF and stream[at + 1] != 0xD9:
-        end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-        if not _is_application(stream[at + 1 : at + 2]):
-            kept += stream[at:end]
-        at = end
-    return kept
-
-
-class _ArrayDecoder:
-    """Tiles that are decoded in full, then averaged."""
-
-    def __init__(self, coding: TileCoding, decode: Callable[[bytes], NDArray[Any]]) -> None:
-        self._decode = decode
-        self._size = coding.size
-        self._heights = {coding.size[1], coding.last_height}
-
-    def __call__(self, data: bytes, reduction: int) -> Pixels:
+    def decoded(data: bytes, reduction: int) -> Pixels:
         try:
-            array = self._decode(data)
+            array = decode(data)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise DamagedSlideError(f"its bytes cannot be decoded: {error}") from error
-        width = self._size[0]
-        if array.ndim != 3 or array.shape[0] not in self._heights or array.shape[1] != width:
+        heights = (height, coding.last_height)
+        if array.ndim != 3 or array.shape[0] not in heights or array.shape[1] != width:
             raise DamagedSlideError(
-                f"it decodes to an array of shape {array.shape}, expected"
-                f" ({self._size[1]}, {width}, 3)"
+                f"it decodes to an array of shape {array.shape}, expected ({height}, {width}, 3)"
             )
         if array.dtype != np.uint8 or array.shape[2] not in (3, 4):
             raise UnsupportedSlideError(
                 f"its pixels are {array.shape[2]} samples of {array.dtype}; xmag reads 8-bit RGB"
             )
         pixels = over_white(array) if array.shape[2] == 4 else array
-        return box_average(_padded(pixels, self._size), reduction)
+        return box_average(_padded(pixels, height), reduction)
+
+    return decoded
 
 
 def _jpeg2000(coding: TileCoding) -> Decoder:
@@ -331,9 +288,9 @@ def _jpeg2000(coding: TileCoding) -> Decoder:
     decode = partial(jpeg2000.decode, ycbcr=ycbcr)
     width, height = coding.size
     # At full scale px are those of OpenSlide; averages do not show how YCbCr was rounded.
-    native = _ArrayDecoder(coding, partial(decode, size=coding.size, rounded=True))
-    full = _ArrayDecoder(coding, partial(decode, size=coding.size))
-    quarter = _ArrayDecoder(
+    native = _in_full(coding, partial(decode, size=coding.size, rounded=True))
+    full = _in_full(coding, partial(decode, size=coding.size))
+    quarter = _in_full(
         replace(coding, size=(width // 4, height // 4), last_height=height // 4),
         lambda half: jpeg2000.quarter(decode(half, size=(width // 2, height // 2))),
     )
@@ -352,7 +309,7 @@ def over_white(rgba: NDArray[np.uint8]) -> Pixels:
     """RGBA pixels (not premultiplied) as they look on a white ground."""
     pixels = np.empty((*rgba.shape[:2], 3), np.uint8)
     # In bands, as what lies between takes eight times the memory.
-    step = max(1, _BAND_PX // max(1, rgba.shape[1]))
+    step = max(1, (1 << 20) // max(1, rgba.shape[1]))
     for top in range(0, len(rgba), step):
         band = rgba[top : top + step].astype(np.uint16)
         colour, alpha = band[..., :3], band[..., 3:]
@@ -360,17 +317,20 @@ def over_white(rgba: NDArray[np.uint8]) -> Pixels:
     return pixels
 
 
-def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """`pixels` in full tile size: the last strip of an image may be short."""
-    missing = size[1] - len(pixels)
+def _padded(pixels: Pixels, height: int) -> Pixels:
+    """`pixels` in the full height of a tile: the last strip of an image may be short."""
+    missing = height - len(pixels)
     if missing <= 0:
         return pixels
     return np.pad(pixels, ((0, missing), (0, 0), (0, 0)), constant_values=255)
 
 
-def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
-    check_webp(data, size)
-    return imagecodecs.webp_decode(data)
+def _webp(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
+    def decode(data: bytes) -> NDArray[Any]:
+        check_webp(data, coding.size)
+        return imagecodecs.webp_decode(data)
+
+    return decode
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -404,8 +364,6 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
                 f"it holds {raw.size} bytes of pixels, expected {whole}; the file is truncated"
             )
         array = raw.reshape(-1, coding.size[0], coding.samples)
-        if coding.predictor == 2:
-            array = np.cumsum(array, axis=1, dtype=np.uint8)
-        return array
+        return np.cumsum(array, axis=1, dtype=np.uint8) if coding.predictor == 2 else array
 
     return decode

@@ -21,7 +21,6 @@ _MAX_TAGS = 1_000
 """Most tags of one directory; scanners write up to a hundred."""
 _MAX_TILES = 1 << 22
 """Most tiles of one level: 240 Gpx in tiles of 240 px."""
-_SPARE_BYTES = 1 << 20
 _MAX_OFFSET = 1 << 42
 """Largest offset that is read: 4 TB, which no slide has."""
 
@@ -44,8 +43,6 @@ _ESSENTIAL_TAGS = _NUMBERS | {_SUB_IFDS, 347}
 """Tags without which tifffile would take the pixels for others than they are."""
 _MAX_LEVEL_PX = 1 << 40
 """A square of a million px; the largest scans are a tenth of that."""
-_SPARE_TILE_BYTES = 1 << 16
-_SEPARATE_PLANES = 2
 
 
 def walk(file: BinaryIO, *, is_ndpi: bool) -> Mapping[int, Set[int]]:
@@ -74,6 +71,8 @@ class _Tag:
 
 
 class _Walk:
+    """A walk over the directories of a file, which fills `found`."""
+
     def __init__(self, file: BinaryIO, is_ndpi: bool) -> None:
         self._file, self._size = file, file.seek(0, 2)
         self.found: dict[int, Set[int]] = {}
@@ -88,19 +87,23 @@ class _Walk:
             self._is_ndpi = False
         elif self._is_ndpi:
             self._next = "Q"
-        first = 8 if self._tag == "HHQQ" else 4
-        self._walk(self._unpacked(first, self._next)[0])
-
-    def _walk(self, at: int) -> None:
+        (at,) = self._unpacked(self._room, self._next)
         claimed = 0
         while at:
             tags, at = self._directory(at)
-            for tag in list(tags):
-                if tag.code == _SUB_IFDS:
-                    for below in self._offsets(tag):
-                        tags += self._directory(below)[0]
+            for tag in [tag for tag in tags if tag.code == _SUB_IFDS]:
+                kind = _OFFSET_FORMATS.get(tag.kind)
+                if kind is None or tag.count > _MAX_DIRECTORIES:
+                    raise damaged(
+                        f"its tag {tag.code} lists {tag.count} directories as type {tag.kind}"
+                    )
+                place = tag.place if tag.size <= self._room else tag.pointer
+                if place + tag.size > self._size:
+                    raise damaged(f"its tag {tag.code} lies beyond the end of the file")
+                for below in self._unpacked(place, f"{tag.count}{kind}"):
+                    tags += self._directory(below)[0]
             claimed += sum(tag.size for tag in tags if tag.size > self._room)
-            if claimed > 2 * self._size + _SPARE_BYTES:
+            if claimed > 2 * self._size + (1 << 20):
                 raise damaged(
                     f"its tags claim {claimed} bytes, and the whole file has {self._size}"
                 )
@@ -165,16 +168,6 @@ class _Walk:
                     f"its JPEG begins with {start} bytes of header; expected at most {most}"
                 )
 
-    def _offsets(self, tag: _Tag) -> tuple[int, ...]:
-        """Offsets of the directories that a tag points to."""
-        kind = _OFFSET_FORMATS.get(tag.kind)
-        if kind is None or tag.count > _MAX_DIRECTORIES:
-            raise damaged(f"its tag {tag.code} lists {tag.count} directories as type {tag.kind}")
-        at = tag.place if tag.size <= self._room else tag.pointer
-        if at + tag.size > self._size:
-            raise damaged(f"its tag {tag.code} lies beyond the end of the file")
-        return self._unpacked(at, f"{tag.count}{kind}")
-
     def _read(self, at: int, length: int) -> bytes:
         # File systems refuse to look further than they could store.
         data = b""
@@ -220,7 +213,7 @@ def check_table(place: str, size: tuple[int, int], expected: int, page: TiffPage
 
 def most_bytes(width: int, height: int, samples: int) -> int:
     """Most bytes that a tile of this size may have: a small one takes more than its pixels."""
-    return 2 * width * height * samples + _SPARE_TILE_BYTES
+    return 2 * width * height * samples + (1 << 16)
 
 
 def check_for_openslide(number: int, page: TiffPage, tile: tuple[int, int]) -> None:
@@ -228,11 +221,11 @@ def check_for_openslide(number: int, page: TiffPage, tile: tuple[int, int]) -> N
 
     Or where their bytes take so much memory that it ends the process.
     """
-    width, height = tile
     if page.is_tiled:
-        expected = -(-page.imagewidth // width) * -(-page.imagelength // height)
-        expected *= page.samplesperpixel if page.planarconfig == _SEPARATE_PLANES else 1
-        check_table(f"page {number}", (page.imagewidth, page.imagelength), expected, page)
+        size = page.imagewidth, page.imagelength
+        expected = -(-size[0] // tile[0]) * -(-size[1] // tile[1])
+        expected *= page.samplesperpixel if page.planarconfig == 2 else 1
+        check_table(f"page {number}", size, expected, page)
     most = most_bytes(*tile, page.samplesperpixel)
     for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False):
         if length > most or (offset and not length):

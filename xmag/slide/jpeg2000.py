@@ -17,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import DamagedSlideError
-from xmag.slide.integrity import check_jpeg2000_size
+from xmag.slide.integrity import check_jpeg2000_size, segments
 from xmag.slide.reader import Pixels
 
-_SOC, _SIZ, _COD, _QCD = b"\xff\x4f", b"\xff\x51", b"\xff\x52", b"\xff\x5c"
-_COM, _SOT, _SOD, _EOC = b"\xff\x64", b"\xff\x90", b"\xff\x93", b"\xff\xd9"
+_SOC, _EOC = b"\xff\x4f", b"\xff\xd9"
+_SIZ, _COD, _QCD, _COM, _SOT = 0x51, 0x52, 0x5C, 0x64, 0x90
 _PROGRESSION, _LAYERS, _TRANSFORM, _LEVELS, _WAVELET = 5, slice(6, 8), 8, 9, 13
 """Offsets in COD of packet order, quality layers, colour transform, wavelet levels and kind."""
 _LRCP, _RLCP, _RPCL = 0, 1, 2
 _9_7 = 0
-_OWN_PRECINCTS = 1
 
 _QUARTER_TAPS = np.array([-0.0372, 0.3894, 0.5600, 0.1106, -0.0228], np.float32)
 """Weights of px 2i-1 to 2i+3 at 1/2 in the average of px 4i to 4i+3 of the full tile.
@@ -47,16 +46,18 @@ def decode(
     imagecodecs raises.
     """
     # A cut stream may decode, with what it lacks left grey; a whole one has both ends.
-    if not stream.startswith(_SOC + _SIZ) or _EOC not in stream[-16:]:
+    if not stream.startswith(_SOC + b"\xff\x51") or _EOC not in stream[-16:]:
         raise DamagedSlideError("its JPEG 2000 stream is truncated, or none")
     check_jpeg2000_size(stream, size)
     # OpenJPEG turns YCbCr into RGB by itself where chroma has fewer samples (XRsiz, YRsiz in SIZ).
     if not ycbcr or stream[46:48] != b"\1\1" or _is_transformed(stream):
         return imagecodecs.jpeg2k_decode(stream)
-    transformed = None if rounded else _with_colour_transform(stream)
-    if transformed is None:
+    parsed = None if rounded else _parsed(stream)
+    if parsed is None or parsed[0][_COD][_WAVELET] != _9_7:
         return _ycbcr_to_rgb(imagecodecs.jpeg2k_decode(stream))
-    return imagecodecs.jpeg2k_decode(transformed)
+    header, data = parsed
+    header[_COD][_TRANSFORM] = 1  # JFIF's
+    return imagecodecs.jpeg2k_decode(_SOC + b"".join(header.values()) + data)
 
 
 def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:
@@ -70,18 +71,13 @@ def without_finest_level(stream: bytes, size: tuple[int, int]) -> bytes | None:
         return None
     header, data = parsed
     cod, qcd = header[_COD], header[_QCD]
-    finest_last = cod[_PROGRESSION] in (_RLCP, _RPCL) or (
-        cod[_PROGRESSION] == _LRCP and cod[_LAYERS] == b"\0\1"
-    )
-    if (
-        header[_SIZ][6:] != _extent(*size)
-        or not finest_last
-        or cod[_WAVELET] != _9_7
-        or cod[_LEVELS] == 0
-    ):
+    one_layer = cod[_LAYERS] == b"\0\1"
+    finest_last = cod[_PROGRESSION] in (_RLCP, _RPCL, *([_LRCP] if one_layer else []))
+    whole = header[_SIZ][6:] == _extent(*size)
+    if not (whole and finest_last and cod[_WAVELET] == _9_7 and cod[_LEVELS]):
         return None
     cod[_LEVELS] -= 1
-    if cod[4] & _OWN_PRECINCTS:
+    if cod[4] & 1:  # a precinct size for each resolution
         _shorten(cod, 1)
     if qcd[4] & 0x1F == 2:  # a step size for each band, not one for all
         _shorten(qcd, 6)
@@ -107,20 +103,19 @@ def _reduced(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return total
 
 
-def _parsed(stream: bytes) -> tuple[dict[bytes, bytearray], bytes] | None:
+def _parsed(stream: bytes) -> tuple[dict[int, bytearray], bytes] | None:
     """Segments of the main header, and all that follows; None where a stream is not ordinary.
 
     Ordinary is one tile in one part, coded and quantised alike in all components.
     """
-    header: dict[bytes, bytearray] = {}
-    at = len(_SOC)
-    while (marker := stream[at : at + 2]) in (_SIZ, _COD, _QCD, _COM):
-        end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    header, marker, at = dict[int, bytearray](), 0, 0
+    for marker, at, end in segments(stream):
+        if marker not in (_SIZ, _COD, _QCD, _COM):
+            break
         if marker != _COM:
             header[marker] = bytearray(stream[at:end])
-        at = end
-    one_part = stream[at + 10 : at + 14] == b"\0\1" + _SOD
-    ordinary = marker == _SOT and one_part and header.keys() == {_SIZ, _COD, _QCD}
+    one_part = marker == _SOT and stream[at + 10 : at + 14] == b"\0\1\xff\x93"
+    ordinary = one_part and header.keys() == {_SIZ, _COD, _QCD}
     if not ordinary or len(header[_COD]) <= _WAVELET or len(header[_QCD]) < 11:
         return None
     return header, stream[at:]
@@ -137,25 +132,12 @@ def _shorten(segment: bytearray, count: int) -> None:
     segment[2:4] = struct.pack(">H", len(segment) - 2)
 
 
-def _with_colour_transform(stream: bytes) -> bytes | None:
-    """The stream that decodes to RGB where this holds YCbCr (JFIF's, with 9/7); None where none."""
-    parsed = _parsed(stream)
-    if parsed is None:
-        return None
-    header, data = parsed
-    cod = header[_COD]
-    if cod[_WAVELET] != _9_7 or cod[_TRANSFORM]:
-        return None
-    cod[_TRANSFORM] = 1
-    return _SOC + b"".join(header.values()) + data
-
-
 def _is_transformed(stream: bytes) -> bool:
     """Whether COD in the main header names a colour transform, which OpenJPEG undoes."""
-    at = len(_SOC)
-    while len(stream) > at + _TRANSFORM and stream[at : at + 2] not in (_COD, _SOT):
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    return stream[at : at + 2] == _COD and stream[at + _TRANSFORM : at + _TRANSFORM + 1] != b"\0"
+    for marker, at, _ in segments(stream):
+        if marker in (_COD, _SOT):
+            return marker == _COD and stream[at + _TRANSFORM : at + _TRANSFORM + 1] != b"\0"
+    return False
 
 
 def _ycbcr_to_rgb(ycbcr: NDArray[Any]) -> Pixels:

@@ -22,14 +22,9 @@ _WHITE = 255
 _LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
-_ROW_PX = 1 << 20
-"""Decoded px of tiles side by side, at most, but for a single one."""
-_RUN_TILES = 16
-"""Tiles that a thread decodes at once where it reads a window."""
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
-_MOST_THREADS = 8
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
@@ -48,6 +43,7 @@ def read_level(
     tiles = cast(TileReader, reader)
     window = np.full((size[1], size[0], 3), _WHITE, np.uint8)
     shape = reader.levels[level]
+    end = [shape.origin[axis] + shape.stored[axis] for axis in (0, 1)]
 
     def paste(run: range) -> None:
         chunks = tiles.read_tile_bytes(level, run)
@@ -63,16 +59,20 @@ def read_level(
             elif not done[number]:
                 into[:] = decode_tile(tiles, level, index, data, reduction)
         left, top, _, _ = _tile_box(shape, run[0])
-        at = (left // reduction - xy[0], top // reduction - xy[1])
-        _paste(window, _without_padding(row, shape, run[0], reduction), at)
+        x, y = left // reduction - xy[0], top // reduction - xy[1]
+        # Without the padding of tiles at the edges, which may leave nothing for the window.
+        right = min(x + row.shape[1], (end[0] - left) // reduction + x, size[0])
+        bottom = min(y + height, (end[1] - top) // reduction + y, size[1])
+        if right > 0 and bottom > 0:
+            part = row[max(-y, 0) : bottom - y, max(-x, 0) : right - x]
+            window[max(y, 0) : bottom, max(x, 0) : right] = part
 
-    runs = list(_runs(shape, reduction, _tile_rows(shape, reduction, xy, size)))
+    runs = list(_runs(shape, reduction, xy, size))
     many = sum(map(len, runs)) >= _MANY_TILES
-    threads = min(_MOST_THREADS, len(runs), usable_cores()) if many else 1
+    threads = min(8, len(runs), usable_cores()) if many else 1
     if threads > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="xmag-window") as pool:
-            for _ in pool.map(paste, runs):
-                pass
+            list(pool.map(paste, runs))
     else:
         for run in runs:
             paste(run)
@@ -82,15 +82,11 @@ def read_level(
 def decode_together(
     reader: TileReader, level: int, chunks: Sequence[object], reduction: int, row: Pixels
 ) -> list[bool]:
-    """Decode those tiles that a reader decodes together into `row`, side by side; says which.
-
-    Of `chunks`, what is not bytes is not decoded.
-    """
+    """Decode those tiles that a reader decodes together into `row`, side by side; says which."""
     decode_many = getattr(reader, "decode_many", None)
     if decode_many is None:
         return [False] * len(chunks)
-    done: list[bool] = decode_many(level, chunks, reduction, row)
-    return done
+    return cast(list[bool], decode_many(level, chunks, reduction, row))
 
 
 def decode_tile(reader: TileReader, level: int, index: int, data: bytes, reduction: int) -> Pixels:
@@ -112,12 +108,9 @@ def empty_tile(reader: TileReader, level: int, index: int, reduction: int) -> Pi
     """
     shape = reader.levels[level]
     left, top, width, height = _tile_box(shape, index)
-    box = (
-        left * shape.downsample,
-        top * shape.downsample,
-        (left + width) * shape.downsample,
-        (top + height) * shape.downsample,
-    )
+    edges = (left, top, left + width, top + height)
+    x0, y0, x1, y1 = (edge * shape.downsample for edge in edges)
+    box = (x0, y0, x1, y1)
     size = (width // reduction, height // reduction)
     for finer in range(level - 1, -1, -1):
         if _has_bytes(reader, finer, box):
@@ -184,29 +177,19 @@ def resample(pixels: Pixels, box: Box, size: tuple[int, int], kernel: Resample) 
         inside = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         resized = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, box=inside)
         return np.asarray(resized)
-    factor = _whole_factor(pixels, box, size)
-    if factor is not None:
-        left, top = round(x0), round(y0)
-        aligned = pixels[top : top + size[1] * factor, left : left + size[0] * factor]
-        return box_average(aligned, factor)
+    factor = max(1, round((x1 - x0) / size[0]))
+    left, top = round(x0), round(y0)
+    right, bottom = left + factor * size[0], top + factor * size[1]
+    whole = zip(box, (left, top, right, bottom), strict=True)
+    on_edges = all(abs(edge - px) <= _ALIGNED for edge, px in whole)
+    if on_edges and left >= 0 and top >= 0 and bottom <= height and right <= width:
+        return box_average(pixels[top:bottom, left:right], factor)
     rows = _weighted_sums(pixels.reshape(height, -1), *_area_weights(y0, y1, size[1], height))
     columns = np.ascontiguousarray(rows.reshape(size[1], width, 3).swapaxes(0, 1))
     means = _weighted_sums(
         columns.reshape(width, -1), *_area_weights(x0, x1, size[0], width)
     ).reshape(size[0], size[1], 3)
     return np.ascontiguousarray((means + 0.5).astype(np.uint8).swapaxes(0, 1))
-
-
-def _whole_factor(pixels: Pixels, box: Box, size: tuple[int, int]) -> int | None:
-    """The whole factor by which `box` is reduced, if it is one and the box lies on px edges."""
-    factor = round((box[2] - box[0]) / size[0])
-    left, top = round(box[0]), round(box[1])
-    right, bottom = left + factor * size[0], top + factor * size[1]
-    expected = (left, top, right, bottom)
-    if any(abs(edge - whole) > _ALIGNED for edge, whole in zip(box, expected, strict=True)):
-        return None
-    inside = left >= 0 and top >= 0 and bottom <= pixels.shape[0] and right <= pixels.shape[1]
-    return factor if factor >= 1 and inside else None
 
 
 def _area_weights(
@@ -253,45 +236,34 @@ def _tile_box(shape: Level, index: int) -> tuple[int, int, int, int]:
     return shape.origin[0] + column * width, shape.origin[1] + row * height, width, height
 
 
-def _tile_rows(
+def _runs(
     shape: Level, reduction: int, xy: tuple[int, int], size: tuple[int, int]
-) -> list[range]:
-    """The indices of the tiles under a window in decoded px, one range for each row of tiles."""
+) -> Iterator[range]:
+    """The tiles under a window in decoded px: each row cut evenly into those decoded at once."""
     assert shape.tile_size is not None
-    firsts, lasts = [], []
+    spans = []
     for axis, tiles in enumerate((shape.tiles_across, shape.tiles_down)):
         start = xy[axis] * reduction - shape.origin[axis]
         stop = start + size[axis] * reduction
-        firsts.append(max(start // shape.tile_size[axis], 0))
-        lasts.append(min(-(-stop // shape.tile_size[axis]), tiles))
-    across = shape.tiles_across
-    return [
-        range(row * across + firsts[0], row * across + max(lasts[0], firsts[0]))
-        for row in range(firsts[1], lasts[1])
-    ]
+        side = shape.tile_size[axis]
+        spans.append(range(max(start // side, 0), min(-(-stop // side), tiles)))
+    columns, rows = spans
+    parts = -(-len(columns) // tiles_at_once(shape, reduction, 16))
+    for row in rows:
+        first = row * shape.tiles_across + columns.start
+        for n in range(parts):
+            start, stop = (first + len(columns) * m // parts for m in (n, n + 1))
+            yield range(start, stop)
 
 
 def tiles_at_once(shape: Level, reduction: int, most: int) -> int:
     """Number of tiles of a level to decode side by side: `most`, fewer where they are large."""
-    return min(most, max(1, _ROW_PX * reduction**2 // _tile_px(shape)))
+    return min(most, max(1, (reduction << 10) ** 2 // math.prod(shape.tile_size or ())))
 
 
 def are_huge(shape: Level) -> bool:
     """Whether the tiles of a level are so large that only one of them is to be in memory."""
-    return shape.tile_size is not None and 2 * _tile_px(shape) > _MAX_DECODED_PX
-
-
-def _tile_px(shape: Level) -> int:
-    assert shape.tile_size is not None
-    return shape.tile_size[0] * shape.tile_size[1]
-
-
-def _runs(shape: Level, reduction: int, rows: list[range]) -> Iterator[range]:
-    """Rows of tiles, cut evenly into those that are decoded side by side."""
-    most = tiles_at_once(shape, reduction, _RUN_TILES)
-    for row in rows:
-        parts = -(-len(row) // most)
-        yield from (row[len(row) * n // parts : len(row) * (n + 1) // parts] for n in range(parts))
+    return 2 * math.prod(shape.tile_size or ()) > _MAX_DECODED_PX
 
 
 def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
@@ -299,28 +271,8 @@ def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
     shape = reader.levels[level]
     x0, x1 = _span(box[0] / shape.downsample, box[2] / shape.downsample, 0, shape.size[0])
     y0, y1 = _span(box[1] / shape.downsample, box[3] / shape.downsample, 0, shape.size[1])
-    rows = _tile_rows(shape, 1, (x0, y0), (x1 - x0, y1 - y0))
     return any(
         data is not None
-        for run in _runs(shape, 1, rows)
+        for run in _runs(shape, 1, (x0, y0), (x1 - x0, y1 - y0))
         for data in reader.read_tile_bytes(level, run)
     )
-
-
-def _without_padding(tile: Pixels, shape: Level, index: int, reduction: int) -> Pixels:
-    """The part of a tile that belongs to the stored image, in whole px."""
-    left, top, _, _ = _tile_box(shape, index)
-    width = (shape.origin[0] + shape.stored[0] - left) // reduction
-    height = (shape.origin[1] + shape.stored[1] - top) // reduction
-    return tile[:height, :width]
-
-
-def _paste(window: Pixels, tile: Pixels, at: tuple[int, int]) -> None:
-    """Copy what of `tile`, whose corner lies `at` (x, y) in the frame of `window`, is in it."""
-    x, y = at
-    right = min(x + tile.shape[1], window.shape[1])
-    bottom = min(y + tile.shape[0], window.shape[0])
-    if right <= 0 or bottom <= 0:
-        return  # without its padding, the tile ends before the window
-    into = window[max(y, 0) : bottom, max(x, 0) : right]
-    into[:] = tile[max(-y, 0) : bottom - y, max(-x, 0) : right - x]

@@ -5,7 +5,6 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ from tifffile import TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
+from xmag.slide.directories import TileTable
 from xmag.slide.integrity import check_level, damaged
 from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, page_size
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
@@ -28,8 +28,6 @@ _MOST_GAP = 64
 """Bytes between tiles that are read along with them: some writers align tiles."""
 _MOST_TOGETHER = 1 << 22
 """Bytes read at once."""
-
-_UNASSOCIATED_ALPHA = 2
 
 _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
@@ -97,47 +95,41 @@ class TiffReader:
 
     def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
         try:
-            self._open(path, region)
+            # What goes wrong on the way to a remote file comes before all else.
+            with path.open("rb") if isinstance(path, Path) else path.file() as file:
+                end = file.seek(0, 2)
+                is_ndpi = path.name.endswith(".ndpi")
+                layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=is_ndpi)
+            self._set(layout, end)
         except XmagError as error:
             raise type(error)(f"{path.name}: {error}") from error
+        self.source = LocalSource(path) if isinstance(path, Path) else path
 
-    def _open(self, path: Path | RemoteSource, region: int | None) -> None:
-        # What goes wrong on the way to a remote file comes before all else.
-        with path.open("rb") if isinstance(path, Path) else path.file() as file:
-            end = file.seek(0, 2)
-            layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=path.name.endswith(".ndpi"))
+    def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        is_aperio = layout.format == "aperio"
-        pages = [stored.page for stored in layout.levels]
-        codings = [_coding(page, aperio=is_aperio) for page in pages]
-        self.levels: tuple[Level, ...] = tuple(
-            Level(
+        self._decoders, self._tables, levels = list[codecs.Decoder](), list[TileTable](), []
+        aperio = layout.format == "aperio"
+        for number, stored in enumerate(layout.levels):
+            page, coding = stored.page, _coding(stored.page, aperio=aperio)
+            reductions = codecs.reductions(coding.size)
+            level = Level(
                 size=stored.size,
                 downsample=stored.downsample or downsample(layout.levels[0].size, stored.size),
                 tile_size=coding.size,
                 origin=stored.origin,
-                stored_size=page_size(stored.page),
-                reductions=tuple(
-                    n
-                    for n in codecs.reductions(coding.size)
-                    if not any(o % n for o in stored.origin)
-                ),
-                empty_tiles=stored.page.databytecounts.count(0),
+                stored_size=page_size(page),
+                reductions=tuple(n for n in reductions if not any(o % n for o in stored.origin)),
+                empty_tiles=page.databytecounts.count(0),
             )
-            for stored, coding in zip(layout.levels, codings, strict=True)
-        )
-        self._decoders = [codecs.decoder(coding) for coding in codings]
-        most = [directories.most_bytes(*coding.size, coding.samples) for coding in codings]
-        self._tables = [
-            directories.TileTable(number, page, most=most[number], end=end, is_aperio=is_aperio)
-            for number, page in enumerate(pages)
-        ]
-        for number, (level, page) in enumerate(zip(self.levels, pages, strict=True)):
             check_level(number, level)
             tiles = level.tiles_across * level.tiles_down
             directories.check_table(f"level {number}", level.size, tiles, page)
-        self.source = LocalSource(path) if isinstance(path, Path) else path
+            most = directories.most_bytes(*coding.size, coding.samples)
+            levels.append(level)
+            self._decoders.append(codecs.decoder(coding))
+            self._tables.append(TileTable(number, page, most=most, end=end, is_aperio=aperio))
+        self.levels: tuple[Level, ...] = tuple(levels)
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those that are declared empty."""
@@ -171,8 +163,12 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
     """The pages of the slide in the file."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
+    # Where a program does not log, logging writes on stderr what nobody takes. What counts of it is
+    # found out here and raised.
+    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
+    logger.addHandler(taker)
     try:
-        with _silent_tifffile(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
+        with TiffFile(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise damaged("it begins like a TIFF, but holds no image")
@@ -181,8 +177,7 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
             except NeedsOpenSlideError:
                 for number, page in enumerate(pages):
                     directories.check_tags(number, page, codes)
-                    width, height, _ = _tile_size(page)
-                    directories.check_for_openslide(number, page, (width, height))
+                    directories.check_for_openslide(number, page, _tile_size(page)[:2])
                 raise
             for number, level in enumerate(layout.levels):
                 directories.check_tags(number, level.page, codes)
@@ -194,18 +189,6 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
         raise damaged(
             f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
-
-
-@contextmanager
-def _silent_tifffile() -> Iterator[None]:
-    """Context in which tifffile does not complain on stderr, where the program does not log.
-
-    logging writes there what nobody takes. What counts of it is found out here and raised.
-    """
-    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
-    logger.addHandler(taker)
-    try:
-        yield
     finally:
         logger.removeHandler(taker)
 
@@ -218,12 +201,9 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
             f"its pixels are {page.samplesperpixel} sample(s) of {dtype}, photometric"
             f" {page.photometric!r}; xmag reads 8-bit RGB (brightfield) slides"
         )
-    transparent = page.samplesperpixel == 4
-    if (
-        page.photometric not in (2, 6)
-        or page.planarconfig != 1
-        or (transparent and page.extrasamples != (_UNASSOCIATED_ALPHA,))
-    ):
+    # 2 is alpha that the colours are not multiplied by.
+    known_alpha = page.samplesperpixel == 3 or page.extrasamples == (2,)
+    if page.photometric not in (2, 6) or page.planarconfig != 1 or not known_alpha:
         raise UnsupportedSlideError(
             f"its pixels are stored as photometric {page.photometric!r}, {page.planarconfig!r},"
             f" extra samples {page.extrasamples}; xmag reads RGB, RGBA and YCbCr with interleaved"
