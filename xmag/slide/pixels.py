@@ -29,7 +29,7 @@ _RUN_TILES = 16
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
