@@ -1,12 +1,13 @@
 """One GPU of a host against two: the same slides through one worker process, then through two.
 
-    python benchmarks/two_gpus.py FOLDER [--slides 200] [--workers 1 2] [--json OUT]
+    python benchmarks/two_gpus.py FOLDER [--slides 200] [--workers 0 1 2] [--json OUT]
 
 FOLDER holds a few slides, which are read again and again under other names until there are
 `--slides` of them. Weights are random (ViT-B/14) unless `--model` names some. Each worker claims a
 GPU of its own and has the same number of decoding processes: the cores of the host, shared by the
 largest number of workers. Workers are started, have their model and have done some slides before
-the clock runs; it stops when the last file is there. On a host without GPUs the workers compute on
+the clock runs; it stops when the last file is there. 0 workers is the cohort in this process, on
+one GPU and with as many decoding processes. On a host without GPUs the workers compute on
 the CPU, which shows that the benchmark runs, and not what GPUs do.
 """
 
@@ -25,7 +26,8 @@ import torch
 from common import report, usable_cores
 from encoder import xmag_encoder
 
-from xmag.cohort import extract_cohort
+from xmag.cohort import CohortReport, extract_cohort
+from xmag.encoder import load_model
 
 WARM_UP = 4
 """Slides that each worker does before the clock runs."""
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--slides", type=int, default=200)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", help="a name or folder; default: a ViT-B/14 with random weights")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for workers in args.workers:
             rows.append(measure(paths, args.slides, workers, model, processes, work))
     for row in rows:
-        row["x one"] = row["slides/min"] / rows[0]["slides/min"]
+        one = next((r for r in rows if r["workers"] == 1), rows[0])
+        row["x one"] = row["slides/min"] / one["slides/min"]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report("two GPUs", rows, args.json, devices=devices, processes_a_worker=processes)
 
@@ -71,6 +74,12 @@ def measure(
     cohort = listed(paths, count, work / "cohort.csv")
     warm_up = listed(paths, max(WARM_UP, processes or 0), work / "warm-up.csv")
     out = work / str(workers)
+    if not workers:
+        options["model"] = load_model(model)
+        extract_cohort(warm_up, out / "warm-up", **options)
+        start = time.perf_counter()
+        done = extract_cohort(cohort, out / "timed", **options)
+        return row_of(0, done, time.perf_counter() - start)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         # A cohort for each at once: of one, the first worker that is up would do all.
@@ -83,13 +92,16 @@ def measure(
         start = time.perf_counter()
         done = extract_cohort(cohort, out / "timed", executor=pool, shards=workers, **options)
         seconds = time.perf_counter() - start
+    return row_of(workers, done, seconds)
+
+
+def row_of(workers: int, done: CohortReport, seconds: float) -> dict[str, Any]:
     assert all(row.status == "done" for row in done), done.counts()
-    tiles = sum(row.tiles for row in done)
     return {
         "workers": workers,
-        "slides": count,
-        "tiles/s": tiles / seconds,
-        "slides/min": 60 * count / seconds,
+        "slides": len(done),
+        "tiles/s": sum(row.tiles for row in done) / seconds,
+        "slides/min": 60 * len(done) / seconds,
     }
 
 

@@ -260,7 +260,7 @@ def test_many_threads_read_the_tiles_that_one_reads(tmp_path, color, counted):
 
 def test_damage_in_a_stack_is_blamed_on_its_tile(tmp_path, counted):
     path = tmp_path / "a.svs"
-    write_svs(path, size=(1500, 1100), levels=(1,), quality=70)
+    write_svs(path, size=(1500, 4400), levels=(1,), quality=70)
     with Slide(path) as slide:
         plan = plan_tiles(slide, TileSpec(size_px=64), tissue=None)
         victim = slide.reader.read_tile_bytes(plan.scale.level, [9])[0]

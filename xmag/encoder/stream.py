@@ -75,8 +75,6 @@ class TileStream(Generic[Tag]):
         """
         chunk = _Chunk(tag, np.empty((len(tiles), self._encoder.embed_dim), np.float32), len(tiles))
         self._chunks.append(chunk)
-        if on_copied is None and tiles.device.type == "cpu" and len(tiles):
-            tiles = _pinned(tiles.shape, torch.uint8).copy_(tiles)
         taken = 0
         with torch.cuda.device(self._encoder.device):
             while taken < len(tiles):

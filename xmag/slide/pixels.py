@@ -25,6 +25,7 @@ _MAX_DECODED_PX = 1 << 25
 _MANY_TILES = 64
 """From so many on a window is decoded by several threads: it is most of what finding tissue takes,
 and no tile of the slide is decoded before."""
+_MOST_THREADS = 16
 _ALIGNED = 1e-6
 """Px within which a box edge counts as lying on a px edge."""
 
@@ -69,7 +70,7 @@ def read_level(
 
     runs = list(_runs(shape, reduction, xy, size))
     many = sum(map(len, runs)) >= _MANY_TILES
-    threads = min(8, len(runs), usable_cores()) if many else 1
+    threads = min(_MOST_THREADS, len(runs), usable_cores()) if many else 1
     if threads > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="xmag-window") as pool:
             list(pool.map(paste, runs))

@@ -191,6 +191,8 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
         if wants_tiles or wants_thumbnail:
             plan = _planned(job, slide) if planned is None else planned
             small = _thumbnail(slide, plan.tissue, job.thumbnail_px) if wants_thumbnail else None
+            # Computed here, where there are more of these than of the one that embeds and saves.
+            _ = plan.uncovered_mm2
             yield Planned(job.number, plan, small)
         if wants_tiles:
             lost = np.ones(len(plan), np.bool_)
