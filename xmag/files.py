@@ -216,12 +216,8 @@ def is_of_the_place(error: BaseException) -> bool:
 
     A full disk is such a case, and so is a network share that is gone.
     """
-    cause = error.__cause__
-    return (
-        isinstance(error, OutputError)
-        and isinstance(cause, OSError)
-        and cause.errno in _PLACE_FAILURES
-    )
+    number = getattr(error.__cause__, "errno", None)
+    return isinstance(error, OutputError) and number in _PLACE_FAILURES
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -372,11 +368,10 @@ def _harmless(cell: object) -> object:
     cell = cell.replace("\r", "\\r")  # which csv does not quote, and takes for the end of a row
     if not cell.startswith(_FORMULA):
         return cell
-    try:
+    with suppress(ValueError):
         float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
+        return cell
+    return f"'{cell}"
 
 
 def _rows(reader: Iterator[list[str]], columns: Sequence[str], table: str) -> Iterator[Row]:

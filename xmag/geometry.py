@@ -176,19 +176,16 @@ class Polygon:
         order = np.argsort(points[:, 1])
         x, y = points[order].T
         odd = np.zeros(len(points), dtype=np.bool_)
-        for (x0, y0), (x1, y1) in self._edges():
-            beside = slice(*np.searchsorted(y, (y0, y1)))
-            odd[beside] ^= x[beside] < x0 + (y[beside] - y0) / (y1 - y0) * (x1 - x0)
+        for ring in self.rings:
+            ends = np.stack([ring, np.roll(ring, -1, axis=0)], axis=1)
+            for edge in ends[ends[:, 0, 1] != ends[:, 1, 1]].tolist():
+                # Upper end first, so that neighbours see the same edge.
+                (x0, y0), (x1, y1) = edge if edge[0][1] < edge[1][1] else reversed(edge)
+                beside = slice(*np.searchsorted(y, (y0, y1)))
+                odd[beside] ^= x[beside] < x0 + (y[beside] - y0) / (y1 - y0) * (x1 - x0)
         inside = np.empty_like(odd)
         inside[order] = odd
         return inside
-
-    def _edges(self) -> Iterator[tuple[list[float], list[float]]]:
-        """The edges that are not level, upper end first, so that neighbours see the same one."""
-        for ring in self.rings:
-            ends = np.stack([ring, np.roll(ring, -1, axis=0)], axis=1)
-            for start, end in ends[ends[:, 0, 1] != ends[:, 1, 1]].tolist():
-                yield (start, end) if start[1] < end[1] else (end, start)
 
 
 def inside_any(polygons: Iterable[Polygon], points: NDArray[Any]) -> NDArray[np.bool_]:

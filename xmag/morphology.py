@@ -113,8 +113,15 @@ def outlines(mask: Bools) -> Iterator[tuple[int, list[Corner]]]:
     Walked with tissue on the right, along px edges. A ring that comes back to one of its corners
     is cut in two there, which is what makes the polygons valid (OGC simple features).
     """
-    edges = _outline_edges(mask)
-    stride = mask.shape[1] + 1
+    labels, _ = labelled(mask)
+    around, stride = np.pad(mask, 1), mask.shape[1] + 1
+    beyond = (around[:-2, 1:-1], around[1:-1, 2:], around[2:, 1:-1], around[1:-1, :-2])
+    # For edges going right, down, left and up: first corner -> piece.
+    edges: list[dict[int, int]] = []
+    for other, (dx, dy) in zip(beyond, ((0, 0), (1, 0), (1, 1), (0, 1)), strict=True):
+        rows, columns = np.nonzero(mask & ~other)
+        corners = (rows + dy) * stride + columns + dx
+        edges.append(dict(zip(corners.tolist(), labels[rows, columns].tolist(), strict=True)))
     steps = (1, stride, -1, -stride)
     while edges[0]:
         corner, direction = next(iter(edges[0])), 0
@@ -133,17 +140,3 @@ def outlines(mask: Bools) -> Iterator[tuple[int, list[Corner]]]:
             if onward != direction:
                 path[corner] = None
             direction = onward
-
-
-def _outline_edges(mask: Bools) -> list[dict[int, int]]:
-    """For edges going right, down, left and up with tissue on the right: first corner -> piece."""
-    labels, _ = labelled(mask)
-    around = np.pad(mask, 1)
-    beyond = (around[:-2, 1:-1], around[1:-1, 2:], around[2:, 1:-1], around[1:-1, :-2])
-    first_corners = ((0, 0), (1, 0), (1, 1), (0, 1))
-    edges = []
-    for other, (dx, dy) in zip(beyond, first_corners, strict=True):
-        rows, columns = np.nonzero(mask & ~other)
-        corners = (rows + dy) * (mask.shape[1] + 1) + columns + dx
-        edges.append(dict(zip(corners.tolist(), labels[rows, columns].tolist(), strict=True)))
-    return edges

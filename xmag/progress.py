@@ -14,7 +14,10 @@ def progress_bar(progress: bool | None, **options: Any) -> "tqdm[Any]":
 
     It is a widget in a notebook that has ipywidgets, and text on stderr everywhere else.
     """
-    notebook = _in_notebook()
+    # IPython is never imported for this: a kernel that runs this code has imported it already.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    notebook = type(shell).__name__ == "ZMQInteractiveShell"
     if progress is None:
         progress = sys.stderr.isatty() or notebook
     if progress and notebook and find_spec("ipywidgets") is not None:
@@ -41,10 +44,3 @@ class _Widget(tqdm_widget):  # type: ignore[type-arg]
 _BAR_LOCK = threading.RLock()
 _Bar.set_lock(_BAR_LOCK)
 _Widget.set_lock(_BAR_LOCK)
-
-
-def _in_notebook() -> bool:
-    # IPython is never imported for this: a kernel that runs this code has imported it already.
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"

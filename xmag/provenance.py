@@ -141,18 +141,16 @@ def content_fingerprint(
 
     See `file_fingerprint`.
     """
-    blocks = [(at, min(_SAMPLE_BLOCK_BYTES, size - at)) for at in _sample_offsets(size)]
+    if size <= _SAMPLE_BLOCKS * _SAMPLE_BLOCK_BYTES:
+        offsets = list(range(0, size, _SAMPLE_BLOCK_BYTES))
+    else:
+        last = size - _SAMPLE_BLOCK_BYTES
+        offsets = [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
+    blocks = [(at, min(_SAMPLE_BLOCK_BYTES, size - at)) for at in offsets]
     digest = hashlib.sha256(str(size).encode())
     for block in read(blocks):
         digest.update(block)
     return {"name": readable(name), "size_bytes": size, "content_sample_sha256": digest.hexdigest()}
-
-
-def _sample_offsets(size: int) -> list[int]:
-    if size <= _SAMPLE_BLOCKS * _SAMPLE_BLOCK_BYTES:
-        return list(range(0, size, _SAMPLE_BLOCK_BYTES))
-    last = size - _SAMPLE_BLOCK_BYTES
-    return [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
 
 
 def _frozen(value: Any, key: str) -> Any:

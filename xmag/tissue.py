@@ -24,7 +24,6 @@ from xmag.errors import InputError
 from xmag.geometry import Polygon, inside_any
 from xmag.morphology import (
     Bools,
-    Corner,
     closed,
     dilated,
     filled,
@@ -246,16 +245,16 @@ class TissueMask:
         for piece, corners in outlines(self.mask):
             ring = [[round(c * self.downsample, 3) for c in corner] for corner in corners]
             rings = pieces.setdefault(piece, [])
-            rings.insert(0 if _is_outer(corners) else len(rings), ring)
-        properties = {
-            "objectType": "annotation",
-            "classification": {"name": "Tissue", "color": [0, 160, 60]},
-        }
+            # The signed area of a ring (shoelace formula) is positive where it runs around tissue.
+            edges = itertools.pairwise(corners)
+            is_outer = sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in edges) > 0
+            rings.insert(0 if is_outer else len(rings), ring)
+        tissue = {"name": "Tissue", "color": [0, 160, 60]}
         features = [
             {
                 "type": "Feature",
                 "geometry": {"type": "Polygon", "coordinates": rings},
-                "properties": properties,
+                "properties": {"objectType": "annotation", "classification": tissue},
             }
             for rings in pieces.values()
         ]
@@ -336,7 +335,9 @@ def _segment(
     """The px of an overview that are tissue, and those that would be if their piece were larger."""
     px_per_mm2 = (1000 / mpp) ** 2
     red, blue, density = _light(pixels)
-    chroma = _chroma(red, blue)
+    # The largest difference between two channels; green is 0 here.
+    chroma = np.maximum(np.maximum(red, blue), np.float32(0))
+    chroma -= np.minimum(np.minimum(red, blue), np.float32(0))
     neutral = (density > _NEUTRAL_DENSITY) & (chroma < _NEUTRAL * density)
     black = (density > _INK_BLACK) & (chroma < _INK_BLACK_CHROMA * density)
     ink = _ink(red, blue, black, mpp)
@@ -384,7 +385,9 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
     x, y = (np.linspace(-1, 1, size, dtype=np.float32) for size in glass.shape[::-1])
     places = np.flatnonzero(glass)
     rows, columns = np.divmod(places[:: 1 + len(places) // _GLASS_SAMPLES], glass.shape[1])
-    design = np.stack(_quadratic_terms(x[columns], y[rows])).astype(np.float64)
+    at_x, at_y = x[columns], y[rows]
+    terms = [np.ones_like(at_x), at_x, at_y, at_x * at_y, at_x * at_x, at_y * at_y]
+    design = np.stack(terms).astype(np.float64)
     seen = np.stack([f[rows, columns] for f in fields]).astype(np.float64)
     # Where smooth pale tissue outnumbers it, glass is still the brightest.
     brightest = seen[2] >= np.percentile(seen[2], 100 - _GLASS_BRIGHTEST_PERCENT)
@@ -409,19 +412,9 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
     return flat
 
 
-def _quadratic_terms(x: _Field, y: _Field) -> list[_Field]:
-    return [np.ones_like(x), x, y, x * y, x * x, y * y]
-
-
 def _stain(red: _Field, blue: _Field) -> _Field:
     """Strength of stain: r or b, the larger; 0 in the hues that only ink has."""
     return np.where(red > -_BLUE_RED_LIMIT * blue, np.maximum(red, blue), np.float32(0))
-
-
-def _chroma(red: _Field, blue: _Field) -> _Field:
-    """The largest difference between two channels, in natural logarithms."""
-    zero = np.float32(0)
-    return np.maximum(np.maximum(red, blue), zero) - np.minimum(np.minimum(red, blue), zero)
 
 
 def _ink(red: _Field, blue: _Field, black: Bools, mpp: float) -> Bools:
@@ -435,8 +428,3 @@ def _ink(red: _Field, blue: _Field, black: Bools, mpp: float) -> Bools:
 
 def _smoothed(values: _Field) -> _Field:
     return np.asarray(over_square(np.add, values, 1) / np.float32(9))
-
-
-def _is_outer(ring: Sequence[Corner]) -> bool:
-    """Whether a closed ring runs around tissue: its signed area (shoelace formula) is positive."""
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in itertools.pairwise(ring)) > 0

@@ -279,7 +279,20 @@ def save_bag(
     """
     place = place_of(path)
     _require_suffix(place, _OUR_SUFFIXES, " (for other layouts there is export)")
-    _write(place, _content(bag, place), check, inside)
+    coords = placed(bag, "save")
+    header = {"format": _FORMAT, "schema_version": str(SCHEMA_VERSION)}
+    if bag.provenance is not None:
+        header["provenance"] = bag.provenance.to_json()
+    if bag.tiles is not None:
+        header["tiles"] = json.dumps(bag.tiles.to_dict(), sort_keys=True, allow_nan=False)
+    header["bag_sha256"] = _digest(bag.features, coords, header)
+    content = Content(
+        features=bag.features,
+        coords=coords,
+        header=header,
+        coords_attributes=trident_attributes(bag.tiles, _recorded(bag, "slide") or place.name),
+    )
+    _write(place, content, check, inside)
 
 
 def _write(
@@ -315,22 +328,6 @@ def placed(bag: FeatureBag, what: str) -> NDArray[np.int64]:
         )
         raise BagError(f"{what} needs the places of the tiles, and bag.coords is None: {remedy}")
     return bag.coords
-
-
-def _content(bag: FeatureBag, place: Place) -> Content:
-    coords = placed(bag, "save")
-    header = {"format": _FORMAT, "schema_version": str(SCHEMA_VERSION)}
-    if bag.provenance is not None:
-        header["provenance"] = bag.provenance.to_json()
-    if bag.tiles is not None:
-        header["tiles"] = json.dumps(bag.tiles.to_dict(), sort_keys=True, allow_nan=False)
-    header["bag_sha256"] = _digest(bag.features, coords, header)
-    return Content(
-        features=bag.features,
-        coords=coords,
-        header=header,
-        coords_attributes=trident_attributes(bag.tiles, _recorded(bag, "slide") or place.name),
-    )
 
 
 def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, str]) -> str:

@@ -82,12 +82,10 @@ def stamp_content(
     )
 
 
-ForeignParts = tuple[NDArray[Any], NDArray[Any] | None, TileGeometry | None, MicrometreTiles | None]
-"""Features, coords in level-0 px, tiles and places in µm, as far as a file has them."""
-
-
-def read_foreign(content: Content, tiles: TileGeometry | None) -> ForeignParts:
-    """The parts of a bag in a file that CLAM, TRIDENT, STAMP or slide2vec wrote.
+def read_foreign(
+    content: Content, tiles: TileGeometry | None
+) -> tuple[NDArray[Any], NDArray[Any] | None, TileGeometry | None, MicrometreTiles | None]:
+    """Features, coords in level-0 px, tiles and places in µm, as far as a foreign file has them.
 
     `tiles` are those of our own export for STAMP. Float64 is rounded to float32 where it fits.
     Raises ForeignBagError for STAMP's file of one embedding for a whole slide or patient.

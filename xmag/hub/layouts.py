@@ -78,7 +78,10 @@ def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str
     outside = (key for key in tensors if not key.startswith(prefix))
     layout = _ANCHORS[anchor]
     if layout == "huggingface":
-        state = _join_parts(_renamed(model, _HUGGINGFACE))
+        state: dict[str, Tensor] = {}
+        for key, part in sorted(_renamed(model, _HUGGINGFACE).items()):
+            whole = _PART.sub("", key)  # of name[0], name[1], ..., along the first axis
+            state[whole] = torch.cat((state[whole], part)) if whole in state else part
     else:
         dinov2 = _renamed(model, _CHUNKS)
         state = _renamed(dinov2, _TIMM + (_TIMM_SWIGLU if config.mlp == "swiglu" else ()))
@@ -132,15 +135,6 @@ def _renamed(state: Mapping[str, Tensor], names: _Names) -> dict[str, Tensor]:
             key = pattern.sub(ours, key)  # noqa: PLW2901
         renamed[key] = tensor
     return renamed
-
-
-def _join_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`name[0]`, `name[1]`, ... put together as `name`, along the first axis."""
-    joined: dict[str, Tensor] = {}
-    for key in sorted(state):
-        whole = _PART.sub("", key)
-        joined[whole] = torch.cat((joined[whole], state[key])) if whole in joined else state[key]
-    return joined
 
 
 def _check(
