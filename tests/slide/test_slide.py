@@ -4,6 +4,7 @@ import gc
 import pickle
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing import get_context
 
 import numpy as np
@@ -250,3 +251,20 @@ def test_a_slide_from_a_reader_has_no_file(svs):
     slide = Slide.from_reader(FakeTileReader(noise(64, 64), tile=(32, 32)), name="n", mpp=0.5)
     assert (slide.mpp, slide.fingerprint, slide.name) == (0.5, None, "n")
     assert pickle.loads(pickle.dumps(slide)).dimensions == (64, 64)
+
+
+@pytest.mark.parametrize("gap", [0, 3, 64, 65, 5000])
+def test_neighbouring_ranges_are_those_read_one_by_one(tmp_path, gap):
+    content = np.random.default_rng(gap).bytes(200_000)
+    (tmp_path / "a").write_bytes(content)
+    sizes = [1, 400, 0, 17_000, 30, 12_345]
+    starts = np.cumsum([7, *(size + gap for size in sizes[:-1])]).tolist()
+    in_order = list(zip(starts, sizes, strict=True))
+    with closing(LocalSource(tmp_path / "a")) as source:
+        # In order, backwards, twice the same, and one that reaches into the one before.
+        for ranges in (in_order, in_order[::-1], in_order * 2, [(0, 900), (500, 900), (1400, 9)]):
+            assert source.read_many(ranges) == [content[at : at + size] for at, size in ranges]
+        with pytest.raises(
+            DamagedSlideError, match="100 bytes at offset 199950, but ends after 50"
+        ):
+            source.read_many([(199_900, 50), (199_950, 100)])

@@ -286,3 +286,21 @@ def test_a_second_full_scan_is_damage(tmp_path):
     again = b"".join(part for marker, part in jpeg_segments(stream) if marker == 0xDA)
     with pytest.raises(DamagedSlideError):
         decoder("ycbcr420")(stream[:-2] + 5 * again + b"\xff\xd9", 2)
+
+
+def test_tiles_with_other_headers_in_turn_are_those_of_decoders_of_their_own():
+    decode = decoder("ycbcr420")
+    sets = [tiles("ycbcr420", 3, quality=quality) for quality in (50, 90, 70)]
+    for chunk in [chunk for chunks in zip(*sets, strict=True) for chunk in chunks] * 2:
+        assert np.array_equal(decode(chunk, 2), decoder("ycbcr420")(chunk, 2))
+
+
+def test_lost_bytes_are_seen_behind_a_header_that_is_known():
+    decode, (stream, other) = decoder("ycbcr420", (240, 240)), tiles("ycbcr420", 2, (240, 240))
+    decode(stream, 2)
+    middle = (scan_of(other) + len(other)) // 2
+    with pytest.raises(DamagedSlideError, match="zeros"):
+        decode(other[:middle] + bytes(512) + other[middle + 512 :], 2)
+    shorter = encode_jpeg(texture(240, 232, seed=1), "ycbcr420", 90)
+    with pytest.raises(DamagedSlideError, match="240x232 px"):
+        decode(shorter, 2)
