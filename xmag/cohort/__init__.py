@@ -168,9 +168,11 @@ def _fill(
         closing(source) as done,
         progress_bar(progress, total=total, desc="slides", unit="slide") as bar,
     ):
+        counts = Counter[str]()
         for job, row in done:
             rows[job] = row
+            counts[row.status] += 1
             logger.info("%s: %s %s", row.slide, row.status, row.error)
             report.update()
             bar.update()
-            bar.set_postfix(Counter(r.status for r in rows.values()), refresh=False)
+            bar.set_postfix(counts, refresh=False)
