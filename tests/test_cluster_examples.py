@@ -91,7 +91,7 @@ def test_the_benchmark_of_two_gpus_runs_where_there_are_none(folder, tmp_path, m
     monkeypatch.syspath_prepend(str(benchmarks))
     main = runpy.run_path(str(benchmarks / "two_gpus.py"), run_name="two_gpus")["main"]
     main([str(folder), "--slides", "4", "--model", "xmag-mini", "--json", str(tmp_path / "json")])
-    one, two = json.loads((tmp_path / "json").read_text())["rows"]
-    assert (one["workers"], two["workers"]) == (1, 2)
+    here, one, two = json.loads((tmp_path / "json").read_text())["rows"]
+    assert (here["workers"], one["workers"], two["workers"]) == (0, 1, 2)
     assert one["x one"] == 1
     assert two["slides/min"] / one["slides/min"] == pytest.approx(two["x one"])
