@@ -83,7 +83,10 @@ class ImageReader:
                 return pixels
             # Not by imagecodecs, whose libpng complains on stderr.
             with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
-                return _on_white(image)
+                if image.mode == "RGB" and "transparency" in image.info:
+                    return over_white(np.asarray(image.convert("RGBA")))
+                array = np.asarray(image)
+                return over_white(array) if image.mode == "RGBA" else array
         # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
         except (OSError, ValueError, SyntaxError, struct.error, DamagedSlideError) as error:
             raise DamagedSlideError(
@@ -100,14 +103,6 @@ def _pixels_of_png(data: bytes) -> io.BytesIO:
             kept.append(data[at:end])
         at = end
     return io.BytesIO(b"".join(kept))
-
-
-def _on_white(image: Image.Image) -> Pixels:
-    """The pixels of an RGB or RGBA image, composited on white where it is transparent."""
-    if image.mode == "RGB" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    array = np.asarray(image)
-    return over_white(array) if image.mode == "RGBA" else array
 
 
 def _png_size(head: bytes, name: str) -> tuple[int, int]:

@@ -14,13 +14,10 @@ from xmag.errors import InputError, UnsupportedSlideError
 from xmag.slide import metadata
 from xmag.slide.reader import ScaleMetadata, whole_factor
 
-_REDUCED = 1
-_MACRO = 8
 _XMP_TAG = 700
 _NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
 _MAX_JPEG_SIDE = 65_500
 _LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 50000})
-_CONTIGUOUS = 1
 
 _Pages = Sequence[TiffPage]
 
@@ -99,8 +96,8 @@ def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | No
 
 
 def _is_associated(page: TiffPage) -> bool:
-    """Whether a page says that it is a label, a macro or a thumbnail."""
-    return bool(page.subfiletype & _MACRO) or metadata.is_associated(page.description)
+    """Whether a page says that it is a label, a macro (8) or a thumbnail."""
+    return bool(page.subfiletype & 8) or metadata.is_associated(page.description)
 
 
 def _scan_pages(pages: _Pages) -> list[TiffPage]:
@@ -245,7 +242,7 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
-    samples = [p.samplesperpixel if p.planarconfig == _CONTIGUOUS else 1 for p in pages]
+    samples = [p.samplesperpixel if p.planarconfig == 1 else 1 for p in pages]
     listed = metadata.ome_images(pages[0].description, samples)
     images = [image for image in listed if not metadata.is_associated(image.name)]
     if listed and not images:
@@ -268,8 +265,8 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
 
 def _sub_pages(page: TiffPage) -> list[TiffPage]:
     """The pages that `page` lists as its own reduced versions, and that can be such."""
-    subs = [sub for sub in page.pages or () if isinstance(sub, TiffPage)]
-    return [sub for sub in subs if _is_reduced(page, sub)]
+    subs = page.pages or ()
+    return [sub for sub in subs if isinstance(sub, TiffPage) and _is_reduced(page, sub)]
 
 
 def _trestle(pages: _Pages, _: int | None) -> TiffLayout:
@@ -280,18 +277,15 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of any other TIFF: scans are pages that are not reduced, then come their levels."""
     scans: list[list[TiffPage]] = []
     for page in _scan_pages(pages):
-        larger = next(
-            (
-                scan
-                for scan in reversed(scans)
-                if _is_reduced(scan[-1], page)
-                and whole_factor(page_size(scan[-1]), page_size(page))
-            ),
-            None,
+        fitting = (
+            scan
+            for scan in reversed(scans)
+            if _is_reduced(scan[-1], page) and whole_factor(page_size(scan[-1]), page_size(page))
         )
+        larger = next(fitting, None)
         if page.is_tiled and larger is not None:
             larger.append(page)
-        elif not page.subfiletype & _REDUCED and (page.is_tiled or not scans):
+        elif not page.subfiletype & 1 and (page.is_tiled or not scans):
             scans.append([page, *_sub_pages(page)])
     if not scans:
         raise UnsupportedSlideError("the TIFF holds only reduced images, and no full one")
@@ -318,9 +312,9 @@ def _resolution(page: TiffPage) -> ScaleMetadata:
     return metadata.resolution_scale(x, y, int(page.resolutionunit))
 
 
-_Layout = Callable[[_Pages, int | None], TiffLayout]
-
-_LAYOUTS: tuple[tuple[Callable[[TiffPage], bool], _Layout], ...] = (
+_LAYOUTS: tuple[
+    tuple[Callable[[TiffPage], bool], Callable[[_Pages, int | None], TiffLayout]], ...
+] = (
     (_is_aperio, _aperio),
     (lambda p: p.software.startswith("Philips") and "DPUfsImport" in p.description, _philips),
     (lambda p: "http://www.leica-microsystems.com/scn/" in p.description, _leica),

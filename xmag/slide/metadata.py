@@ -178,9 +178,8 @@ def _ome_scale(pixels: ElementTree.Element, power: float | None) -> ScaleMetadat
         if size is None or um is None:
             return ScaleMetadata(objective_power=power)
         sizes.append(size * um)
-    return ScaleMetadata(
-        mpp=(sizes[0], sizes[1]), mpp_source="OME PhysicalSize", objective_power=power
-    )
+    x, y = sizes
+    return ScaleMetadata(mpp=(x, y), mpp_source="OME PhysicalSize", objective_power=power)
 
 
 def _scale(fields: Mapping[str, str], mpp: str, power: str, *, source: str) -> ScaleMetadata:

@@ -71,11 +71,12 @@ class OpenSlideReader:
         )
         for number, level in enumerate(self.levels):
             check_level(number, level)
-        x, y = (_float(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        names = ("mpp-x", "mpp-y", "objective-power")
+        x, y, power = (float(properties.get(f"openslide.{name}") or 0) or None for name in names)
         self.metadata = ScaleMetadata(
             mpp=(x, y) if x and y else None,
             mpp_source="OpenSlide mpp-x, mpp-y" if x and y else "",
-            objective_power=_float(properties.get("openslide.objective-power")),
+            objective_power=power,
         )
 
     def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
@@ -105,7 +106,3 @@ def check_brightfield(properties: Mapping[str, str]) -> None:
         raise UnsupportedSlideError(
             "its scanner says that it is fluorescence; xmag reads brightfield scans in colour"
         )
-
-
-def _float(text: str | None) -> float | None:
-    return float(text) if text else None
