@@ -308,7 +308,7 @@ def test_the_hash_of_what_was_read_is_the_same_however_it_was_read(tmp_path: Pat
         corners = np.rint(plan.coords / (level.downsample * plan.scale.reduction))
         digest = hashlib.sha256(corners.astype("<i8").tobytes())
         lengths = np.array([len(tile) for tile in tiles], "<i8").tobytes()
-        read = hashlib.sha256(lengths + b"".join(tiles)).digest()  # up to 16 of them together
+        read = hashlib.sha256(lengths + b"".join(tiles)).digest()  # up to 8 of them together
         digest.update(under[0].to_bytes(8, "little") + read)
     found.add(digest.hexdigest())
     record = extract_features(path, model=ENCODER, tissue=None).provenance.record

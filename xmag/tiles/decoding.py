@@ -52,10 +52,11 @@ class Reading:
 
 
 _WHITE = 255
-_RUN_TILES = 32
-"""Source tiles a thread takes at once: enough to make the hand-over cheap, few enough to share.
-
-They are hashed together as well, so that another number gives all slides another hash."""
+_HASHED_TOGETHER = 8
+"""Source tiles that share a hash: another number gives all slides another."""
+_MOST_TOGETHER = 32
+"""Source tiles that a thread takes at once where many stand in line: it makes the hand-over cheap.
+Few threads take as many as are hashed together, which stay in the caches of a core."""
 _STACKING_THREADS = 3
 """From so many on they wait for the GIL, which decoding tiles together holds for less; with fewer,
 decoding one by one is faster, as codes in a stack take longer."""
@@ -141,7 +142,11 @@ class Decoding:
         self._source_shape = (height, width)
         self._run_tiles = 1
         if self._tile_reader is not None:
-            self._run_tiles = tiles_at_once(self._level, scale.reduction, _RUN_TILES)
+            few, most = (
+                tiles_at_once(self._level, scale.reduction, n)
+                for n in (_HASHED_TOGETHER, _MOST_TOGETHER)
+            )
+            self._run_tiles = most // few * few if self._stacking else few
         self._rows = Recycler(height * width * self._run_tiles * 3)
         self.runs = self._cut_runs()
 
@@ -204,12 +209,16 @@ class Decoding:
     def _note(self, run: Run, contents: Sequence[bytes | Pixels | None]) -> None:
         """Hash the bytes, or the pixels, of a run's source tiles; None is one that is damaged.
 
-        Together, which lets go of the GIL once. Runs are the same with any threads and batches.
+        Some together, which lets go of the GIL once; the same ones with any threads and batches.
         """
-        if self._hashed:
-            parts = [c.tobytes() if isinstance(c, np.ndarray) else c or b"" for c in contents]
+        if not self._hashed:
+            return
+        for at in range(0, len(contents), _HASHED_TOGETHER):
+            these = contents[at : at + _HASHED_TOGETHER]
+            parts = [c.tobytes() if isinstance(c, np.ndarray) else c or b"" for c in these]
             lengths = np.array([len(part) for part in parts], "<i8").tobytes()
-            self._digests[run.sources[0]] = hashlib.sha256(b"".join((lengths, *parts))).digest()
+            digest = hashlib.sha256(b"".join((lengths, *parts))).digest()
+            self._digests[run.sources[at]] = digest
 
     def _side_by_side(self, reader: TileReader, run: Run) -> tuple[Pixels, list[int]]:
         """The pixels of the source tiles of a run side by side, and numbers of the damaged ones.
