@@ -158,7 +158,7 @@ class Format:
         return self.loads(_text_of(path, self.error), repr(os.fspath(path)))
 
     def opened(self, values: Any, name: str = "this") -> _Values:
-        """What went into `headed`, brought to this version."""
+        """The values that went into `headed`, brought to this version."""
         if not isinstance(values, dict):
             raise self._refused(name, f"it holds a {type(values).__name__}")
         found: _Values = dict(values)

@@ -9,7 +9,7 @@ from xmag.distill.run import run_config
 
 
 def distill(config: Path, *, dry_run: bool = False) -> int:
-    """What a configuration says: its dry run, or the distillation."""
+    """Distillation by a configuration file, or its dry run."""
     summary = run_config(config, dry_run=dry_run)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts a process for each GPU
         for line in summary.lines():

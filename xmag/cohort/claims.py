@@ -137,7 +137,7 @@ class Claims:
             _unlock(*held)
 
     def _identity_now(self) -> tuple[int, int] | None:
-        """What tells the folder from another one; None where it is gone, or in a store."""
+        """Identity of the folder on its file system; None where it is gone, or in a store."""
         if isinstance(self._out, Path):
             with suppress(OSError):
                 found = self._out.stat()

@@ -126,7 +126,7 @@ class Engine:
         self._jobs: Sequence[Job] = ()
         self._left: set[int] = set()
         self._suspects: Counter[int] = Counter()
-        """How often a worker was lost that was at a slide."""
+        """Number of workers lost while they were at a slide."""
         self._lost_to = ""
         """The kind of error by which a worker was lost, the last time that one was."""
         self._errors: list[XmagError] = []

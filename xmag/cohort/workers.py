@@ -299,7 +299,7 @@ class PieceStatus:
 
     @classmethod
     def news(cls, lines: JsonLines) -> "PieceStatus":
-        """What a piece has told since the last call."""
+        """The news of a piece since the last call."""
         rows, kind = [], None
         for line in lines.news():
             with suppress(LookupError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What pictures of a slide share: where tiles lie, and the frame with name, scale and legend."""
+"""Frame of pictures of a slide: places of tiles, name, scale bar and legend."""
 
 import math
 import unicodedata

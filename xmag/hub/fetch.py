@@ -194,7 +194,7 @@ def _fetched(
 def _explained(
     error: BaseException, status: int | None, page: str, revision: str | None
 ) -> str | None:
-    """What follows the name of a model that the Hub does not give; None where it was silent."""
+    """End of the message for a model that the Hub does not give; None where it was silent."""
     from huggingface_hub import errors
 
     token = "set HF_TOKEN, run `hf auth login`, or pass token="

@@ -33,7 +33,7 @@ _PARSE_ERRORS = (
     TiffFileError, ValueError, LookupError, struct.error, OverflowError, MemoryError, TypeError,
     AttributeError, ZeroDivisionError, RuntimeError, ElementTree.ParseError, StopIteration,
 )  # fmt: skip
-"""What tifffile may raise on a directory that makes no sense."""
+"""Errors of tifffile on a directory that makes no sense."""
 
 
 class LocalSource:

@@ -54,7 +54,7 @@ _DIES_S = 2.0
 """Seconds that a process gets to be gone after SIGKILL; one that waits for a dead disk is not."""
 
 _STARTS = 3
-"""How many children in a row may fail to start before that is taken to be no accident."""
+"""Failed starts of children in a row that are taken to be no accident."""
 
 
 class _GoneError(Exception):

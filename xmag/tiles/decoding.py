@@ -35,7 +35,7 @@ Pixels4D = NDArray[np.uint8]
 """uint8 (B, height, width, 3): decoded windows of the tiles of a batch."""
 
 Damaged = Literal["error", "drop"]
-"""What becomes of tiles whose bytes are damaged."""
+"""Policy for tiles whose bytes are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
