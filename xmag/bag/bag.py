@@ -301,21 +301,17 @@ def _write(
     check: Callable[[], object] = lambda: None,
     inside: Place | None = None,
 ) -> None:
+    data = encode(content, place.suffix)
+
     def validate(temp: Path) -> None:
         check()
-        try:
-            found = decode(temp, place.suffix)
-            _bag(found)
-            reason = None if content.equals(found) else "other values"
-        except XmagError as error:
-            reason = str(error)
-        if reason is not None:
+        if temp.read_bytes() != data:
             raise OutputError(
-                f"what was written to {place} does not read back the same ({reason}); the"
-                " disk or the memory of this machine fails: write elsewhere"
+                f"what was written to {place} does not read back the same; the disk of this machine"
+                " fails: write elsewhere"
             )
 
-    write_bytes(place, encode(content, place.suffix), validate=validate, inside=inside)
+    write_bytes(place, data, validate=validate, inside=inside)
 
 
 def placed(bag: FeatureBag, what: str) -> NDArray[np.int64]:

@@ -86,15 +86,6 @@ class Content:
     coords_attributes: Mapping[str, Any] = field(default_factory=dict)
     features_name: str = "features"
 
-    def equals(self, other: "Content") -> bool:
-        """Whether the arrays and the header are the same."""
-        return (
-            np.array_equal(self.features, other.features)
-            # As an array None equals itself, and nothing else.
-            and np.array_equal(np.asarray(self.coords), np.asarray(other.coords))
-            and self.header == other.header
-        )
-
 
 def encode(content: Content, suffix: str) -> bytes:
     """The bytes of a file with this content; equal content gives equal bytes."""
