@@ -5,7 +5,7 @@ piece of what lies between, at corners too.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,29 +45,29 @@ def closed(mask: Bools, px: int) -> Bools:
 
 def filled(mask: Bools, max_px: float) -> Bools:
     """The mask with holes of up to `max_px` px filled; what reaches an edge is no hole."""
-    labels, count = labelled(~mask, diagonal=True)
-    inside = np.bincount(labels.ravel(), minlength=count + 1) <= max_px
-    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        inside[edge] = False
-    inside[0] = True
-    return np.asarray(inside.take(labels))
+    height, width = mask.shape
+    runs = _runs(~mask, diagonal=True)
+    row, start = np.divmod(runs.starts, width + 2)
+    at_edge = (row == 0) | (row == height - 1) | (start == 1) | (start + runs.lengths > width)
+    inside = runs.sums(runs.lengths) <= max_px
+    inside[runs.pieces[at_edge]] = False
+    return mask | runs.painted(~mask, inside)
 
 
 def holding(mask: Bools, seeds: Bools) -> Bools:
     """The connected pieces of `mask` that hold a px of `seeds`."""
-    labels, count = labelled(mask)
-    kept = np.zeros(count + 1, np.bool_)
-    kept[labels[seeds]] = True
-    kept[0] = False
-    return np.asarray(kept.take(labels))
+    runs = _runs(mask)
+    if not len(runs.pieces):
+        return mask
+    first = np.cumsum(runs.lengths) - runs.lengths
+    held = np.logical_or.reduceat(seeds[mask], first)
+    return runs.painted(mask, runs.sums(held) > 0)
 
 
 def without_small(mask: Bools, min_px: float) -> Bools:
     """The mask without connected pieces of fewer than `min_px` px."""
-    labels, count = labelled(mask)
-    kept = np.bincount(labels.ravel(), minlength=count + 1) >= min_px
-    kept[0] = False
-    return np.asarray(kept.take(labels))
+    runs = _runs(mask)
+    return runs.painted(mask, runs.sums(runs.lengths) >= min_px)
 
 
 def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
@@ -75,11 +75,43 @@ def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
 
     Px touch along edges, with `diagonal` at corners too.
     """
+    runs = _runs(mask, diagonal=diagonal)
+    labels = np.zeros(mask.shape, np.intp)
+    labels[mask] = np.repeat(runs.pieces + 1, runs.lengths)
+    return labels, runs.total
+
+
+class _Runs(NamedTuple):
+    """Px of a mask in a row, in the order of the mask: the first, how many, and their piece.
+
+    `starts` count the px of an image with a px more on the left and right; `total` is the number of
+    connected pieces.
+    """
+
+    starts: _Ints
+    lengths: _Ints
+    pieces: _Ints
+    total: int
+
+    def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The sum over the runs of each piece."""
+        return np.bincount(self.pieces, values, self.total).astype(np.float64)
+
+    def painted(self, mask: Bools, kept: Bools) -> Bools:
+        """Those pieces of their mask that are kept."""
+        image = mask.copy()
+        image[mask] = np.repeat(kept[self.pieces], self.lengths)
+        return image
+
+
+def _runs(mask: Bools, *, diagonal: bool = False) -> _Runs:
+    """The runs of a mask, with the pieces that `labelled` counts."""
     row = mask.shape[1] + 2
     padded = np.zeros((mask.shape[0], row), np.int8)
     padded[:, 1:-1] = mask
     change = np.diff(padded.ravel(), append=np.int8(0))
-    starts, stops = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    # The change stands before the px.
+    starts, stops = np.flatnonzero(change == 1) + 1, np.flatnonzero(change == -1) + 1
     # Each horizontal run touches those of the next row from `first` up to before `last`.
     first = np.searchsorted(stops, starts + row, "left" if diagonal else "right")
     last = np.searchsorted(starts, stops + row, "right" if diagonal else "left")
@@ -88,9 +120,8 @@ def labelled(mask: Bools, *, diagonal: bool = False) -> tuple[_Ints, int]:
     lower = np.arange(len(upper)) + np.repeat(first - (np.cumsum(below) - below), below)
     lowest = _lowest_connected(len(starts), upper, lower)
     numbers = np.cumsum(lowest == np.arange(len(starts)))
-    labels = np.zeros(mask.shape, np.intp)
-    labels[mask] = np.repeat(numbers[lowest], stops - starts)
-    return labels, int(numbers[-1]) if len(numbers) else 0
+    count = int(numbers[-1]) if len(numbers) else 0
+    return _Runs(starts, stops - starts, numbers[lowest] - 1, count)
 
 
 def _lowest_connected(count: int, a: _Ints, b: _Ints) -> _Ints:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -66,6 +66,10 @@ _GLASS_LEVEL = 243.0
 """Grey level taken for glass, and neutral, where a field shows none."""
 _GLASS_SAMPLES = 2048
 """Px of glass that the fit looks at, about: six coefficients need no more."""
+_BAND_ROWS = 128
+"""Rows of an overview that are computed at once: fresh memory costs more than the arithmetic."""
+_REACH_PX = 2
+"""Reach of a square around a px of a smoothed image."""
 _GLASS_BRIGHTEST_PERCENT = 20
 """Brightest percent of apparent glass, whose colour is taken before the surface is fitted."""
 _GLASS_STIFFNESS = 1e-3
@@ -335,19 +339,18 @@ def _segment(
     """The px of an overview that are tissue, and those that would be if their piece were larger."""
     px_per_mm2 = (1000 / mpp) ** 2
     red, blue, density = _light(pixels)
-    # The largest difference between two channels; green is 0 here.
-    chroma = np.maximum(np.maximum(red, blue), np.float32(0))
-    chroma -= np.minimum(np.minimum(red, blue), np.float32(0))
-    neutral = (density > _NEUTRAL_DENSITY) & (chroma < _NEUTRAL * density)
-    black = (density > _INK_BLACK) & (chroma < _INK_BLACK_CHROMA * density)
-    ink = _ink(red, blue, black, mpp)
-    stain, even = _stain(red, blue), _stain(_smoothed(red), _smoothed(blue))
-    tissue = (even > _STAIN_WEAK) & ~neutral & ~ink
-    tissue &= stain > _EDGE * over_square(np.maximum, even, 1)
-    # Density too, because JPEG keeps brightness at twice the resolution of colour.
-    tissue &= density > _EDGE * over_square(np.maximum, _smoothed(density), 1)
+    height = len(pixels)
+    parts = []
+    for band in _bands(height):
+        # With the rows that their squares reach.
+        first, last = max(0, band.start - _REACH_PX), min(height, band.stop + _REACH_PX)
+        found = _candidates(red[first:last], blue[first:last], density[first:last])
+        parts.append([part[band.start - first : band.stop - first] for part in found])
+    tissue, strong, ink = map(np.concatenate, zip(*parts, strict=True))
+    ink = _strokes(ink, mpp)
+    tissue &= ~ink
     tissue = closed(tissue, round(close_um / mpp))
-    tissue = holding(tissue, even > _STAIN_STRONG)
+    tissue = holding(tissue, strong)
     tissue = filled(tissue, max_hole_mm2 * px_per_mm2)
     tissue &= ~ink
     large = without_small(tissue, min_area_mm2 * px_per_mm2)
@@ -358,13 +361,22 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     """r, b and the density (mean of the channels), relative to the glass."""
     channels = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
     logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
-    reds, greens, blues = (logs.take(channel) for channel in channels)
-    red, blue, light = reds - greens, blues - greens, (reds + greens + blues) / np.float32(3)
+    red, blue, light = fields = np.empty((3, *pixels.shape[:2]), np.float32)
+    for band in _bands(len(pixels)):
+        reds, greens, blues = (logs.take(channel[band]) for channel in channels)
+        np.subtract(reds, greens, out=red[band])
+        np.subtract(blues, greens, out=blue[band])
+        np.divide(reds + greens + blues, np.float32(3), out=light[band])
     glass = _glass(channels, red, blue)
     if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
         return red, blue, np.float32(math.log(_GLASS_LEVEL)) - light
-    red, blue, brightness = _flattened((red, blue, light), glass)
-    return red, blue, -brightness
+    _flatten(fields, glass)
+    return red, blue, np.negative(light, out=light)
+
+
+def _bands(height: int) -> Iterator[slice]:
+    """The rows of an image, in bands."""
+    return (slice(at, min(at + _BAND_ROWS, height)) for at in range(0, height, _BAND_ROWS))
 
 
 def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> Bools:
@@ -380,8 +392,8 @@ def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> 
     )
 
 
-def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
-    """r, b and light, each less a quadratic surface through glass: lamps and lenses are uneven."""
+def _flatten(fields: NDArray[np.float32], glass: Bools) -> None:
+    """Take a quadratic surface through glass from r, b and light: lamps and lenses are uneven."""
     x, y = (np.linspace(-1, 1, size, dtype=np.float32) for size in glass.shape[::-1])
     places = np.flatnonzero(glass)
     rows, columns = np.divmod(places[:: 1 + len(places) // _GLASS_SAMPLES], glass.shape[1])
@@ -401,15 +413,33 @@ def _flattened(fields: Sequence[_Field], glass: Bools) -> list[_Field]:
         fit = np.linalg.solve(normal, np.einsum("in,fn->if", design * near, seen))
         near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
     fit[0] += levels
-    y = y[:, None]
-    product, flat = x * y, []
-    for values, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype(np.float32), strict=True):
-        surface = (one + x * cx) + y * cy
-        surface += product * cxy
-        surface += x * x * cxx  # a row
-        surface += y * y * cyy  # a column
-        flat.append(np.subtract(values, surface, out=surface))
-    return flat
+    xx = x * x
+    for band in _bands(len(y)):
+        down = y[band, None]
+        product = x * down
+        for values, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype("f4"), strict=True):
+            surface = (one + x * cx) + down * cy
+            surface += product * cxy
+            surface += xx * cxx  # a row
+            surface += down * down * cyy  # a column
+            values[band] -= surface
+
+
+def _candidates(red: _Field, blue: _Field, density: _Field) -> tuple[Bools, Bools, Bools]:
+    """The px that look like tissue, those whose stain is beyond doubt, and those like ink."""
+    # The largest difference between two channels; green is 0 here.
+    chroma = np.maximum(np.maximum(red, blue), np.float32(0))
+    chroma -= np.minimum(np.minimum(red, blue), np.float32(0))
+    neutral = (density > _NEUTRAL_DENSITY) & (chroma < _NEUTRAL * density)
+    ink = (density > _INK_BLACK) & (chroma < _INK_BLACK_CHROMA * density)
+    ink |= (red - 2 * np.abs(blue) > _INK_RED) | (blue > _INK_BLUE)
+    ink |= red + _BLUE_RED_LIMIT * blue < -_INK_BLUE_GREEN
+    stain, even = _stain(red, blue), _stain(_smoothed(red), _smoothed(blue))
+    tissue = (even > _STAIN_WEAK) & ~neutral
+    tissue &= stain > _EDGE * over_square(np.maximum, even, 1)
+    # Density too, because JPEG keeps brightness at twice the resolution of colour.
+    tissue &= density > _EDGE * over_square(np.maximum, _smoothed(density), 1)
+    return tissue, even > _STAIN_STRONG, ink
 
 
 def _stain(red: _Field, blue: _Field) -> _Field:
@@ -417,10 +447,10 @@ def _stain(red: _Field, blue: _Field) -> _Field:
     return np.where(red > -_BLUE_RED_LIMIT * blue, np.maximum(red, blue), np.float32(0))
 
 
-def _ink(red: _Field, blue: _Field, black: Bools, mpp: float) -> Bools:
-    """Mask of pen strokes, with their blurred edges."""
-    ink = black | (red - 2 * np.abs(blue) > _INK_RED) | (blue > _INK_BLUE)
-    ink |= red + _BLUE_RED_LIMIT * blue < -_INK_BLUE_GREEN
+def _strokes(ink: Bools, mpp: float) -> Bools:
+    """Pen strokes among px that look like ink, with their blurred edges."""
+    if not ink.any():
+        return ink
     edge_px = round(_INK_EDGE_UM / mpp)
     ink = without_small(closed(ink, edge_px), _INK_MIN_AREA_MM2 * (1000 / mpp) ** 2)
     return dilated(ink, edge_px)
