@@ -17,8 +17,8 @@ from xmag.errors import BagError, InputError, MismatchError, XmagWarning
 from xmag.geometry import TileGeometry
 from xmag.mil import MILClassifier
 from xmag.mil.labels import class_array, ordered
-from xmag.mil.splits import held_out, units
 from xmag.provenance import Provenance
+from xmag.training.splits import held_out, units
 
 GEOMETRY = TileGeometry(
     size_px=224, mpp=2.0, size_level0=896, overlap_px=0, level0_mpp=0.5, level0_size=(9000, 9000)

@@ -14,9 +14,9 @@ from xmag.errors import InputError, XmagWarning
 from xmag.mil.bags import require_same_origin, require_width
 from xmag.mil.cohort import Cohort, Labelled, read_labelled
 from xmag.mil.labels import ClassWeight, class_weights, distinct, indices
-from xmag.mil.splits import held_out, require_disjoint, units, warn_without_groups
 from xmag.mil.training import Settings
 from xmag.provenance import Provenance
+from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,75 @@
+"""Ranks of distributed training: the processes that torchrun starts, and what they share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_RENDEZVOUS_LIMIT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Rank and world size of this process in distributed training; rank 0 of 1 without it."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """The device that this rank trains on: the GPU of its local rank, or the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks, equally weighted; not differentiable."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def wait(self) -> None:
+        """Barrier: return when all ranks have reached this call."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """A context in which the processes of torchrun form a process group; yields the `Ranks`.
+
+    Without torchrun's variables, or where the program has joined a group by itself already, that
+    group is used and left as it is.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]), world=world, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
+    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_RENDEZVOUS_LIMIT)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

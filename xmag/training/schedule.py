@@ -1,0 +1,61 @@
+"""Schedule of a training: learning rate by step, and the epoch whose weights are kept."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from statistics import fmean
+
+from xmag.errors import InputError, XmagWarning
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> float:
+    """The learning-rate factor at `step` (from 0): linear warm-up to 1, then cosine decay.
+
+    The last of `warmup` steps has factor 1, and the last of `total` steps has `floor`. Raises
+    InputError where the warm-up leaves no step to decay in: a rate that only ever rises is a
+    mistake that is easy to make and hard to see.
+    """
+    if not 0 <= warmup < total:
+        raise InputError(
+            f"the warm-up takes {warmup} of {total} steps; expected fewer, so that the rate decays"
+        )
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup + 1) / (total - warmup), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
+    """The best epoch (from 1), whose weights to keep, by smoothed validation losses so far.
+
+    Of few patients a single loss is mostly luck, so that an epoch counts as the mean of the last
+    losses up to its own, a tenth of `epochs` of them; the lowest mean wins. Until a fifth of
+    `epochs` is over, the latest is kept: a network that has hardly learned anything is unsure of
+    everything, which can cost less than a few errors in good faith. `epochs` is the length of the
+    schedule, however early the training ends.
+    """
+    first, window = _first_epoch(epochs), math.ceil(epochs / 10)
+    if len(losses) <= first:
+        return len(losses)
+    means = [fmean(losses[last - window : last]) for last in range(first, len(losses) + 1)]
+    return first + means.index(min(means))
+
+
+def warn_of_early_best(best: int, *, trained: int, epochs: int, stacklevel: int) -> None:
+    """Warn (XmagWarning) where the best epoch is the first that may be kept.
+
+    Not where a single epoch came after it, which says nothing.
+    """
+    if best == _first_epoch(epochs) < trained - 1:
+        warnings.warn(
+            f"epoch {best} of {trained} is kept, the first that may be: the validation loss has not"
+            " improved since, so that the network may have learned little, or the patients to"
+            " validate with are too few to tell. Compare with validation=None, which keeps the last"
+            " epoch, in a cross-validation; or give more patients, or a lower learning rate",
+            XmagWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _first_epoch(epochs: int) -> int:
+    return math.ceil(epochs / 5)
