@@ -46,10 +46,9 @@ from xmag.distill import (
     load_teacher,
     plan_slides,
 )
-from xmag.distill.lessons import Lesson
-from xmag.distill.session import Session, Split, reading_processes, reading_threads
-from xmag.distill.stopwatch import Stopwatch
-from xmag.distill.training import on_device
+from xmag.distill.cache import Lesson
+from xmag.distill.run import on_device
+from xmag.distill.trainer import Session, Split, Stopwatch, reading_processes, reading_threads
 from xmag.encoder import Encoder
 from xmag.geometry import TileSpec
 from xmag.hub.registry import KNOWN, ModelConfig

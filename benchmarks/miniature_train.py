@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xmag.distill.augment import augment, draw, map_tokens
 from xmag.distill.losses import BLOCKS
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
-from xmag.distill.step import Trainer, Views
 from xmag.distill.student import Student, fresh_student
+from xmag.distill.trainer import Trainer, Views
+from xmag.distill.views import augment, draw, map_tokens
 from xmag.training import Ranks
 
 LEVELS = {"global + local": (1.0, 0.5), "global only": (1.0, 0.0), "local only": (0.0, 0.5)}

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from common import report, usable_cores
 
-from xmag.distill.augment import augment, draw
-from xmag.distill.manifest import Manifest
-from xmag.distill.sampling import plan_slides
-from xmag.distill.sources import SlideRegions
+from xmag.distill.dataset import SlideRegions
+from xmag.distill.regions import Manifest, plan_slides
 from xmag.distill.teachers import load_teacher
-from xmag.distill.views import low_view, teacher_tiles
+from xmag.distill.views import augment, draw, low_view, teacher_tiles
 from xmag.encoder import Encoder
 from xmag.hub.registry import KNOWN
 from xmag.vit import ViT

@@ -10,8 +10,17 @@ from PIL import Image, ImageEnhance
 from support.slides import texture
 from torch import Tensor
 
-from xmag.distill.augment import NONE, PAPER, Augmentation, Draws, augment, draw, map_tokens
-from xmag.distill.views import low_view, teacher_tiles
+from xmag.distill.views import (
+    NONE,
+    PAPER,
+    Augmentation,
+    Draws,
+    augment,
+    draw,
+    low_view,
+    map_tokens,
+    teacher_tiles,
+)
 from xmag.errors import InputError
 
 NAMES = ("brightness", "contrast", "saturation", "hue")
@@ -107,7 +116,7 @@ def test_images_of_a_batch_get_each_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     draws = draw(1, 2, range(20), 0)
     alone = [augment(images[i : i + 1], draws[[i]]) for i in range(20)]
     assert torch.equal(augment(images, draws), torch.cat(alone))
-    monkeypatch.setattr("xmag.distill.augment._PART_PX", 3 * 64**2)  # in parts
+    monkeypatch.setattr("xmag.distill.views._PART_PX", 3 * 64**2)  # in parts
     assert torch.equal(augment(images, draws), torch.cat(alone))
 
 

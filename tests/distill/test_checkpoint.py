@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from support.distilling import ArraySource, RandomTeacher, colourful_regions, tiny_student
 
-from xmag.distill.checkpoint import load_checkpoint
+from xmag.distill.run import CHECKPOINT, distill
 from xmag.distill.settings import (
     LoaderSettings,
     LogSettings,
@@ -24,7 +24,7 @@ from xmag.distill.settings import (
     TrainSettings,
 )
 from xmag.distill.summary import Summary
-from xmag.distill.training import CHECKPOINT, distill
+from xmag.distill.trainer import load_checkpoint
 from xmag.errors import OutputError
 
 STEPS = 24

@@ -8,22 +8,20 @@ from typing import Any
 
 import pytest
 
-from xmag.distill.augment import Augmentation
-from xmag.distill.config import (
-    DataConfig,
-    DistillConfig,
-    StudentConfig,
-    TeacherConfig,
-    read_config,
-)
 from xmag.distill.export import Card
 from xmag.distill.settings import (
+    DataConfig,
+    DistillConfig,
     LoaderSettings,
     LogSettings,
     LossSettings,
     Settings,
+    StudentConfig,
+    TeacherConfig,
     TrainSettings,
+    read_config,
 )
+from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.vit import ViTConfig
 

@@ -8,19 +8,21 @@ import torch
 from PIL import Image
 from support.distilling import ArraySource, RandomTeacher, colourful_regions
 
-from xmag.distill.augment import Augmentation, augment
-from xmag.distill.curriculum import Curriculum
-from xmag.distill.keeping import keep_targets
-from xmag.distill.lessons import KeptLesson, Lesson, OnlineLesson, check_lessons
-from xmag.distill.loader import Group, LowViews, RegionLoader
-from xmag.distill.manifest import Manifest
-from xmag.distill.order import Order, share
-from xmag.distill.sampling import plan_images
+from xmag.distill.cache import (
+    KeptLesson,
+    KeptTargets,
+    Lesson,
+    LowViews,
+    OnlineLesson,
+    TargetSettings,
+    check_lessons,
+    keep_targets,
+)
+from xmag.distill.dataset import Group, Order, RegionLoader, share
+from xmag.distill.regions import Manifest, plan_images
 from xmag.distill.settings import TrainSettings
-from xmag.distill.step import Views
-from xmag.distill.stopwatch import Stopwatch
-from xmag.distill.targets import KeptTargets, TargetSettings
-from xmag.distill.views import low_view, teacher_tiles
+from xmag.distill.trainer import Curriculum, Stopwatch, Views
+from xmag.distill.views import Augmentation, augment, low_view, teacher_tiles
 from xmag.errors import InputError
 from xmag.geometry import TileSpec
 

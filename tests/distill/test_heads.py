@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from xmag.distill.heads import ProjectionHead, SyncedBatchNorm
+from xmag.distill.student import ProjectionHead, SyncedBatchNorm
 
 
 def rows(count: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -94,9 +94,9 @@ def test_statistics_are_computed_in_full_precision_under_autocast() -> None:
 PROGRAM = """
 import sys
 import safetensors.torch, torch
-from xmag.distill.heads import SyncedBatchNorm
+from xmag.distill.student import SyncedBatchNorm
 from xmag.distill.losses import global_loss
-from xmag.distill.ranks import gathered
+from xmag.distill.losses import gathered
 from xmag.training import joined_ranks
 folder = sys.argv[1]
 given = safetensors.torch.load_file(folder + "/given.safetensors")

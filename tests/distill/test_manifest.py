@@ -10,8 +10,15 @@ import pytest
 from PIL import Image
 from support.slides import texture, write_svs
 
-from xmag.distill.manifest import REGION_SPEC, Manifest, held_out, shuffled
-from xmag.distill.sampling import fair_shares, plan_images, plan_slides
+from xmag.distill.regions import (
+    REGION_SPEC,
+    Manifest,
+    fair_shares,
+    held_out,
+    plan_images,
+    plan_slides,
+    shuffled,
+)
 from xmag.errors import InputError, OutputError, SlideError, SlideScaleError, XmagWarning
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles

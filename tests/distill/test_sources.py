@@ -14,10 +14,9 @@ from PIL import Image
 from support.fake_reader import FakeTileReader, noise
 from support.slides import texture, write_svs
 
-from xmag.distill import sources
-from xmag.distill.manifest import REGION_SPEC, Manifest
-from xmag.distill.sampling import plan_images, plan_slides
-from xmag.distill.sources import RegionSource, SlideRegions, read_intact
+from xmag.distill import dataset
+from xmag.distill.dataset import RegionSource, SlideRegions, read_intact
+from xmag.distill.regions import REGION_SPEC, Manifest, plan_images, plan_slides
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError, SlideScaleError
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
@@ -119,14 +118,14 @@ def test_slides_not_used_for_longest_are_closed(
     folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    plain = sources.Slide
+    plain = dataset.Slide
 
     def counted(path: Path, **options: float) -> Slide:
         opened.append(path.name)
         return plain(path, **options)
 
-    monkeypatch.setattr(sources, "Slide", counted)
-    monkeypatch.setattr(sources, "_OPEN_SOURCES", 2)
+    monkeypatch.setattr(dataset, "Slide", counted)
+    monkeypatch.setattr(dataset, "_OPEN_SOURCES", 2)
     first = {source: int(np.argmax(manifest.places[:, 0] == source)) for source in range(3)}
     with SlideRegions(manifest, folder, threads=1) as regions:
         for source in (0, 0, 1, 0, 2, 0, 1):
@@ -140,7 +139,7 @@ def test_plain_images_are_closed_before_they_fill_the_memory(
     for number in range(3):
         Image.fromarray(texture(900, 900, seed=number)).save(tmp_path / f"{number}.png")
     manifest = plan_images(tmp_path, mpp=0.5, regions=3)
-    monkeypatch.setattr(sources, "_OPEN_IMAGE_BYTES", 2 * 900 * 900 * 3)
+    monkeypatch.setattr(dataset, "_OPEN_IMAGE_BYTES", 2 * 900 * 900 * 3)
     with SlideRegions(manifest, tmp_path) as source:
         source.read(range(3))
         assert len(source._slides._entries) == 2

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from xmag.distill.losses import block_means
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
-from xmag.distill.step import Trainer, Views, decayed
 from xmag.distill.student import Student
+from xmag.distill.trainer import Trainer, Views, decayed
 from xmag.training import Ranks, warmup_cosine
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ from dataclasses import replace
 import safetensors.torch, torch
 import torch.distributed as dist
 from test_step import DOUBLE, STEPS, trainer, views
-from xmag.distill.step import Trainer, Views
+from xmag.distill.trainer import Trainer, Views
 from xmag.training import joined_ranks
 with joined_ranks() as ranks:
     alone = trainer(dtype=DOUBLE)

@@ -13,13 +13,11 @@ import torch
 from support.slides import texture
 from torch import Tensor
 
-from xmag.distill import keeping
-from xmag.distill.augment import Augmentation, augment, draw, map_tokens
-from xmag.distill.keeping import keep_targets
-from xmag.distill.manifest import REGION_SPEC, Manifest, ManifestSource
-from xmag.distill.targets import KeptTargets, TargetSettings
+from xmag.distill import cache
+from xmag.distill.cache import KeptTargets, TargetSettings, keep_targets
+from xmag.distill.regions import REGION_SPEC, Manifest, ManifestSource
 from xmag.distill.teachers import TileTeacher, load_teacher
-from xmag.distill.views import low_view, teacher_tiles
+from xmag.distill.views import Augmentation, augment, draw, low_view, map_tokens, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError, OutputError
 from xmag.training import Ranks
 
@@ -79,7 +77,7 @@ def manifest() -> Manifest:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "_LEAST_SHARD_REGIONS", 2)
+    monkeypatch.setattr(cache, "_LEAST_SHARD_REGIONS", 2)
 
 
 def asked_again(source: Memory, regions: Sequence[int], variant: int | None) -> Tensor:

@@ -21,8 +21,8 @@ from support.distilling import (
 from support.models import default_dtype
 
 import xmag
-from xmag.distill.augment import Augmentation
-from xmag.distill.lessons import OnlineLesson
+from xmag.distill.cache import OnlineLesson
+from xmag.distill.run import distill
 from xmag.distill.settings import (
     LoaderSettings,
     LogSettings,
@@ -32,7 +32,7 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
-from xmag.distill.training import distill
+from xmag.distill.views import Augmentation
 from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
 
 

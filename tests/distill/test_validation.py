@@ -7,9 +7,8 @@ from support.distilling import STUDENT, TILE_PX, tiny_student
 
 from xmag.distill.losses import block_means
 from xmag.distill.settings import Settings, TrainSettings
-from xmag.distill.step import Trainer
 from xmag.distill.student import Student
-from xmag.distill.validation import ValidationSet, validate
+from xmag.distill.trainer import Trainer, ValidationSet, validate
 from xmag.training import Ranks
 
 CPU = torch.device("cpu")

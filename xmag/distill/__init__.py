@@ -15,28 +15,32 @@ tiles (`load_teacher`, `keep_targets`), by the student as one. `distill` trains 
     config, settings, run, needs (dry-run estimates), summary: a run from a TOML file
 """
 
-from xmag.distill.augment import Augmentation
-from xmag.distill.config import DistillConfig, read_config
+from xmag.distill.cache import (
+    KeptLesson,
+    KeptTargets,
+    Lesson,
+    OnlineLesson,
+    TargetSettings,
+    keep_targets,
+)
+from xmag.distill.dataset import RegionSource, SlideRegions
 from xmag.distill.export import Card, export_student, push_to_hub
-from xmag.distill.keeping import keep_targets
-from xmag.distill.lessons import KeptLesson, Lesson, OnlineLesson
 from xmag.distill.losses import block_means, global_loss, local_loss
-from xmag.distill.manifest import Manifest, held_out
-from xmag.distill.run import run_config
-from xmag.distill.sampling import plan_images, plan_slides
+from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
+from xmag.distill.run import distill, run_config
 from xmag.distill.settings import (
+    DistillConfig,
     LoaderSettings,
     LogSettings,
     LossSettings,
     Settings,
     TrainSettings,
+    read_config,
 )
-from xmag.distill.sources import RegionSource, SlideRegions
 from xmag.distill.student import StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Needs, Summary
-from xmag.distill.targets import KeptTargets, TargetSettings
 from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
-from xmag.distill.training import distill
+from xmag.distill.views import Augmentation
 
 __all__ = [
     "Augmentation",

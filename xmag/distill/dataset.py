@@ -1,20 +1,28 @@
-"""Region datasets: pixels of a manifest's regions, read from slides on demand."""
+"""Dataset of regions: their pixels, read ahead by threads, in shuffled epochs.
 
+The epochs' shuffles, one after another, are one endless sequence; step s takes positions
+s * batch to (s + 1) * batch of it. The step is thus all there is to remember of where a run was.
+"""
+
+import logging
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from xmag.distill.manifest import Manifest, ManifestSource
+from xmag.distill.regions import Manifest, ManifestSource, shuffled
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide
@@ -307,3 +315,154 @@ class _OpenSlides:
             if not entry.users and entry.slide is not None:
                 entry.slide.close()
                 del self._entries[number]
+
+
+_logger = logging.getLogger(__name__)
+
+_WHITE = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Request of a batch: numbers of regions in the source, and the epoch of each."""
+
+    regions: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionBatch:
+    """Batch of regions: `pixels` uint8 (B, S, S, 3), white where not `good` (damaged)."""
+
+    group: Group
+    pixels: Tensor
+    good: NDArray[np.bool_]
+
+
+class RegionLoader:
+    """Data loader with `threads` threads, which read the regions of groups one by one.
+
+    `ahead` groups are prefetched. Images are `side` px wide. On CUDA they lie in pinned memory,
+    from which the device copies by itself. `damaged` marks the regions of the source that could not
+    be read.
+    """
+
+    def __init__(
+        self,
+        source: RegionSource,
+        *,
+        side: int,
+        threads: int,
+        ahead: int,
+        device: torch.device,
+    ) -> None:
+        self.damaged = np.zeros(len(source), bool)
+        self._source, self._side = source, side
+        self._threads, self._ahead = threads, ahead
+        self._pinned = device.type == "cuda"
+
+    def read(self, groups: Iterable[Group]) -> Generator[RegionBatch]:
+        """Read groups in their order; yields batches in host memory.
+
+        Raises what the source raises, but for DamagedSlideError; InputError for regions of another
+        size or type.
+        """
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="xmag-regions")
+        try:
+            waiting: deque[tuple[Group, Tensor, list[Future[bool]]]] = deque()
+            for group in groups:
+                waiting.append(self._begin(group, pool))
+                if len(waiting) > self._ahead:
+                    yield self._finish(*waiting.popleft())
+            while waiting:
+                yield self._finish(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(
+        self, group: Group, pool: ThreadPoolExecutor
+    ) -> tuple[Group, Tensor, list[Future[bool]]]:
+        shape = (len(group.regions), self._side, self._side, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        tasks = [
+            pool.submit(_read_into, into, self._source, int(region))
+            for region, into in zip(group.regions, pixels.numpy(), strict=True)
+        ]
+        return group, pixels, tasks
+
+    def _finish(self, group: Group, pixels: Tensor, tasks: list[Future[bool]]) -> RegionBatch:
+        good = np.array([task.result() for task in tasks], bool)
+        for region in group.regions[~good].tolist():
+            if not self.damaged[region]:
+                _logger.warning("region %d is damaged and is left out of the training", region)
+            self.damaged[region] = True
+        return RegionBatch(group=group, pixels=pixels, good=good)
+
+
+def _read_into(into: NDArray[np.uint8], source: RegionSource, region: int) -> bool:
+    """Read a region into `into`; False, and white pixels, where it is damaged."""
+    try:
+        found = source.read([region])
+    except DamagedSlideError as error:
+        _logger.info("region %d: %s", region, error)
+        into[...] = _WHITE
+        return False
+    if found.shape != (1, *into.shape) or found.dtype != np.uint8:
+        raise InputError(
+            f"region {region} is {found.dtype} {found.shape}; expected uint8 {(1, *into.shape)}:"
+            " a region has four times the student's tile a side"
+        )
+    into[...] = found[0]
+    return True
+
+
+_PURPOSE = 0x5F1E
+"""Salt of the random stream that shuffles draw from the seed."""
+
+
+class Order:
+    """Sampler of regions, int64 (N,), in shuffled epochs; the same for the same seed.
+
+    `sources` (N,) is the slide of each region, where known: slides are then mixed so that only some
+    of them are open at a time.
+    """
+
+    def __init__(
+        self,
+        regions: NDArray[np.int64],
+        *,
+        batch: int,
+        seed: int,
+        sources: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._regions, self._batch, self._seed = regions, batch, seed
+        # Without slides, any order is as good as any other.
+        self._sources = np.zeros(len(regions), np.int64) if sources is None else sources
+        self._epoch = lru_cache(maxsize=4)(self._shuffled)
+
+    def step(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The batch of regions of a step, and the epoch of each: int64 (batch,) both."""
+        return self.positions(number * self._batch, self._batch)
+
+    def positions(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Regions at `count` positions of the endless sequence, and the epoch of each."""
+        epochs, within = np.divmod(np.arange(first, first + count), len(self._regions))
+        regions = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            taken = epochs == epoch
+            regions[taken] = self._epoch(int(epoch))[within[taken]]
+        return regions, epochs
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng(np.random.SeedSequence((self._seed, epoch, _PURPOSE)))
+        return self._regions[shuffled(self._sources, rng)]
+
+
+def share(rank: int, world: int, *, batch: int, micro_batch: int) -> Sequence[slice]:
+    """Micro-batches of a rank: slices of a step's batch."""
+    each = batch // world
+    start = rank * each
+    return [
+        slice(at, min(at + micro_batch, start + each))
+        for at in range(start, start + each, micro_batch)
+    ]
