@@ -1,6 +1,7 @@
 """A cohort of slides -> feature files: xmag against what the field writes, at 5x and at 20x.
 
     python benchmarks/slides.py FOLDER [--slides 200] [--compile] [--field 3] [--json OUT]
+    python benchmarks/slides.py FOLDER [--slides 200] --turns 5 [--json OUT]
 
 FOLDER holds a few slides, which are read again and again under other names until there are
 `--slides` of them, all in the page cache. Weights are random. The contenders:
@@ -11,6 +12,9 @@ FOLDER holds a few slides, which are read again and again under other names unti
 - kept: the same done well: one DataLoader, whose workers are kept across slides and send uint8,
   which the GPU normalises.
 - field 20x, kept 20x: both with 224 px tiles at 0.5 µm/px and a ViT of UNI2-h's size.
+
+With `--turns` xmag alone runs so many times, eager and compiled in turn, each time beside its
+encoder alone; figures are medians.
 
 The contenders other than xmag run on `--field` slides (at 20x on a part of one), as they are slow;
 slides a minute follow from their tiles a second.
@@ -55,12 +59,16 @@ def main() -> None:
     parser.add_argument("--tiles-20x", type=int, default=6000, help="tiles of the 20x pipelines")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--turns", type=int, default=0, help="eager and compiled in turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="PNG of where the time of a slide goes")
     args = parser.parse_args()
     paths = sorted(p for p in args.folder.iterdir() if p.suffix in (".svs", ".tif", ".tiff"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = xmag_encoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if args.turns:
+        report("slides", in_turn(paths, args.slides, encoder, args.turns), args.json)
+        return
     encoder = encoder.compiled() if args.compile else encoder
     rows, more = [], {"one slide": single(paths, encoder)}
     ours, cohort = measure_cohort(paths, args.slides, encoder, args.processes)
@@ -73,6 +81,25 @@ def main() -> None:
     for key, value in more.items():
         print(f"{key}: {value}")
     report("slides", rows, args.json, **more)
+
+
+def in_turn(paths: list[Path], count: int, encoder: Encoder, turns: int) -> list[dict[str, Any]]:
+    """The rows of xmag, eager and compiled, each the median of so many turns."""
+    encoders = {"eager": encoder, "compiled": encoder.compiled()}
+    found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in encoders}
+    for turn in range(turns + 1):
+        for mode, each in encoders.items():
+            row, more = measure_cohort(paths, count if turn else 8, each, None)
+            if turn:
+                found[mode].append({"tiles/s": row["tiles/s"], **more})
+                print(mode, found[mode][-1], flush=True)
+    return [
+        {
+            "mode": mode,
+            **{name: float(np.median([each[name] for each in runs])) for name in runs[0]},
+        }
+        for mode, runs in found.items()
+    ]
 
 
 def measure_cohort(

@@ -1,5 +1,6 @@
 """Cases of damaged slides, and what is done with each of them."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -8,7 +9,7 @@ from fuzz.streams import damaged_stream
 from fuzz.tiffs import damaged_tiff
 from xmag.errors import InputError, XmagError
 from xmag.geometry import TileSpec
-from xmag.plan import plan_tiles
+from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import read_tiles
 from xmag.tissue import find_tissue
@@ -72,10 +73,21 @@ def _opened(path: Path, said: list[XmagError]) -> Slide | None:
 
 
 def _read_tiles(slide: Slide) -> None:
+    """Read tiles as few threads do, one by one, and as many do, stacked: with one result."""
     plan = plan_tiles(slide, SPEC)
-    for number, _ in enumerate(read_tiles(slide, plan, batch_size=16, threads=2)):
-        if number == _BATCHES:
-            break
+    alone, stacked = (_first_tiles(slide, plan, threads=threads) for threads in (2, 4))
+    assert type(alone) is type(stacked), f"alone {alone!r:.200}, stacked {stacked!r:.200}"
+    if isinstance(alone, XmagError):
+        raise alone
+    assert alone == stacked, "stacked tiles have other pixels"
+
+
+def _first_tiles(slide: Slide, plan: TilePlan, *, threads: int) -> bytes | XmagError:
+    try:
+        batches = read_tiles(slide, plan, batch_size=16, threads=threads)
+        return b"".join(tiles.tobytes() for _, tiles in itertools.islice(batches, _BATCHES + 1))
+    except XmagError as error:
+        return error
 
 
 def _say(step: Callable[[], object], said: list[XmagError]) -> None:
