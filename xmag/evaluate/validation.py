@@ -1,37 +1,16 @@
 """Cross-validation and external validation: fit, predict held-out cases, report."""
 
-import numbers
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from xmag.errors import InputError
-from xmag.evaluate.fitting import (
-    Fitted,
-    fit,
-    fitted_classes,
-    name_of,
-    predict,
-    require_classes,
-    tested,
-)
+from xmag.evaluate.fitting import Fitted, classes_of, fit, name_of, result_of, settings_of
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Result, Sampling, with_estimates
-from xmag.evaluate.samples import (
-    OnIdentical,
-    Samples,
-    agreed_classes,
-    digests,
-    require_different,
-    require_separate,
-    samples,
-    warn_without_groups,
-)
-from xmag.metrics.labels import Labels, as_labels, encode
+from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
+from xmag.metrics.labels import Labels
 
 
 def cross_validate(
@@ -78,28 +57,29 @@ def cross_validate(
     finite; MissingExtraError without scikit-learn.
     """
     sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
-    data = samples(X, y, groups, name="the cohort")
-    order = agreed_classes([data], _required_if(classes, ordered))
+    data = Samples.of(X, y, groups, name="the cohort")
+    order = agreed_classes([data], classes, ordered=ordered)
     if groups is None:
         warn_without_groups(stacklevel=2)
-    if isinstance(folds, Folds):
-        if repeats != 1:
-            raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
-        splits = folds
-    else:
-        splits = Folds.stratified(
+    if not isinstance(folds, Folds):
+        folds = Folds.stratified(
             data.y, groups=data.groups, folds=folds, repeats=repeats, random_state=random_state
         )
-    result = _cross_validated(estimator, data, order, splits, on_identical=on_identical)
-    number = len({split.repeat for split in splits.splits})
+    elif repeats != 1:
+        raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
+    trials = Trial.of_folds(folds, data)
+    for trial in trials:
+        trial.check(order, on_identical=on_identical)
+    result = _cross_validated(estimator, trials, order)
+    number = len({split.repeat for split in folds.splits})
     times = f", {number} repeats" if number > 1 else ""
     return Report(
-        title=f"Cross-validation of {name_of(estimator)}: {len(splits)} splits{times}",
+        title=f"Cross-validation of {name_of(estimator)}: {len(folds)} splits{times}",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
-        folds=splits,
-        settings=protocol("cross-validation", estimator, grouped=groups is not None),
+        folds=folds,
+        settings=settings_of("cross-validation", estimator, grouped=groups is not None),
     )
 
 
@@ -144,154 +124,35 @@ def external(
     parts = {name: _cohort(name, content) for name, content in cohorts.items()}
     if not parts:
         raise InputError("cohorts is empty; expected at least one, by name")
-    if any(part.groups is None for part in parts.values()):
+    grouped = all(part.groups is not None for part in parts.values())
+    if not grouped:
         warn_without_groups(stacklevel=2)
-    given = _required_if(classes, ordered)
-    if train is None and given is None:
-        given = as_labels(fitted_classes(estimator), "classes_")
-    order = agreed_classes(list(parts.values()), given)
+    if train is None and classes is None and not ordered:
+        classes = classes_of(estimator)
+    order = agreed_classes(list(parts.values()), classes, ordered=ordered)
     if train is None:
-        fitted = Fitted(estimator=estimator)
-        results = [tested(fitted, part, order, trained_on="") for part in parts.values()]
+        fitted = Fitted(estimator=estimator, order=order)
+        results = [
+            result_of(part, order, [fitted.predict(part, part.rows)], trained_on="")
+            for part in parts.values()
+        ]
     else:
-        results = _matrix(
-            estimator,
-            parts,
-            _train_names(train, parts),
-            order,
-            folds=folds,
-            random_state=random_state,
-            on_identical=on_identical,
-        )
+        plans = _matrix(parts, train, folds=folds, random_state=random_state)
+        for trial in itertools.chain.from_iterable(plans.values()):
+            trial.check(order, on_identical=on_identical)
+        results = _fitted_matrix(estimator, plans, order)
     return Report(
         title=f"{name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
         classes=order,
         results=tuple(with_estimates(r, ordered=ordered, sampling=sampling) for r in results),
         sampling=sampling,
-        settings=protocol(
+        settings=settings_of(
             "external cohorts",
             estimator,
-            grouped=all(part.groups is not None for part in parts.values()),
+            grouped=grouped,
             own_cohort_folds=None if train is None else folds,
         ),
     )
-
-
-def protocol(
-    name: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
-) -> dict[str, Any]:
-    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
-    parameters = {}
-    if hasattr(estimator, "get_params"):
-        for key, value in estimator.get_params(deep=False).items():
-            if value is None or isinstance(value, str | bool | numbers.Real):
-                parameters[key] = value.item() if isinstance(value, np.generic) else value
-    versions = {}
-    for package in ("xmag", "numpy", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "protocol": name,
-        "estimator": name_of(estimator),
-        "parameters": {
-            n: v for n, v in parameters.items() if not isinstance(v, float) or np.isfinite(v)
-        },
-        "patients_separated": grouped,
-        "versions": versions,
-        **more,
-    }
-
-
-def _cross_validated(
-    estimator: Any,
-    data: Samples,
-    order: tuple[Hashable, ...],
-    folds: Folds,
-    *,
-    on_identical: OnIdentical,
-) -> Result:
-    if folds.samples != len(data):
-        raise InputError(
-            f"the folds are of {folds.samples} cases and {data.name} has {len(data)}; make folds"
-            " for these cases"
-        )
-    features = digests(data.x)
-    sides = [(np.array(split.train), np.array(split.test)) for split in folds.splits]
-    for number, (train, test) in enumerate(sides):
-        where = f"split {number} of {data.name}"
-        require_separate((data, train), (data, test), where=where)
-        require_different(features[train], features[test], where=where, on_identical=on_identical)
-        require_classes(data, train, order, where=where)
-    parts = []
-    for number, (train, test) in enumerate(sides):
-        fitted = fit(estimator, data, train, order, where=f"split {number} of {data.name}")
-        parts.append(predict(fitted, data, test, order))
-    places = np.concatenate([test for _, test in sides])
-    repeats = [np.full(len(s.test), s.repeat) for s in folds.splits]
-    return Result(
-        trained_on=data.name,
-        tested_on=data.name,
-        classes=order,
-        rows=places,
-        truth=encode(data.y, order)[places],
-        predicted=np.concatenate([predicted for _, predicted in parts]),
-        scores=np.concatenate([scores for scores, _ in parts]),
-        patients=_numbered(data.patients()[places]),
-        splits=np.concatenate(
-            [np.full(len(s.test), number) for number, s in enumerate(folds.splits)]
-        ),
-        repeats=np.concatenate(repeats),
-        estimates={},
-        class_aurocs=(),
-    )
-
-
-def _matrix(
-    estimator: Any,
-    parts: Mapping[str, Samples],
-    names: Sequence[str],
-    order: tuple[Hashable, ...],
-    *,
-    folds: int | None,
-    random_state: int,
-    on_identical: OnIdentical,
-) -> list[Result]:
-    """Results of all cohorts for models fitted on each of `names`; checks come before any fit."""
-    features = {name: digests(part.x) for name, part in parts.items()}
-    everything = {name: np.arange(len(part)) for name, part in parts.items()}
-    own = {
-        name: Folds.stratified(
-            parts[name].y, groups=parts[name].groups, folds=folds, random_state=random_state
-        )
-        for name in names
-        if folds is not None
-    }
-    for name in names:
-        for other in parts:
-            if other != name:
-                where = f"trained on {name}, tested on {other}"
-                sides = [(parts[n], everything[n]) for n in (name, other)]
-                require_separate(sides[0], sides[1], where=where)
-                require_different(
-                    features[name], features[other], where=where, on_identical=on_identical
-                )
-        require_classes(parts[name], everything[name], order, where=f"trained on {name}")
-    results = []
-    for name in names:
-        fitted = None
-        for other, part in parts.items():
-            if other != name:
-                if fitted is None:
-                    where = f"trained on {name}"
-                    fitted = fit(estimator, parts[name], everything[name], order, where=where)
-                results.append(tested(fitted, part, order, trained_on=name))
-            elif name in own:
-                results.append(
-                    _cross_validated(estimator, part, order, own[name], on_identical=on_identical)
-                )
-    return results
 
 
 def _cohort(name: str, content: tuple[Any, ...]) -> Samples:
@@ -300,25 +161,62 @@ def _cohort(name: str, content: tuple[Any, ...]) -> Samples:
             f"cohort {name!r} is {type(content).__name__}; expected (X, y) or (X, y, groups)"
         )
     x, y, groups = (*content, None)[:3]
-    return samples(x, y, groups, name=name)
+    return Samples.of(x, y, groups, name=name)
 
 
-def _train_names(train: str | Sequence[str], parts: Mapping[str, Samples]) -> list[str]:
+def _matrix(
+    parts: Mapping[str, Samples],
+    train: str | Sequence[str],
+    *,
+    folds: int | None,
+    random_state: int,
+) -> dict[tuple[str, str], list[Trial]]:
+    """The trials of each result, by the names of the cohorts to fit on and to test on."""
     names = [train] if isinstance(train, str) else list(train)
-    unknown = [name for name in names if name not in parts]
-    if unknown or not names:
+    if not names or not set(names) <= set(parts):
         raise InputError(f"train is {train!r}; expected one or more of {list(parts)}")
-    return names
+    plans = {}
+    for name in names:
+        known = parts[name]
+        for other, part in parts.items():
+            if other != name:
+                plans[name, other] = [Trial.whole(known, part)]
+            elif folds is not None:
+                own = Folds.stratified(
+                    known.y, groups=known.groups, folds=folds, random_state=random_state
+                )
+                plans[name, name] = Trial.of_folds(own, known)
+    return plans
 
 
-def _required_if(classes: Labels | None, ordered: bool) -> Labels | None:
-    if ordered and classes is None:
-        raise InputError(
-            "ordered=True needs the order of the classes, lowest first; give classes=[...]"
-        )
-    return classes
+def _fitted_matrix(
+    estimator: Any,
+    plans: Mapping[tuple[str, str], list[Trial]],
+    order: tuple[Hashable, ...],
+) -> list[Result]:
+    """The results of the trials; a cohort is fitted once for all others that it is tested on."""
+    results: list[Result] = []
+    whole: dict[str, Fitted] = {}
+    for (name, other), trials in plans.items():
+        if other == name:
+            results.append(_cross_validated(estimator, trials, order))
+            continue
+        if name not in whole:
+            whole = {name: fit(estimator, trials[0], order)}
+        part = trials[0].test
+        predictions = [whole[name].predict(part, part.rows)]
+        results.append(result_of(part, order, predictions, trained_on=name))
+    return results
 
 
-def _numbered(patients: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Patient ids renumbered from 0 without gaps, where folds do not test every patient."""
-    return np.unique(patients, return_inverse=True)[1].astype(np.int64)
+def _cross_validated(
+    estimator: Any, trials: Sequence[Trial], order: tuple[Hashable, ...]
+) -> Result:
+    data = trials[0].test
+    return result_of(
+        data,
+        order,
+        [fit(estimator, trial, order).predict(data, trial.test_rows) for trial in trials],
+        trained_on=data.name,
+        repeats=[trial.repeat for trial in trials],
+    )
