@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from xmag.errors import InputError, not_fitted
 from xmag.evaluate.extra import optional
-from xmag.evaluate.fitting import fit, result_of, settings_of
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Sampling, with_estimates
 from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
+from xmag.evaluate.validation import fit, result_of, settings_of
 from xmag.metrics.decisions import accuracies
 from xmag.metrics.labels import (
     Labels,
@@ -70,7 +70,7 @@ def probe(
         )
     order = agreed_classes([train, test], classes, ordered=ordered)
     trial = Trial.whole(train, test)
-    trial.check(order, on_identical=on_identical)
+    trial.check(order, on_identical=on_identical, stacklevel=3)
     fitted = fit(estimator, trial, order)
     result = result_of(test, order, [fitted.predict(test, test.rows)], trained_on=train.name)
     found = {}

@@ -138,11 +138,13 @@ class Trial:
             for number, split in enumerate(folds.splits)
         ]
 
-    def check(self, order: tuple[Hashable, ...], *, on_identical: OnIdentical) -> None:
+    def check(
+        self, order: tuple[Hashable, ...], *, on_identical: OnIdentical, stacklevel: int
+    ) -> None:
         """Raise InputError for leakage, and for a class of `order` that has no case to fit on.
 
         Leakage is a patient on both sides, or a test case with the features of a training case;
-        with ``on_identical="warn"`` the latter is a warning to the caller of the caller.
+        with ``on_identical="warn"`` the latter is a warning.
         """
         where = self.name
         if self.test is not self.train:
@@ -168,7 +170,8 @@ class Trial:
                     " Where equal features are no accident, as with empty tiles:"
                     ' on_identical="warn"'
                 )
-            warnings.warn(f"{message}, which flatters the result", XmagWarning, stacklevel=3)
+            text = f"{message}, which flatters the result"
+            warnings.warn(text, XmagWarning, stacklevel=stacklevel)
         present = {self.train.y[row] for row in self.fit_rows.tolist()}
         if missing := [label for label in order if label not in present]:
             raise InputError(

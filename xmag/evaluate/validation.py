@@ -1,16 +1,36 @@
 """Cross-validation and external validation: fit, predict held-out cases, report."""
 
+import contextlib
+import inspect
 import itertools
+import math
+import numbers
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from xmag.errors import InputError
-from xmag.evaluate.fitting import Fitted, classes_of, fit, name_of, result_of, settings_of
+import numpy as np
+from numpy.typing import NDArray
+
+from xmag.errors import InputError, not_fitted
+from xmag.evaluate.extra import optional
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Result, Sampling, with_estimates
-from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
-from xmag.metrics.labels import Labels
+from xmag.evaluate.samples import (
+    OnIdentical,
+    Rows,
+    Samples,
+    Trial,
+    agreed_classes,
+    warn_without_groups,
+)
+from xmag.metrics.labels import Labels, as_labels, as_scores, encode
+
+Order = tuple[Hashable, ...]
+Predictions = tuple[Rows, NDArray[np.float64], Rows]
+"""Rows (m,), scores (m, C) and predicted class indices (m,)."""
 
 
 def cross_validate(
@@ -68,13 +88,11 @@ def cross_validate(
     elif repeats != 1:
         raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
     trials = Trial.of_folds(folds, data)
-    for trial in trials:
-        trial.check(order, on_identical=on_identical)
-    result = _cross_validated(estimator, trials, order)
+    (result,) = _run(estimator, [trials], order, on_identical=on_identical)
     number = len({split.repeat for split in folds.splits})
     times = f", {number} repeats" if number > 1 else ""
     return Report(
-        title=f"Cross-validation of {name_of(estimator)}: {len(folds)} splits{times}",
+        title=f"Cross-validation of {_name_of(estimator)}: {len(folds)} splits{times}",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
@@ -128,7 +146,7 @@ def external(
     if not grouped:
         warn_without_groups(stacklevel=2)
     if train is None and classes is None and not ordered:
-        classes = classes_of(estimator)
+        classes = _classes_of(estimator)
     order = agreed_classes(list(parts.values()), classes, ordered=ordered)
     if train is None:
         fitted = Fitted(estimator=estimator, order=order)
@@ -138,11 +156,9 @@ def external(
         ]
     else:
         plans = _matrix(parts, train, folds=folds, random_state=random_state)
-        for trial in itertools.chain.from_iterable(plans.values()):
-            trial.check(order, on_identical=on_identical)
-        results = _fitted_matrix(estimator, plans, order)
+        results = _run(estimator, plans, order, on_identical=on_identical)
     return Report(
-        title=f"{name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
+        title=f"{_name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
         classes=order,
         results=tuple(with_estimates(r, ordered=ordered, sampling=sampling) for r in results),
         sampling=sampling,
@@ -170,53 +186,207 @@ def _matrix(
     *,
     folds: int | None,
     random_state: int,
-) -> dict[tuple[str, str], list[Trial]]:
-    """The trials of each result, by the names of the cohorts to fit on and to test on."""
+) -> list[list[Trial]]:
+    """The trials of each result: of a cohort to fit on and another, or of folds of its own."""
     names = [train] if isinstance(train, str) else list(train)
     if not names or not set(names) <= set(parts):
         raise InputError(f"train is {train!r}; expected one or more of {list(parts)}")
-    plans = {}
-    for name in names:
-        known = parts[name]
-        for other, part in parts.items():
-            if other != name:
-                plans[name, other] = [Trial.whole(known, part)]
+    plans = []
+    for known in (parts[name] for name in names):
+        for part in parts.values():
+            if part is not known:
+                plans.append([Trial.whole(known, part)])
             elif folds is not None:
                 own = Folds.stratified(
                     known.y, groups=known.groups, folds=folds, random_state=random_state
                 )
-                plans[name, name] = Trial.of_folds(own, known)
+                plans.append(Trial.of_folds(own, known))
     return plans
 
 
-def _fitted_matrix(
-    estimator: Any,
-    plans: Mapping[tuple[str, str], list[Trial]],
-    order: tuple[Hashable, ...],
+def _run(
+    estimator: Any, plans: Sequence[Sequence[Trial]], order: Order, *, on_identical: OnIdentical
 ) -> list[Result]:
-    """The results of the trials; a cohort is fitted once for all others that it is tested on."""
-    results: list[Result] = []
-    whole: dict[str, Fitted] = {}
-    for (name, other), trials in plans.items():
-        if other == name:
-            results.append(_cross_validated(estimator, trials, order))
-            continue
-        if name not in whole:
-            whole = {name: fit(estimator, trials[0], order)}
-        part = trials[0].test
-        predictions = [whole[name].predict(part, part.rows)]
-        results.append(result_of(part, order, predictions, trained_on=name))
+    """A Result, without metrics, of each list of trials; all checks come before any fit."""
+    for trial in itertools.chain.from_iterable(plans):
+        trial.check(order, on_identical=on_identical, stacklevel=4)
+    results = []
+    whole: dict[str, Fitted] = {}  # the model of a cohort, for all others that it is tested on
+    for trials in plans:
+        predictions = []
+        for trial in trials:
+            if trial.test is trial.train:
+                fitted = fit(estimator, trial, order)
+            else:
+                if trial.name not in whole:
+                    whole = {trial.name: fit(estimator, trial, order)}
+                fitted = whole[trial.name]
+            predictions.append(fitted.predict(trial.test, trial.test_rows))
+        results.append(
+            result_of(
+                trials[0].test,
+                order,
+                predictions,
+                trained_on=trials[0].train.name,
+                repeats=[trial.repeat for trial in trials],
+            )
+        )
     return results
 
 
-def _cross_validated(
-    estimator: Any, trials: Sequence[Trial], order: tuple[Hashable, ...]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A fitted estimator; `by_place` if its classes are indices into the order of classes."""
+
+    estimator: Any
+    order: Order
+    by_place: bool = False
+
+    def predict(self, data: Samples, rows: Rows) -> Predictions:
+        """Predictions of these rows, in the order of classes.
+
+        Raises InputError for scores of the wrong shape or not finite, and for classes that the
+        estimator and the order do not both know.
+        """
+        cases, name = data.at(rows), _name_of(self.estimator)
+        known = self._labels(_classes_of(self.estimator))
+        for label in known:
+            if label not in self.order:
+                raise InputError(
+                    f"{name} knows the class {label!r}, which is not in classes {self.order};"
+                    " name all of its classes there"
+                )
+        for label in data.y:
+            if label not in known:
+                raise InputError(
+                    f"{data.name} has the label {label!r}, which {name} does not know (it knows"
+                    f" {known}); leave such cases out, or fit it on that class too"
+                )
+        scores = np.zeros((len(rows), len(self.order)))
+        scores[:, encode(known, self.order)] = as_scores(
+            self.estimator.predict_proba(cases),
+            len(rows),
+            known,
+            name=f"the scores of {data.name}",
+        )
+        if not callable(getattr(self.estimator, "predict", None)):
+            return rows, scores, scores.argmax(1)
+        labels = self._labels(as_labels(self.estimator.predict(cases), "what predict returned"))
+        for label in labels:
+            if label not in known:
+                raise InputError(
+                    f"{name}.predict gave {label!r}, which is not one of its classes_ {known}"
+                )
+        return rows, scores, encode(labels, self.order)
+
+    def _labels(self, found: list[Any]) -> list[Hashable]:
+        """Class values of the estimator (labels, or indices where `by_place`) as labels."""
+        return [self.order[int(place)] for place in found] if self.by_place else found
+
+
+def fit(estimator: Any, trial: Trial, order: Order) -> Fitted:
+    """Fit a clone of `estimator` on a trial's cases, and their patients if it takes `groups`."""
+    for method in ("fit", "predict_proba"):
+        if not callable(getattr(estimator, method, None)):
+            raise InputError(
+                f"{_name_of(estimator)} has no {method}; give an estimator with fit, predict_proba"
+                " and classes_"
+            )
+    data, rows = trial.train, trial.fit_rows
+    fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
+    labels, by_place = _for_fit([data.y[row] for row in rows.tolist()], order)
+    options = {}
+    if data.groups is not None and _takes_groups(fresh):
+        patients = [data.groups[row] for row in rows.tolist()]
+        options["groups"] = _for_fit(patients, tuple(dict.fromkeys(patients)))[0]
+    fresh.fit(data.at(rows), labels, **options)
+    return Fitted(estimator=fresh, order=order, by_place=by_place)
+
+
+def _for_fit(labels: Sequence[Hashable], classes: Order) -> tuple[NDArray[Any], bool]:
+    """Labels that scikit-learn accepts, and whether they are encoded as indices in `classes`.
+
+    Text, whole numbers or bools stay as they are; labels of other types, or mixed, become indices.
+    """
+    if {type(label) for label in classes} in ({str}, {int}, {bool}):
+        return np.array(labels), False
+    return encode(labels, classes), True
+
+
+def _takes_groups(estimator: Any) -> bool:
+    """Whether `fit` has a parameter `groups`, or scikit-learn's metadata routing takes them."""
+    if "groups" in inspect.signature(estimator.fit).parameters:
+        return True
+    if not optional("sklearn", "cloning an estimator").get_config()["enable_metadata_routing"]:
+        return False
+    routing = optional("sklearn.utils.metadata_routing", "cloning an estimator")
+    return bool(routing.get_routing_for_object(estimator).consumes("fit", ["groups"]))
+
+
+def result_of(
+    data: Samples,
+    order: Order,
+    predictions: Sequence[Predictions],
+    *,
+    trained_on: str,
+    repeats: Sequence[int] = (0,),
 ) -> Result:
-    data = trials[0].test
-    return result_of(
-        data,
-        order,
-        [fit(estimator, trial, order).predict(data, trial.test_rows) for trial in trials],
-        trained_on=data.name,
-        repeats=[trial.repeat for trial in trials],
+    """A Result without metrics from the predictions of each split, and the repeat it belongs to."""
+    sizes = [len(rows) for rows, _, _ in predictions]
+    rows, scores, predicted = map(np.concatenate, zip(*predictions, strict=True))
+    return Result(
+        trained_on=trained_on,
+        tested_on=data.name,
+        classes=order,
+        rows=rows,
+        truth=encode(data.y, order)[rows],
+        predicted=predicted,
+        scores=scores,
+        # Without gaps, where folds do not test every patient.
+        patients=np.unique(data.patients[rows], return_inverse=True)[1],
+        splits=np.repeat(np.arange(len(sizes)), sizes),
+        repeats=np.repeat(repeats, sizes),
+        estimates={},
+        class_aurocs=(),
     )
+
+
+def _classes_of(estimator: Any) -> list[Hashable]:
+    """The classes of a fitted estimator, in its order; InputError where it is not fitted."""
+    found = getattr(estimator, "classes_", None)
+    if found is None:
+        raise not_fitted(
+            f"{_name_of(estimator)} has no classes_, so it is not fitted; fit it first, or name the"
+            " cohort to fit it on with train="
+        )
+    return as_labels(found, "classes_")
+
+
+def _name_of(estimator: Any) -> str:
+    """The name of an estimator in messages and titles: its class."""
+    return type(estimator).__name__
+
+
+def settings_of(
+    protocol: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
+) -> dict[str, Any]:
+    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
+    parameters = {}
+    if hasattr(estimator, "get_params"):
+        for name, value in estimator.get_params(deep=False).items():
+            plain = value.item() if isinstance(value, np.generic) else value
+            fits = plain is None or isinstance(plain, str | bool | numbers.Real)
+            if fits and not (isinstance(plain, float) and not math.isfinite(plain)):
+                parameters[name] = plain
+    versions = {}
+    for package in ("xmag", "numpy", "scikit-learn"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "protocol": protocol,
+        "estimator": _name_of(estimator),
+        "parameters": parameters,
+        "patients_separated": grouped,
+        "versions": versions,
+        **more,
+    }
