@@ -13,13 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from xmag import files, records
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    encode,
-    refuse_continuous,
-    require_same_length,
-)
+from xmag.metrics.labels import Labels, as_labels, encode, refuse_continuous
 
 _FORMAT = records.Format(
     name="xmag.Folds", version=1, writer="Folds.save", remedy="give a file that xmag saved"
@@ -104,9 +98,7 @@ class Folds:
         codes = _sorted_codes(labels)
         patients = np.arange(len(codes))
         if groups is not None:
-            listed = as_labels(groups, "groups")
-            require_same_length(len(codes), len(listed), "groups")
-            patients = _sorted_codes(listed)
+            patients = _sorted_codes(as_labels(groups, "groups", n=len(codes)))
         if not isinstance(random_state, Integral) or random_state < 0:
             raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
         _check_counts(labels, codes, patients, folds=folds, repeats=repeats)

@@ -1,7 +1,6 @@
 """Probes of frozen embeddings: linear probe, k-NN and SimpleShot, as scikit-learn estimators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -17,10 +16,10 @@ from xmag.metrics.decisions import accuracies
 from xmag.metrics.labels import (
     Labels,
     as_labels,
+    class_array,
     class_order,
     decided_cases,
     encode,
-    require_same_length,
 )
 
 Distance = Literal["cosine", "euclidean"]
@@ -109,12 +108,11 @@ class _Probe(ABC):
     def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
         """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
         embeddings = _embeddings(X)
-        labels = as_labels(y, "y")
-        require_same_length(len(embeddings), len(labels), "y")
+        labels = as_labels(y, "y", n=len(embeddings))
         order = class_order(labels, None)
         if len(order) < 2:
             raise InputError(f"y has one class only, {order}; expected at least two classes")
-        self.classes_ = _array_of(order)
+        self.classes_ = class_array(order)
         self.n_features_in_ = embeddings.shape[1]
         self._fit(embeddings, encode(labels, order))
         return self
@@ -305,12 +303,3 @@ def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     """L2-normalised vectors; a zero vector stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
-
-
-def _array_of(classes: Sequence[Hashable]) -> NDArray[Any]:
-    """Array of classes (C,): of text or numbers where all are, else of objects; always 1-D."""
-    if len({type(label) for label in classes}) == 1 and isinstance(classes[0], str | int | float):
-        return np.array(classes)
-    array = np.empty(len(classes), dtype=object)
-    array[:] = list(classes)
-    return array

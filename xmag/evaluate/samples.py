@@ -17,14 +17,7 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    class_order,
-    encode,
-    refuse_continuous,
-    require_same_length,
-)
+from xmag.metrics.labels import Labels, as_labels, class_order, encode, refuse_continuous
 
 OnIdentical = Literal["raise", "warn"]
 Rows = NDArray[np.int64]
@@ -55,15 +48,11 @@ class Samples:
             raise InputError(
                 f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
             ) from error
-        labels = as_labels(y, f"{name}: y")
+        labels = as_labels(y, f"{name}: y", n=n)
         refuse_continuous(labels, f"{name}: y")
-        require_same_length(n, len(labels), f"{name}: y")
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
-        patients = None
-        if groups is not None:
-            patients = tuple(as_labels(groups, f"{name}: groups"))
-            require_same_length(n, len(patients), f"{name}: groups")
+        patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
         return cls(name=name, x=x, y=tuple(labels), groups=patients)
 
     def __len__(self) -> int:

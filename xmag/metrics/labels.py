@@ -50,8 +50,10 @@ class Cases:
         return [label for place, label in enumerate(self.classes) if place not in present]
 
 
-def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
-    """Checked labels as a list of plain Python values.
+def as_labels(
+    values: Labels | Iterable[Hashable], name: str, *, n: int | None = None
+) -> list[Hashable]:
+    """Checked labels as a list of plain Python values; `n` of them, where that is given.
 
     Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, pandas' NA,
     empty, or text such as "nan" that stands for it) or text with blanks around it, which would make
@@ -86,6 +88,8 @@ def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
                 f"{where}, with blanks around it, which would tell it from the same without them;"
                 " take them off, as str.strip() does"
             )
+    if n is not None:
+        _require_length(n, len(plain), name)
     return plain
 
 
@@ -163,13 +167,22 @@ def encode(labels: Iterable[Hashable], classes: Iterable[Hashable]) -> NDArray[n
 
 def numbered(labels: Labels, n: int, name: str) -> NDArray[np.int64]:
     """Label ids, int64 (n,), by first appearance, from 0 on; InputError unless there are `n`."""
-    listed = as_labels(labels, name)
-    require_same_length(n, len(listed), name)
+    listed = as_labels(labels, name, n=n)
     return encode(listed, dict.fromkeys(listed))
 
 
-def require_same_length(n: int, other: int, name: str) -> None:
-    """Raise InputError unless `other`, the length of `name`, is `n`."""
+def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
+    """The classes as an array (C,) from which each comes back unchanged: of objects, if need be."""
+    if all(type(label) in (bool, int, float, str) for label in classes):
+        array = np.array(classes)
+        if [(type(v), v) for v in array.tolist()] == [(type(v), v) for v in classes]:
+            return array
+    array = np.empty(len(classes), dtype=object)
+    array[:] = list(classes)
+    return array
+
+
+def _require_length(n: int, other: int, name: str) -> None:
     if n != other:
         raise InputError(f"{name} has {other} entries for {n} cases; expected one for each case")
 
@@ -193,7 +206,7 @@ def as_scores(
             f" expected ({n}, {len(classes)}), or (n,) for two classes; where a class does not"
             " occur, give classes="
         )
-    require_same_length(n, len(array), name)
+    _require_length(n, len(array), name)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         row, column = bad[0]
@@ -206,8 +219,8 @@ def as_scores(
 
 def decided_cases(y_true: Labels, y_pred: Labels, classes: Labels | None) -> Cases:
     """`Cases` with predicted classes; `classes` defaults to the sorted labels of both."""
-    truth, predicted = _some(y_true), as_labels(y_pred, "y_pred")
-    require_same_length(len(truth), len(predicted), "y_pred")
+    truth = _some(y_true)
+    predicted = as_labels(y_pred, "y_pred", n=len(truth))
     if classes is None:
         order = class_order([*truth, *predicted], None)
     else:
