@@ -68,10 +68,9 @@ def probe(
             " such cases out, or train on that class too"
         )
     order = agreed_classes([train, test], classes, ordered=ordered)
-    trial = Trial.whole(train, test)
-    trial.check(order, on_identical=on_identical, stacklevel=3)
-    fitted = fit(estimator, trial, order)
-    result = result_of(test, order, [fitted.predict(test, test.rows)], trained_on=train.name)
+    Trial.across(train, test).check(order, on_identical=on_identical, stacklevel=3)
+    fitted = fit(estimator, train, order)
+    result = result_of(order, [test], [fitted.predict(test)], trained_on=train.name)
     found = {}
     if isinstance(fitted.estimator, LinearProbe):
         found = {"C": fitted.estimator.C_, "iterations": fitted.estimator.n_iter_}

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,27 +17,30 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.metrics.labels import Labels, as_labels, class_order, encode, refuse_continuous
+from xmag.metrics.labels import Labels, as_labels, class_order, refuse_continuous
 
 OnIdentical = Literal["raise", "warn"]
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
-    """Dataset of cases with labels and patients, of checked lengths.
+    """Cases of a dataset, or of a part of it, with labels and patients, of checked lengths.
 
     Attributes:
         name: The name of the dataset in messages.
-        x: A list, an array, or whatever `at` can index.
+        data: All of its cases: a list, an array, or whatever can be indexed.
+        rows: int64 (n,), the rows of these cases in it.
         y: Their labels.
         groups: Their patients; None where they are not known.
+        whole: What this is a part of; None for all cases.
     """
 
     name: str
-    x: Any
+    data: Any
+    rows: NDArray[np.int64]
     y: tuple[Hashable, ...]
     groups: tuple[Hashable, ...] | None
+    whole: "Samples | None" = None
 
     @classmethod
     def of(cls, x: Any, y: Labels, groups: Labels | None, *, name: str) -> "Samples":
@@ -53,59 +56,43 @@ class Samples:
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
         patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
-        return cls(name=name, x=x, y=tuple(labels), groups=patients)
+        return cls(name=name, data=x, rows=np.arange(n), y=tuple(labels), groups=patients)
+
+    def part(self, rows: Sequence[int]) -> "Samples":
+        """The cases of these rows."""
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
+        labels = tuple(self.y[row] for row in rows)
+        return replace(self, rows=self.rows[list(rows)], y=labels, groups=groups, whole=self)
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
-    def rows(self) -> Rows:
-        """The rows of all cases, int64 (n,)."""
-        return np.arange(len(self))
-
-    @property
-    def patients(self) -> Rows:
-        """Patient ids, int64 (n,), by first appearance; without groups, each case its own."""
-        return self.rows if self.groups is None else encode(self.groups, dict.fromkeys(self.groups))
+    def x(self) -> Any:
+        """The cases: rows of a table or array, or a list from a sequence."""
+        if hasattr(self.data, "iloc"):
+            return self.data.iloc[self.rows]
+        if hasattr(self.data, "shape"):
+            return self.data[self.rows]
+        return [self.data[row] for row in self.rows.tolist()]
 
     @cached_property
     def digests(self) -> NDArray[np.object_]:
         """Hash of the features of each case, object (n,); None for a case without features."""
-        return digests(self.x)
-
-    def at(self, rows: Rows) -> Any:
-        """The cases of `rows`: a part of a table or array, or a list from a sequence."""
-        if hasattr(self.x, "iloc"):
-            return self.x.iloc[rows]
-        if hasattr(self.x, "shape"):
-            return self.x[rows]
-        return [self.x[row] for row in rows.tolist()]
+        return digests(self.data) if self.whole is None else self.whole.digests[self.rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trial:
-    """The rows of a dataset to fit one model on, and those to test it on, of the same or another.
+    """Cases to fit one model on, and others to test it on, of the same dataset or another.
 
     `name` is the trial in messages; splits of one `repeat` have test cases of their own.
     """
 
     name: str
     train: Samples
-    fit_rows: Rows
     test: Samples
-    test_rows: Rows
     repeat: int = 0
-
-    @classmethod
-    def whole(cls, train: Samples, test: Samples) -> "Trial":
-        """A trial of all cases of two datasets."""
-        return cls(
-            name=f"trained on {train.name}",
-            train=train,
-            fit_rows=train.rows,
-            test=test,
-            test_rows=test.rows,
-        )
 
     @classmethod
     def of_folds(cls, folds: Folds, data: Samples) -> list["Trial"]:
@@ -118,14 +105,22 @@ class Trial:
         return [
             cls(
                 name=f"split {number} of {data.name}",
-                train=data,
-                fit_rows=np.array(split.train),
-                test=data,
-                test_rows=np.array(split.test),
+                train=data.part(split.train),
+                test=data.part(split.test),
                 repeat=split.repeat,
             )
             for number, split in enumerate(folds.splits)
         ]
+
+    @classmethod
+    def across(cls, train: Samples, test: Samples) -> "Trial":
+        """A trial of two datasets."""
+        return cls(name=f"trained on {train.name}", train=train, test=test)
+
+    @property
+    def within(self) -> bool:
+        """Whether both sides are of one dataset."""
+        return self.test.name == self.train.name
 
     def check(
         self, order: tuple[Hashable, ...], *, on_identical: OnIdentical, stacklevel: int
@@ -135,19 +130,14 @@ class Trial:
         Leakage is a patient on both sides, or a test case with the features of a training case;
         with ``on_identical="warn"`` the latter is a warning.
         """
-        where = self.name
-        if self.test is not self.train:
-            where += f", tested on {self.test.name}"
-        if self.train.groups is not None and self.test.groups is not None:
-            known = {self.train.groups[row] for row in self.fit_rows.tolist()}
-            tested = [self.test.groups[row] for row in self.test_rows.tolist()]
-            shared = dict.fromkeys(patient for patient in tested if patient in known)
-            if shared:
-                raise InputError(
-                    f"{where}: patient {next(iter(shared))!r} is on both sides ({len(shared)} such"
-                    " patients in all); keep all cases of a patient on one side, and if these are"
-                    " different people with the same number, put the cohort's name before it"
-                )
+        where = self.name if self.within else f"{self.name}, tested on {self.test.name}"
+        known = set(self.train.groups or ())
+        if shared := dict.fromkeys(g for g in self.test.groups or () if g in known):
+            raise InputError(
+                f"{where}: patient {next(iter(shared))!r} is on both sides ({len(shared)} such"
+                " patients in all); keep all cases of a patient on one side, and if these are"
+                " different people with the same number, put the cohort's name before it"
+            )
         if found := self._identical():
             message = (
                 f"{where}: test case {found[0][1]} has the same features as training case"
@@ -161,7 +151,7 @@ class Trial:
                 )
             text = f"{message}, which flatters the result"
             warnings.warn(text, XmagWarning, stacklevel=stacklevel)
-        present = {self.train.y[row] for row in self.fit_rows.tolist()}
+        present = set(self.train.y)
         if missing := [label for label in order if label not in present]:
             raise InputError(
                 f"{self.name}: there is no case of class {missing[0]!r} to fit on; give fewer"
@@ -170,9 +160,9 @@ class Trial:
 
     def _identical(self) -> list[tuple[int, int]]:
         """Places of training and test cases with the same features."""
-        fitted, tested = self.train.digests[self.fit_rows], self.test.digests[self.test_rows]
-        places = {digest: place for place, digest in enumerate(fitted) if digest is not None}
-        return [(places[digest], at) for at, digest in enumerate(tested) if digest in places]
+        train, test = self.train.digests, self.test.digests
+        places = {digest: place for place, digest in enumerate(train) if digest is not None}
+        return [(places[digest], at) for at, digest in enumerate(test) if digest in places]
 
 
 def warn_without_groups(*, stacklevel: int) -> None:

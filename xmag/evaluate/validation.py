@@ -20,7 +20,6 @@ from xmag.evaluate.report import Report
 from xmag.evaluate.results import Result, Sampling, with_estimates
 from xmag.evaluate.samples import (
     OnIdentical,
-    Rows,
     Samples,
     Trial,
     agreed_classes,
@@ -29,8 +28,8 @@ from xmag.evaluate.samples import (
 from xmag.metrics.labels import Labels, as_labels, as_scores, encode
 
 Order = tuple[Hashable, ...]
-Predictions = tuple[Rows, NDArray[np.float64], Rows]
-"""Rows (m,), scores (m, C) and predicted class indices (m,)."""
+Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Scores (m, C) and predicted class indices (m,)."""
 
 
 def cross_validate(
@@ -151,7 +150,7 @@ def external(
     if train is None:
         fitted = Fitted(estimator=estimator, order=order)
         results = [
-            result_of(part, order, [fitted.predict(part, part.rows)], trained_on="")
+            result_of(order, [part], [fitted.predict(part)], trained_on="")
             for part in parts.values()
         ]
     else:
@@ -195,7 +194,7 @@ def _matrix(
     for known in (parts[name] for name in names):
         for part in parts.values():
             if part is not known:
-                plans.append([Trial.whole(known, part)])
+                plans.append([Trial.across(known, part)])
             elif folds is not None:
                 own = Folds.stratified(
                     known.y, groups=known.groups, folds=folds, random_state=random_state
@@ -215,22 +214,16 @@ def _run(
     for trials in plans:
         predictions = []
         for trial in trials:
-            if trial.test is trial.train:
-                fitted = fit(estimator, trial, order)
+            if trial.within:
+                fitted = fit(estimator, trial.train, order)
             else:
                 if trial.name not in whole:
-                    whole = {trial.name: fit(estimator, trial, order)}
+                    whole = {trial.name: fit(estimator, trial.train, order)}
                 fitted = whole[trial.name]
-            predictions.append(fitted.predict(trial.test, trial.test_rows))
-        results.append(
-            result_of(
-                trials[0].test,
-                order,
-                predictions,
-                trained_on=trials[0].train.name,
-                repeats=[trial.repeat for trial in trials],
-            )
-        )
+            predictions.append(fitted.predict(trial.test))
+        tests, repeats = [trial.test for trial in trials], [trial.repeat for trial in trials]
+        known = trials[0].train.name
+        results.append(result_of(order, tests, predictions, trained_on=known, repeats=repeats))
     return results
 
 
@@ -242,13 +235,13 @@ class Fitted:
     order: Order
     by_place: bool = False
 
-    def predict(self, data: Samples, rows: Rows) -> Predictions:
-        """Predictions of these rows, in the order of classes.
+    def predict(self, data: Samples) -> Predictions:
+        """Predictions of these cases, in the order of classes.
 
         Raises InputError for scores of the wrong shape or not finite, and for classes that the
         estimator and the order do not both know.
         """
-        cases, name = data.at(rows), _name_of(self.estimator)
+        cases, name = data.x, _name_of(self.estimator)
         known = self._labels(_classes_of(self.estimator))
         for label in known:
             if label not in self.order:
@@ -262,44 +255,40 @@ class Fitted:
                     f"{data.name} has the label {label!r}, which {name} does not know (it knows"
                     f" {known}); leave such cases out, or fit it on that class too"
                 )
-        scores = np.zeros((len(rows), len(self.order)))
+        scores = np.zeros((len(data), len(self.order)))
+        found = self.estimator.predict_proba(cases)
         scores[:, encode(known, self.order)] = as_scores(
-            self.estimator.predict_proba(cases),
-            len(rows),
-            known,
-            name=f"the scores of {data.name}",
+            found, len(data), known, name=f"the scores of {data.name}"
         )
         if not callable(getattr(self.estimator, "predict", None)):
-            return rows, scores, scores.argmax(1)
+            return scores, scores.argmax(1)
         labels = self._labels(as_labels(self.estimator.predict(cases), "what predict returned"))
         for label in labels:
             if label not in known:
                 raise InputError(
                     f"{name}.predict gave {label!r}, which is not one of its classes_ {known}"
                 )
-        return rows, scores, encode(labels, self.order)
+        return scores, encode(labels, self.order)
 
     def _labels(self, found: list[Any]) -> list[Hashable]:
         """Class values of the estimator (labels, or indices where `by_place`) as labels."""
         return [self.order[int(place)] for place in found] if self.by_place else found
 
 
-def fit(estimator: Any, trial: Trial, order: Order) -> Fitted:
-    """Fit a clone of `estimator` on a trial's cases, and their patients if it takes `groups`."""
+def fit(estimator: Any, train: Samples, order: Order) -> Fitted:
+    """Fit a clone of `estimator` on these cases, and their patients if it takes `groups`."""
     for method in ("fit", "predict_proba"):
         if not callable(getattr(estimator, method, None)):
             raise InputError(
                 f"{_name_of(estimator)} has no {method}; give an estimator with fit, predict_proba"
                 " and classes_"
             )
-    data, rows = trial.train, trial.fit_rows
     fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
-    labels, by_place = _for_fit([data.y[row] for row in rows.tolist()], order)
+    labels, by_place = _for_fit(train.y, order)
     options = {}
-    if data.groups is not None and _takes_groups(fresh):
-        patients = [data.groups[row] for row in rows.tolist()]
-        options["groups"] = _for_fit(patients, tuple(dict.fromkeys(patients)))[0]
-    fresh.fit(data.at(rows), labels, **options)
+    if train.groups is not None and _takes_groups(fresh):
+        options["groups"] = _for_fit(train.groups, tuple(dict.fromkeys(train.groups)))[0]
+    fresh.fit(train.x, labels, **options)
     return Fitted(estimator=fresh, order=order, by_place=by_place)
 
 
@@ -324,26 +313,30 @@ def _takes_groups(estimator: Any) -> bool:
 
 
 def result_of(
-    data: Samples,
     order: Order,
+    tests: Sequence[Samples],
     predictions: Sequence[Predictions],
     *,
     trained_on: str,
     repeats: Sequence[int] = (0,),
 ) -> Result:
-    """A Result without metrics from the predictions of each split, and the repeat it belongs to."""
-    sizes = [len(rows) for rows, _, _ in predictions]
-    rows, scores, predicted = map(np.concatenate, zip(*predictions, strict=True))
+    """A Result without metrics: predictions of the test cases of each split, and its repeat."""
+    rows = np.concatenate([test.rows for test in tests])
+    scores, predicted = map(np.concatenate, zip(*predictions, strict=True))
+    whole, sizes = tests[0].whole or tests[0], [len(test) for test in tests]
+    patients = whole.rows
+    if whole.groups is not None:
+        patients = encode(whole.groups, dict.fromkeys(whole.groups))
     return Result(
         trained_on=trained_on,
-        tested_on=data.name,
+        tested_on=whole.name,
         classes=order,
         rows=rows,
-        truth=encode(data.y, order)[rows],
+        truth=encode(whole.y, order)[rows],
         predicted=predicted,
         scores=scores,
         # Without gaps, where folds do not test every patient.
-        patients=np.unique(data.patients[rows], return_inverse=True)[1],
+        patients=np.unique(patients[rows], return_inverse=True)[1],
         splits=np.repeat(np.arange(len(sizes)), sizes),
         repeats=np.repeat(repeats, sizes),
         estimates={},
