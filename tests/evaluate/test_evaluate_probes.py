@@ -212,8 +212,9 @@ def test_options_of_knn_that_make_no_sense_are_named(options: dict[str, Any], me
 
 def test_a_probe_that_is_not_fitted_says_so() -> None:
     for _, estimator in _PROBES:
-        with pytest.raises(InputError, match="is not fitted"):
-            clone(estimator).predict_proba(_TEST.x)
+        for name in ("predict_proba", "predict_log_proba", "predict"):
+            with pytest.raises(InputError, match="is not fitted"):
+                getattr(clone(estimator), name)(_TEST.x)
 
 
 def test_identical_embeddings_may_be_meant() -> None:

@@ -135,7 +135,8 @@ class _Probe(ABC):
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The class with the largest probability, (n,); of equal ones, the first."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
+        places = self.predict_proba(X).argmax(1)  # first: it says so where there is no fit yet
+        return np.asarray(self.classes_[places])
 
     def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
         """Accuracy of `predict`, weighted by `sample_weight` (n,)."""
