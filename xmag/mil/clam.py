@@ -6,8 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmag.mil.output import MILOutput, full, masked_softmax
-from xmag.mil.pooling import GatedAttention, tile_embedding, weighted_mean
+from xmag.mil.pooling import (
+    GatedAttention,
+    MILOutput,
+    full,
+    masked_softmax,
+    tile_embedding,
+    weighted_mean,
+)
 
 InstanceLoss = Literal["svm", "ce"]
 

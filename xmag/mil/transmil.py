@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xmag.devices import full_precision
-from xmag.mil.output import MILOutput, full
+from xmag.mil.pooling import MILOutput, full
 
 _PINV_STEPS = 6
 _RESIDUAL_KERNEL = 33

@@ -1,19 +1,18 @@
 """Trainer of an aggregator: optimizer steps, validation, and the best epoch's weights."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmag.errors import ModelError
-from xmag.mil.batches import Runner
-from xmag.mil.cohort import Cohort
-from xmag.mil.output import training_loss
-from xmag.mil.sampling import Order, Sampling
-from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp, logits_of
+from xmag.mil.bags import BagDataset
+from xmag.mil.batches import BagSampler, BatchedAggregator
+from xmag.mil.heads import Head, training_loss
 from xmag.progress import progress_bar
 from xmag.training import best_epoch, warmup_cosine, warn_of_early_best
 
@@ -30,7 +29,6 @@ class Settings:
     batch_size: int
     lr: float
     weight_decay: float
-    sampling: Sampling
     max_tiles: int | None
     progress: bool | None
 
@@ -44,35 +42,32 @@ class Best:
 
 
 class Trainer:
-    """Trainer of `module` on `train`; updates `best` and `history` after each epoch.
+    """Trainer of an aggregator and its head; updates `best` and `history` after each epoch.
 
     Draws from torch's default generators for dropout, and from `rng` for everything else.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        train: Cohort,
-        validation: Cohort | None,
+        model: BatchedAggregator,
+        head: Head,
+        train: BagDataset,
+        validation: BagDataset | None,
         settings: Settings,
         *,
-        classes: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        sampler: BagSampler,
         rng: np.random.Generator,
     ) -> None:
-        self.module, self.train, self.validation = module, train, validation
-        self.settings, self.device, self.classes = settings, device, classes
+        self.model, self.head, self.train, self.validation = model, head, train, validation
+        self.settings, self.sampler = settings, sampler
         self.history: list[Epoch] = []
         self.best: Best | None = None
         self._rng = rng
-        self._order = Order(train.labels, settings.sampling, rng)
-        self._runner = Runner(module, device, classes=classes, dtype=dtype)
         self._steps = math.ceil(len(train) / settings.batch_size)
         self._optimizer = torch.optim.AdamW(
-            module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            model.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
-        self._scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        self._scaler = torch.amp.GradScaler("cuda", enabled=model.dtype == torch.float16)
 
     def run(self) -> None:
         """Train until the last epoch, or until early stopping by `patience`."""
@@ -99,7 +94,7 @@ class Trainer:
         known = [float(loss) for loss in losses if loss is not None]
         # Without validation the latest weights are the best there are.
         if not known or best_epoch(known, epochs=self.settings.epochs) == len(losses):
-            state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+            state = {k: v.detach().clone() for k, v in self.model.module.state_dict().items()}
             self.best = Best(epoch=len(losses), state=state)
 
     def _lr(self, step: int) -> float:
@@ -109,8 +104,8 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> float:
         """Train one epoch; returns the mean loss of its bags, each computed before its step."""
-        self.module.train()
-        size, order = self.settings.batch_size, self._order.epoch()
+        self.model.module.train()
+        size, order = self.settings.batch_size, list(self.sampler)
         total = 0.0
         for step in range(self._steps):
             for group in self._optimizer.param_groups:
@@ -125,26 +120,27 @@ class Trainer:
             total += loss * len(rows)
         return total / len(order)
 
-    def _step(self, rows: NDArray[np.int64]) -> float:
-        bags = [self._some_tiles(self.train.features(row)) for row in rows]
-        labels = torch.from_numpy(self.train.labels[rows]).to(self.device)
-        weights = torch.from_numpy(self.train.weights[rows]).to(self.device, torch.float32)
+    def _step(self, rows: Sequence[int]) -> float:
+        model, scaler = self.model, self._scaler
+        bags = [self._some_tiles(self.train[row]) for row in rows]
+        targets = torch.from_numpy(self.train.targets[rows]).to(model.device)
+        weights = torch.from_numpy(self.train.weights[rows]).to(model.device, torch.float32)
 
         def gradients() -> Tensor:
             self._optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), dtype=torch.float32, device=self.device)
-            for part in self._runner.parts(bags):
-                here = labels[part.rows], weights[part.rows]
-                output = self._runner.forward(part, here[0])
+            total = torch.zeros((), dtype=torch.float32, device=model.device)
+            for batch in model.batches(bags):
+                here, weight = targets[batch.rows], weights[batch.rows]
+                loss = training_loss(model(batch, here), here, weight, losses=self.head.losses)
                 # The parts of a batch add up to the loss that it has as a whole.
-                loss = training_loss(output, *here) * (here[1].sum() / weights.sum())
-                torch.autograd.backward(self._scaler.scale(loss))
+                loss = loss * (weight.sum() / weights.sum())
+                torch.autograd.backward(scaler.scale(loss))
                 total += loss.detach()
             return total
 
-        loss = self._runner.with_less(gradients)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        loss = model.with_less(gradients)
+        scaler.step(self._optimizer)
+        scaler.update()
         return float(loss)
 
     def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -154,18 +150,16 @@ class Trainer:
         return features[np.sort(self._rng.choice(len(features), most, replace=False))]
 
     def _validate(self) -> Epoch:
-        names = ("validation_loss", "validation_auroc", "validation_balanced_accuracy")
-        if self.validation is None:
-            return dict.fromkeys(names)
-        self.module.eval()
-        exact = Runner(self.module, self.device, classes=self.classes)
-        logits = logits_of(exact, self.validation)
-        labels, weights = self.validation.labels, self.validation.weights
-        losses = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
-        loss = float((weights * losses).sum() / weights.sum())
-        if not math.isfinite(loss):
+        data = self.validation
+        if data is None:
+            return dict.fromkeys(self.head.metric_names)
+        self.model.module.eval()
+        exact = BatchedAggregator(self.model.module, self.model.device, outputs=self.model.outputs)
+        logits = np.stack([exact.logits(data[index]) for index in range(len(data))])
+        found = self.head.metrics(logits, data.targets, data.weights)
+        loss = found["validation_loss"]
+        if loss is None or not math.isfinite(loss):
             raise ModelError(
                 f"the validation loss became {loss}; try a smaller lr than {self.settings.lr}"
             )
-        values = (loss, auroc(labels, logits), balanced_accuracy(labels, logits))
-        return dict(zip(names, values, strict=True))
+        return found
