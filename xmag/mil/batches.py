@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xmag.devices import full_precision
 from xmag.errors import ModelError
 from xmag.mil.pooling import MILOutput
+from xmag.training import with_less_memory
 
 _logger = logging.getLogger("xmag.mil")
 
@@ -151,15 +152,9 @@ class BatchedAggregator:
 
         Raises ModelError where a bag alone does not fit.
         """
-        while True:
-            try:
-                return run()
-            except torch.cuda.OutOfMemoryError as error:
-                self._shrink(error)
-            # Outside of the handler, so that the failed tensors are gone.
-            torch.cuda.empty_cache()
+        return with_less_memory(run, self._halve)
 
-    def _shrink(self, error: BaseException) -> None:
+    def _halve(self, error: torch.cuda.OutOfMemoryError) -> None:
         rows = len(self._now) * max(self._now, default=0)
         if len(self._now) <= 1:
             raise ModelError(

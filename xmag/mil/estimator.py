@@ -28,8 +28,9 @@ from xmag.mil.bags import BagDataset, BagLike, Bags, nonempty, read_dataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.heads import Head, hashables
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
-from xmag.mil.trainer import Epoch, Settings, Trainer
+from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
+from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, warn_without_groups
 
 if TYPE_CHECKING:
@@ -224,13 +225,13 @@ class MILEstimator(Estimator):
         strata = head.strata(train.targets) if self._balanced else None
         with seeded(seed, device), own_torch(device):
             module = self._new_module(train.width, head.outputs).to(device)
-            trainer = Trainer(
+            trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
                 sampler=BagSampler(len(train), rng, strata=strata), rng=rng,
             )  # fmt: skip
             try:
-                trainer.run()
+                trainer.run(self.progress, total=self.epochs, desc="training", unit="epoch")
             except BaseException as stop:
                 if trainer.best is not None:
                     self._adopt(trainer)
@@ -239,7 +240,11 @@ class MILEstimator(Estimator):
                         f" of {len(self.history_)}."
                     )
                 raise
-            self._adopt(trainer)
+            best = self._adopt(trainer)
+        if check is not None:
+            warn_of_early_best(
+                best, trained=len(self.history_), epochs=settings.epochs, stacklevel=2
+            )
         return self
 
     def attention(self, bag: BagLike) -> Attention:
@@ -391,13 +396,15 @@ class MILEstimator(Estimator):
             raise InputError(f"the aggregator {type(module).__name__} has no parameters to train")
         return module.float()
 
-    def _adopt(self, trainer: Trainer) -> None:
+    def _adopt(self, trainer: BagTrainer) -> int:
         """Set all fitted attributes, from a trainer that completed an epoch or more."""
-        assert trainer.best is not None
-        module, data = trainer.model.module, trainer.train
-        module.load_state_dict(trainer.best.state)
-        self._set_fitted(module, trainer.head, trainer.model.device, data.width, data.provenance)
-        self.history_, self.best_epoch_ = trainer.history, trainer.best.epoch
+        best, data = trainer.progress.best_epoch, trainer.train
+        assert best is not None
+        self._set_fitted(
+            trainer.result(), trainer.head, trainer.model.device, data.width, data.provenance
+        )
+        self.history_, self.best_epoch_ = trainer.history, best
+        return best
 
     def _set_fitted(
         self, module: nn.Module, head: Head, device: torch.device, in_dim: int,

@@ -1,5 +1,6 @@
-"""Trainer of an aggregator: optimizer steps, validation, and the best epoch's weights."""
+"""Trainer of an aggregator on bags: optimizer steps, validation, history."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ from xmag.errors import ModelError
 from xmag.mil.bags import BagDataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.heads import Head, training_loss
-from xmag.progress import progress_bar
-from xmag.training import best_epoch, warmup_cosine, warn_of_early_best
+from xmag.training import Loop, Schedule
 
 Epoch = dict[str, float | int | None]
 """Metrics of an epoch; None where a value does not exist, as an AUROC of one class."""
@@ -30,21 +30,13 @@ class Settings:
     lr: float
     weight_decay: float
     max_tiles: int | None
-    progress: bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """The best epoch so far, and its weights."""
+class BagTrainer(Loop[list[int]]):
+    """Trainer of an aggregator and its head; a batch is the indices of bags in `train`.
 
-    epoch: int
-    state: dict[str, Tensor]
-
-
-class Trainer:
-    """Trainer of an aggregator and its head; updates `best` and `history` after each epoch.
-
-    Draws from torch's default generators for dropout, and from `rng` for everything else.
+    Draws from torch's default generators for dropout, and from `rng` for everything else. Without
+    validation the best epoch is the last that was completed.
     """
 
     def __init__(
@@ -58,103 +50,82 @@ class Trainer:
         sampler: BagSampler,
         rng: np.random.Generator,
     ) -> None:
+        steps = math.ceil(len(train) / settings.batch_size)
+        total = settings.epochs * steps
+        super().__init__(
+            model.module,
+            torch.optim.AdamW(
+                model.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            ),
+            schedule=Schedule(total=total, warmup=min(steps, total // 10)),
+            epochs=settings.epochs,
+            patience=settings.patience,
+        )
         self.model, self.head, self.train, self.validation = model, head, train, validation
         self.settings, self.sampler = settings, sampler
         self.history: list[Epoch] = []
-        self.best: Best | None = None
-        self._rng = rng
-        self._steps = math.ceil(len(train) / settings.batch_size)
-        self._optimizer = torch.optim.AdamW(
-            model.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        self._rng, self._loss_sum = rng, 0.0
         self._scaler = torch.amp.GradScaler("cuda", enabled=model.dtype == torch.float16)
 
-    def run(self) -> None:
-        """Train until the last epoch, or until early stopping by `patience`."""
-        settings = self.settings
-        bar = progress_bar(settings.progress, total=settings.epochs, desc="training", unit="epoch")
-        with bar:
-            for epoch in range(1, settings.epochs + 1):
-                row: Epoch = {"epoch": epoch, "train_loss": self._train_epoch(epoch)}
-                row |= self._validate()
-                row["lr"] = self._lr(epoch * self._steps - 1)
-                self.history.append(row)
-                self._keep_best()
-                bar.set_postfix({k: v for k, v in row.items() if k != "epoch" and v is not None})
-                bar.update()
-                if self.best is not None and epoch - self.best.epoch >= settings.patience:
-                    break
-        if self.validation is not None and self.best is not None:
-            warn_of_early_best(
-                self.best.epoch, trained=len(self.history), epochs=settings.epochs, stacklevel=3
-            )
+    def steps(self, epoch: int) -> list[list[int]]:  # noqa: ARG002
+        """The batches of an epoch, as the sampler draws them."""
+        order, size = list(self.sampler), self.settings.batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _keep_best(self) -> None:
-        losses = [row["validation_loss"] for row in self.history]
-        known = [float(loss) for loss in losses if loss is not None]
-        # Without validation the latest weights are the best there are.
-        if not known or best_epoch(known, epochs=self.settings.epochs) == len(losses):
-            state = {k: v.detach().clone() for k, v in self.model.module.state_dict().items()}
-            self.best = Best(epoch=len(losses), state=state)
-
-    def _lr(self, step: int) -> float:
-        total = self.settings.epochs * self._steps
-        warmup = min(self._steps, total // 10)
-        return self.settings.lr * warmup_cosine(step, total=total, warmup=warmup)
-
-    def _train_epoch(self, epoch: int) -> float:
-        """Train one epoch; returns the mean loss of its bags, each computed before its step."""
-        self.model.module.train()
-        size, order = self.settings.batch_size, list(self.sampler)
-        total = 0.0
-        for step in range(self._steps):
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._lr((epoch - 1) * self._steps + step)
-            rows = order[step * size : (step + 1) * size]
-            loss = self._step(rows)
-            if not math.isfinite(loss):
-                raise ModelError(
-                    f"the training loss became {loss} in epoch {epoch}; try a smaller lr than"
-                    f' {self.settings.lr}, dtype="float32", or features of a smaller scale'
-                )
-            total += loss * len(rows)
-        return total / len(order)
-
-    def _step(self, rows: Sequence[int]) -> float:
+    def step(self, batch: Sequence[int]) -> None:
+        """Take an optimizer step; its loss is computed before."""
         model, scaler = self.model, self._scaler
-        bags = [self._some_tiles(self.train[row]) for row in rows]
-        targets = torch.from_numpy(self.train.targets[rows]).to(model.device)
-        weights = torch.from_numpy(self.train.weights[rows]).to(model.device, torch.float32)
+        self.module.train()
+        bags = [self._some_tiles(self.train[index]) for index in batch]
+        targets = torch.from_numpy(self.train.targets[batch]).to(model.device)
+        weights = torch.from_numpy(self.train.weights[batch]).to(model.device, torch.float32)
 
         def gradients() -> Tensor:
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), dtype=torch.float32, device=model.device)
-            for batch in model.batches(bags):
-                here, weight = targets[batch.rows], weights[batch.rows]
-                loss = training_loss(model(batch, here), here, weight, losses=self.head.losses)
+            for part in model.batches(bags):
+                here, weight = targets[part.rows], weights[part.rows]
+                loss = training_loss(model(part, here), here, weight, losses=self.head.losses)
                 # The parts of a batch add up to the loss that it has as a whole.
                 loss = loss * (weight.sum() / weights.sum())
                 torch.autograd.backward(scaler.scale(loss))
                 total += loss.detach()
             return total
 
-        loss = model.with_less(gradients)
-        scaler.step(self._optimizer)
+        loss = float(model.with_less(gradients))
+        scaler.step(self.optimizer)
         scaler.update()
-        return float(loss)
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the training loss became {loss} in epoch {self.progress.epoch + 1}; try a smaller"
+                f' lr than {self.settings.lr}, dtype="float32", or features of a smaller scale'
+            )
+        self._loss_sum += loss * len(batch)
 
-    def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        most = self.settings.max_tiles
-        if most is None or len(features) <= most:
-            return features
-        return features[np.sort(self._rng.choice(len(features), most, replace=False))]
+    def end_epoch(self) -> float | None:
+        """Validate and record an epoch; the validation loss, None without validation."""
+        epoch = self.progress.epoch + 1
+        found = self._validate()
+        row = {
+            "epoch": epoch,
+            "train_loss": self._loss_sum / len(self.sampler),
+            **found,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self._loss_sum = 0.0
+        self.history.append(row)
+        self.bar.set_postfix({k: v for k, v in row.items() if k != "epoch" and v is not None})
+        self.bar.update()
+        if self.validation is None:
+            self.best, self.progress.best_epoch = copy.deepcopy(self.module.state_dict()), epoch
+        return found["validation_loss"]
 
-    def _validate(self) -> Epoch:
+    def _validate(self) -> dict[str, float | None]:
         data = self.validation
         if data is None:
             return dict.fromkeys(self.head.metric_names)
-        self.model.module.eval()
-        exact = BatchedAggregator(self.model.module, self.model.device, outputs=self.model.outputs)
+        self.module.eval()
+        exact = BatchedAggregator(self.module, self.model.device, outputs=self.model.outputs)
         logits = np.stack([exact.logits(data[index]) for index in range(len(data))])
         found = self.head.metrics(logits, data.targets, data.weights)
         loss = found["validation_loss"]
@@ -163,3 +134,9 @@ class Trainer:
                 f"the validation loss became {loss}; try a smaller lr than {self.settings.lr}"
             )
         return found
+
+    def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        most = self.settings.max_tiles
+        if most is None or len(features) <= most:
+            return features
+        return features[np.sort(self._rng.choice(len(features), most, replace=False))]
