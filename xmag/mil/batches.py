@@ -1,10 +1,10 @@
 """Batches of bags: the sampler, padding, and micro-batches that fit into a device's memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ _logger = logging.getLogger("xmag.mil")
 
 _PADDED_TILES = 2**17
 """Initial limit of rows in a padded micro-batch: 400 MB of features 768 wide."""
-
-_Result = TypeVar("_Result")
 
 
 class BagSampler:
@@ -110,7 +108,7 @@ class BatchedAggregator:
         self._now: Sequence[int] = ()
 
     def batches(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Batch]:
-        """The micro-batches of a batch; `with_less` makes them smaller when memory runs out."""
+        """The micro-batches of a batch; `halve` makes them smaller when memory runs out."""
         sizes = [len(bag) for bag in bags]
         limit = self.limit if getattr(self.module, "batched", False) else 1
         for rows in groups_of_like_size(sizes, limit):
@@ -135,7 +133,7 @@ class BatchedAggregator:
     def of_one(self, bag: NDArray[np.float32]) -> MILOutput:
         """Aggregator output for one bag, without gradients."""
         with torch.inference_mode():
-            return self.with_less(lambda: self(next(self.batches([bag]))))
+            return with_less_memory(lambda: self(next(self.batches([bag]))), self.halve)
 
     def logits(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
         """The logits of one bag that has tiles, (C,); ModelError where they are not finite."""
@@ -147,14 +145,8 @@ class BatchedAggregator:
             )
         return logits
 
-    def with_less(self, run: Callable[[], _Result]) -> _Result:
-        """Result of `run` (a loop over `batches`), retried with smaller ones when out of memory.
-
-        Raises ModelError where a bag alone does not fit.
-        """
-        return with_less_memory(run, self._halve)
-
-    def _halve(self, error: torch.cuda.OutOfMemoryError) -> None:
+    def halve(self, error: torch.cuda.OutOfMemoryError) -> None:
+        """Make micro-batches half as large as the last; ModelError where that was one bag."""
         rows = len(self._now) * max(self._now, default=0)
         if len(self._now) <= 1:
             raise ModelError(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -75,12 +75,19 @@ class MILClassifier(MILEstimator):
     class_weight: ClassWeight = None
     sampling: Sampling = "balanced"
 
-    classes_: NDArray[Any] = field(init=False)
-    class_prior_: NDArray[np.float64] = field(init=False)
-
     _noun: ClassVar[str] = "classifier"
     _head_type: ClassVar[type[ClassHead]] = ClassHead
     _estimator_type = "classifier"  # what scikit-learn before 1.6 asks for
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        """The classes, (C,), in order."""
+        return class_array(self._head.classes)
+
+    @property
+    def class_prior_(self) -> NDArray[np.float64]:
+        """The frequency of each class among the labels, (C,)."""
+        return self._head.prior
 
     def predict_proba(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
         """The probability of each class, float64 (n, C), columns as in `classes_`.
@@ -130,7 +137,7 @@ class MILClassifier(MILEstimator):
         labels = hashables(y, count=len(chosen), what="y")
         if not labels:
             raise InputError("X is empty; expected one bag or more to score")
-        classes = self.classes_.tolist()
+        classes = self._head.classes
         right = [classes[i] == label for i, label in zip(chosen, labels, strict=True)]
         return float(np.average(right, weights=sample_weight))
 
@@ -169,17 +176,6 @@ class MILClassifier(MILEstimator):
         fitted._set_fitted(module, head, resolve_device(device), in_dim, provenance)
         return fitted
 
-    @property
-    def _balanced(self) -> bool:
-        return self.sampling == "balanced"
-
-    @property
-    def _head(self) -> ClassHead:
-        return ClassHead(classes=self.classes_.tolist(), prior=self.class_prior_)
-
-    def _set_head(self, head: ClassHead) -> None:
-        self.classes_, self.class_prior_ = class_array(head.classes), head.prior
-
     def _settings(self) -> Settings:
         records.require(
             self, "sampling", self.sampling in ("balanced", "shuffled"),
@@ -187,24 +183,28 @@ class MILClassifier(MILEstimator):
         )  # fmt: skip
         return super()._settings()
 
-    def _weigh(self, head: ClassHead, train: BagDataset, check: BagDataset | None) -> None:
+    def _balance(
+        self, head: ClassHead, train: BagDataset, check: BagDataset | None
+    ) -> NDArray[np.int64] | None:
+        balanced = self.sampling == "balanced"
         counts = np.bincount(train.targets, minlength=head.outputs)
-        drawn = np.ones(head.outputs) if self._balanced else counts.astype(np.float64)
+        drawn = np.ones(head.outputs) if balanced else counts.astype(np.float64)
         weights = class_weights(self.class_weight, head.classes, drawn)
         train.weights = weights[train.targets]
-        if check is None:
-            return
-        counts = np.bincount(check.targets, minlength=head.outputs)
-        if missing := [repr(head.classes[i]) for i in np.flatnonzero(counts == 0)]:
-            warnings.warn(
-                f"no bag to validate with is of the class {', '.join(missing)}, so the epoch to"
-                " keep is chosen without it; give more patients, or validation=(X, y, groups)",
-                XmagWarning,
-                stacklevel=4,
-            )
-        if self._balanced:
-            weights = weights / np.maximum(counts, 1)
-        check.weights = weights[check.targets]
+        if check is not None:
+            counts = np.bincount(check.targets, minlength=head.outputs)
+            if missing := [repr(head.classes[i]) for i in np.flatnonzero(counts == 0)]:
+                warnings.warn(
+                    f"no bag to validate with is of the class {', '.join(missing)}, so the epoch to"
+                    " keep is chosen without it; give more patients, or"
+                    " validation=(X, y, groups)",
+                    XmagWarning,
+                    stacklevel=3,
+                )
+            if balanced:
+                weights = weights / np.maximum(counts, 1)
+            check.weights = weights[check.targets]
+        return train.targets if balanced else None
 
     def _params_to_json(self) -> dict[str, Any]:
         params = super()._params_to_json()

@@ -24,7 +24,7 @@ from xmag.errors import InputError, ModelError, not_fitted
 from xmag.geometry import TileGeometry
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.aggregators import aggregator as new_aggregator
-from xmag.mil.bags import BagDataset, BagLike, Bags, nonempty, read_dataset
+from xmag.mil.bags import BagDataset, BagLike, Bags, read_dataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.heads import Head, hashables
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
@@ -89,7 +89,7 @@ class Estimator:
         shown = [
             f"{name}={getattr(self, name)!r}"
             for name, default in self._defaults().items()
-            if not _same(getattr(self, name), default)
+            if type(getattr(self, name)) is not type(default) or getattr(self, name) != default
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -161,27 +161,23 @@ class MILEstimator(Estimator):
     history_: list[Epoch] = field(init=False)
     best_epoch_: int | None = field(init=False)
     fingerprint_: dict[str, Any] | None = field(init=False)
+    _head: Head = field(init=False)
     _device: torch.device = field(init=False)
 
     _noun: ClassVar[str] = "estimator"
     _head_type: ClassVar[type[Head]]
 
-    @property
-    def _balanced(self) -> bool:
-        """Whether the sampler draws strata equally often."""
-        return False
+    def _balance(
+        self,
+        head: Head,  # noqa: ARG002
+        train: BagDataset,  # noqa: ARG002
+        check: BagDataset | None,  # noqa: ARG002
+    ) -> NDArray[np.int64] | None:
+        """Set the weights of bags in the loss; the strata to draw equally often, None for none.
 
-    @property
-    def _head(self) -> Head:
-        """The head of a fitted estimator; a subclass makes it from its fitted attributes."""
-        raise NotImplementedError
-
-    def _set_head(self, head: Head) -> None:
-        """Set the fitted attributes that a head stands for, in a subclass."""
-        raise NotImplementedError
-
-    def _weigh(self, head: Head, train: BagDataset, check: BagDataset | None) -> None:
-        """Set the weights of bags in the loss, in a subclass that has others than 1."""
+        Here all weights are 1, and nothing is drawn more often than once an epoch.
+        """
+        return None
 
     def fit(
         self,
@@ -222,9 +218,9 @@ class MILEstimator(Estimator):
         seed = seed_of(self.random_state)
         rng = np.random.default_rng(seed)
         head, train, check = self._datasets(X, y, groups, validation, rng)
-        strata = head.strata(train.targets) if self._balanced else None
+        strata = self._balance(head, train, check)
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.width, head.outputs).to(device)
+            module = self._new_module(train.made[0], head.outputs).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -268,7 +264,7 @@ class MILEstimator(Estimator):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to the folder `path`, weights in safetensors and the rest in JSON; no pickle.
+        """Save to the folder `path`: classifier.safetensors and classifier.json, without pickle.
 
         Raises OutputError where it cannot be written, or a label or parameter is not what JSON can
         hold. A module of your own has to be given again to `load`.
@@ -363,7 +359,7 @@ class MILEstimator(Estimator):
     ) -> tuple[Head, BagDataset, BagDataset | None]:
         """The head, and the checked datasets to train and to validate on; see `fit`."""
         fraction, given = _checked_validation(validation)
-        bags = nonempty(X, "X")
+        bags = Bags(X, least=1)
         labels = hashables(y, count=len(bags), what="y")
         head = self._head_type.of(labels)
         data = read_dataset(bags, head.encode(labels, "y"), groups)
@@ -373,7 +369,7 @@ class MILEstimator(Estimator):
             held = held_out(data.units(), head.strata(data.targets), fraction, rng)
             train, check = data.subset(~held), data.subset(held)
         elif given is not None:
-            bags = nonempty(given[0], "validation X")
+            bags = Bags(given[0], what="validation X", least=1)
             labels = hashables(given[1], count=len(bags), what="validation y")
             targets = head.encode(labels, "validation y")
             check = read_dataset(bags, targets, given[2], of="validation ")
@@ -382,7 +378,6 @@ class MILEstimator(Estimator):
             data.require_separate(check)
         if check is not None and (train.groups is None or check.groups is None):
             warn_without_groups()
-        self._weigh(head, train, check)
         return head, train, check
 
     def _new_module(self, in_dim: int, outputs: int) -> nn.Module:
@@ -400,9 +395,7 @@ class MILEstimator(Estimator):
         """Set all fitted attributes, from a trainer that completed an epoch or more."""
         best, data = trainer.progress.best_epoch, trainer.train
         assert best is not None
-        self._set_fitted(
-            trainer.result(), trainer.head, trainer.model.device, data.width, data.provenance
-        )
+        self._set_fitted(trainer.result(), trainer.head, trainer.model.device, *data.made)
         self.history_, self.best_epoch_ = trainer.history, best
         return best
 
@@ -412,8 +405,8 @@ class MILEstimator(Estimator):
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
-        self._set_head(head)
-        self.aggregator_, self._device = module.to(device).eval(), device
+        self._head, self._device = head, device
+        self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
         self.fingerprint_ = None if fingerprint is None else dict(fingerprint)
         self.history_, self.best_epoch_ = [], None
@@ -504,10 +497,6 @@ def _checked_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, 
         f"validation is {seen}; expected a fraction between 0 and 1, (X, y), (X, y, groups), or"
         " None, which trains for all epochs and keeps the last weights"
     )
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and bool(np.all(value == default)))
 
 
 def _plain(value: Any) -> Any:

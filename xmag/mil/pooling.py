@@ -42,6 +42,17 @@ def full(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+class Aggregator(nn.Module):
+    """Base of xmag's aggregators; `options` are those that its constructor was given, by name."""
+
+    batched = True
+    attention_kind: str | None = None
+
+    def __init__(self, in_dim: int, classes: int, **options: Any) -> None:
+        super().__init__()
+        self.in_dim, self.classes, self.options = in_dim, classes, options
+
+
 class GatedAttention(nn.Module):
     """Gated attention scores of tiles, (B, N, E) -> (B, N): w^T (tanh(V h) * sigmoid(U h)).
 
@@ -73,7 +84,7 @@ def weighted_mean(tiles: Tensor, attention: Tensor) -> Tensor:
     return (attention.to(tiles.dtype).unsqueeze(1) @ tiles).squeeze(1)
 
 
-class ABMIL(nn.Module):
+class ABMIL(Aggregator):
     """Attention-based MIL (ABMIL): gated attention pooling of embedded tiles, then a linear layer.
 
     h = dropout(ReLU(W x)), a = softmax over the bag of w^T (tanh(V h) * sigmoid(U h)), logits =
@@ -81,7 +92,6 @@ class ABMIL(nn.Module):
     Attention-based Deep Multiple Instance Learning, ICML 2018, equations 7 and 9.
     """
 
-    batched = True
     attention_kind = "softmax"
 
     def __init__(
@@ -93,13 +103,8 @@ class ABMIL(nn.Module):
         attention_dim: int = 384,
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "attention_dim": attention_dim,
-            "dropout": dropout,
-        }
+        options = {"embed_dim": embed_dim, "attention_dim": attention_dim, "dropout": dropout}
+        super().__init__(in_dim, classes, **options)
         self.embed = tile_embedding(in_dim, embed_dim, dropout)
         self.attention = GatedAttention(embed_dim, attention_dim, dropout)
         self.head = nn.Linear(embed_dim, classes)
@@ -111,18 +116,13 @@ class ABMIL(nn.Module):
         return MILOutput(logits=self.head(weighted_mean(tiles, attention)), attention=attention)
 
 
-class _Pool(nn.Module):
+class _Pool(Aggregator):
     """Base of mean and max pooling: embedded tiles, pooled without attention, then a linear."""
-
-    batched = True
-    attention_kind = None
 
     def __init__(
         self, *, in_dim: int, classes: int, embed_dim: int = 512, dropout: float = 0.25
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {"embed_dim": embed_dim, "dropout": dropout}
+        super().__init__(in_dim, classes, embed_dim=embed_dim, dropout=dropout)
         self.embed = tile_embedding(in_dim, embed_dim, dropout)
         self.head = nn.Linear(embed_dim, classes)
 

@@ -117,19 +117,18 @@ def rebuilt(
     Raises InputError where a module is needed or was given for nothing, WeightsError where the
     weights are not those of such an aggregator.
     """
-    if saved.aggregator is None and module is None:
-        raise InputError(
-            f"it was trained with an aggregator of your own, {saved.aggregator_class}; give one"
-            " that is built the same way: load(path, aggregator=module)"
-        )
     if saved.aggregator is not None:
         if module is not None:
             raise InputError(
                 "aggregator= is for estimators with a module of your own; this one has"
                 f" {saved.aggregator['name']!r}. Leave it out"
             )
-        module = _described(saved, outputs)
-    assert module is not None
+        module = _described(saved, saved.aggregator, outputs)
+    elif module is None:
+        raise InputError(
+            f"it was trained with an aggregator of your own, {saved.aggregator_class}; give one"
+            " that is built the same way: load(path, aggregator=module)"
+        )
     if faults := _misfits(state, module.state_dict()):
         raise WeightsError(
             f"the weights are not those of {saved.aggregator_class}: {'; '.join(faults[:5])}"
@@ -139,9 +138,8 @@ def rebuilt(
     return module.eval()
 
 
-def _described(saved: Saved, outputs: int) -> nn.Module:
+def _described(saved: Saved, config: dict[str, Any], outputs: int) -> nn.Module:
     """The aggregator of a description, on no device: absurd sizes cost no memory."""
-    config = saved.aggregator or {}
     try:
         with torch.device("meta"):
             return aggregator(

@@ -14,7 +14,7 @@ from xmag.errors import ModelError
 from xmag.mil.bags import BagDataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.heads import Head, training_loss
-from xmag.training import Loop, Schedule
+from xmag.training import Loop, Schedule, with_less_memory
 
 Epoch = dict[str, float | int | None]
 """Metrics of an epoch; None where a value does not exist, as an AUROC of one class."""
@@ -92,7 +92,7 @@ class BagTrainer(Loop[list[int]]):
                 total += loss.detach()
             return total
 
-        loss = float(model.with_less(gradients))
+        loss = float(with_less_memory(gradients, model.halve))
         scaler.step(self.optimizer)
         scaler.update()
         if not math.isfinite(loss):
