@@ -31,7 +31,7 @@ from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
 from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
-from xmag.training.splits import held_out, warn_without_groups
+from xmag.training.splits import held_out, read_validation, warn_without_groups
 
 if TYPE_CHECKING:
     from sklearn.utils.metadata_routing import MetadataRequest
@@ -315,9 +315,10 @@ class MILEstimator(Estimator):
                 " upgrade it: pip install --upgrade xmag"
             )
         loaded = cls(**params, device=device)
-        where = resolve_device(device)
-        loaded._set_fitted(module, head, where, saved.in_dim, saved.fingerprint)
-        loaded.history_, loaded.best_epoch_ = saved.history, saved.best_epoch
+        loaded._set_fitted(
+            module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
+            history=saved.history, best_epoch=saved.best_epoch,
+        )  # fmt: skip
         return loaded
 
     @classmethod
@@ -358,7 +359,7 @@ class MILEstimator(Estimator):
         rng: np.random.Generator,
     ) -> tuple[Head, BagDataset, BagDataset | None]:
         """The head, and the checked datasets to train and to validate on; see `fit`."""
-        fraction, given = _checked_validation(validation)
+        fraction, given = read_validation(validation, what="X")
         bags = Bags(X, least=1)
         labels = hashables(y, count=len(bags), what="y")
         head = self._head_type.of(labels)
@@ -392,16 +393,19 @@ class MILEstimator(Estimator):
         return module.float()
 
     def _adopt(self, trainer: BagTrainer) -> int:
-        """Set all fitted attributes, from a trainer that completed an epoch or more."""
-        best, data = trainer.progress.best_epoch, trainer.train
+        """Set all fitted attributes, from a trainer that completed an epoch; the best epoch."""
+        best = trainer.progress.best_epoch
         assert best is not None
-        self._set_fitted(trainer.result(), trainer.head, trainer.model.device, *data.made)
-        self.history_, self.best_epoch_ = trainer.history, best
+        self._set_fitted(
+            trainer.result(), trainer.head, trainer.model.device, *trainer.train.made,
+            history=trainer.history, best_epoch=best,
+        )  # fmt: skip
         return best
 
     def _set_fitted(
-        self, module: nn.Module, head: Head, device: torch.device, in_dim: int,
-        made: Provenance | Mapping[str, Any] | None,
+        self, module: nn.Module, head: Head, device: torch.device,
+        in_dim: int, made: Provenance | Mapping[str, Any] | None,
+        *, history: Sequence[Epoch] = (), best_epoch: int | None = None,
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
@@ -409,7 +413,7 @@ class MILEstimator(Estimator):
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
         self.fingerprint_ = None if fingerprint is None else dict(fingerprint)
-        self.history_, self.best_epoch_ = [], None
+        self.history_, self.best_epoch_ = list(history), best_epoch
 
     def _predict_logits(
         self,
@@ -480,22 +484,6 @@ def seed_of(random_state: Any) -> int:
     raise InputError(
         f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
         " NumPy"
-    )
-
-
-def _checked_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any] | None]:
-    """The argument `validation` as a fraction to hold out, or as X, y and groups; else None."""
-    if validation is None:
-        return None, None
-    if isinstance(validation, tuple | list) and len(validation) in (2, 3):
-        return None, (*validation, None)[:3]
-    number = isinstance(validation, Real) and not isinstance(validation, bool)
-    if number and 0 < validation < 1:
-        return float(validation), None
-    seen = validation if number else f"a {type(validation).__name__}"
-    raise InputError(
-        f"validation is {seen}; expected a fraction between 0 and 1, (X, y), (X, y, groups), or"
-        " None, which trains for all epochs and keeps the last weights"
     )
 
 
