@@ -220,7 +220,7 @@ class MILEstimator(Estimator):
         head, train, check = self._datasets(X, y, groups, validation, rng)
         strata = self._balance(head, train, check)
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.made[0], head.outputs).to(device)
+            module = self._new_module(train.origin[0], head.outputs).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -249,8 +249,8 @@ class MILEstimator(Estimator):
         Raises InputError for an aggregator without attention (mean, max).
         """
         self._require_fitted()
-        found = Bags([bag], what="bag").read_like(0, self.n_features_in_, self.fingerprint_)
-        scores = self._batched().of_one(found.features).attention
+        found = Bags([bag], what="bag").read_matching(0, self.n_features_in_, self.fingerprint_)
+        scores = self._batched().output_of(found.features).attention
         if scores is None:
             raise InputError(
                 f"the aggregator {type(self.aggregator_).__name__} has no attention; train with"
@@ -397,7 +397,7 @@ class MILEstimator(Estimator):
         best = trainer.progress.best_epoch
         assert best is not None
         self._set_fitted(
-            trainer.result(), trainer.head, trainer.model.device, *trainer.train.made,
+            trainer.result(), trainer.head, trainer.model.device, *trainer.train.origin,
             history=trainer.history, best_epoch=best,
         )  # fmt: skip
         return best
@@ -429,7 +429,7 @@ class MILEstimator(Estimator):
         logits = np.zeros((len(bags), model.outputs))
         empty = np.zeros(len(bags), dtype=np.bool_)
         for row in range(len(bags)):
-            features = bags.read_like(row, self.n_features_in_, self.fingerprint_).features
+            features = bags.read_matching(row, self.n_features_in_, self.fingerprint_).features
             empty[row] = len(features) == 0
             if not empty[row]:
                 logits[row] = model.logits(features)
