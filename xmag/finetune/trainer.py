@@ -2,17 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmag import records
 from xmag.devices import seeded
 from xmag.errors import ModelError, OutputError, XmagWarning
 from xmag.finetune.cohort import Cohort, shards, steps_of_epoch
@@ -22,15 +21,10 @@ from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import training_loss
 from xmag.mil.heads import class_metrics
-from xmag.training import Checkpoint, Ema, Loop, Progress, Ranks, Schedule, with_less_memory
+from xmag.training import Ema, Loop, Progress, Ranks, Schedule, with_less_memory
 from xmag.training.augmentation import draw
-from xmag.training.checkpoint import require_shared
 
 _logger = logging.getLogger(__name__)
-
-_KIND = "fine-tuning"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +59,7 @@ class Trainer(Loop[list[list[int]]]):
     `stores` has the tiles of this rank's slides, by their index in `cohort`.
     """
 
+    kind = "fine-tuning"
     module: Network
     progress: FinetuneProgress
 
@@ -111,19 +106,13 @@ class Trainer(Loop[list[list[int]]]):
         `identity` is that of `Checkpoint`. Where a checkpoint cannot be written, a warning says so.
         """
         self._path, self._identity = path, identity
-        if path is not None:
-            found = Checkpoint.load(path, kind=_KIND, identity=identity)
-            if found is not None:
-                self.restore(found.tensors, found.progress)
-                self._kept = f"the checkpoint {path} is kept"
-                _logger.info("going on from %s: epoch %d", path, self.progress.epoch)
-            require_shared(path, self.progress.updates, self._ranks)
+        if path is not None and self.resume(path, identity, self._ranks):
+            self._kept = f"the checkpoint {path} is kept"
         try:
-            self.run(progress, total=self._slides_left(), desc=_KIND, unit="slide")
+            self.run(progress, total=self._slides_left(), desc=self.kind, unit="slide")
         except KeyboardInterrupt as stop:
-            remedy = (
-                "make the same call again to go on from it" if path else "give checkpoint= a path"
-            )
+            again = "make the same call again to go on from it"
+            remedy = again if path else "give checkpoint= a path"
             raise KeyboardInterrupt(
                 f"interrupted in epoch {self.progress.epoch}; {self._kept}: {remedy}"
             ) from stop
@@ -134,11 +123,8 @@ class Trainer(Loop[list[list[int]]]):
         now = self.progress
         if self._path is None or not self._ranks.leads:
             return
-        checkpoint = Checkpoint(
-            kind=_KIND, identity=self._identity, progress=records.plain(now), tensors=self.state()
-        )
         try:
-            checkpoint.save(self._path)
+            self.write_checkpoint(self._path, self._identity)
         except OutputError as error:
             # Training is worth more than this checkpoint, and the one before is still there.
             warnings.warn(
@@ -153,12 +139,8 @@ class Trainer(Loop[list[list[int]]]):
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """The batches of an epoch: for each step, for each rank, its slides."""
-        return steps_of_epoch(
-            self._shards,
-            slides_per_step=self.settings.slides_per_step,
-            seed=self._seed,
-            epoch=epoch,
-        )
+        each = self.settings.slides_per_step
+        return steps_of_epoch(self._shards, slides_per_step=each, seed=self._seed, epoch=epoch)
 
     def step(self, batch: list[list[int]]) -> None:
         """Take an optimizer step on the slides of all ranks."""
@@ -167,7 +149,7 @@ class Trainer(Loop[list[list[int]]]):
         gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         sums = torch.zeros(2, dtype=torch.float64)
         for slide in mine:
-            sums += self._in_chunks(partial(self._backward, slide, slides_in_step=slides))
+            sums += with_less_memory(partial(self._backward, slide, slides), self._halve)
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 if parameter.grad is not None:  # an aggregator may leave a layer out
                     gradient.add_(parameter.grad)
@@ -206,7 +188,7 @@ class Trainer(Loop[list[list[int]]]):
         done = sum(len(step[rank]) for step in self.steps(now.epoch)[: now.step])
         return (self.epochs - now.epoch) * len(self._shards[rank]) - done
 
-    def _backward(self, slide: int, *, slides_in_step: int) -> Tensor:
+    def _backward(self, slide: int, slides_in_step: int) -> Tensor:
         """Backward pass of a slide: its share of the step's loss, and its number of tiles, (2,)."""
         self.optimizer.zero_grad()  # of the slide before, or of a try that ran out of memory
         store, rows = self._stores[slide], self._rows(slide)
@@ -253,7 +235,9 @@ class Trainer(Loop[list[list[int]]]):
         network = cast(Network, self.averaged).eval()
         found = torch.zeros(len(slides), len(cohort.classes), dtype=torch.float64)
         for place in range(self._ranks.rank, len(slides), self._ranks.world):
-            found[place] = self._in_chunks(partial(self._logits, network, slides[place]))
+            found[place] = with_less_memory(
+                partial(self._logits, network, slides[place]), self._halve
+            )
         logits = self._ranks.sum(found).numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]
@@ -268,11 +252,8 @@ class Trainer(Loop[list[list[int]]]):
 
         return network.classify(embed_all(encode, len(store), chunk=self._chunk)).logits[0].cpu()
 
-    def _in_chunks(self, run: Callable[[], T]) -> T:
-        """Result of `run`, again with chunks of half the size where CUDA is out of memory."""
-        return with_less_memory(run, self._halve)
-
     def _halve(self, error: torch.cuda.OutOfMemoryError) -> None:
+        """Halve the chunks; ModelError where they are of a single tile."""
         if self._chunk == 1:
             raise ModelError(
                 f"{self.device} has no memory left for the graph of a single tile ({error}). Free"
