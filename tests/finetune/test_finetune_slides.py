@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_names_the_slide() -> None:
         ({"groups": [*PATIENTS[:-1], f" {PATIENTS[-1]}"]}, r"groups\[7\] is .*with blanks"),
         ({"labels": [*LABELS[:-1], "nan"]}, r"labels\[7\] is 'nan', a missing value"),
         ({"labels": np.linspace(0, 1, 8)}, "not whole.*MILRegressor"),
-        ({"validation": 1.5}, "expected a share"),
+        ({"validation": 1.5}, "expected a fraction"),
         ({"validation": (stores(2, seed=9), ["a", "c"])}, r"'c'.*expected one of the classes"),
         ({"groups": [0] * 8}, "can be held out"),
         ({"mode": "all"}, "expected one of exact, sampled"),

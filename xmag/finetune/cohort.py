@@ -9,7 +9,7 @@ import torch
 
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.tilestore import Source
-from xmag.mil.labels import ClassWeight, class_weights, distinct, hashables, indices
+from xmag.mil.heads import ClassWeight, class_weights, distinct, hashables, indices
 from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from xmag import records
-from xmag.mil.labels import ClassWeight
+from xmag.mil.heads import ClassWeight
 from xmag.training import Augmentation
 
 Mode = Literal["exact", "sampled"]

@@ -25,12 +25,13 @@ def read_validation(
     number = isinstance(validation, int | float | np.number) and not isinstance(validation, bool)
     if number and 0 < validation < 1:
         return float(validation), None
-    if isinstance(validation, tuple | list) and len(validation) in (2, 3) and len(validation[0]):
+    if isinstance(validation, tuple | list) and len(validation) in (2, 3):
         data, labels, groups = (*validation, None)[:3]
-        return None, (data, labels, groups)
+        if not hasattr(data, "__len__") or len(data):
+            return None, (data, labels, groups)
     seen = repr(validation) if number else f"a {type(validation).__name__}"
     raise InputError(
-        f"validation is {seen}; expected a share between 0 and 1, ({what}, labels), ({what},"
+        f"validation is {seen}; expected a fraction between 0 and 1, ({what}, labels), ({what},"
         " labels, groups), or None, which trains for all epochs and keeps the last weights"
     )
 
