@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xmag.distill.losses import BLOCKS
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
-from xmag.distill.views import augment, draw, map_tokens
+from xmag.distill.views import SIDE, augment, draw, map_tokens
 from xmag.training import Ranks
 
 LEVELS = {"global + local": (1.0, 0.5), "global only": (1.0, 0.0), "local only": (0.0, 0.5)}
@@ -89,8 +88,8 @@ class Regions:
         if self.plain:
             draws = draw(seed, step, range(len(drawn)), 0, augmentation=AUGMENTATION)
             low = augment(low, draws)
-            target = map_tokens(target.unflatten(1, (BLOCKS, BLOCKS)), draws).flatten(1, 2)
-        return Views(low=low, targets=[target], weights=torch.ones(len(drawn), device=device))
+            target = map_tokens(target.unflatten(1, (SIDE, SIDE)), draws).flatten(1, 2)
+        return Views(low=low, targets=[target])
 
 
 def order(count: int, batch: int, steps: int, seed: int) -> Tensor:

@@ -157,14 +157,16 @@ def test_kept_low_views_spare_the_slides(
         assert torch.equal(found.targets[0], expected.targets[0])
 
 
-def test_regions_that_had_no_features_have_no_weight(
+def test_regions_that_had_no_features_are_left_out(
     tmp_path: Path, pixels: np.ndarray, manifest: Manifest
 ) -> None:
     teacher = RandomTeacher(size_px=224)
     source = ArraySource(pixels, damaged=[1])
     with keep_targets(tmp_path, source, manifest, teacher, progress=False) as targets:
         found = views_of(KeptLesson(kept=targets), pixels, PLACES)
-    assert found.weights.tolist() == [1, 0, 1, 1, 0, 1]
+        expected = views_of(OnlineLesson(teacher=teacher), pixels, PLACES)
+    whole = [0, 2, 3, 5]  # of both views
+    assert torch.equal(found.low, expected.low[whole])
     assert torch.isfinite(found.targets[0]).all()
 
 

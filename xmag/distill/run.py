@@ -19,7 +19,6 @@ from xmag.distill.dataset import RegionSource, SlideRegions, read_intact
 from xmag.distill.export import Card, export_student
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
 from xmag.distill.settings import (
-    SCHEDULES,
     DataConfig,
     DistillConfig,
     Settings,
@@ -523,8 +522,7 @@ class _Job:
             teacher = load_teacher(wanted.name, device=self.ranks.device(), dtype=wanted.dtype)
             lesson: Lesson = OnlineLesson(teacher=teacher, weight=wanted.weight)
             if wanted.keep != "no":
-                count = wanted.variants if wanted.keep == "augmented" else 1
-                once = seconds_to_keep(source, teacher, device=self.ranks.device(), variants=count)
+                once = seconds_to_keep(source, teacher, device=self.ranks.device(), variants=1)
                 keeping += once * len(source) / self.ranks.world
                 lesson = UnkeptLesson(teacher=teacher, weight=wanted.weight)
             lessons.append(lesson)
@@ -636,9 +634,6 @@ class _Job:
             source.manifest,
             teacher,
             settings=TargetSettings(
-                variants=wanted.variants if wanted.keep == "augmented" else None,
-                augmentation=self.config.augment,
-                seed=self.config.train.seed,
                 low=wanted.keep_low,
             ),
             device=device,
@@ -663,13 +658,14 @@ class _Job:
         for teacher, lesson in zip(self.config.teachers, lessons, strict=True):
             lines.append(
                 f"teacher   {lesson.name}: {lesson.dim}-d, weight {lesson.weight:g},"
-                f" {_KEEPING[teacher.keep].format(teacher.variants)}"
+                f" {_KEEPING[teacher.keep]}"
             )
         shared = "" if self.ranks.world == 1 else f", shared by {self.ranks.world} processes"
         lines += [
             f"steps     {train.total_steps(training):,} of {train.batch} regions,"
             f" {train.views} views each{shared}",
-            f"schedule  {train.schedule}: {SCHEDULES[train.schedule]}",
+            f"schedule  warm-up over {train.warmup:.0%} of the steps, then half a cosine down to"
+            f" {train.floor * train.lr:g}",
         ]
         return tuple(lines)
 
@@ -677,7 +673,6 @@ class _Job:
 _KEEPING = {
     "no": "looks at every view",
     "plain": "features kept of the regions as they are",
-    "augmented": "features kept of {} augmented variants",
 }
 
 

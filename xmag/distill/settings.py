@@ -4,45 +4,21 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from xmag import records
 from xmag.distill.export import Card
 from xmag.distill.views import Augmentation
 from xmag.errors import InputError
-from xmag.training import warmup_cosine
 from xmag.vit import ViTConfig
 
-PAPER_GPUS = 24
-
-SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {
-        "cosine": "a linear warm-up to the learning rate, then half a cosine down to the floor",
-        "paper": (
-            "what the code of arXiv 2509.23097 did: a warm-up counted as if for one GPU while"
-            f" {PAPER_GPUS} shared the steps, so that the rate rises linearly to 1/{PAPER_GPUS} of"
-            " the learning rate (2.1e-5 for 5e-4) at the last step and never decays"
-        ),
-    }
-)
-"""Schedules by name, with a description."""
-
-
-def rate_factor(name: str, step: int, *, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """The learning-rate factor at `step` (from 0) of `total`; see `SCHEDULES`.
-
-    `warmup` (steps) and `floor` are those of "cosine". Raises InputError for another name.
-    """
-    if name == "cosine":
-        return warmup_cosine(step, total=total, warmup=warmup, floor=floor)
-    if name == "paper":
-        return (step + 1) / (total * PAPER_GPUS)
-    raise InputError(f"schedule is {name!r}; expected one of {sorted(SCHEDULES)}")
-
-
 _PRECISIONS = ("auto", "float32", "bfloat16")
+_NO_AUGMENTED = (
+    "cached features of unaugmented regions did as well with a fraction of the disk; expected"
+    ' "plain" for those, or "no" for features of every augmented view'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +66,11 @@ class TrainSettings:
 
     A step is `batch` regions over all GPUs, whatever their number, `micro_batch` of them at once on
     each (by default its whole share); `batch` is thus what an optimizer step averages over, and the
-    number of GPUs changes nothing but the time. The rate follows `schedule`, with a warm-up of the
-    fraction `warmup` of all steps, down to the fraction `floor` of `lr`. Weight decay is for
-    matrices and tables alone: not for biases, norms and LayerScale. With `ema_ramp` the EMA forgets
-    its start faster: its decay is at most (1 + step) / (10 + step).
+    number of GPUs changes nothing but the time. The rate rises to `lr` over the fraction `warmup`
+    of all steps, and then decays by half a cosine to the fraction `floor` of it: the `schedule`
+    "cosine", which is the only one. Weight decay is for matrices and tables alone: not for biases,
+    norms and LayerScale. With `ema_ramp` the EMA forgets its start faster: its decay is at most
+    (1 + step) / (10 + step).
     """
 
     epochs: float = 10.0
@@ -123,7 +100,13 @@ class TrainSettings:
             require(name, getattr(self, name) >= 0, "a number from 0 on")
         for name in ("warmup", "floor", "ema"):
             require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        require("schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
+        if self.schedule == "paper":
+            raise InputError(
+                'train.schedule is "paper", which is gone: it repeated a fault of the code of arXiv'
+                " 2509.23097, a warm-up as long as the run, so that the rate never decayed and was"
+                ' 1/24 of lr at most; expected "cosine", which warms up and decays'
+            )
+        require("schedule", self.schedule == "cosine", "'cosine'")
         require("precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
 
     def total_steps(self, regions: int) -> int:
@@ -181,10 +164,6 @@ class Settings:
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
-
     def decisive(self) -> dict[str, Any]:
         """The settings that determine the weights: all but loader and logging, as JSON values."""
         return {key: value for key, value in asdict(self).items() if key not in ("loader", "log")}
@@ -228,17 +207,27 @@ class DataConfig:
 class TeacherConfig:
     """Teacher section: name for `load_teacher`, loss weight, and feature caching.
 
-    With `keep` "no" features are computed online for every augmented view; with "plain" those of
-    unaugmented regions are computed once and cached; with "augmented" those of `variants` augmented
-    views of each. `keep_low` caches the low views too, so that no slide is read while training.
+    With `keep` "no" features are computed online for every augmented view, with "plain" those of
+    unaugmented regions are computed once and cached. `keep_low` caches the low views too, so that
+    no slide is read while training.
     """
+
+    REMOVED: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"variants": f'it went with keep = "augmented": {_NO_AUGMENTED}. Delete the line'}
+    )
 
     name: str
     weight: float = 1.0
     dtype: str = "auto"
-    keep: Literal["no", "plain", "augmented"] = "no"
-    variants: int = 4
+    keep: str = "no"
     keep_low: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep == "augmented":
+            raise InputError(f'teachers.keep is "augmented", which is gone: {_NO_AUGMENTED}')
+        records.require(
+            self, "keep", self.keep in ("no", "plain"), "one of 'no', 'plain'", "teachers"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,30 +254,19 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """A whole configuration file; `out` is the folder of the run."""
 
     out: str
     data: DataConfig
     teachers: list[TeacherConfig]
     student: StudentConfig
-    loss: LossSettings = field(default_factory=LossSettings)
-    augment: Augmentation = field(default_factory=Augmentation)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    loader: LoaderSettings = field(default_factory=LoaderSettings)
-    log: LogSettings = field(default_factory=LogSettings)
     model: Card = field(default_factory=Card)
 
     @property
     def settings(self) -> Settings:
         """The training settings of the file, for `distill`."""
-        return Settings(
-            loss=self.loss,
-            augment=self.augment,
-            train=self.train,
-            loader=self.loader,
-            log=self.log,
-        )
+        return Settings(**{part.name: getattr(self, part.name) for part in fields(Settings)})
 
 
 def read_config(path: str | os.PathLike[str]) -> DistillConfig:

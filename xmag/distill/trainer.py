@@ -37,13 +37,13 @@ from xmag.distill.dataset import (
     SlideRegions,
     share,
 )
-from xmag.distill.losses import BLOCKS, global_distances, local_distances, summed
-from xmag.distill.settings import LoaderSettings, LossSettings, Settings, rate_factor
-from xmag.distill.student import Projection, Student, StudentStart
+from xmag.distill.losses import Objective, summed
+from xmag.distill.settings import LoaderSettings, Settings
+from xmag.distill.student import Student, StudentStart
 from xmag.distill.views import NONE, SIDE, Augmentation, Draws, augment, draw, low_view
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.hub.weights import write_tensors
-from xmag.training import Ema, Ranks
+from xmag.training import Ema, Ranks, warmup_cosine
 
 
 class Stopwatch:
@@ -100,55 +100,12 @@ def _event() -> torch.cuda.Event:
 class Views:
     """Micro-batch: augmented images for the student, and each teacher's targets.
 
-    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher, and `weights`
-    (B,) is 1 for an image and 0 for one whose region is damaged.
+    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher. Damaged
+    regions are left out, so that B may be 0.
     """
 
     low: Tensor
     targets: Sequence[Tensor]
-    weights: Tensor
-
-
-class Objective:
-    """Distillation loss of several teachers: weighted global and local distances.
-
-    `teachers` maps names to weights, in the order of the targets.
-    """
-
-    def __init__(self, settings: LossSettings, teachers: Mapping[str, float]) -> None:
-        self._settings, self._teachers = settings, dict(teachers)
-        levels = {"global": settings.global_weight, "local": settings.local_weight}
-        self._levels = {level: weight for level, weight in levels.items() if weight}
-        self._distances = {name: w for name, w in settings.distances().items() if w}
-        self.terms = [f"{level}/{name}" for name in self._teachers for level in self._levels]
-        """Names of the loss terms that `sums` returns besides the total."""
-
-    def sums(self, projections: Sequence[Projection], views: Views) -> tuple[Tensor, Tensor]:
-        """Total loss summed over images, a scalar, and its terms by level and teacher, detached.
-
-        Sums, and not means: parts of a batch, on one rank or several, add up to the whole.
-        """
-        parts, terms = [], []
-        for weight, projected, target in zip(
-            self._teachers.values(), projections, views.targets, strict=True
-        ):
-            for level, part in self._levels.items():
-                term = self._level(level, projected, target, views.weights)
-                parts.append(weight * part * term)
-                terms.append(term.detach())
-        return torch.stack(parts).sum(), torch.stack(terms)
-
-    def _level(self, level: str, projected: Projection, target: Tensor, weights: Tensor) -> Tensor:
-        total = weights.new_zeros(())
-        for distance, factor in self._distances.items():
-            if level == "global":
-                assert projected.region is not None
-                far = global_distances(projected.region, target, distance, weights)
-            else:
-                assert projected.tiles is not None
-                far = local_distances(projected.tiles, target, distance)
-            total = total + factor * (far * weights).sum()
-        return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,17 +161,17 @@ class Trainer:
         for at, views in enumerate(parts, start=1):
             with self._reducing(last=at == count):
                 with watch.part("student forward"), self.autocast():
-                    projections = self._model(views.low, views.weights)
+                    projections = self._model(views.low)
                 with watch.part("student backward"):
-                    loss, terms = self.objective.sums(projections, views)
+                    loss, terms = self.objective.sums(projections, views.targets)
                     # DDP averages over ranks what is summed here.
                     torch.autograd.backward(loss * (self.ranks.world / images))
-            done += torch.cat((loss.detach()[None], terms, views.weights.sum()[None]))
+            done += torch.cat((loss.detach()[None], terms, terms.new_tensor([len(views.low)])))
         with watch.part("optimizer"):
             done = summed(done)
-            good = done[-1].clamp(min=1)
-            norm = self._update(number, images / good)
-            means = torch.cat((done[:-1] / good, norm[None]))
+            whole = done[-1].clamp(min=1)
+            norm = self._update(number, images / whole)
+            means = torch.cat((done[:-1] / whole, norm[None]))
         rate = train.lr * self.rate_factor(number)
         names = ("loss", *self.objective.terms, "gradient_norm")
         return StepRecord(names=names, values=means, rate=rate)
@@ -222,8 +179,7 @@ class Trainer:
     def rate_factor(self, number: int) -> float:
         """The learning-rate factor at a step."""
         train = self.settings.train
-        return rate_factor(
-            train.schedule,
+        return warmup_cosine(
             number,
             total=self.total_steps,
             warmup=int(train.warmup * self.total_steps),
@@ -314,15 +270,21 @@ class Curriculum:
         self._sees_pixels = any(lesson.sees_pixels for lesson in self.lessons)
 
     def views(self, batch: RegionBatch, watch: Stopwatch) -> Views:
-        """Augmented views and targets of a batch, view by view: (views * B, ...)."""
-        regions = batch.group.regions
+        """Augmented views and targets of a batch, view by view: (views * B, ...).
+
+        Of B regions that were read, and that every teacher has targets for.
+        """
+        good = self._good(batch)
+        regions, epochs = batch.group.regions[good], batch.group.epochs[good]
         with watch.part("low view and augment"):
             pixels = batch.pixels.to(self._device, non_blocking=True)
+            if not good.all():
+                pixels = pixels[torch.from_numpy(good).to(self._device)]
             low = pixels if self._reads_low else low_view(pixels)
         lows: list[Tensor] = []
         targets: list[list[Tensor]] = [[] for _ in self.lessons]
         for view in range(self._views):
-            draws, variants = self._drawn(batch, view)
+            draws, variants = self._drawn(regions, epochs, view)
             with watch.part("low view and augment"):
                 lows.append(augment(low, draws))
                 high = augment(pixels, draws) if self._sees_pixels else None
@@ -330,11 +292,9 @@ class Curriculum:
                 for lesson, found in zip(self.lessons, targets, strict=True):
                     said = lesson.targets(regions, draws, high, variants)
                     found.append(said.to(self._device, non_blocking=True).float())
-        good = torch.from_numpy(self._good(batch).astype(np.float32)).to(self._device)
         return Views(
             low=torch.cat(lows),
             targets=[self._centred(torch.cat(found), at) for at, found in enumerate(targets)],
-            weights=good.repeat(self._views),
         )
 
     def plain(self, batch: RegionBatch) -> tuple[Tensor, list[Tensor]]:
@@ -361,9 +321,10 @@ class Curriculum:
         known = [lesson.knows(batch.group.regions) for lesson in self.lessons]
         return np.asarray(np.stack([batch.good, *known]).all(0))
 
-    def _drawn(self, batch: RegionBatch, view: int) -> tuple[Draws, NDArray[np.int64]]:
+    def _drawn(
+        self, regions: NDArray[np.int64], epochs: NDArray[np.int64], view: int
+    ) -> tuple[Draws, NDArray[np.int64]]:
         """Augmentations of the regions in a view, and the indices of cached variants, (B,)."""
-        regions, epochs = batch.group.regions, batch.group.epochs
         if self._kept is None:
             draws = draw(self._seed, epochs, regions, view, augmentation=self._augmentation)
             return draws, np.full(len(regions), _UNDRAWN)
@@ -396,7 +357,7 @@ class ValidationSet:
         """Concatenate batches; `dims` are the widths of the teachers, for a rank without any."""
         lows: list[Tensor] = []
         targets: list[list[Tensor]] = [
-            [torch.empty(0, BLOCKS**2, dim, dtype=torch.float32)] for dim in dims
+            [torch.empty(0, SIDE**2, dim, dtype=torch.float32)] for dim in dims
         ]
         for low, found in parts:
             lows.append(low.cpu())
