@@ -75,7 +75,7 @@ def test_values_reach_their_places(tmp_path: Path) -> None:
     text = (
         LEAST.replace('"dinov2_vitb14"', "{ width = 32, depth = 2, heads = 2, hidden = 64 }")
         .replace('slides = "slides"', 'slides = ["a.svs", "b.svs"]\nregions = 30')
-        .replace('name = "teacher"', 'name = "teacher"\nweight = 2\nkeep = "augmented"')
+        .replace('name = "teacher"', 'name = "teacher"\nweight = 2\nkeep = "plain"')
     )
     text += "[train]\nlr = 1\nsteps = 7\nema_ramp = false\n"
     text += "[augment]\nturns = false\n[loss]\ncentre = true\n"

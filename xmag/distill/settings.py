@@ -229,15 +229,14 @@ class TeacherConfig:
     """Teacher section: name for `load_teacher`, loss weight, and feature caching.
 
     With `keep` "no" features are computed online for every augmented view; with "plain" those of
-    unaugmented regions are computed once and cached; with "augmented" those of `variants` augmented
-    views of each. `keep_low` caches the low views too, so that no slide is read while training.
+    unaugmented regions are computed once and cached. `keep_low` caches the low views too, so that
+    no slide is read while training.
     """
 
     name: str
     weight: float = 1.0
     dtype: str = "auto"
-    keep: Literal["no", "plain", "augmented"] = "no"
-    variants: int = 4
+    keep: Literal["no", "plain"] = "no"
     keep_low: bool = False
 
 
