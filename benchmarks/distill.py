@@ -32,21 +32,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.slides import texture, write_svs
 
 from xmag.distill import (
-    KeptLesson,
+    CachedFeatures,
+    CacheSettings,
     LoaderSettings,
     Manifest,
-    OnlineLesson,
+    OnlineFeatures,
     Settings,
     SlideRegions,
-    TargetSettings,
     Teacher,
+    TeacherFeatures,
     TrainSettings,
+    cache_features,
     fresh_student,
-    keep_targets,
     load_teacher,
     plan_slides,
 )
-from xmag.distill.cache import Lesson
 from xmag.distill.run import on_device
 from xmag.distill.trainer import Session, Split, Stopwatch, reading_processes, reading_threads
 from xmag.encoder import Encoder
@@ -120,25 +120,25 @@ def measured(
     most = {"features": "the teacher alone", "tiles/s": alone * ranks.world}
     rows: list[dict[str, Any]] = [dict.fromkeys(columns, "") | most]
 
-    def add(name: str, lesson: Lesson, steps: int) -> None:
+    def add(name: str, lesson: TeacherFeatures, steps: int) -> None:
         session = new_session(args, ranks, source, lesson)
         rows.append({"features": name, **timed(session, steps, args.batch * ranks.world)})
 
-    add("online", OnlineLesson(teacher=teacher), args.steps)
+    add("online", OnlineFeatures(teacher=teacher), args.steps)
     if ranks.world > 1:
         return rows  # what is kept is kept by one process, and read in the same way
     for low in (False, True):
-        kept = keep_targets(
+        kept = cache_features(
             folder / f"kept {low}",
             source,
             manifest,
             teacher,
-            settings=TargetSettings(low=low),
+            settings=CacheSettings(low=low),
             device=device,
             progress=False,
         )
         with kept:
-            add("kept, low" if low else "kept", KeptLesson(kept=kept), 4 * args.steps)
+            add("kept, low" if low else "kept", CachedFeatures(cache=kept), 4 * args.steps)
     return rows
 
 
@@ -168,7 +168,7 @@ def teacher_alone(teacher: Teacher, device: torch.device, *, tiles: int) -> floa
 
 
 def new_session(
-    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, lesson: Lesson
+    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, lesson: TeacherFeatures
 ) -> Session:
     student = TINY if args.student == "tiny" else args.student
     settings = Settings(

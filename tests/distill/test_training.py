@@ -21,7 +21,7 @@ from support.distilling import (
 from support.models import default_dtype
 
 import xmag
-from xmag.distill.cache import OnlineLesson
+from xmag.distill.cache import OnlineFeatures
 from xmag.distill.run import distill
 from xmag.distill.settings import (
     LoaderSettings,
@@ -172,8 +172,8 @@ def test_what_the_source_raises_besides_damage_is_raised(tmp_path: Path) -> None
 
 def test_several_teachers_have_heads_and_metrics_of_their_own(tmp_path: Path) -> None:
     teachers = [
-        OnlineLesson(teacher=RandomTeacher(24, name="a"), weight=1.0),
-        OnlineLesson(teacher=RandomTeacher(10, seed=1, name="b"), weight=0.5),
+        OnlineFeatures(teacher=RandomTeacher(24, name="a"), weight=1.0),
+        OnlineFeatures(teacher=RandomTeacher(10, seed=1, name="b"), weight=0.5),
     ]
     summary = run(tmp_path, teachers=teachers)
     assert {name.rpartition("/")[2] for name in summary.validation} == {"a", "b"}

@@ -1,7 +1,7 @@
 """Cross-magnification distillation: a student at 2.0 µm/px learns teacher features at 0.5 µm/px.
 
 Regions of slides are read once (`plan_slides`, `SlideRegions`) and seen twice: by teachers as 4 x 4
-tiles (`load_teacher`, `keep_targets`), by the student as one. `distill` trains and exports it;
+tiles (`load_teacher`, `cache_features`), by the student as one. `distill` trains and exports it;
 `run_config` does all of it as a TOML file says.
 
     views        the high and low view of a region; augment: the same augmentation for both
@@ -16,12 +16,12 @@ tiles (`load_teacher`, `keep_targets`), by the student as one. `distill` trains 
 """
 
 from xmag.distill.cache import (
-    KeptLesson,
-    KeptTargets,
-    Lesson,
-    OnlineLesson,
-    TargetSettings,
-    keep_targets,
+    CachedFeatures,
+    CacheSettings,
+    FeatureCache,
+    OnlineFeatures,
+    TeacherFeatures,
+    cache_features,
 )
 from xmag.distill.dataset import RegionSource, SlideRegions
 from xmag.distill.export import Card, export_student, push_to_hub
@@ -42,35 +42,39 @@ from xmag.distill.summary import Needs, Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
 from xmag.distill.views import Augmentation
 
+# The names of version 1.
+Lesson, OnlineLesson, KeptLesson = TeacherFeatures, OnlineFeatures, CachedFeatures
+KeptTargets, TargetSettings, keep_targets = FeatureCache, CacheSettings, cache_features
+
 __all__ = [
     "Augmentation",
+    "CacheSettings",
+    "CachedFeatures",
     "Card",
     "DistillConfig",
-    "KeptLesson",
-    "KeptTargets",
-    "Lesson",
+    "FeatureCache",
     "LoaderSettings",
     "LogSettings",
     "LossSettings",
     "Manifest",
     "Needs",
-    "OnlineLesson",
+    "OnlineFeatures",
     "RegionSource",
     "Settings",
     "SlideRegions",
     "StudentStart",
     "Summary",
-    "TargetSettings",
     "Teacher",
+    "TeacherFeatures",
     "TrainSettings",
     "WeightedTeacher",
     "block_means",
+    "cache_features",
     "distill",
     "export_student",
     "fresh_student",
     "global_loss",
     "held_out",
-    "keep_targets",
     "load_teacher",
     "local_loss",
     "plan_images",

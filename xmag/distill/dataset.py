@@ -1,4 +1,4 @@
-"""Dataset of regions: their pixels, read ahead by threads, in shuffled epochs.
+"""Dataset of regions: read from slides, drawn by a sampler, loaded ahead in batches by threads.
 
 The epochs' shuffles, one after another, are one endless sequence; step s takes positions
 s * batch to (s + 1) * batch of it. The step is thus all there is to remember of where a run was.
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -22,26 +22,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag.distill.regions import Manifest, ManifestSource, shuffled
+from xmag.distill.regions import Manifest, ManifestSource
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide
 from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, default_threads, read_places
 
+_logger = logging.getLogger(__name__)
+
+Numbers = NDArray[np.int64]
+"""Numbers of regions (or their epochs): int64 (B,)."""
 Regions = NDArray[np.uint8]
 """High views of B regions: uint8 (B, REGION_PX, REGION_PX, 3) RGB."""
 
+_SOURCES_MIXED = 64
+"""Sources whose regions a shuffle mixes, and which a batch may thus need open."""
 _OPEN_SOURCES = 160
-"""Limit of open slides: more than twice what `manifest.shuffled` mixes, and few enough for the 256
-files that some systems allow."""
+"""Limit of open slides: more than twice what a shuffle mixes, and few enough for the 256 files that
+some systems allow."""
 _OPEN_IMAGE_BYTES = 1 << 30
 """Limit of bytes of open plain images, whose px stay in memory while open."""
-
 _IN_MEMORY = {"png", "jpeg"}
 """Formats of plain images, which are decoded whole."""
 _CLOSED = "the regions are closed; use them inside their `with` block"
 _TASKS_EACH = 2
 """Tasks for each thread of a call, at least: fewer would leave some idle at its end."""
+_SHUFFLE = 0x5F1E
+"""Salt of the random stream that shuffles draw from the seed."""
 
 
 @runtime_checkable
@@ -60,31 +67,12 @@ class RegionSource(Protocol):
         ...
 
 
-def read_intact(
-    source: RegionSource, indices: Sequence[int]
-) -> tuple[NDArray[np.int64], Regions | None]:
-    """Read the undamaged regions of any source: their rows, int64 (K,), and their views.
-
-    Where one cannot, all are read one by one. The views are None where there is none.
-    """
-    if isinstance(source, SlideRegions):
-        return source.read_intact(indices)
-    try:
-        return np.arange(len(indices)), source.read(indices)
-    except DamagedSlideError:
-        if len(indices) == 1:
-            return np.empty(0, np.int64), None
-    parts = [read_intact(source, [index])[1] for index in indices]
-    good = [part for part in parts if part is not None]
-    rows = np.flatnonzero([part is not None for part in parts])
-    return rows, np.concatenate(good) if good else None
-
-
 class SlideRegions:
     """Dataset of a manifest's regions, read from the slides below `root`; a context manager.
 
     Slides are opened when they are first needed, and their content is compared with the manifest's
-    fingerprints then. `damaged` holds the reason for each region that could not be decoded so far.
+    fingerprints then. `damaged` holds the reason for each region that could not be decoded so far;
+    `threads` is how many regions are decoded at a time.
 
     Args:
         manifest: The regions.
@@ -113,11 +101,11 @@ class SlideRegions:
             raise InputError("decoding processes need POSIX; use processes=0, which uses threads")
         self.manifest = manifest
         self._slides = _OpenSlides(manifest.sources, Path(root))
-        self._threads = processes or threads or default_threads()
+        self.threads = processes or threads or default_threads()
         self._children = (
             PlacePool(processes, slot_tiles=1, size_px=manifest.spec.size_px) if processes else None
         )
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="xmag-regions")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="xmag-regions")
         self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -177,12 +165,7 @@ class SlideRegions:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
@@ -198,7 +181,7 @@ class SlideRegions:
         """Tasks of the threads: (source, rows of `wanted` to read from it)."""
         places = self.manifest.places[wanted]
         order = np.lexsort((places[:, 1], places[:, 2], places[:, 0]))
-        most = -(-len(wanted) // (_TASKS_EACH * self._threads))
+        most = -(-len(wanted) // (_TASKS_EACH * self.threads))
         tasks = []
         for source in np.unique(places[:, 0]).tolist():
             rows = order[places[order, 0] == source]
@@ -317,34 +300,32 @@ class _OpenSlides:
                 del self._entries[number]
 
 
-_logger = logging.getLogger(__name__)
-
-_WHITE = 255
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Request of a batch: numbers of regions in the source, and the epoch of each."""
-
-    regions: NDArray[np.int64]
-    epochs: NDArray[np.int64]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionBatch:
-    """Batch of regions: `pixels` uint8 (B, S, S, 3), white where not `good` (damaged)."""
+    """Batch of whole regions, damaged ones left out: `regions` and `epochs`, int64 (B,).
 
-    group: Group
+    `pixels` is uint8 (B, S, S, 3): high views, or low views where those are cached. B may be 0.
+    """
+
+    regions: Numbers
+    epochs: Numbers
     pixels: Tensor
-    good: NDArray[np.bool_]
+
+    def where(self, whole: NDArray[np.bool_]) -> "RegionBatch":
+        """The batch of the regions that a mask, bool (B,), marks."""
+        if whole.all():
+            return self
+        pixels = self.pixels[torch.from_numpy(whole)]
+        return RegionBatch(regions=self.regions[whole], epochs=self.epochs[whole], pixels=pixels)
 
 
 class RegionLoader:
-    """Data loader with `threads` threads, which read the regions of groups one by one.
+    """Data loader with `threads` threads, which read the regions of batches one by one.
 
-    `ahead` groups are prefetched. Images are `side` px wide. On CUDA they lie in pinned memory,
-    from which the device copies by itself. `damaged` marks the regions of the source that could not
-    be read.
+    `ahead` batches are prefetched. Images are `side` px wide. On CUDA they lie in pinned memory,
+    from which the device copies by itself. Damaged regions are left out: `damaged`, bool (regions,)
+    marks those seen so far, and a warning names each once, with its slide where the manifest is
+    known.
     """
 
     def __init__(
@@ -355,72 +336,74 @@ class RegionLoader:
         threads: int,
         ahead: int,
         device: torch.device,
+        manifest: Manifest | None = None,
     ) -> None:
         self.damaged = np.zeros(len(source), bool)
         self._source, self._side = source, side
         self._threads, self._ahead = threads, ahead
         self._pinned = device.type == "cuda"
+        self._manifest = source.manifest if isinstance(source, SlideRegions) else manifest
 
-    def read(self, groups: Iterable[Group]) -> Generator[RegionBatch]:
-        """Read groups in their order; yields batches in host memory.
+    def read(self, wanted: Iterable[tuple[Numbers, Numbers]]) -> Generator[RegionBatch]:
+        """Read batches of (regions, epochs) in their order, into host memory.
 
         Raises what the source raises, but for DamagedSlideError; InputError for regions of another
         size or type.
         """
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="xmag-regions")
         try:
-            waiting: deque[tuple[Group, Tensor, list[Future[bool]]]] = deque()
-            for group in groups:
-                waiting.append(self._begin(group, pool))
+            waiting: deque[tuple[RegionBatch, list[Future[str | None]]]] = deque()
+            for regions, epochs in wanted:
+                shape = (len(regions), self._side, self._side, 3)
+                pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+                reading = [
+                    pool.submit(self._read_into, into, region)
+                    for into, region in zip(pixels.numpy(), regions.tolist(), strict=True)
+                ]
+                batch = RegionBatch(regions=regions, epochs=epochs, pixels=pixels)
+                waiting.append((batch, reading))
                 if len(waiting) > self._ahead:
-                    yield self._finish(*waiting.popleft())
+                    yield self._whole(*waiting.popleft())
             while waiting:
-                yield self._finish(*waiting.popleft())
+                yield self._whole(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _begin(
-        self, group: Group, pool: ThreadPoolExecutor
-    ) -> tuple[Group, Tensor, list[Future[bool]]]:
-        shape = (len(group.regions), self._side, self._side, 3)
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-        tasks = [
-            pool.submit(_read_into, into, self._source, int(region))
-            for region, into in zip(group.regions, pixels.numpy(), strict=True)
-        ]
-        return group, pixels, tasks
+    def _read_into(self, into: NDArray[np.uint8], region: int) -> str | None:
+        """Read a region into `into`; the reason where it is damaged."""
+        try:
+            found = self._source.read([region])
+        except DamagedSlideError as error:
+            known = self._source.damaged if isinstance(self._source, SlideRegions) else {}
+            return known.get(region, str(error))
+        if found.shape != (1, *into.shape) or found.dtype != np.uint8:
+            raise InputError(
+                f"region {region} is {found.dtype} {found.shape}; expected uint8"
+                f" {(1, *into.shape)}: a region has four times the student's tile a side"
+            )
+        into[...] = found[0]
+        return None
 
-    def _finish(self, group: Group, pixels: Tensor, tasks: list[Future[bool]]) -> RegionBatch:
-        good = np.array([task.result() for task in tasks], bool)
-        for region in group.regions[~good].tolist():
-            if not self.damaged[region]:
-                _logger.warning("region %d is damaged and is left out of the training", region)
-            self.damaged[region] = True
-        return RegionBatch(group=group, pixels=pixels, good=good)
+    def _whole(self, batch: RegionBatch, reading: list[Future[str | None]]) -> RegionBatch:
+        """The batch, once read, without its damaged regions."""
+        reasons = [task.result() for task in reading]
+        for region, reason in zip(batch.regions.tolist(), reasons, strict=True):
+            if reason is not None and not self.damaged[region]:
+                self.damaged[region] = True
+                _logger.warning(
+                    "region %d%s cannot be decoded and is left out: %s",
+                    *(region, self._place(region), reason),
+                )
+        return batch.where(np.array([reason is None for reason in reasons], bool))
 
-
-def _read_into(into: NDArray[np.uint8], source: RegionSource, region: int) -> bool:
-    """Read a region into `into`; False, and white pixels, where it is damaged."""
-    try:
-        found = source.read([region])
-    except DamagedSlideError as error:
-        _logger.info("region %d: %s", region, error)
-        into[...] = _WHITE
-        return False
-    if found.shape != (1, *into.shape) or found.dtype != np.uint8:
-        raise InputError(
-            f"region {region} is {found.dtype} {found.shape}; expected uint8 {(1, *into.shape)}:"
-            " a region has four times the student's tile a side"
-        )
-    into[...] = found[0]
-    return True
+    def _place(self, region: int) -> str:
+        if self._manifest is None:
+            return ""
+        source, x, y = self._manifest.places[region].tolist()
+        return f" ({self._manifest.sources[source].path} at {x}, {y})"
 
 
-_PURPOSE = 0x5F1E
-"""Salt of the random stream that shuffles draw from the seed."""
-
-
-class Order:
+class RegionSampler:
     """Sampler of regions, int64 (N,), in shuffled epochs; the same for the same seed.
 
     `sources` (N,) is the slide of each region, where known: slides are then mixed so that only some
@@ -428,23 +411,18 @@ class Order:
     """
 
     def __init__(
-        self,
-        regions: NDArray[np.int64],
-        *,
-        batch: int,
-        seed: int,
-        sources: NDArray[np.int64] | None = None,
+        self, regions: Numbers, *, batch: int, seed: int, sources: Numbers | None = None
     ) -> None:
         self._regions, self._batch, self._seed = regions, batch, seed
         # Without slides, any order is as good as any other.
         self._sources = np.zeros(len(regions), np.int64) if sources is None else sources
         self._epoch = lru_cache(maxsize=4)(self._shuffled)
 
-    def step(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def step(self, number: int) -> tuple[Numbers, Numbers]:
         """The batch of regions of a step, and the epoch of each: int64 (batch,) both."""
         return self.positions(number * self._batch, self._batch)
 
-    def positions(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def positions(self, first: int, count: int) -> tuple[Numbers, Numbers]:
         """Regions at `count` positions of the endless sequence, and the epoch of each."""
         epochs, within = np.divmod(np.arange(first, first + count), len(self._regions))
         regions = np.empty(count, np.int64)
@@ -453,9 +431,24 @@ class Order:
             regions[taken] = self._epoch(int(epoch))[within[taken]]
         return regions, epochs
 
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        rng = np.random.default_rng(np.random.SeedSequence((self._seed, epoch, _PURPOSE)))
+    def _shuffled(self, epoch: int) -> Numbers:
+        rng = np.random.default_rng(np.random.SeedSequence((self._seed, epoch, _SHUFFLE)))
         return self._regions[shuffled(self._sources, rng)]
+
+
+def shuffled(
+    sources: Numbers, rng: np.random.Generator, *, at_once: int = _SOURCES_MIXED
+) -> Numbers:
+    """Shuffled order of regions, int64 (N,), that needs at most `at_once` open sources.
+
+    `sources` is the source of each region, ``manifest.places[:, 0]``. The sources are shuffled and
+    dealt into groups of `at_once`, and the regions of a group are shuffled; so a slide is opened
+    once an epoch, while each batch still mixes many.
+    """
+    numbers, inverse = np.unique(sources, return_inverse=True)
+    group = rng.permutation(len(numbers))[inverse] // at_once
+    mixed = rng.permutation(len(sources))
+    return mixed[np.argsort(group[mixed], kind="stable")]
 
 
 def share(rank: int, world: int, *, batch: int, micro_batch: int) -> Sequence[slice]:

@@ -239,24 +239,6 @@ def held_out(
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
-def shuffled(
-    sources: NDArray[np.int64] | Sequence[int], rng: np.random.Generator, *, at_once: int = 64
-) -> NDArray[np.int64]:
-    """Shuffled order of regions, int64 (N,), that needs at most `at_once` open sources.
-
-    `sources` is the source of each region, ``manifest.places[:, 0]``. The sources are shuffled and
-    dealt into groups of `at_once`, and the regions of a group are shuffled; so a slide is opened
-    once an epoch, while each batch still mixes many.
-    """
-    if at_once < 1:
-        raise InputError(f"at_once is {at_once!r}; expected at least 1 source")
-    sources = np.asarray(sources, np.int64)
-    numbers, inverse = np.unique(sources, return_inverse=True)
-    group = rng.permutation(len(numbers))[inverse] // at_once
-    mixed = rng.permutation(len(sources))
-    return mixed[np.argsort(group[mixed], kind="stable")]
-
-
 Paths = str | PathLike[str] | Iterable[str | PathLike[str]]
 Sites = Mapping[str, str] | Callable[[str], str]
 """Mapping or function from a source's path, relative to the root, to its site."""

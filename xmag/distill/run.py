@@ -14,8 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag.distill.cache import KeptLesson, Lesson, OnlineLesson, TargetSettings, keep_targets
-from xmag.distill.dataset import RegionSource, SlideRegions, read_intact
+from xmag.distill.cache import (
+    CachedFeatures,
+    CacheSettings,
+    OnlineFeatures,
+    TeacherFeatures,
+    cache_features,
+)
+from xmag.distill.dataset import RegionSource, SlideRegions
 from xmag.distill.export import Card, export_student
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
 from xmag.distill.settings import (
@@ -54,8 +60,8 @@ from xmag.training import Ranks, joined_ranks
 
 _logger = logging.getLogger(__name__)
 
-AnyTeacher = Teacher | WeightedTeacher | Lesson
-"""Accepted teachers: online ones, weighted or not, or any source of targets (Lesson)."""
+AnyTeacher = Teacher | WeightedTeacher | TeacherFeatures
+"""Accepted teachers: online ones, weighted or not, or any TeacherFeatures."""
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
@@ -83,7 +89,7 @@ def distill(
         source: Dataset of regions: `SlideRegions`, or anything with its `read`. Regions that
             raise DamagedSlideError are counted, and never trained on.
         teachers: One, or several, each with heads of its own; WeightedTeacher weights one,
-            and a KeptLesson takes cached features.
+            and CachedFeatures takes cached ones.
         student: From `fresh_student` or `pretrained_student`; its ViT is trained in place.
         out: The folder of the run: metrics.csv, validation.csv, tensorboard/,
             checkpoint.safetensors and model/, which `load_model` reads.
@@ -133,16 +139,16 @@ def distill(
     return replace(summary, model=model)
 
 
-def lessons_of(teachers: AnyTeacher | Sequence[AnyTeacher]) -> list[Lesson]:
+def lessons_of(teachers: AnyTeacher | Sequence[AnyTeacher]) -> list[TeacherFeatures]:
     """Sources of targets from teachers, of weight 1 where none is given."""
     each = teachers if isinstance(teachers, Sequence) else [teachers]
     return [_lesson_of(teacher) for teacher in each]
 
 
-def _lesson_of(teacher: AnyTeacher) -> Lesson:
+def _lesson_of(teacher: AnyTeacher) -> TeacherFeatures:
     if isinstance(teacher, WeightedTeacher):
-        return OnlineLesson(teacher=teacher.teacher, weight=teacher.weight)
-    return OnlineLesson(teacher=teacher) if isinstance(teacher, Teacher) else teacher
+        return OnlineFeatures(teacher=teacher.teacher, weight=teacher.weight)
+    return OnlineFeatures(teacher=teacher) if isinstance(teacher, Teacher) else teacher
 
 
 class _Run:
@@ -347,18 +353,13 @@ def measured_needs(session: Session) -> Needs:
     )
 
 
-def seconds_to_keep(
-    source: RegionSource, teacher: Teacher, *, device: torch.device, variants: int
-) -> float:
+def seconds_to_keep(source: SlideRegions, teacher: Teacher, *, device: torch.device) -> float:
     """Measured seconds to compute a teacher's features of one region, reading included."""
     rows = list(range(min(_KEPT_REGIONS, len(source))))
-    for timed in (False, True):
+    for _ in range(2):  # the first is not timed
         start = time.perf_counter()
-        _, regions = read_intact(source, rows)
-        if regions is not None:
-            high = torch.from_numpy(regions).to(device)
-            for _ in range(variants if timed else 1):
-                teacher.features(teacher_tiles(high))
+        _, regions = source.read_intact(rows)
+        teacher.features(teacher_tiles(torch.from_numpy(regions).to(device)))
         _synchronise(device)
     return (time.perf_counter() - start) / len(rows)
 
@@ -386,16 +387,11 @@ class UnkeptLesson:
         return self.teacher.identity
 
     @property
-    def sees_pixels(self) -> bool:
+    def needs_pixels(self) -> bool:
         """False: no pixels are needed, as with a cache."""
         return False
 
-    @property
-    def variants(self) -> TargetSettings | None:
-        """None: any augmentation will do."""
-        return None
-
-    def knows(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Mask of the regions that have targets: all, bool (B,)."""
         return np.ones(len(regions), np.bool_)
 
@@ -404,14 +400,13 @@ class UnkeptLesson:
         regions: NDArray[np.int64],
         draws: Draws,  # noqa: ARG002
         high: Tensor | None,  # noqa: ARG002
-        variants: NDArray[np.int64],  # noqa: ARG002
     ) -> Tensor:
         """Zeros in place of targets: float32 (B, 16, dim)."""
         return torch.zeros(len(regions), SIDE**2, self.dim, dtype=torch.float32)
 
     def check(self, student: TileSpec) -> None:
         """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
-        OnlineLesson(teacher=self.teacher).check(student)
+        OnlineFeatures(teacher=self.teacher).check(student)
 
 
 @contextmanager
@@ -471,7 +466,7 @@ def run_config(
     by torchrun, the processes share the work.
 
     Raises InputError for a file or values that make no sense, MismatchError where `out` was sampled
-    otherwise, and what `plan_slides`, `load_teacher`, `pretrained_student`, `keep_targets` and
+    otherwise, and what `plan_slides`, `load_teacher`, `pretrained_student`, `cache_features` and
     `distill` raise.
     """
     config = read_config(path)
@@ -520,9 +515,9 @@ class _Job:
         lessons, keeping = [], 0.0
         for wanted in self.config.teachers:
             teacher = load_teacher(wanted.name, device=self.ranks.device(), dtype=wanted.dtype)
-            lesson: Lesson = OnlineLesson(teacher=teacher, weight=wanted.weight)
+            lesson: TeacherFeatures = OnlineFeatures(teacher=teacher, weight=wanted.weight)
             if wanted.keep != "no":
-                once = seconds_to_keep(source, teacher, device=self.ranks.device(), variants=1)
+                once = seconds_to_keep(source, teacher, device=self.ranks.device())
                 keeping += once * len(source) / self.ranks.world
                 lesson = UnkeptLesson(teacher=teacher, weight=wanted.weight)
             lessons.append(lesson)
@@ -621,28 +616,30 @@ class _Job:
         paths = [self.folder / each for each in given]
         return paths, Path(os.path.commonpath([path.parent for path in paths]))
 
-    def _lesson(self, wanted: TeacherConfig, source: SlideRegions, stack: ExitStack) -> Lesson:
+    def _lesson(
+        self, wanted: TeacherConfig, source: SlideRegions, stack: ExitStack
+    ) -> TeacherFeatures:
         device = self.ranks.device()
         teacher = load_teacher(wanted.name, device=device, dtype=wanted.dtype)
         if wanted.keep == "no":
-            return OnlineLesson(teacher=teacher, weight=wanted.weight)
+            return OnlineFeatures(teacher=teacher, weight=wanted.weight)
         folder = self.out / TARGETS
         make_folder(folder)
-        kept = keep_targets(
+        cache = cache_features(
             folder / teacher.name.replace("/", "--"),
             source,
             source.manifest,
             teacher,
-            settings=TargetSettings(
-                low=wanted.keep_low,
-            ),
+            settings=CacheSettings(low=wanted.keep_low),
             device=device,
             progress=self.progress,
             ranks=self.ranks,
         )
-        return KeptLesson(kept=stack.enter_context(kept), weight=wanted.weight)
+        return CachedFeatures(cache=stack.enter_context(cache), weight=wanted.weight)
 
-    def _plan(self, manifest: Manifest, lessons: list[Lesson], validation: int) -> tuple[str, ...]:
+    def _plan(
+        self, manifest: Manifest, lessons: list[TeacherFeatures], validation: int
+    ) -> tuple[str, ...]:
         """Description of the run for the summary, line by line."""
         counts, train = manifest.counts(), self.config.train
         training = len(manifest) - validation

@@ -27,12 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from xmag import records
 from xmag.cores import usable_cores
 from xmag.devices import Float32, seeded
-from xmag.distill.cache import KeptLesson, Lesson, LowViews, check_lessons
+from xmag.distill.cache import CachedFeatures, LowViews, TeacherFeatures, check_teachers
 from xmag.distill.dataset import (
-    Group,
-    Order,
     RegionBatch,
     RegionLoader,
+    RegionSampler,
     RegionSource,
     SlideRegions,
     share,
@@ -40,7 +39,7 @@ from xmag.distill.dataset import (
 from xmag.distill.losses import Objective, summed
 from xmag.distill.settings import LoaderSettings, Settings
 from xmag.distill.student import Student, StudentStart
-from xmag.distill.views import NONE, SIDE, Augmentation, Draws, augment, draw, low_view
+from xmag.distill.views import NONE, SIDE, Augmentation, augment, draw, low_view
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.hub.weights import write_tensors
 from xmag.training import Ema, Ranks, warmup_cosine
@@ -240,10 +239,6 @@ def _optimizer(student: Student, settings: Settings, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=settings.train.lr, fused=device.type == "cuda")
 
 
-_UNDRAWN = 0
-"""Index of the cached variant to use without augmentation: the first."""
-
-
 class Curriculum:
     """Builds training batches: augmented views of regions, and each teacher's targets for them.
 
@@ -253,7 +248,7 @@ class Curriculum:
 
     def __init__(
         self,
-        lessons: Sequence[Lesson],
+        lessons: Sequence[TeacherFeatures],
         *,
         augmentation: Augmentation,
         seed: int,
@@ -265,32 +260,25 @@ class Curriculum:
         self.centres: list[Tensor | None] = [None] * len(self.lessons)
         self._augmentation, self._seed, self._views = augmentation, seed, views
         self._device, self._reads_low = device, reads_low
-        kept = [lesson.variants for lesson in self.lessons if lesson.variants is not None]
-        self._kept = kept[0] if kept else None
-        self._sees_pixels = any(lesson.sees_pixels for lesson in self.lessons)
+        self._needs_pixels = any(lesson.needs_pixels for lesson in self.lessons)
 
     def views(self, batch: RegionBatch, watch: Stopwatch) -> Views:
-        """Augmented views and targets of a batch, view by view: (views * B, ...).
-
-        Of B regions that were read, and that every teacher has targets for.
-        """
-        good = self._good(batch)
-        regions, epochs = batch.group.regions[good], batch.group.epochs[good]
+        """Augmented views and targets of a batch, view by view: (views * B, ...)."""
+        batch = self._known(batch)
+        regions = batch.regions
         with watch.part("low view and augment"):
             pixels = batch.pixels.to(self._device, non_blocking=True)
-            if not good.all():
-                pixels = pixels[torch.from_numpy(good).to(self._device)]
             low = pixels if self._reads_low else low_view(pixels)
         lows: list[Tensor] = []
         targets: list[list[Tensor]] = [[] for _ in self.lessons]
         for view in range(self._views):
-            draws, variants = self._drawn(regions, epochs, view)
+            draws = draw(self._seed, batch.epochs, regions, view, augmentation=self._augmentation)
             with watch.part("low view and augment"):
                 lows.append(augment(low, draws))
-                high = augment(pixels, draws) if self._sees_pixels else None
+                high = augment(pixels, draws) if self._needs_pixels else None
             with watch.part("teacher"):
                 for lesson, found in zip(self.lessons, targets, strict=True):
-                    said = lesson.targets(regions, draws, high, variants)
+                    said = lesson.targets(regions, draws, high)
                     found.append(said.to(self._device, non_blocking=True).float())
         return Views(
             low=torch.cat(lows),
@@ -298,39 +286,23 @@ class Curriculum:
         )
 
     def plain(self, batch: RegionBatch) -> tuple[Tensor, list[Tensor]]:
-        """Unaugmented low views and teacher features of the undamaged regions, for validation.
+        """Unaugmented low views and teacher features of the regions, for validation.
 
-        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, with no mean subtracted. Where only
-        augmented features are cached, it is their first variant.
+        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, with no mean subtracted.
         """
-        good = self._good(batch)
-        regions = batch.group.regions[good]
-        pixels = batch.pixels[torch.from_numpy(good)].to(self._device)
-        variants = np.full(len(regions), _UNDRAWN)
-        if self._kept is not None:
-            draws = self._kept.draws(regions, variants)
-        else:
-            draws = draw(0, 0, regions, 0, augmentation=NONE)
-        low = augment(pixels if self._reads_low else low_view(pixels), draws)
-        high = augment(pixels, draws) if self._sees_pixels else None
-        said = [lesson.targets(regions, draws, high, variants) for lesson in self.lessons]
+        batch = self._known(batch)
+        regions, pixels = batch.regions, batch.pixels.to(self._device)
+        draws = draw(0, 0, regions, 0, augmentation=NONE)
+        low = pixels if self._reads_low else low_view(pixels)
+        high = pixels if self._needs_pixels else None
+        said = [lesson.targets(regions, draws, high) for lesson in self.lessons]
         return low, [features.to(self._device).float() for features in said]
 
-    def _good(self, batch: RegionBatch) -> NDArray[np.bool_]:
-        """Mask of the regions that were read, and that every teacher has targets for: bool (B,)."""
-        known = [lesson.knows(batch.group.regions) for lesson in self.lessons]
-        return np.asarray(np.stack([batch.good, *known]).all(0))
-
-    def _drawn(
-        self, regions: NDArray[np.int64], epochs: NDArray[np.int64], view: int
-    ) -> tuple[Draws, NDArray[np.int64]]:
-        """Augmentations of the regions in a view, and the indices of cached variants, (B,)."""
-        if self._kept is None:
-            draws = draw(self._seed, epochs, regions, view, augmentation=self._augmentation)
-            return draws, np.full(len(regions), _UNDRAWN)
-        # All variants of a region in turn: KeptTargets.variants_for, for an epoch each.
-        variants = (regions + epochs * self._views + view) % self._kept.count
-        return self._kept.draws(regions, variants), variants
+    def _known(self, batch: RegionBatch) -> RegionBatch:
+        """The batch of the regions that every teacher has features of."""
+        for lesson in self.lessons:
+            batch = batch.where(lesson.available(batch.regions))
+        return batch
 
     def _centred(self, target: Tensor, at: int) -> Tensor:
         centre = self.centres[at]
@@ -474,7 +446,7 @@ class Session:
     def __init__(
         self,
         source: RegionSource,
-        lessons: Sequence[Lesson],
+        lessons: Sequence[TeacherFeatures],
         student: StudentStart,
         *,
         split: Split,
@@ -483,7 +455,7 @@ class Session:
         device: torch.device,
     ) -> None:
         train = settings.train
-        check_lessons(lessons, student.config.tile_spec)
+        check_teachers(lessons, student.config.tile_spec)
         if train.batch % ranks.world:
             raise InputError(
                 f"train.batch is {train.batch}, which {ranks.world} processes cannot share alike;"
@@ -493,7 +465,7 @@ class Session:
         self.names = [lesson.name for lesson in lessons]
         self.config = student.config
         self.total_steps = train.total_steps(len(split.training))
-        self._order = Order(
+        self._order = RegionSampler(
             split.training,
             batch=train.batch,
             seed=train.seed,
@@ -522,7 +494,7 @@ class Session:
         )
         self.trainer = self._trainer(student, lessons)
 
-    def _trainer(self, student: StudentStart, lessons: Sequence[Lesson]) -> Trainer:
+    def _trainer(self, student: StudentStart, lessons: Sequence[TeacherFeatures]) -> Trainer:
         loss, seed = self.settings.loss, self.settings.train.seed
         with seeded(seed, torch.device("cpu")), Float32():
             model = Student(
@@ -558,11 +530,11 @@ class Session:
 
                 yield self.trainer.step(parts(), number=number, count=len(self._share), watch=watch)
 
-    def groups(self, number: int) -> Iterator[Group]:
+    def groups(self, number: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Micro-batches of this rank at a step, for the loader."""
         regions, epochs = self._order.step(number)
         for part in self._share:
-            yield Group(regions=regions[part], epochs=epochs[part])
+            yield regions[part], epochs[part]
 
     def validation_set(self) -> ValidationSet:
         """Read this rank's share of the validation regions."""
@@ -601,13 +573,13 @@ class Session:
         mine = regions[self.ranks.rank :: self.ranks.world]
         size = self._share[0].stop - self._share[0].start
         groups = (
-            Group(regions=part, epochs=np.zeros_like(part))
+            (part, np.zeros_like(part))
             for part in np.split(mine, range(size, len(mine), size))
             if len(part)
         )
         with closing(self.loader.read(groups)) as batches:
             for batch in batches:
-                if batch.good.any():
+                if len(batch.regions):
                     yield self.curriculum.plain(batch)
 
 
@@ -635,12 +607,12 @@ def _slides_of(source: RegionSource, regions: NDArray[np.int64]) -> NDArray[np.i
     return source.manifest.places[regions, 0] if isinstance(source, SlideRegions) else None
 
 
-def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
+def _kept_low_views(lessons: Sequence[TeacherFeatures]) -> LowViews | None:
     """Cached low views, if all teachers are cached, so that no slide has to be read."""
-    if any(lesson.sees_pixels for lesson in lessons):
+    if any(lesson.needs_pixels for lesson in lessons):
         return None
-    kept = [lesson.kept for lesson in lessons if isinstance(lesson, KeptLesson)]
-    return next((LowViews(targets) for targets in kept if targets.has_low), None)
+    caches = [lesson.cache for lesson in lessons if isinstance(lesson, CachedFeatures)]
+    return next((LowViews(cache) for cache in caches if cache.settings.low), None)
 
 
 def reading_processes(loader: LoaderSettings, device: torch.device) -> int:
