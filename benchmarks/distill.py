@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ from xmag.distill import (
     load_teacher,
     plan_slides,
 )
-from xmag.distill.run import on_device
-from xmag.distill.trainer import Session, Split, Stopwatch, reading_processes, reading_threads
+from xmag.distill.run import on_device, prepare
+from xmag.distill.trainer import Trainer, ViewLoader
 from xmag.encoder import Encoder
 from xmag.geometry import TileSpec
 from xmag.hub.registry import KNOWN, ModelConfig
@@ -88,8 +89,8 @@ def main() -> None:
             SlideRegions(
                 manifest,
                 folder,
-                threads=reading_threads(loader, device),
-                processes=reading_processes(loader, device),
+                threads=loader.threads_on(device),
+                processes=loader.processes_on(device),
             )
         )
         rows = measured(args, ranks, source, manifest, Path(folder))
@@ -120,9 +121,9 @@ def measured(
     most = {"features": "the teacher alone", "tiles/s": alone * ranks.world}
     rows: list[dict[str, Any]] = [dict.fromkeys(columns, "") | most]
 
-    def add(name: str, lesson: TeacherFeatures, steps: int) -> None:
-        session = new_session(args, ranks, source, lesson)
-        rows.append({"features": name, **timed(session, steps, args.batch * ranks.world)})
+    def add(name: str, features: TeacherFeatures, steps: int) -> None:
+        data, trainer = prepared(args, ranks, source, features)
+        rows.append({"features": name, **timed(data, trainer, steps)})
 
     add("online", OnlineFeatures(teacher=teacher), args.steps)
     if ranks.world > 1:
@@ -167,22 +168,17 @@ def teacher_alone(teacher: Teacher, device: torch.device, *, tiles: int) -> floa
     return repeats * tiles / (time.perf_counter() - start)
 
 
-def new_session(
-    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, lesson: TeacherFeatures
-) -> Session:
+def prepared(
+    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, features: TeacherFeatures
+) -> tuple[ViewLoader, Trainer]:
     student = TINY if args.student == "tiny" else args.student
     settings = Settings(
         train=TrainSettings(epochs=1000, batch=args.batch * ranks.world),
         loader=loader_of(args),
     )
-    return Session(
-        source,
-        [lesson],
-        fresh_student(student),
-        split=Split.of(len(source), ()),
-        settings=settings,
-        ranks=ranks,
-        device=ranks.device(),
+    regions = np.arange(len(source))
+    return prepare(
+        source, features, fresh_student(student), regions, settings=settings, ranks=ranks
     )
 
 
@@ -190,10 +186,15 @@ def loader_of(args: argparse.Namespace) -> LoaderSettings:
     return LoaderSettings(processes=args.processes)
 
 
-def timed(session: Session, steps: int, batch: int) -> dict[str, Any]:
+def timed(data: ViewLoader, trainer: Trainer, steps: int) -> dict[str, Any]:
     """Rates and shares of some steps, after two that are not timed."""
-    watch, device = Stopwatch(session.device), session.device
-    run = session.steps(0, 2 + steps + profiled_steps(steps), watch=watch)
+    watch, device, train = trainer.watch, trainer.device, trainer.settings.train
+    last = 2 + steps + profiled_steps(steps)
+    batches = data.batches(0, last, watch)
+    run = (
+        trainer.optimize(islice(batches, data.count), number=number, count=data.count)
+        for number in range(last)
+    )
     take(run, 2)
     watch.seconds()
     synchronise(device)
@@ -203,11 +204,10 @@ def timed(session: Session, steps: int, batch: int) -> dict[str, Any]:
     wall = time.perf_counter() - start
     parts = watch.seconds()
     busy = gpu_busy(run, profiled_steps(steps), device)
-    regions = steps * batch
-    views = session.settings.train.views
+    regions = steps * train.batch
     row: dict[str, Any] = {
         "regions/s": regions / wall,
-        "tiles/s": regions * views * TILES / wall,
+        "tiles/s": regions * train.views * TILES / wall,
         "ms a step": 1e3 * wall / steps,
         "GPU busy": "" if busy is None else f"{busy:.0%}",
         "waiting": f"{parts['waiting for regions'] / wall:.0%}",

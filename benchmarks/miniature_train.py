@@ -130,7 +130,7 @@ def train(
     for step, rows in enumerate(order(len(regions.target), recipe.batch, task.steps, task.seed)):
         if step % _LOOK_EVERY == 0 and time.time() > deadline:
             return None
-        trainer.step([regions.views(rows, step, task.seed)], number=step, count=1)
+        trainer.optimize([regions.views(rows, step, task.seed)], number=step, count=1)
     average = trainer.ema.module
     assert isinstance(average, Student)
     return average.eval()

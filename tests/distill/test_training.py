@@ -114,7 +114,7 @@ def test_the_model_is_the_average_of_the_student(tmp_path: Path) -> None:
     state = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
     for name, tensor in weights(tmp_path).items():
         assert torch.equal(tensor, state[f"ema.vit.{name}"])
-        assert not torch.equal(tensor, state[f"student.vit.{name}"])
+        assert not torch.equal(tensor, state[f"module.vit.{name}"])
 
 
 def test_the_caller_keeps_its_random_numbers(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_several_teachers_have_heads_and_metrics_of_their_own(tmp_path: Path) ->
     summary = run(tmp_path, teachers=teachers)
     assert {name.rpartition("/")[2] for name in summary.validation} == {"a", "b"}
     state = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
-    assert state["student.global_heads.1.last.weight"].shape == (10, 10)
+    assert state["module.global_heads.1.last.weight"].shape == (10, 10)
 
 
 def test_without_regions_held_out_nothing_is_validated(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from xmag.distill.settings import (
     read_config,
 )
 from xmag.distill.student import StudentStart, fresh_student, pretrained_student
-from xmag.distill.summary import Needs, Summary
+from xmag.distill.summary import Estimate, Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
 from xmag.distill.views import Augmentation
 
@@ -52,12 +52,12 @@ __all__ = [
     "CachedFeatures",
     "Card",
     "DistillConfig",
+    "Estimate",
     "FeatureCache",
     "LoaderSettings",
     "LogSettings",
     "LossSettings",
     "Manifest",
-    "Needs",
     "OnlineFeatures",
     "RegionSource",
     "Settings",

@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
+
 from xmag import records
+from xmag.cores import usable_cores
 from xmag.distill.export import Card
 from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.vit import ViTConfig
 
+_MOST_CORES = 16
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _NO_AUGMENTED = (
     "cached features of unaugmented regions did as well with a fraction of the disk; expected"
@@ -152,6 +156,21 @@ class LoaderSettings:
         require("threads", threads is None or threads > 0, "a positive number")
         require("processes", (processes or 0) >= 0, "a number from 0 on")
         require("prefetch", self.prefetch > 0, "a positive number of batches")
+
+    def processes_on(self, device: torch.device) -> int:
+        """The number of decoding child processes of a rank that trains on `device`."""
+        if self.processes is not None:
+            return self.processes
+        return _cores_of_a_rank() if device.type == "cuda" and os.name == "posix" else 0
+
+    def threads_on(self, device: torch.device) -> int:
+        """The number of threads of a rank: enough to keep all of its processes busy."""
+        return self.threads or max(_cores_of_a_rank(), self.processes_on(device))
+
+
+def _cores_of_a_rank() -> int:
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_CORES, usable_cores() // sharing))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a step is taken on: the order of regions, and cached features against asked ones."""
+"""The micro-batches of a step: the order of regions, and cached features against online ones."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from xmag.distill.cache import (
     CachedFeatures,
     CacheSettings,
     FeatureCache,
-    LowViews,
     OnlineFeatures,
     TeacherFeatures,
     cache_features,
     check_teachers,
 )
-from xmag.distill.dataset import RegionLoader, RegionSampler, share
+from xmag.distill.dataset import RegionSampler, share
 from xmag.distill.regions import Manifest, plan_images
-from xmag.distill.settings import TrainSettings
-from xmag.distill.trainer import Curriculum, Stopwatch, Views
+from xmag.distill.settings import Settings, TrainSettings
+from xmag.distill.trainer import Stopwatch, ViewLoader, Views
 from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.geometry import TileSpec
+from xmag.training import Ranks
 
 CPU = torch.device("cpu")
 PLACES = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
@@ -96,17 +96,23 @@ def kept(
     return cache_features(folder, source, manifest, teacher, settings=settings, progress=False)
 
 
+def loader_of(
+    *teachers: TeacherFeatures, source: ArraySource, augmentation: Augmentation
+) -> ViewLoader:
+    settings = Settings(augment=augmentation, train=TrainSettings(batch=3, views=2, seed=5))
+    return ViewLoader(
+        source, teachers, TileSpec(), training=np.arange(3), settings=settings, ranks=Ranks(),
+        device=CPU,
+    )  # fmt: skip
+
+
 def views_of(
-    teacher: TeacherFeatures,
-    pixels: np.ndarray,
-    augmentation: Augmentation,
-    epoch: int = 0,
-    seed: int = 5,
+    teacher: TeacherFeatures, pixels: np.ndarray, augmentation: Augmentation, epoch: int = 0
 ) -> Views:
-    curriculum = Curriculum([teacher], augmentation=augmentation, seed=seed, views=2, device=CPU)
-    loader = RegionLoader(ArraySource(pixels), side=896, threads=1, ahead=1, device=CPU)
-    batch = next(loader.read([(np.arange(3), np.full(3, epoch))]))
-    return curriculum.views(batch, Stopwatch(CPU))
+    """The views of all regions in an epoch, which is a step."""
+    loader = loader_of(teacher, source=ArraySource(pixels), augmentation=augmentation)
+    (views,) = loader.batches(epoch, epoch + 1, Stopwatch(CPU))
+    return views
 
 
 def test_cached_features_follow_the_flips_and_turns_of_their_tiles(
@@ -128,12 +134,9 @@ def test_kept_low_views_spare_the_slides(
     with kept(tmp_path, pixels, manifest, low=True) as cache:
         teacher = CachedFeatures(cache=cache)
         expected = views_of(teacher, pixels, Augmentation())
-        loader = RegionLoader(LowViews(cache), side=224, threads=1, ahead=1, device=CPU)
-        curriculum = Curriculum(
-            [teacher], augmentation=Augmentation(), seed=5, views=2, device=CPU, reads_low=True
-        )
-        batch = next(loader.read([(np.arange(3), np.zeros(3, np.int64))]))
-        found = curriculum.views(batch, Stopwatch(CPU))
+        nothing = ArraySource(pixels, damaged=[0, 1, 2])
+        loader = loader_of(teacher, source=nothing, augmentation=Augmentation())
+        (found,) = loader.batches(0, 1, Stopwatch(CPU))
         assert torch.equal(found.low, expected.low)
         assert torch.equal(found.targets[0], expected.targets[0])
 
@@ -147,23 +150,25 @@ def test_regions_without_features_leave_the_batch(
         whole = views_of(CachedFeatures(cache=cache), pixels, PLACES)
     with cache_features(tmp_path / "one", source, manifest, teacher, progress=False) as cache:
         found = views_of(CachedFeatures(cache=cache), pixels, PLACES)
-    assert torch.equal(found.low, whole.low[[0, 2, 3, 5]])
-    assert torch.equal(found.targets[0], whole.targets[0][[0, 2, 3, 5]])
+    order, _ = RegionSampler(np.arange(3), batch=3, seed=5).step(0)
+    rows = [row for row, region in enumerate([*order, *order]) if region != 1]
+    assert len(rows) == 4
+    assert torch.equal(found.low, whole.low[rows])
+    assert torch.equal(found.targets[0], whole.targets[0][rows])
 
 
 def test_a_batch_of_damaged_regions_is_empty(
     tmp_path: Path, pixels: np.ndarray, manifest: Manifest
 ) -> None:
     damaged = ArraySource(pixels, damaged=[0, 1, 2])
-    loader = RegionLoader(damaged, side=896, threads=1, ahead=1, device=CPU)
     with kept(tmp_path, pixels, manifest) as cache:
         teachers = [
-            OnlineFeatures(teacher=RandomTeacher(size_px=224)),
+            OnlineFeatures(teacher=RandomTeacher(size_px=224, name="online")),
             CachedFeatures(cache=cache),
         ]
-        curriculum = Curriculum(teachers, augmentation=Augmentation(), seed=5, views=2, device=CPU)
-        batch = next(loader.read([(np.arange(3), np.zeros(3, np.int64))]))
-        found = curriculum.views(batch, Stopwatch(CPU))
+        loader = loader_of(*teachers, source=damaged, augmentation=Augmentation())
+        (found,) = loader.batches(0, 1, Stopwatch(CPU))
+    assert loader.count_damaged() == 3
     assert found.low.shape == (0, 224, 224, 3)
     assert [target.shape for target in found.targets] == [(0, 16, 24)] * 2
 
