@@ -18,8 +18,8 @@ from xmag.distill.losses import BLOCKS
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
-from xmag.distill.views import augment, draw, map_tokens
 from xmag.training import Ranks
+from xmag.training.augmentation import augment, draw, map_tokens
 
 LEVELS = {"global + local": (1.0, 0.5), "global only": (1.0, 0.0), "local only": (0.0, 0.5)}
 """The weights of the two levels of the loss in each variant."""

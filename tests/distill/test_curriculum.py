@@ -22,9 +22,9 @@ from xmag.distill.dataset import RegionLoader, RegionSampler, share
 from xmag.distill.regions import Manifest, plan_images
 from xmag.distill.settings import TrainSettings
 from xmag.distill.trainer import Curriculum, Stopwatch, Views
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.geometry import TileSpec
+from xmag.training.augmentation import Augmentation
 
 CPU = torch.device("cpu")
 PLACES = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)

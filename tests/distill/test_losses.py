@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from xmag.distill.losses import DISTANCES, block_means, global_loss, local_loss
-from xmag.distill.views import augment, draw, low_view, map_tokens, teacher_tiles
+from xmag.distill.views import low_view, teacher_tiles
 from xmag.errors import InputError
+from xmag.training.augmentation import augment, draw, map_tokens
 
 
 def vectors(*shape: int, seed: int) -> Tensor:

@@ -32,8 +32,8 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
+from xmag.training.augmentation import Augmentation
 
 
 def quick(

@@ -40,7 +40,7 @@ from xmag.distill.settings import (
 from xmag.distill.student import StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Needs, Summary
 from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
-from xmag.distill.views import Augmentation
+from xmag.training.augmentation import Augmentation
 
 # The names of version 1.
 Lesson, OnlineLesson, KeptLesson = TeacherFeatures, OnlineFeatures, CachedFeatures

@@ -25,7 +25,7 @@ from xmag.devices import resolve_device
 from xmag.distill.dataset import Numbers, RegionBatch, RegionLoader, RegionSource, SlideRegions
 from xmag.distill.regions import Manifest
 from xmag.distill.teachers import Teacher
-from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, Draws, low_view, map_tokens, teacher_tiles
+from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError
 from xmag.files import atomic_path, make_folder, write_text
 from xmag.geometry import TileSpec
@@ -33,6 +33,7 @@ from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
 from xmag.training import Ranks
+from xmag.training.augmentation import Draws, map_tokens
 
 DONE = "targets.json"
 TILES = SIDE * SIDE

@@ -52,12 +52,13 @@ from xmag.distill.trainer import (
     save_checkpoint,
     validate,
 )
-from xmag.distill.views import SIDE, Draws, teacher_tiles
+from xmag.distill.views import SIDE, teacher_tiles
 from xmag.errors import MismatchError, ModelError
 from xmag.files import make_folder
 from xmag.geometry import TileSpec
 from xmag.progress import progress_bar
 from xmag.training import Ranks, joined_ranks
+from xmag.training.augmentation import Draws
 
 _logger = logging.getLogger(__name__)
 

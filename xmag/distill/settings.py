@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from xmag import records
 from xmag.distill.export import Card
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.training import warmup_cosine
+from xmag.training.augmentation import Augmentation
 from xmag.vit import ViTConfig
 
 PAPER_GPUS = 24

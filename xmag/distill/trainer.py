@@ -39,10 +39,11 @@ from xmag.distill.dataset import (
 from xmag.distill.losses import BLOCKS, global_distances, local_distances, summed
 from xmag.distill.settings import LoaderSettings, LossSettings, Settings, rate_factor
 from xmag.distill.student import Projection, Student, StudentStart
-from xmag.distill.views import NONE, SIDE, Augmentation, augment, draw, low_view
+from xmag.distill.views import SIDE, low_view
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.hub.weights import write_tensors
 from xmag.training import Ema, Ranks
+from xmag.training.augmentation import NONE, Augmentation, augment, draw
 
 
 class Stopwatch:
