@@ -13,14 +13,12 @@ from xmag.distill.cache import (
     CacheSettings,
     FeatureCache,
     LowViews,
-    OnlineFeatures,
-    TeacherFeatures,
     cache_features,
-    check_teachers,
 )
 from xmag.distill.dataset import RegionLoader, RegionSampler, share
 from xmag.distill.regions import Manifest, plan_images
 from xmag.distill.settings import TrainSettings
+from xmag.distill.teachers import OnlineFeatures, TeacherFeatures, check_teachers
 from xmag.distill.trainer import Curriculum, Stopwatch, Views
 from xmag.errors import InputError
 from xmag.geometry import TileSpec

@@ -14,13 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag.distill.cache import (
-    CachedFeatures,
-    CacheSettings,
-    OnlineFeatures,
-    TeacherFeatures,
-    cache_features,
-)
+from xmag.distill.cache import CachedFeatures, CacheSettings, cache_features
 from xmag.distill.dataset import RegionSource, SlideRegions
 from xmag.distill.export import Card, export_student
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
@@ -35,7 +29,7 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import Student, StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import TRAINING, VALIDATION, Needs, RunRecord, Summary, check_tensorboard
-from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
+from xmag.distill.teachers import OnlineFeatures, Teacher, TeacherFeatures, load_teacher
 from xmag.distill.trainer import (
     Checkpoint,
     Session,
@@ -62,8 +56,8 @@ from xmag.training.augmentation import Draws
 
 _logger = logging.getLogger(__name__)
 
-AnyTeacher = Teacher | WeightedTeacher | TeacherFeatures
-"""Accepted teachers: online ones, weighted or not, or any TeacherFeatures."""
+AnyTeacher = Teacher | TeacherFeatures
+"""Accepted teachers: of weight 1, or with a weight as OnlineFeatures or CachedFeatures."""
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
@@ -90,7 +84,7 @@ def distill(
     Args:
         source: Dataset of regions: `SlideRegions`, or anything with its `read`. Regions that
             raise DamagedSlideError are counted, and never trained on.
-        teachers: One, or several, each with heads of its own; WeightedTeacher weights one,
+        teachers: One, or several, each with heads of its own; OnlineFeatures weights one,
             and CachedFeatures takes cached ones.
         student: From `fresh_student` or `pretrained_student`; its ViT is trained in place.
         out: The folder of the run: metrics.csv, validation.csv, tensorboard/,
@@ -148,8 +142,6 @@ def lessons_of(teachers: AnyTeacher | Sequence[AnyTeacher]) -> list[TeacherFeatu
 
 
 def _lesson_of(teacher: AnyTeacher) -> TeacherFeatures:
-    if isinstance(teacher, WeightedTeacher):
-        return OnlineFeatures(teacher=teacher.teacher, weight=teacher.weight)
     return OnlineFeatures(teacher=teacher) if isinstance(teacher, Teacher) else teacher
 
 

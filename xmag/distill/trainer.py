@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from xmag import records
 from xmag.cores import usable_cores
 from xmag.devices import Float32, seeded
-from xmag.distill.cache import CachedFeatures, LowViews, TeacherFeatures, check_teachers
+from xmag.distill.cache import CachedFeatures, LowViews
 from xmag.distill.dataset import (
     RegionBatch,
     RegionLoader,
@@ -39,6 +39,7 @@ from xmag.distill.dataset import (
 from xmag.distill.losses import BLOCKS, global_distances, local_distances, summed
 from xmag.distill.settings import LoaderSettings, LossSettings, Settings, rate_factor
 from xmag.distill.student import Projection, Student, StudentStart
+from xmag.distill.teachers import TeacherFeatures, check_teachers
 from xmag.distill.views import SIDE, low_view
 from xmag.errors import InputError, MismatchError, OutputError
 from xmag.hub.weights import write_tensors
