@@ -17,8 +17,9 @@ from torch import Tensor
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
-from xmag.distill.views import SIDE, augment, draw, map_tokens
+from xmag.distill.views import SIDE
 from xmag.training import Ranks
+from xmag.training.augmentation import augment, draw, map_tokens
 
 LEVELS = {"global + local": (1.0, 0.5), "global only": (1.0, 0.0), "local only": (0.0, 0.5)}
 """The weights of the two levels of the loss in each variant."""

@@ -21,8 +21,8 @@ from xmag.distill.settings import (
     TrainSettings,
     read_config,
 )
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
+from xmag.training.augmentation import Augmentation
 from xmag.vit import ViTConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distill.toml"

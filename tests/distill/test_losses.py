@@ -16,8 +16,9 @@ from xmag.distill.losses import (
     local_loss,
 )
 from xmag.distill.settings import LossSettings
-from xmag.distill.views import augment, draw, low_view, map_tokens, teacher_tiles
+from xmag.distill.views import low_view, teacher_tiles
 from xmag.errors import InputError
+from xmag.training.augmentation import augment, draw, map_tokens
 
 
 def vectors(*shape: int, seed: int) -> Tensor:

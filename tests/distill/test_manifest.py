@@ -88,9 +88,7 @@ def test_slides_and_regions_are_counted_per_site(everything: Manifest) -> None:
             "south": {"slides": 1, "empty": 0, "regions": 5},
         },
     }
-    region = everything.region(13)
-    assert (region.source, region.x, region.y) == (2, *everything.places[13, 1:].tolist())
-    assert everything.regions[13] == region
+    assert everything.places[:, 0].tolist() == [0] * 10 + [1] * 3 + [2] * 5
 
 
 def test_sites_share_alike_and_then_their_slides(cohort: Path) -> None:

@@ -17,9 +17,10 @@ from xmag.distill import cache
 from xmag.distill.cache import CacheSettings, FeatureCache, cache_features
 from xmag.distill.regions import REGION_SPEC, Manifest, ManifestSource
 from xmag.distill.teachers import TileTeacher, load_teacher
-from xmag.distill.views import Augmentation, augment, draw, low_view, map_tokens, teacher_tiles
+from xmag.distill.views import low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError, OutputError
 from xmag.training import Ranks
+from xmag.training.augmentation import Augmentation, augment, draw, map_tokens
 
 REGIONS = 5
 LOW = CacheSettings(low=True)

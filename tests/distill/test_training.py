@@ -21,7 +21,6 @@ from support.distilling import (
 from support.models import default_dtype
 
 import xmag
-from xmag.distill.cache import OnlineFeatures
 from xmag.distill.run import distill
 from xmag.distill.settings import (
     LoaderSettings,
@@ -32,8 +31,9 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
-from xmag.distill.views import Augmentation
+from xmag.distill.teachers import OnlineFeatures
 from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
+from xmag.training.augmentation import Augmentation
 
 
 def quick(

@@ -12,19 +12,17 @@ from xmag.distill.cache import (
     CachedFeatures,
     CacheSettings,
     FeatureCache,
-    OnlineFeatures,
-    TeacherFeatures,
     cache_features,
-    check_teachers,
 )
 from xmag.distill.dataset import RegionSampler, share
 from xmag.distill.regions import Manifest, plan_images
 from xmag.distill.settings import Settings, TrainSettings
+from xmag.distill.teachers import OnlineFeatures, TeacherFeatures, check_teachers
 from xmag.distill.trainer import Stopwatch, ViewLoader, Views
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
 from xmag.geometry import TileSpec
 from xmag.training import Ranks
+from xmag.training.augmentation import Augmentation
 
 CPU = torch.device("cpu")
 PLACES = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)

@@ -19,8 +19,6 @@ from xmag.distill.cache import (
     CachedFeatures,
     CacheSettings,
     FeatureCache,
-    OnlineFeatures,
-    TeacherFeatures,
     cache_features,
 )
 from xmag.distill.dataset import RegionSource, SlideRegions
@@ -39,11 +37,12 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Estimate, Summary
-from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
-from xmag.distill.views import Augmentation
+from xmag.distill.teachers import OnlineFeatures, Teacher, TeacherFeatures, load_teacher
+from xmag.training.augmentation import Augmentation
 
 # The names of version 1.
-Lesson, OnlineLesson, KeptLesson = TeacherFeatures, OnlineFeatures, CachedFeatures
+Lesson, KeptLesson = TeacherFeatures, CachedFeatures
+OnlineLesson = WeightedTeacher = OnlineFeatures
 KeptTargets, TargetSettings, keep_targets = FeatureCache, CacheSettings, cache_features
 
 __all__ = [
@@ -67,7 +66,6 @@ __all__ = [
     "Teacher",
     "TeacherFeatures",
     "TrainSettings",
-    "WeightedTeacher",
     "block_means",
     "cache_features",
     "distill",

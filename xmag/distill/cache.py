@@ -1,4 +1,4 @@
-"""Teacher features of regions, computed online or cached in files.
+"""Cache of teacher features: computed once, kept in files, and read while training.
 
 A cache is a folder with one teacher's features of the regions of one manifest as they are, without
 augmentation: in shards that are each written whole, and `targets.json`, which is written last;
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from xmag.devices import resolve_device
 from xmag.distill.dataset import Numbers, RegionBatch, RegionLoader, RegionSource, SlideRegions
 from xmag.distill.regions import Manifest
 from xmag.distill.teachers import Teacher
-from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, Draws, low_view, map_tokens, teacher_tiles
+from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError
 from xmag.files import atomic_path, make_folder, write_text
 from xmag.geometry import TileSpec
@@ -33,6 +33,7 @@ from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
 from xmag.training import Ranks
+from xmag.training.augmentation import Draws, map_tokens
 
 DONE = "targets.json"
 TILES = SIDE * SIDE
@@ -49,164 +50,6 @@ _MOST_SHARDS = 64
 _LEAST_SHARD_REGIONS = 512
 _AHEAD = 3
 """Batches to prefetch while the teacher works on one."""
-
-
-@runtime_checkable
-class TeacherFeatures(Protocol):
-    """Protocol of teacher features for training: `OnlineFeatures`, `CachedFeatures`, or others."""
-
-    @property
-    def name(self) -> str:
-        """The teacher's name in logs and checkpoints."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Length of a feature vector."""
-        ...
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Identity of the teacher (and cache), as plain JSON values."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """Weight of the teacher's losses."""
-        ...
-
-    @property
-    def needs_pixels(self) -> bool:
-        """Whether `targets` needs the augmented high views."""
-        ...
-
-    def available(self, regions: Numbers) -> NDArray[np.bool_]:
-        """Mask of the regions that have features: bool (B,); others are left out of batches."""
-        ...
-
-    def targets(self, regions: Numbers, draws: Draws, high: Tensor | None) -> Tensor:
-        """Features of augmented regions: (B, 16, dim), float32 or float16, on any device.
-
-        `high` are the high views, augmented by `draws`, where `needs_pixels`. B may be 0.
-        """
-        ...
-
-    def check(self, student: TileSpec) -> None:
-        """Raise InputError where a student of this tile specification cannot use the features."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineFeatures:
-    """Teacher features computed online, of every augmented view; `weight` is of its losses."""
-
-    teacher: Teacher
-    weight: float = 1.0
-    needs_pixels: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """The teacher's name."""
-        return self.teacher.name
-
-    @property
-    def dim(self) -> int:
-        """Length of the teacher's feature vectors."""
-        return self.teacher.dim
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """The teacher's identity, as plain JSON values."""
-        return self.teacher.identity
-
-    def available(self, regions: Numbers) -> NDArray[np.bool_]:
-        """Mask of the regions that have features: all, bool (B,)."""
-        return np.ones(len(regions), np.bool_)
-
-    def targets(
-        self,
-        regions: Numbers,
-        draws: Draws,  # noqa: ARG002 (the high views are augmented already)
-        high: Tensor | None,
-    ) -> Tensor:
-        """Compute the features of the 16 tiles of each view in `high`: float32 (B, 16, dim)."""
-        assert high is not None
-        if not len(regions):
-            return torch.empty(0, TILES, self.dim, dtype=torch.float32, device=high.device)
-        return self.teacher.features(teacher_tiles(high)).float().view(-1, TILES, self.dim)
-
-    def check(self, student: TileSpec) -> None:
-        """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
-        seen = self.teacher.tile_spec
-        if seen.size_px != student.size_px or abs(seen.mpp * SIDE / student.mpp - 1) > 1e-6:
-            raise InputError(
-                f"the teacher {self.name} sees {seen.size_px} px at {seen.mpp:g} µm/px and the"
-                f" student {student.size_px} px at {student.mpp:g} µm/px; expected the same px at"
-                f" {SIDE} times the µm/px, so that a tile of the student is {SIDE} x {SIDE} of the"
-                " teacher's"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedFeatures:
-    """Teacher features from a cache; `weight` is of its losses.
-
-    They are flipped and turned with the student's image, but do not follow its colour jitter.
-    """
-
-    cache: "FeatureCache"
-    weight: float = 1.0
-    needs_pixels: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        """The teacher's name."""
-        return str(self.cache.provenance.fingerprint["teacher"]["name"])
-
-    @property
-    def dim(self) -> int:
-        """Length of the teacher's feature vectors."""
-        return self.cache.dim
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Identity of the teacher, and settings of the cache, as plain JSON values."""
-        found = self.cache.provenance.to_dict()["fingerprint"]
-        return {**found["teacher"], "kept": found["kept"]}
-
-    def available(self, regions: Numbers) -> NDArray[np.bool_]:
-        """Mask of the regions that were not damaged when features were computed: bool (B,)."""
-        return np.asarray(self.cache.good[regions])
-
-    def targets(
-        self,
-        regions: Numbers,
-        draws: Draws,
-        high: Tensor | None,  # noqa: ARG002 (its features are computed)
-    ) -> Tensor:
-        """Cached features, flipped and turned by `draws`: float16 (B, 16, dim), on the CPU."""
-        grid = self.cache.features(regions).view(len(regions), SIDE, SIDE, self.dim)
-        return map_tokens(grid, draws).flatten(1, 2)
-
-    def check(self, student: TileSpec) -> None:
-        """Raise InputError where the student's tiles are not the low views of regions."""
-        if (student.size_px, student.mpp) != (LOW_PX, LOW_MPP):
-            raise InputError(
-                f"the student's tiles are {student.size_px} px at {student.mpp:g} µm/px, and the"
-                f" cached features of {self.name} go with {LOW_PX} px at {LOW_MPP:g} µm/px;"
-                " expected a student of such tiles"
-            )
-
-
-def check_teachers(teachers: Sequence[TeacherFeatures], student: TileSpec) -> None:
-    """Raise InputError where teachers share a name, or do not fit the student's tiles."""
-    names = [teacher.name for teacher in teachers]
-    if not names or len(set(names)) < len(names):
-        raise InputError(
-            f"the teachers are {names}; expected at least one, and a name of its own for each"
-        )
-    for teacher in teachers:
-        teacher.check(student)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +208,57 @@ class LowViews:
                 f"of regions {list(indices)} some were damaged when the features were cached"
             )
         return self._cache.low(indices).numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedFeatures:
+    """Teacher features from a cache; `weight` is of its losses.
+
+    They are flipped and turned with the student's image, but do not follow its colour jitter.
+    """
+
+    cache: FeatureCache
+    weight: float = 1.0
+    needs_pixels: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The teacher's name."""
+        return str(self.cache.provenance.fingerprint["teacher"]["name"])
+
+    @property
+    def dim(self) -> int:
+        """Length of the teacher's feature vectors."""
+        return self.cache.dim
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Identity of the teacher, and settings of the cache, as plain JSON values."""
+        found = self.cache.provenance.to_dict()["fingerprint"]
+        return {**found["teacher"], "kept": found["kept"]}
+
+    def available(self, regions: Numbers) -> NDArray[np.bool_]:
+        """Mask of the regions that were not damaged when features were computed: bool (B,)."""
+        return np.asarray(self.cache.good[regions])
+
+    def targets(
+        self,
+        regions: Numbers,
+        draws: Draws,
+        high: Tensor | None,  # noqa: ARG002 (its features are computed)
+    ) -> Tensor:
+        """Cached features, flipped and turned by `draws`: float16 (B, 16, dim), on the CPU."""
+        grid = self.cache.features(regions).view(len(regions), SIDE, SIDE, self.dim)
+        return map_tokens(grid, draws).flatten(1, 2)
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where the student's tiles are not the low views of regions."""
+        if (student.size_px, student.mpp) != (LOW_PX, LOW_MPP):
+            raise InputError(
+                f"the student's tiles are {student.size_px} px at {student.mpp:g} µm/px, and the"
+                f" cached features of {self.name} go with {LOW_PX} px at {LOW_MPP:g} µm/px;"
+                " expected a student of such tiles"
+            )
 
 
 def cache_features(

@@ -16,28 +16,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xmag.devices import Float32, seeded
-from xmag.distill.cache import (
-    CachedFeatures,
-    CacheSettings,
-    OnlineFeatures,
-    TeacherFeatures,
-    cache_features,
-)
+from xmag.distill.cache import CachedFeatures, CacheSettings, cache_features
 from xmag.distill.dataset import Numbers, RegionSource, SlideRegions
 from xmag.distill.export import Card, export_student
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
 from xmag.distill.settings import DistillConfig, Settings, StudentConfig, TeacherConfig, read_config
 from xmag.distill.student import Student, StudentStart, fresh_student, pretrained_student
 from xmag.distill.summary import Estimate, Summary, check_tensorboard
-from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
+from xmag.distill.teachers import OnlineFeatures, Teacher, TeacherFeatures, load_teacher
 from xmag.distill.trainer import Trainer, ViewLoader
-from xmag.distill.views import SIDE, Draws, teacher_tiles
+from xmag.distill.views import SIDE, teacher_tiles
 from xmag.errors import InputError, MismatchError
 from xmag.files import make_folder
 from xmag.training import Ranks, joined_ranks
+from xmag.training.augmentation import Draws
 
-AnyTeacher = Teacher | WeightedTeacher | TeacherFeatures
-"""Accepted teachers: models, weighted or not, or features from anywhere."""
+AnyTeacher = Teacher | TeacherFeatures
+"""Accepted teachers: models, or features of them, online or cached, with a weight."""
 
 MANIFEST, MODEL, TARGETS = "manifest.json", "model", "targets"
 
@@ -63,7 +58,7 @@ def distill(
     Args:
         source: Dataset of regions: `SlideRegions`, or anything with its `read`. Regions that
             raise DamagedSlideError are counted, and never trained on.
-        teachers: One, or several, each with heads of its own; WeightedTeacher weights one,
+        teachers: One, or several, each with heads of its own; OnlineFeatures weights one,
             and CachedFeatures takes features from a cache.
         student: From `fresh_student` or `pretrained_student`; its ViT is trained in place.
         out: The folder of the run: metrics.csv, validation.csv, tensorboard/,
@@ -187,8 +182,6 @@ def prepare(
 
 
 def _features(teacher: AnyTeacher) -> TeacherFeatures:
-    if isinstance(teacher, WeightedTeacher):
-        return OnlineFeatures(teacher=teacher.teacher, weight=teacher.weight)
     return OnlineFeatures(teacher=teacher) if isinstance(teacher, Teacher) else teacher
 
 

@@ -13,8 +13,8 @@ import torch
 from xmag import records
 from xmag.cores import usable_cores
 from xmag.distill.export import Card
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
+from xmag.training import Augmentation
 from xmag.vit import ViTConfig
 
 _MOST_CORES = 16

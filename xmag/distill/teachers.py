@@ -1,27 +1,31 @@
 """Teacher models: features of tiles at 0.5 µm/px, for a student to learn.
 
-`load_teacher` makes one from a name, an Encoder, or any function from tiles to features.
+`load_teacher` makes a `Teacher` from a name, an Encoder, or any function from tiles to features.
+Training asks `TeacherFeatures` for those of augmented regions: computed online here, or cached.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xmag.devices import resolve_device, resolve_dtype
-from xmag.distill.views import HIGH_MPP, TILE_PX
+from xmag.distill.views import HIGH_MPP, SIDE, TILE_PX, teacher_tiles
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, MissingExtraError, ModelError
 from xmag.geometry import TileSpec
 from xmag.hub.registry import ModelConfig
 from xmag.provenance import dtype_class
+from xmag.training.augmentation import Draws
 from xmag.vit import ViTConfig
 
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
@@ -62,20 +66,6 @@ class Teacher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedTeacher:
-    """Teacher with the weight of its losses; each has heads of its own."""
-
-    teacher: Teacher
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise InputError(
-                f"the weight of {self.teacher.name} is {self.weight!r}; expected a positive number"
-            )
-
-
 class TileTeacher:
     """Teacher from a function of tiles; checks shape and finiteness of its features."""
 
@@ -108,14 +98,13 @@ class TileTeacher:
                 f"tiles are {tiles.dtype} {tuple(tiles.shape)}; {self.name} expects uint8"
                 f" (M, {size}, {size}, 3)"
             )
-        result = torch.empty((len(tiles), self.dim), dtype=torch.float32, device=tiles.device)
-        for part, into in zip(
-            torch.split(tiles, _BATCH_TILES), torch.split(result, _BATCH_TILES), strict=True
-        ):
-            if len(part):
-                into.copy_(self._of(part))
-        if not torch.isfinite(result).all():
-            row = int(torch.isfinite(result).all(1).int().argmin())
+        result = tiles.new_empty((len(tiles), self.dim), dtype=torch.float32)
+        for first in range(0, len(tiles), _BATCH_TILES):
+            part = slice(first, first + _BATCH_TILES)
+            result[part] = self._of(tiles[part])
+        finite = torch.isfinite(result).all(1)
+        if not finite.all():
+            row = int(finite.int().argmin())
             raise ModelError(
                 f"{self.name} gave features that are not finite (first for tile {row} of"
                 f' {len(tiles)}); load it with dtype="float32", and check its weights'
@@ -131,6 +120,119 @@ class TileTeacher:
                 f" expected floating point ({len(tiles)}, {self.dim})"
             )
         return found
+
+
+@runtime_checkable
+class TeacherFeatures(Protocol):
+    """Protocol of teacher features for training: `OnlineFeatures`, `CachedFeatures`, or others."""
+
+    @property
+    def name(self) -> str:
+        """The teacher's name in logs and checkpoints."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Identity of the teacher (and cache), as plain JSON values."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Weight of the teacher's losses."""
+        ...
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether `targets` needs the augmented high views."""
+        ...
+
+    def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Mask of the regions that have features: bool (B,); others are left out of batches."""
+        ...
+
+    def targets(self, regions: NDArray[np.int64], draws: Draws, high: Tensor | None) -> Tensor:
+        """Features of augmented regions: (B, 16, dim), float32 or float16, on any device.
+
+        `high` are the high views, augmented by `draws`, where `needs_pixels`. B may be 0.
+        """
+        ...
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a student of this tile specification cannot use the features."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnlineFeatures:
+    """Teacher features computed online, of every augmented view; `weight` is of its losses."""
+
+    teacher: Teacher
+    weight: float = 1.0
+    needs_pixels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise InputError(
+                f"the weight of {self.name} is {self.weight!r}; expected a positive number"
+            )
+
+    @property
+    def name(self) -> str:
+        """The teacher's name."""
+        return self.teacher.name
+
+    @property
+    def dim(self) -> int:
+        """Length of the teacher's feature vectors."""
+        return self.teacher.dim
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The teacher's identity, as plain JSON values."""
+        return self.teacher.identity
+
+    def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Mask of the regions that have features: all, bool (B,)."""
+        return np.ones(len(regions), np.bool_)
+
+    def targets(
+        self,
+        regions: NDArray[np.int64],
+        draws: Draws,  # noqa: ARG002 (the high views are augmented already)
+        high: Tensor | None,
+    ) -> Tensor:
+        """Compute the features of the 16 tiles of each view in `high`: float32 (B, 16, dim)."""
+        assert high is not None
+        if not len(regions):
+            return torch.empty(0, SIDE**2, self.dim, dtype=torch.float32, device=high.device)
+        return self.teacher.features(teacher_tiles(high)).float().view(-1, SIDE**2, self.dim)
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
+        seen = self.teacher.tile_spec
+        if seen.size_px != student.size_px or abs(seen.mpp * SIDE / student.mpp - 1) > 1e-6:
+            raise InputError(
+                f"the teacher {self.name} sees {seen.size_px} px at {seen.mpp:g} µm/px and the"
+                f" student {student.size_px} px at {student.mpp:g} µm/px; expected the same px at"
+                f" {SIDE} times the µm/px, so that a tile of the student is {SIDE} x {SIDE} of the"
+                " teacher's"
+            )
+
+
+def check_teachers(teachers: Sequence[TeacherFeatures], student: TileSpec) -> None:
+    """Raise InputError where teachers share a name, or do not fit the student's tiles."""
+    names = [teacher.name for teacher in teachers]
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"the teachers are {names}; expected at least one, and a name of its own for each"
+        )
+    for teacher in teachers:
+        teacher.check(student)
 
 
 def load_teacher(

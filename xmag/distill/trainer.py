@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xmag import records
-from xmag.distill.cache import CachedFeatures, LowViews, TeacherFeatures, check_teachers
+from xmag.distill.cache import CachedFeatures, LowViews
 from xmag.distill.dataset import (
     Numbers,
     RegionBatch,
@@ -31,11 +31,13 @@ from xmag.distill.losses import Objective, summed
 from xmag.distill.settings import Settings
 from xmag.distill.student import Student
 from xmag.distill.summary import TRAINING, VALIDATION, MetricsLogger
-from xmag.distill.views import NONE, SIDE, augment, draw, low_view
+from xmag.distill.teachers import TeacherFeatures, check_teachers
+from xmag.distill.views import SIDE, low_view
 from xmag.errors import InputError, ModelError
 from xmag.files import make_folder
 from xmag.geometry import TileSpec
 from xmag.training import Checkpoint, Ema, Loop, Progress, Ranks, Schedule
+from xmag.training.augmentation import NONE, augment, draw
 from xmag.training.checkpoint import require_shared, tensors_of
 
 _logger = logging.getLogger(__name__)
