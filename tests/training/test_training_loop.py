@@ -185,10 +185,9 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path: Pat
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    alone, cpu = Ranks(), torch.device("cpu")
-    require_shared(tmp_path / "run.safetensors", 3, alone, cpu)
+    require_shared(tmp_path / "run.safetensors", 3, Ranks())
     with pytest.raises(OutputError, match=r"no folder .*nowhere.*create it first"):
-        require_shared(tmp_path / "nowhere" / "run.safetensors", 3, alone, cpu)
+        require_shared(tmp_path / "nowhere" / "run.safetensors", 3, Ranks())
 
 
 def test_work_is_done_again_in_halves_until_it_fits() -> None:
