@@ -93,8 +93,6 @@ def test_features_are_what_the_teacher_says(tmp_path, manifest, teacher) -> None
         assert found.dtype == torch.float16
         assert torch.equal(found, asked_again(source, [4, 0, 3, 3]))
         assert kept.good.all()
-        everything = asked_again(source, range(REGIONS)).double()
-        torch.testing.assert_close(kept.mean(), everything.mean((0, 1)).float())
         assert kept.features([]).shape == (0, 16, 9)
     assert len(list((tmp_path / "kept").glob("features-*.npy"))) == 3
     assert sorted(p.name for p in (tmp_path / "kept").glob("targets*")) == ["targets.json"]
@@ -136,8 +134,6 @@ def test_damaged_regions_are_counted_and_never_served(tmp_path, manifest, teache
         for read in (kept.features, kept.low):
             with pytest.raises(InputError, match="region 3 is damaged"):
                 read([2, 3])
-        everything = asked_again(source, [0, 1, 2, 4]).double().mean((0, 1)).float()
-        torch.testing.assert_close(kept.mean(), everything)
     assert "region 3 (a.svs at 3000, 0) cannot be decoded" in caplog.text
     assert np.isnan(np.load(tmp_path / "features-001.npy")[1]).all()
 

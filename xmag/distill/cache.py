@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -35,9 +35,7 @@ from xmag.tiles import default_threads
 from xmag.training import Ranks
 from xmag.training.augmentation import Draws, map_tokens
 
-DONE = "targets.json"
-TILES = SIDE * SIDE
-
+_DONE = "targets.json"
 _BEGUN = "targets.begun.json"
 _FORMAT = records.Format(
     name="xmag-kept-targets",
@@ -45,6 +43,7 @@ _FORMAT = records.Format(
     writer="cache_features",
     remedy="cache the features again, in another folder",
 )
+_TILES = SIDE * SIDE
 _MOST_SHARDS = 64
 """Limit of shards in a folder: each file stays open while the cache is read."""
 _LEAST_SHARD_REGIONS = 512
@@ -70,8 +69,9 @@ class CacheSettings:
 class FeatureCache:
     """Feature cache, mapped into memory; a context manager. Made by `cache_features`.
 
-    `provenance` records manifest, teacher and settings (its fingerprint has to match), and
-    `good` marks, bool (N,), the regions that could be decoded; the features of the others are NaN.
+    `dim` is the length D of a feature, `provenance` records manifest, teacher and settings (its
+    fingerprint has to match), and `good` marks, bool (N,), the regions that could be decoded; the
+    features of the others are NaN.
 
     Args:
         folder: The folder that `cache_features` wrote.
@@ -94,23 +94,16 @@ class FeatureCache:
         settings: CacheSettings | None = None,
     ) -> None:
         self.folder = Path(folder)
-        header = _read_header(self.folder / DONE)
+        header = _read_header(self.folder / _DONE, manifest, teacher, settings)
         self.provenance: Provenance = header.provenance
-        found = self.provenance.fingerprint
-        self.settings = settings or CacheSettings(low=found["kept"]["low"])
-        identity = found["teacher"] if teacher is None else teacher.identity
-        _check_same(self.folder, _fingerprint(manifest, identity, self.settings), self.provenance)
+        self.settings = CacheSettings(low=header.provenance.fingerprint["kept"]["low"])
         self.dim = header.dim
         self.good: NDArray[np.bool_] = np.ones(header.regions, np.bool_)
         self.good[list(header.damaged)] = False
-        self._shard_regions = header.shard_regions
-        self._arrays = {
-            kind: [
-                self._mapped(kind, number, rows)
-                for number, rows in enumerate(_shards(header.regions, header.shard_regions))
-            ]
-            for kind in _layout(self.dim, self.settings)
-        }
+        self._files = _Files(
+            self.folder, header.regions, header.shard_regions, _layout(header.dim, self.settings)
+        )
+        self._arrays = {kind: self._files.read(kind) for kind in self._files.layout}
 
     def __len__(self) -> int:
         """The number of regions, including damaged ones."""
@@ -135,14 +128,6 @@ class FeatureCache:
             )
         return self._rows("low", regions)
 
-    def mean(self) -> Tensor:
-        """Mean feature of all tiles of undamaged regions: float32 (D,)."""
-        total, count = np.zeros(self.dim), max(int(self.good.sum()) * TILES, 1)
-        for features, rows in zip(self._arrays["features"], self._shards(), strict=True):
-            for at in np.flatnonzero(self.good[rows.start : rows.stop]).tolist():
-                total += features[at].sum((0, 1), dtype=np.float64)
-        return torch.from_numpy((total / count).astype(np.float32))
-
     def close(self) -> None:
         """Close the memory maps. Closing twice is fine."""
         self._arrays = {}
@@ -152,9 +137,6 @@ class FeatureCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _shards(self) -> list[range]:
-        return _shards(len(self), self._shard_regions)
 
     def _rows(self, kind: str, regions: Sequence[int] | Numbers) -> Tensor:
         """Rows of the arrays of all shards, copied."""
@@ -171,25 +153,13 @@ class FeatureCache:
                 f"region {numbers[~self.good[numbers]][0]} is damaged and has no features; leave it"
                 " out: `good` marks those that have"
             )
-        shape, kind_of_number = _layout(self.dim, self.settings)[kind]
-        result = np.empty((len(numbers), *shape), kind_of_number)
-        shards, rows = np.divmod(numbers, self._shard_regions)
+        shape, dtype = self._files.layout[kind]
+        result = np.empty((len(numbers), *shape), dtype)
+        shards, rows = np.divmod(numbers, self._files.shard_regions)
         for shard in np.unique(shards).tolist():
             here = shards == shard
             result[here] = self._arrays[kind][shard][rows[here]]
         return torch.from_numpy(result)
-
-    def _mapped(self, kind: str, number: int, rows: range) -> NDArray[Any]:
-        path = self.folder / _shard_name(kind, number)
-        shape, kind_of_number = _layout(self.dim, self.settings)[kind]
-        array = _mapped(path)
-        if array is None or array.shape != (len(rows), *shape) or array.dtype != kind_of_number:
-            seen = "not there" if array is None else f"{array.dtype} {array.shape}"
-            raise InputError(
-                f"{path.name} of the cache is {seen}; expected {np.dtype(kind_of_number)}"
-                f" {(len(rows), *shape)}. Delete {DONE} and cache the features again"
-            )
-        return array
 
 
 class LowViews:
@@ -210,32 +180,19 @@ class LowViews:
         return self._cache.low(indices).numpy()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CachedFeatures:
     """Teacher features from a cache; `weight` is of its losses.
 
     They are flipped and turned with the student's image, but do not follow its colour jitter.
     """
 
-    cache: FeatureCache
-    weight: float = 1.0
-    needs_pixels: ClassVar[bool] = False
+    needs_pixels = False
 
-    @property
-    def name(self) -> str:
-        """The teacher's name."""
-        return str(self.cache.provenance.fingerprint["teacher"]["name"])
-
-    @property
-    def dim(self) -> int:
-        """Length of the teacher's feature vectors."""
-        return self.cache.dim
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Identity of the teacher, and settings of the cache, as plain JSON values."""
-        found = self.cache.provenance.to_dict()["fingerprint"]
-        return {**found["teacher"], "kept": found["kept"]}
+    def __init__(self, cache: FeatureCache, weight: float = 1.0) -> None:
+        fingerprint = cache.provenance.to_dict()["fingerprint"]
+        self.cache, self.weight, self.dim = cache, weight, cache.dim
+        self.name = str(fingerprint["teacher"]["name"])
+        self.identity: Mapping[str, Any] = {**fingerprint["teacher"], "kept": fingerprint["kept"]}
 
     def available(self, regions: Numbers) -> NDArray[np.bool_]:
         """Mask of the regions that were not damaged when features were computed: bool (B,)."""
@@ -299,34 +256,17 @@ def cache_features(
             f"the source has {len(source)} regions, the manifest {len(manifest)}, and"
             f" batch_regions is {batch_regions}; expected the same number, and at least 1"
         )
-    folder, ranks = Path(folder), ranks or Ranks()
-    settings = settings or CacheSettings()
-    if not (folder / DONE).is_file():
+    folder, settings = Path(folder), settings or CacheSettings()
+    if not (folder / _DONE).is_file():
         place = resolve_device(device)
         writer = _Writer(folder, source, manifest, teacher, settings, place, batch_regions)
-        shard_regions = writer.begun(ranks)
-        shards = list(enumerate(_shards(len(manifest), shard_regions)))
-        missing = [
-            (number, rows)
-            for number, rows in shards[ranks.rank :: ranks.world]
-            if not writer.is_whole(number, rows)
-        ]
-        total = sum(len(rows) for _, rows in missing)
-        shown = progress if ranks.leads else False
-        with progress_bar(shown, total=total, desc=teacher.name, unit="region") as bar:
-            for number, rows in missing:
-                for done in writer.write_shard(number, rows):
-                    bar.update(done)
-        ranks.wait()
-        if ranks.leads:
-            writer.finish(shard_regions)
-        ranks.wait()
+        writer.write(ranks or Ranks(), progress)
     return FeatureCache(folder, manifest=manifest, teacher=teacher, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """Writer of a feature cache."""
+    """Writer of a feature cache: the arguments of `cache_features`."""
 
     folder: Path
     source: RegionSource
@@ -336,48 +276,56 @@ class _Writer:
     device: torch.device
     batch_regions: int
 
-    def begun(self, ranks: Ranks) -> int:
-        """Start or resume the folder; returns its regions per shard."""
-        path = self.folder / _BEGUN
-        if ranks.leads and not path.is_file():
+    def write(self, ranks: Ranks, progress: bool | None) -> None:
+        """Start or resume the folder, write this rank's shards, and finish it on rank 0."""
+        begun = self.folder / _BEGUN
+        if ranks.leads and not begun.is_file():
             make_folder(self.folder)
             size = max(_LEAST_SHARD_REGIONS, -(-len(self.manifest) // _MOST_SHARDS))
-            self._write_header(path, size)
+            self._write_header(begun, size)
         ranks.wait()
-        header = _read_header(path)
-        _check_same(self.folder, self._fingerprint(), header.provenance)
-        return header.shard_regions
-
-    def is_whole(self, number: int, rows: range) -> bool:
-        """Whether a shard is complete: all its files there, and of the expected shape."""
-        features = _mapped(self.folder / _shard_name("features", number))
-        if features is None or features.shape != (len(rows), 1, TILES, self.teacher.dim):
-            return False
-        return not self.settings.low or (self.folder / _shard_name("low", number)).is_file()
-
-    def write_shard(self, number: int, rows: range) -> Iterator[int]:
-        """Write a shard; yields the number of regions of each batch done, for progress."""
+        header = _read_header(begun, self.manifest, self.teacher, self.settings)
         layout = _layout(self.teacher.dim, self.settings)
-        numbers = np.arange(rows.start, rows.stop)
-        parts = [
-            numbers[at : at + self.batch_regions]
-            for at in range(0, len(numbers), self.batch_regions)
+        files = _Files(self.folder, header.regions, header.shard_regions, layout)
+        missing = [
+            number
+            for number in range(ranks.rank, len(files.shards()), ranks.world)
+            if any(files.mapped(kind, number) is None for kind in layout)
         ]
+        total = sum(len(files.shards()[number]) for number in missing)
+        shown = progress if ranks.leads else False
+        with progress_bar(shown, total=total, desc=self.teacher.name, unit="region") as bar:
+            for number in missing:
+                for done in self._write_shard(files, number):
+                    bar.update(done)
+        ranks.wait()
+        if ranks.leads:
+            parts = [np.isnan(features[:, 0, 0, 0]) for features in files.read("features")]
+            damaged = np.flatnonzero(np.concatenate(parts)) if parts else ()
+            self._write_header(self.folder / _DONE, files.shard_regions, [int(n) for n in damaged])
+            begun.unlink()
+        ranks.wait()
+
+    def _write_shard(self, files: "_Files", number: int) -> Iterator[int]:
+        """Write a shard; yields the number of regions of each batch done, for progress."""
+        rows = files.shards()[number]
+        numbers = np.arange(rows.start, rows.stop)
+        parts = np.split(numbers, range(self.batch_regions, len(numbers), self.batch_regions))
         with ExitStack() as stack:
-            files: dict[str, IO[bytes]] = {}
+            into: dict[str, IO[bytes]] = {}
             # The low views get their name first: a shard with features is a whole one.
-            for kind, (shape, descr) in layout.items():
-                path = stack.enter_context(atomic_path(self.folder / _shard_name(kind, number)))
-                files[kind] = stack.enter_context(path.open("wb"))
-                header = {"descr": descr, "fortran_order": False, "shape": (len(rows), *shape)}
-                np.lib.format.write_array_header_1_0(files[kind], header)
+            for kind, (shape, dtype) in files.layout.items():
+                path = stack.enter_context(atomic_path(files.path(kind, number)))
+                into[kind] = stack.enter_context(path.open("wb"))
+                header = {"descr": dtype, "fortran_order": False, "shape": (len(rows), *shape)}
+                np.lib.format.write_array_header_1_0(into[kind], header)
             for part, batch in zip(parts, self._batches(parts), strict=True):
-                computed = self._computed(batch)
-                for kind, (shape, descr) in layout.items():
-                    empty = np.nan if kind == "features" else 0
-                    values = np.full((len(part), *shape), empty, descr)
-                    values[np.isin(part, batch.regions)] = computed[kind]
-                    files[kind].write(values.tobytes())
+                whole = np.isin(part, batch.regions)
+                for kind, computed in self._computed(batch).items():
+                    shape, dtype = files.layout[kind]
+                    values = np.full((len(part), *shape), np.nan if dtype == "<f2" else 0, dtype)
+                    values[whole] = computed.cpu().numpy()
+                    into[kind].write(values.tobytes())
                 yield len(part)
 
     def _batches(self, parts: Sequence[Numbers]) -> Iterator[RegionBatch]:
@@ -392,10 +340,10 @@ class _Writer:
         )
         return loader.read((part, np.zeros_like(part)) for part in parts)
 
-    def _computed(self, batch: RegionBatch) -> dict[str, NDArray[Any]]:
+    def _computed(self, batch: RegionBatch) -> dict[str, Tensor]:
         """The features of whole regions, float16 (B, 1, 16, D), and their low views if cached."""
         high = batch.pixels.to(self.device, non_blocking=True)
-        wanted = (len(high) * TILES, self.teacher.dim)
+        wanted = (len(high) * _TILES, self.teacher.dim)
         found = self.teacher.features(teacher_tiles(high)) if len(high) else torch.empty(wanted)
         if found.shape != wanted:
             raise ModelError(
@@ -408,25 +356,11 @@ class _Writer:
                 f"{self.teacher.name} gave features that are not finite in float16 (largest"
                 f" {float(found.abs().max()):.3g}); check its weights, or scale its features down"
             )
-        computed = {"features": half.view(len(high), 1, TILES, self.teacher.dim).cpu().numpy()}
-        if self.settings.low:
-            computed["low"] = low_view(high).cpu().numpy()
-        return computed
-
-    def finish(self, shard_regions: int) -> None:
-        """Write the header, which marks the cache as finished."""
-        damaged: list[int] = []
-        for number, rows in enumerate(_shards(len(self.manifest), shard_regions)):
-            features = _mapped(self.folder / _shard_name("features", number))
-            assert features is not None
-            damaged += (np.flatnonzero(np.isnan(features[:, 0, 0, 0])) + rows.start).tolist()
-        self._write_header(self.folder / DONE, shard_regions, damaged)
-        (self.folder / _BEGUN).unlink()
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return _fingerprint(self.manifest, self.teacher.identity, self.settings)
+        features = {"features": half.view(len(high), 1, _TILES, self.teacher.dim)}
+        return features | ({"low": low_view(high)} if self.settings.low else {})
 
     def _write_header(self, path: Path, shard_regions: int, damaged: Sequence[int] = ()) -> None:
+        fingerprint = _fingerprint(self.manifest, self.teacher.identity, self.settings.to_dict())
         record = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "xmag": version("xmag"),
@@ -438,9 +372,60 @@ class _Writer:
             dim=self.teacher.dim,
             shard_regions=shard_regions,
             damaged=tuple(damaged),
-            provenance=Provenance(self._fingerprint(), record),
+            provenance=Provenance(fingerprint, record),
         )
         write_text(path, _FORMAT.dumps(records.plain(header), indent=1, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Array files of a cache; `layout` names the arrays: shape of a region's row, and dtype."""
+
+    folder: Path
+    regions: int
+    shard_regions: int
+    layout: Mapping[str, tuple[tuple[int, ...], str]]
+
+    def shards(self) -> list[range]:
+        """The range of region numbers of each shard."""
+        step = self.shard_regions
+        return [range(at, min(at + step, self.regions)) for at in range(0, self.regions, step)]
+
+    def path(self, kind: str, number: int) -> Path:
+        """The file of a shard of an array."""
+        return self.folder / f"{kind}-{number:03d}.npy"
+
+    def mapped(self, kind: str, number: int) -> NDArray[Any] | None:
+        """Memory-mapped shard of an array; None where it is missing, incomplete, or another."""
+        shape, dtype = self.layout[kind]
+        try:
+            found: NDArray[Any] = np.load(
+                self.path(kind, number), mmap_mode="r", allow_pickle=False
+            )
+        except (OSError, ValueError, EOFError):
+            return None
+        fits = found.shape == (len(self.shards()[number]), *shape) and found.dtype == dtype
+        return found if fits else None
+
+    def read(self, kind: str) -> list[NDArray[Any]]:
+        """All shards of an array, memory-mapped; InputError where one is not whole."""
+        arrays = []
+        for number in range(len(self.shards())):
+            array = self.mapped(kind, number)
+            if array is None:
+                shape, dtype = self.layout[kind]
+                raise InputError(
+                    f"{self.path(kind, number).name} of the cache is not there, or not"
+                    f" {np.dtype(dtype)} {(len(self.shards()[number]), *shape)}; delete {_DONE} and"
+                    " cache the features again"
+                )
+            arrays.append(array)
+        return arrays
+
+
+def _layout(dim: int, settings: CacheSettings) -> dict[str, tuple[tuple[int, ...], str]]:
+    layout: dict[str, tuple[tuple[int, ...], str]] = {"features": ((1, _TILES, dim), "<f2")}
+    return layout | ({"low": ((LOW_PX, LOW_PX, 3), "|u1")} if settings.low else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -454,7 +439,11 @@ class _Header:
     provenance: Provenance
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(
+    path: Path, manifest: Manifest, teacher: Teacher | None, settings: CacheSettings | None
+) -> _Header:
+    """The header of a cache of these, where they are given; see `FeatureCache` for the errors."""
+    folder = path.parent.name
     if not path.is_file():
         raise InputError(
             f"{os.fspath(path.parent)!r} holds no feature cache, or none that is finished; make it"
@@ -463,60 +452,33 @@ def _read_header(path: Path) -> _Header:
     fields = _FORMAT.load(path)
     with _FORMAT.reading(path.name):
         header = records.from_dict(_Header, fields)
-        augmented = header.provenance.fingerprint["kept"]["kind"] != "plain"
+        found = header.provenance.fingerprint
+        augmented = found["kept"]["kind"] != "plain"
+        expected = _fingerprint(
+            manifest,
+            teacher.identity if teacher else found["teacher"],
+            settings.to_dict() if settings else found["kept"],
+        )
     if augmented:
         raise InputError(
-            f"{path.parent.name!r} holds features of augmented views, which version 1 of xmag wrote"
-            " and this one no longer reads; cache them again with cache_features(), in another"
-            " folder"
+            f"{folder!r} holds features of augmented views, which version 1 of xmag wrote and this"
+            " one no longer reads; cache them again with cache_features(), in another folder"
+        )
+    if differences := Provenance(expected, {}).differences(header.provenance):
+        raise MismatchError(
+            f"the features in {folder!r} were made of something else: {'; '.join(differences)}."
+            " Cache them again in another folder, or train as they were made"
         )
     return header
 
 
 def _fingerprint(
-    manifest: Manifest, teacher: Mapping[str, Any], settings: CacheSettings
+    manifest: Manifest, teacher: Mapping[str, Any], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fingerprint of a cache: manifest, teacher, settings and preprocessing; it has to match."""
     return {
         "manifest_sha256": manifest.sha256,
         "teacher": teacher,
-        "kept": settings.to_dict(),
+        "kept": kept,
         "preprocessing_version": PREPROCESSING_VERSION,
     }
-
-
-def _check_same(folder: Path, expected: Mapping[str, Any], there: Provenance) -> None:
-    """Raise MismatchError where the fingerprint of a cache is not the expected one."""
-    if differences := Provenance(expected, {}).differences(there):
-        raise MismatchError(
-            f"the features in {folder.name!r} were made of something else: "
-            + "; ".join(differences)
-            + ". Cache them again in another folder, or train as they were made"
-        )
-
-
-def _layout(dim: int, settings: CacheSettings) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The arrays of a shard by name: shape for a region, and dtype."""
-    layout: dict[str, tuple[tuple[int, ...], str]] = {"features": ((1, TILES, dim), "<f2")}
-    return layout | ({"low": ((LOW_PX, LOW_PX, 3), "|u1")} if settings.low else {})
-
-
-def _shards(regions: int, shard_regions: int) -> list[range]:
-    """The range of region numbers of each shard."""
-    return [
-        range(first, min(first + shard_regions, regions))
-        for first in range(0, regions, shard_regions)
-    ]
-
-
-def _shard_name(kind: str, number: int) -> str:
-    return f"{kind}-{number:03d}.npy"
-
-
-def _mapped(path: Path) -> NDArray[Any] | None:
-    """Memory-map the array in a .npy file; None where it is missing or incomplete."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -473,7 +473,7 @@ def _activation_bytes(trainer: Trainer, low: Tensor) -> int:
 class _FeaturesToCache(OnlineFeatures):
     """Zeros in the place of features that are to be cached, in a dry run."""
 
-    needs_pixels: ClassVar[bool] = False
+    needs_pixels = False
 
     def targets(self, regions: Numbers, draws: Draws, high: Tensor | None) -> Tensor:  # noqa: ARG002
         """Zeros in place of features: float32 (B, 16, dim)."""

@@ -7,11 +7,10 @@ Training asks `TeacherFeatures` for those of augmented regions: computed online 
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -122,34 +121,19 @@ class TileTeacher:
         return found
 
 
-@runtime_checkable
 class TeacherFeatures(Protocol):
-    """Protocol of teacher features for training: `OnlineFeatures`, `CachedFeatures`, or others."""
+    """Protocol of teacher features for training: `OnlineFeatures`, `CachedFeatures`, or others.
 
-    @property
-    def name(self) -> str:
-        """The teacher's name in logs and checkpoints."""
-        ...
+    `name` is the teacher's name in logs and checkpoints, `dim` the length of a feature vector,
+    `identity` that of the teacher (and cache) as plain JSON values, `weight` that of its losses;
+    `needs_pixels` says whether `targets` needs the augmented high views.
+    """
 
-    @property
-    def dim(self) -> int:
-        """Length of a feature vector."""
-        ...
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Identity of the teacher (and cache), as plain JSON values."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """Weight of the teacher's losses."""
-        ...
-
-    @property
-    def needs_pixels(self) -> bool:
-        """Whether `targets` needs the augmented high views."""
-        ...
+    name: str
+    dim: int
+    identity: Mapping[str, Any]
+    weight: float
+    needs_pixels: bool
 
     def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Mask of the regions that have features: bool (B,); others are left out of batches."""
@@ -167,34 +151,18 @@ class TeacherFeatures(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class OnlineFeatures:
     """Teacher features computed online, of every augmented view; `weight` is of its losses."""
 
-    teacher: Teacher
-    weight: float = 1.0
-    needs_pixels: ClassVar[bool] = True
+    needs_pixels = True
 
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
+    def __init__(self, teacher: Teacher, weight: float = 1.0) -> None:
+        if not 0 < weight < float("inf"):
             raise InputError(
-                f"the weight of {self.name} is {self.weight!r}; expected a positive number"
+                f"the weight of {teacher.name} is {weight!r}; expected a positive number"
             )
-
-    @property
-    def name(self) -> str:
-        """The teacher's name."""
-        return self.teacher.name
-
-    @property
-    def dim(self) -> int:
-        """Length of the teacher's feature vectors."""
-        return self.teacher.dim
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """The teacher's identity, as plain JSON values."""
-        return self.teacher.identity
+        self.teacher, self.weight = teacher, weight
+        self.name, self.dim, self.identity = teacher.name, teacher.dim, teacher.identity
 
     def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Mask of the regions that have features: all, bool (B,)."""
