@@ -5,8 +5,9 @@
     python benchmarks/distill.py --teacher tiny --student tiny --batch 2 --steps 1 --side 2  # CPU
 
 A teacher of UNI2-h's size and a ViT-B/14 student, both with random weights, on slides that are
-written first: JPEG, 0.5 µm/px, in a temporary folder. "online": the teacher looks at every view.
-"kept": its features were computed before. "kept, low": so were the low views, and no slide is read.
+written first: JPEG, 0.5 µm/px, in a temporary folder. "online": the teacher computes
+features of every view. "cached": they were computed before. "cached, low": so were the low views,
+and no slide is read.
 Shares are of the wall time; what the device does is timed by its own events, and "waiting" is the
 host, waiting for regions. "GPU busy" is the share of the time in which a kernel runs, from a
 profile of some more steps, which slows the host a little. Batches are per GPU.
@@ -35,13 +36,11 @@ from support.slides import texture, write_svs
 from xmag.distill import (
     CachedFeatures,
     CacheSettings,
-    LoaderSettings,
     Manifest,
     OnlineFeatures,
     Settings,
     SlideRegions,
     Teacher,
-    TeacherFeatures,
     TrainSettings,
     cache_features,
     fresh_student,
@@ -49,6 +48,8 @@ from xmag.distill import (
     plan_slides,
 )
 from xmag.distill.run import on_device, prepare
+from xmag.distill.settings import LoaderSettings
+from xmag.distill.teachers import TeacherFeatures
 from xmag.distill.trainer import Trainer, ViewLoader
 from xmag.encoder import Encoder
 from xmag.geometry import TileSpec
@@ -127,10 +128,10 @@ def measured(
 
     add("online", OnlineFeatures(teacher=teacher), args.steps)
     if ranks.world > 1:
-        return rows  # what is kept is kept by one process, and read in the same way
+        return rows  # a cache is written by one process, and read in the same way
     for low in (False, True):
-        kept = cache_features(
-            folder / f"kept {low}",
+        cache = cache_features(
+            folder / f"cache {low}",
             source,
             manifest,
             teacher,
@@ -138,8 +139,8 @@ def measured(
             device=device,
             progress=False,
         )
-        with kept:
-            add("kept, low" if low else "kept", CachedFeatures(cache=kept), 4 * args.steps)
+        with cache:
+            add("cached, low" if low else "cached", CachedFeatures(cache=cache), 4 * args.steps)
     return rows
 
 
