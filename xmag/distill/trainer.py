@@ -27,7 +27,7 @@ from xmag.distill.dataset import (
     SlideRegions,
     share,
 )
-from xmag.distill.losses import Objective, summed
+from xmag.distill.losses import Objective
 from xmag.distill.settings import Settings
 from xmag.distill.student import Student
 from xmag.distill.summary import TRAINING, VALIDATION, MetricsLogger
@@ -188,7 +188,7 @@ class ViewLoader:
 
     def count_damaged(self) -> int:
         """The number of regions found damaged by any rank; `damaged` is then the same on all."""
-        found = summed(self.damaged.to(self.device, torch.int32)) > 0
+        found = self._ranks.sum(self.damaged.to(torch.int32)) > 0
         return int(self.damaged.copy_(found).sum())
 
     def _augmented(self, batch: RegionBatch, watch: Stopwatch) -> Views:
@@ -305,7 +305,7 @@ class Trainer(Loop[int]):
             self.restore(found.tensors, found.progress)
             _logger.info("going on from step %d of %s", self.progress.updates, path)
         now = self.progress
-        require_shared(path, now.updates, self._ranks, self.device)
+        require_shared(path, now.updates, self._ranks)
         if found is None and self.settings.loss.centre:
             self.find_centres(data)
         self._held = _joined(data.plain(held)) if len(held) else None
@@ -362,7 +362,7 @@ class Trainer(Loop[int]):
                     torch.autograd.backward(loss * (self._ranks.world / images))
             done += torch.cat((loss.detach()[None], terms, terms.new_tensor([len(views.low)])))
         with watch.part("optimizer"):
-            done = summed(done)
+            done = self._ranks.sum(done)
             whole = done[-1].clamp(min=1)
             parameters = list(self.module.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -399,11 +399,11 @@ class Trainer(Loop[int]):
                 )
                 pairs = {
                     "cosine": (ours, theirs),
-                    "centred_cosine": (ours - _mean(ours), centred - _mean(centred)),
+                    "centred_cosine": (ours - self._mean(ours), centred - self._mean(centred)),
                 }
                 for kind, pair in pairs.items():
                     cosines = F.cosine_similarity(*pair, dim=-1)
-                    result[f"{kind}/{level}/{name}"] = float(_mean(cosines[:, None]))
+                    result[f"{kind}/{level}/{name}"] = float(self._mean(cosines[:, None]))
         return result
 
     def find_centres(self, data: ViewLoader) -> None:
@@ -419,7 +419,7 @@ class Trainer(Loop[int]):
             for total, target in zip(sums, views.targets, strict=True):
                 total[0] += len(target)
                 total[1:] += target.mean(1).double().sum(0)
-        totals = [summed(total) for total in sums]
+        totals = [self._ranks.sum(total) for total in sums]
         if not totals[0][0]:
             raise InputError(
                 f"all of the {count} regions that the teachers' mean is to be found from are"
@@ -484,6 +484,11 @@ class Trainer(Loop[int]):
         self._logger.flush()
         return found
 
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Mean of the rows of all ranks."""
+        total = self._ranks.sum(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
+        return total[:-1] / total[-1]
+
     def _centred(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """Targets with the teachers' means subtracted, where that is trained."""
         return [
@@ -531,9 +536,3 @@ def _joined(parts: Iterable[Views]) -> Views:
     whole = [(views.low.cpu(), *(target.cpu() for target in views.targets)) for views in parts]
     low, *targets = (torch.cat(column) for column in zip(*whole, strict=True))
     return Views(low=low, targets=targets)
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """Mean of the rows of all ranks."""
-    total = summed(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
-    return total[:-1] / total[-1]
