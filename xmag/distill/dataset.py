@@ -9,13 +9,12 @@ import math
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -118,16 +117,11 @@ class SlideRegions:
             PlacePool(processes, slot_tiles=1, size_px=manifest.spec.size_px) if processes else None
         )
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="xmag-regions")
-        self._damaged: dict[int, str] = {}
+        self.damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         """The number of regions."""
         return len(self.manifest)
-
-    @property
-    def damaged(self) -> Mapping[int, str]:
-        """Regions that could not be decoded so far: number -> reason."""
-        return MappingProxyType(self._damaged)
 
     def read(self, indices: Sequence[int], /) -> Regions:
         """Read high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
@@ -142,11 +136,11 @@ class SlideRegions:
         """
         rows, regions = self.read_intact(indices)
         if len(rows) < len(indices):
-            bad = {int(index) for index in indices} & self._damaged.keys()
+            bad = {int(index) for index in indices} & self.damaged.keys()
             first = min(bad)
             raise DamagedSlideError(
                 f"{len(bad)} of {len(indices)} regions cannot be decoded: region {first}:"
-                f" {self._damaged[first]}. read_intact() leaves them out, and `damaged` lists them"
+                f" {self.damaged[first]}. read_intact() leaves them out, and `damaged` lists them"
             )
         return regions
 
@@ -164,7 +158,7 @@ class SlideRegions:
         else:
             for done in [self._pool.submit(self._read_rows, wanted, regions, *t) for t in tasks]:
                 done.result()
-        whole = np.array([index not in self._damaged for index in wanted.tolist()], np.bool_)
+        whole = np.array([index not in self.damaged for index in wanted.tolist()], np.bool_)
         return np.flatnonzero(whole), regions if whole.all() else regions[whole]
 
     def close(self) -> None:
@@ -204,7 +198,7 @@ class SlideRegions:
                 regions[rows] = read_places(slide, spec, coords)
         except DamagedSlideError as error:
             if len(rows) == 1:
-                self._damaged.setdefault(int(wanted[rows[0]]), str(error))
+                self.damaged.setdefault(int(wanted[rows[0]]), str(error))
                 return
             for row in rows:  # find out which
                 self._read_rows(wanted, regions, source, np.array([row]))
