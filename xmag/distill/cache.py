@@ -22,7 +22,14 @@ from torch import Tensor
 
 from xmag import records
 from xmag.devices import resolve_device
-from xmag.distill.dataset import Numbers, RegionBatch, RegionLoader, RegionSource, SlideRegions
+from xmag.distill.dataset import (
+    Numbers,
+    RegionBatch,
+    RegionLoader,
+    RegionSource,
+    SlideRegions,
+    checked_numbers,
+)
 from xmag.distill.regions import Manifest
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
@@ -140,14 +147,9 @@ class FeatureCache:
 
     def _rows(self, kind: str, regions: Sequence[int] | Numbers) -> Tensor:
         """Rows of the arrays of all shards, copied."""
-        numbers = np.asarray(regions, np.int64).reshape(-1)
         if not self._arrays:
             raise InputError(f"{self.folder.name} is closed; use it inside its `with` block")
-        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise InputError(
-                f"regions {numbers.min()} to {numbers.max()} are asked for; expected numbers from 0"
-                f" to {len(self) - 1}"
-            )
+        numbers = checked_numbers(regions, len(self))
         if not self.good[numbers].all():
             raise InputError(
                 f"region {numbers[~self.good[numbers]][0]} is damaged and has no features; leave it"

@@ -5,16 +5,16 @@ s * batch to (s + 1) * batch of it. The step is thus all there is to remember of
 """
 
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -67,6 +67,17 @@ class RegionSource(Protocol):
         ...
 
 
+def checked_numbers(regions: Sequence[int] | Numbers, count: int) -> Numbers:
+    """Numbers of regions as an array, int64 (B,); InputError where one is none of `count`."""
+    numbers = np.asarray(regions, np.int64).reshape(-1)
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
+        raise InputError(
+            f"regions {numbers.min()} to {numbers.max()} are asked for; expected numbers from 0 to"
+            f" {count - 1}"
+        )
+    return numbers
+
+
 class SlideRegions:
     """Dataset of a manifest's regions, read from the slides below `root`; a context manager.
 
@@ -106,16 +117,11 @@ class SlideRegions:
             PlacePool(processes, slot_tiles=1, size_px=manifest.spec.size_px) if processes else None
         )
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="xmag-regions")
-        self._damaged: dict[int, str] = {}
+        self.damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         """The number of regions."""
         return len(self.manifest)
-
-    @property
-    def damaged(self) -> Mapping[int, str]:
-        """Regions that could not be decoded so far: number -> reason."""
-        return MappingProxyType(self._damaged)
 
     def read(self, indices: Sequence[int], /) -> Regions:
         """Read high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
@@ -130,20 +136,20 @@ class SlideRegions:
         """
         rows, regions = self.read_intact(indices)
         if len(rows) < len(indices):
-            bad = {int(index) for index in indices} & self._damaged.keys()
+            bad = {int(index) for index in indices} & self.damaged.keys()
             first = min(bad)
             raise DamagedSlideError(
                 f"{len(bad)} of {len(indices)} regions cannot be decoded: region {first}:"
-                f" {self._damaged[first]}. read_intact() leaves them out, and `damaged` lists them"
+                f" {self.damaged[first]}. read_intact() leaves them out, and `damaged` lists them"
             )
         return regions
 
-    def read_intact(self, indices: Sequence[int], /) -> tuple[NDArray[np.int64], Regions]:
+    def read_intact(self, indices: Sequence[int], /) -> tuple[Numbers, Regions]:
         """Read the undamaged regions: rows of `indices`, int64 (K,), and uint8 (K, S, S, 3).
 
         Each other one is added to `damaged`. Raises what `read` does otherwise.
         """
-        wanted = self._checked(indices)
+        wanted = checked_numbers(indices, len(self))
         size = self.manifest.spec.size_px
         regions = np.empty((len(wanted), size, size, 3), np.uint8)
         tasks = self._tasks(wanted)
@@ -152,8 +158,8 @@ class SlideRegions:
         else:
             for done in [self._pool.submit(self._read_rows, wanted, regions, *t) for t in tasks]:
                 done.result()
-        good = np.array([int(index) not in self._damaged for index in wanted], np.bool_)
-        return np.flatnonzero(good), regions if good.all() else regions[good]
+        whole = np.array([index not in self.damaged for index in wanted.tolist()], np.bool_)
+        return np.flatnonzero(whole), regions if whole.all() else regions[whole]
 
     def close(self) -> None:
         """Close the slides and end the threads. Closing twice is fine."""
@@ -168,16 +174,7 @@ class SlideRegions:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        wanted = np.asarray(indices, np.int64).reshape(-1)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise InputError(
-                f"regions {wanted.min()} to {wanted.max()} are asked for; expected numbers from 0"
-                f" to {len(self) - 1}"
-            )
-        return wanted
-
-    def _tasks(self, wanted: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    def _tasks(self, wanted: Numbers) -> list[tuple[int, Numbers]]:
         """Tasks of the threads: (source, rows of `wanted` to read from it)."""
         places = self.manifest.places[wanted]
         order = np.lexsort((places[:, 1], places[:, 2], places[:, 0]))
@@ -188,9 +185,7 @@ class SlideRegions:
             tasks += [(source, rows[at : at + most]) for at in range(0, len(rows), most)]
         return tasks
 
-    def _read_rows(
-        self, wanted: NDArray[np.int64], regions: Regions, source: int, rows: NDArray[np.int64]
-    ) -> None:
+    def _read_rows(self, wanted: Numbers, regions: Regions, source: int, rows: Numbers) -> None:
         """Read some rows of `regions` from one source; damaged ones are recorded."""
         coords, spec = self.manifest.places[wanted[rows], 1:], self.manifest.spec
         try:
@@ -203,20 +198,26 @@ class SlideRegions:
                 regions[rows] = read_places(slide, spec, coords)
         except DamagedSlideError as error:
             if len(rows) == 1:
-                self._damaged.setdefault(int(wanted[rows[0]]), str(error))
+                self.damaged.setdefault(int(wanted[rows[0]]), str(error))
                 return
             for row in rows:  # find out which
                 self._read_rows(wanted, regions, source, np.array([row]))
 
 
 @dataclass(slots=True)
-class _Entry:
-    """Cache entry of an open source: its slide, and the number of calls using it."""
+class _OpenSlide:
+    """Slide of a source, open once it was needed, and the number of calls using it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     slide: Slide | None = None
     users: int = 0
-    size_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its px that stay in memory while it is open."""
+        if self.slide is None or self.slide.format not in _IN_MEMORY:
+            return 0
+        return 3 * math.prod(self.slide.dimensions)
 
 
 class _OpenSlides:
@@ -224,7 +225,7 @@ class _OpenSlides:
 
     def __init__(self, sources: Sequence[ManifestSource], root: Path) -> None:
         self._sources, self._root = sources, root
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._entries: OrderedDict[int, _OpenSlide] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -235,16 +236,14 @@ class _OpenSlides:
         with self._lock:
             if self._closed:
                 raise ClosedSlideError(_CLOSED)
-            entry = self._entries.setdefault(number, _Entry())
+            entry = self._entries.setdefault(number, _OpenSlide())
             self._entries.move_to_end(number)
             entry.users += 1
         try:
             with entry.lock:
                 if entry.slide is None:
-                    entry.slide = self._open(number)
-                    if entry.slide.format in _IN_MEMORY:
-                        width, height = entry.slide.dimensions
-                        entry.size_bytes = 3 * width * height
+                    mpp = self._sources[number].mpp
+                    entry.slide = Slide(self.verified(number), mpp=mpp)
             yield entry.slide
         finally:
             with self._lock:
@@ -285,15 +284,11 @@ class _OpenSlides:
             self._verified.add(number)
         return path
 
-    def _open(self, number: int) -> Slide:
-        return Slide(self.verified(number), mpp=self._sources[number].mpp)
-
     def _close_some(self) -> None:
         """Evict least recently used slides until the rest fits. Called under the lock."""
         for number, entry in list(self._entries.items()):
-            count = len(self._entries)
             size = sum(other.size_bytes for other in self._entries.values())
-            if count <= _OPEN_SOURCES and size <= _OPEN_IMAGE_BYTES:
+            if len(self._entries) <= _OPEN_SOURCES and size <= _OPEN_IMAGE_BYTES:
                 return
             if not entry.users and entry.slide is not None:
                 entry.slide.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag import records
-from xmag.distill.views import HIGH_MPP, REGION_PX
+from xmag.distill.views import HIGH_MPP, REGION_PX, TILE_PX
 from xmag.errors import (
     DamagedSlideError,
     InputError,
@@ -119,13 +120,12 @@ class Manifest:
             found = sites[source.site]
             found["slides" if regions else "empty"] += 1
             found["regions"] += regions
-        total = {key: sum(site[key] for site in sites.values()) for key in ("slides", "empty")}
-        tiles = len(self) * (self.spec.size_px // 224) ** 2
         return {
-            **total,
+            "slides": sum(site["slides"] for site in sites.values()),
+            "empty": sum(site["empty"] for site in sites.values()),
             "refused": len(self.refused),
             "regions": len(self),
-            "teacher_tiles": tiles,
+            "teacher_tiles": len(self) * (self.spec.size_px // TILE_PX) ** 2,
             "sites": sites,
         }
 
@@ -138,13 +138,8 @@ class Manifest:
             {**records.plain(source), "regions": places[:, 1:].tolist()}
             for source, places in zip(self.sources, by_source, strict=True)
         ]
-        fields = {
-            "spec": self.spec.to_dict(),
-            "options": dict(self.options),
-            "refused": [list(pair) for pair in self.refused],
-            "sources": entries,
-        }
-        return _FORMAT.dumps(fields, sort_keys=True)
+        fields = {"spec": self.spec, "options": self.options, "refused": self.refused}
+        return _FORMAT.dumps({**records.plain(fields), "sources": entries}, sort_keys=True)
 
     @cached_property
     def sha256(self) -> str:
@@ -156,18 +151,10 @@ class Manifest:
         write_text(path, self.to_json() + "\n")
 
     @classmethod
-    def from_json(cls, text: str, *, name: str = "the text") -> "Manifest":
-        """Manifest from a text of `to_json`; InputError, with `name`, for anything else."""
-        return cls._read(_FORMAT.loads(text, name), name)
-
-    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Manifest":
         """Load the manifest from a file. Raises InputError where it holds none."""
-        return cls._read(_FORMAT.load(path), repr(os.fspath(path)))
-
-    @classmethod
-    def _read(cls, fields: Mapping[str, Any], name: str) -> "Manifest":
-        with _FORMAT.reading(name):
+        fields = _FORMAT.load(path)
+        with _FORMAT.reading(repr(os.fspath(path))):
             places = [
                 (number, int(x), int(y))
                 for number, entry in enumerate(fields["sources"])
@@ -202,12 +189,7 @@ def held_out(
         if per_source[number]:
             by_site[manifest.sources[number].site].append(number)
     # Site by site, so that each gives about as many sources as any other.
-    turns = [
-        numbers[turn]
-        for turn in range(max(map(len, by_site.values()), default=0))
-        for numbers in by_site.values()
-        if turn < len(numbers)
-    ]
+    turns = [n for turn in zip_longest(*by_site.values()) for n in turn if n is not None]
     chosen: list[int] = []
     while turns and per_source[chosen].sum() < fraction * len(manifest):
         chosen.append(turns.pop(0))

@@ -99,8 +99,15 @@ class TileTeacher:
             )
         result = tiles.new_empty((len(tiles), self.dim), dtype=torch.float32)
         for first in range(0, len(tiles), _BATCH_TILES):
-            part = slice(first, first + _BATCH_TILES)
-            result[part] = self._of(tiles[part])
+            part = tiles[first : first + _BATCH_TILES]
+            with torch.no_grad():
+                found = torch.as_tensor(self._function(part))
+            if found.shape != (len(part), self.dim) or not found.is_floating_point():
+                raise ModelError(
+                    f"{self.name} returned {found.dtype} {tuple(found.shape)} for {len(part)}"
+                    f" tiles; expected floating point ({len(part)}, {self.dim})"
+                )
+            result[first : first + len(part)] = found
         finite = torch.isfinite(result).all(1)
         if not finite.all():
             row = int(finite.int().argmin())
@@ -109,16 +116,6 @@ class TileTeacher:
                 f' {len(tiles)}); load it with dtype="float32", and check its weights'
             )
         return result
-
-    def _of(self, tiles: Tensor) -> Tensor:
-        with torch.no_grad():
-            found = torch.as_tensor(self._function(tiles))
-        if found.shape != (len(tiles), self.dim) or not found.is_floating_point():
-            raise ModelError(
-                f"{self.name} returned {found.dtype} {tuple(found.shape)} for {len(tiles)} tiles;"
-                f" expected floating point ({len(tiles)}, {self.dim})"
-            )
-        return found
 
 
 class TeacherFeatures(Protocol):
