@@ -8,12 +8,9 @@ import numpy as np
 import torch
 
 from xmag.finetune.gradients import seed_of
-from xmag.finetune.tilestore import PlannedSlide, TileStore
+from xmag.finetune.tilestore import Source
 from xmag.mil.labels import ClassWeight, class_weights, distinct, hashables, indices
 from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
-
-Source = TileStore | PlannedSlide
-"""Source of a slide's tiles: decoded already, or opened and planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +40,13 @@ class Cohort:
     weights: tuple[float, ...]
     train: tuple[int, ...]
     validation: tuple[int, ...]
+
+    def shard(self, rank: int, world: int) -> list[int]:
+        """Indices of the slides that a rank trains and validates on."""
+        return [
+            *shards(self.train, self.targets, world=world)[rank],
+            *self.validation[rank::world],
+        ]
 
 
 def read_labels(

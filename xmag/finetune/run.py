@@ -3,10 +3,9 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,13 +13,12 @@ from torch import nn
 from xmag.devices import Float32, resolve_device, seeded
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, XmagWarning
-from xmag.finetune.cohort import Cohort, Source, make_cohort, read_labels, shards
+from xmag.finetune.cohort import make_cohort, read_labels
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.network import Network, TileNetwork, freeze, uses_half
 from xmag.finetune.result import FinetuneResult, identity_of, lineage_of, make_result
-from xmag.finetune.settings import Mode, Settings, checked_mode
+from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import (
-    PlannedSlide,
     SlideLike,
     TileOptions,
     TileStore,
@@ -90,7 +88,8 @@ def finetune_slides(
         OutputError: There is no room for the tiles, or no folder for the checkpoint.
     """
     settings, options, seed = settings or Settings(), tiles or TileOptions(), random_state
-    mode = checked_mode(mode)
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
     share, given = read_validation(validation, what="slides")
     others, *about_others = given or ((), (), None)
     found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
@@ -98,7 +97,7 @@ def finetune_slides(
         check_processes(settings, ranks)
         encoder = _parent(model)
         where = _device(device, model, ranks)
-        sources = _sources([*slides, *others], encoder, options)
+        sources = plan_slides([*slides, *others], spec=encoder.tile_spec, options=options)
         cohort = make_cohort(
             sources, found, share=share, class_weight=settings.class_weight, seed=seed
         )
@@ -111,10 +110,11 @@ def finetune_slides(
         )
         identity = identity_of(lineage, cohort, encoder, network, ranks=ranks.world)
         shown = progress if ranks.leads else False
-        with _decoded(cohort, ranks, options, shown) as stores:
+        own = cohort.shard(ranks.rank, ranks.world)
+        with decoded([sources[i] for i in own], options=options, progress=shown) as stores:
             trainer = Trainer(
-                network, cohort, stores, settings=settings, mode=mode, seed=seed, ranks=ranks,
-                device=where,
+                network, cohort, dict(zip(own, stores, strict=True)), settings=settings, mode=mode,
+                seed=seed, ranks=ranks, device=where,
             )  # fmt: skip
             path = None if checkpoint is None else Path(checkpoint)
             trained = trainer.train(path, identity, progress=shown)
@@ -164,35 +164,6 @@ def _device(
     if device == "auto" and isinstance(model, Encoder):
         return model.device
     return resolve_device(device)
-
-
-def _sources(slides: Slides, encoder: Encoder, options: TileOptions) -> list[Source]:
-    """The tile source of each slide: its TileStore, or the slide opened and planned."""
-    size = encoder.tile_spec.size_px
-    for slide in slides:
-        if isinstance(slide, TileStore) and slide.tiles.shape[1] != size:
-            raise InputError(
-                f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
-                f" wants {size} px; make them with stored_tiles(slides, spec=encoder.tile_spec)"
-            )
-    unplanned = [slide for slide in slides if not isinstance(slide, TileStore)]
-    planned = iter(plan_slides(unplanned, spec=encoder.tile_spec, options=options))
-    return [slide if isinstance(slide, TileStore) else next(planned) for slide in slides]
-
-
-@contextmanager
-def _decoded(
-    cohort: Cohort, ranks: Ranks, options: TileOptions, progress: bool | None
-) -> Iterator[dict[int, TileStore]]:
-    """TileStores of this rank's slides, by their index in the cohort, within the context."""
-    own = [
-        *shards(cohort.train, cohort.targets, world=ranks.world)[ranks.rank],
-        *cohort.validation[ranks.rank :: ranks.world],
-    ]
-    ready = {i: s for i in own if isinstance(s := cohort.sources[i], TileStore)}
-    planned = {i: s for i in own if isinstance(s := cohort.sources[i], PlannedSlide)}
-    with decoded(list(planned.values()), options=options, progress=progress) as stores:
-        yield ready | dict(zip(planned, stores, strict=True))
 
 
 def _network(

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from xmag import records
-from xmag.errors import InputError
 from xmag.mil.labels import ClassWeight
 from xmag.training import Augmentation
 
@@ -86,10 +85,3 @@ class Settings:
             pairs = [[repr(label), float(w)] for label, w in self.class_weight.items()]
             values["class_weight"] = sorted(pairs)
         return values
-
-
-def checked_mode(mode: str) -> Mode:
-    """Check `mode` and return it; InputError for any other than "exact" and "sampled"."""
-    if mode not in get_args(Mode):
-        raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
-    return mode  # type: ignore[return-value]

@@ -2,11 +2,11 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from xmag.training.checkpoint import require_shared
 _logger = logging.getLogger(__name__)
 
 _KIND = "fine-tuning"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +119,8 @@ class Trainer(Loop[list[list[int]]]):
         try:
             self.run(progress, total=self._slides_left(), desc=_KIND, unit="slide")
         except KeyboardInterrupt as stop:
-            remedy = (
-                "make the same call again to go on from it" if path else "give checkpoint= a path"
-            )
+            again = "make the same call again to go on from it"
+            remedy = again if path else "give checkpoint= a path"
             raise KeyboardInterrupt(
                 f"interrupted in epoch {self.progress.epoch}; {self._kept}: {remedy}"
             ) from stop
@@ -153,12 +150,8 @@ class Trainer(Loop[list[list[int]]]):
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """The batches of an epoch: for each step, for each rank, its slides."""
-        return steps_of_epoch(
-            self._shards,
-            slides_per_step=self.settings.slides_per_step,
-            seed=self._seed,
-            epoch=epoch,
-        )
+        each = self.settings.slides_per_step
+        return steps_of_epoch(self._shards, slides_per_step=each, seed=self._seed, epoch=epoch)
 
     def step(self, batch: list[list[int]]) -> None:
         """Take an optimizer step on the slides of all ranks."""
@@ -167,7 +160,7 @@ class Trainer(Loop[list[list[int]]]):
         gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         sums = torch.zeros(2, dtype=torch.float64)
         for slide in mine:
-            sums += self._in_chunks(partial(self._backward, slide, slides_in_step=slides))
+            sums += with_less_memory(partial(self._backward, slide, slides), self._halve)
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 if parameter.grad is not None:  # an aggregator may leave a layer out
                     gradient.add_(parameter.grad)
@@ -206,7 +199,7 @@ class Trainer(Loop[list[list[int]]]):
         done = sum(len(step[rank]) for step in self.steps(now.epoch)[: now.step])
         return (self.epochs - now.epoch) * len(self._shards[rank]) - done
 
-    def _backward(self, slide: int, *, slides_in_step: int) -> Tensor:
+    def _backward(self, slide: int, slides_in_step: int) -> Tensor:
         """Backward pass of a slide: its share of the step's loss, and its number of tiles, (2,)."""
         self.optimizer.zero_grad()  # of the slide before, or of a try that ran out of memory
         store, rows = self._stores[slide], self._rows(slide)
@@ -253,7 +246,9 @@ class Trainer(Loop[list[list[int]]]):
         network = cast(Network, self.averaged).eval()
         found = torch.zeros(len(slides), len(cohort.classes), dtype=torch.float64)
         for place in range(self._ranks.rank, len(slides), self._ranks.world):
-            found[place] = self._in_chunks(partial(self._logits, network, slides[place]))
+            found[place] = with_less_memory(
+                partial(self._logits, network, slides[place]), self._halve
+            )
         logits = self._ranks.sum(found).numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]
@@ -273,11 +268,8 @@ class Trainer(Loop[list[list[int]]]):
 
         return network.classify(embed_all(encode, len(store), chunk=self._chunk)).logits[0].cpu()
 
-    def _in_chunks(self, run: Callable[[], T]) -> T:
-        """Result of `run`, again with chunks of half the size where CUDA is out of memory."""
-        return with_less_memory(run, self._halve)
-
     def _halve(self, error: torch.cuda.OutOfMemoryError) -> None:
+        """Halve the chunks; ModelError where they are of a single tile."""
         if self._chunk == 1:
             raise ModelError(
                 f"{self.device} has no memory left for the graph of a single tile ({error}). Free"
