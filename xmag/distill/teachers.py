@@ -175,7 +175,8 @@ class OnlineFeatures:
         assert high is not None
         if not len(regions):
             return torch.empty(0, SIDE**2, self.dim, dtype=torch.float32, device=high.device)
-        return self.teacher.features(teacher_tiles(high)).float().view(-1, SIDE**2, self.dim)
+        features = self.teacher.features(teacher_tiles(high)).float()
+        return features.view(len(high), SIDE**2, self.dim)
 
     def check(self, student: TileSpec) -> None:
         """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
@@ -243,9 +244,9 @@ def load_teacher(
     if isinstance(teacher, str | os.PathLike):
         loaded = load_model(
             teacher,
+            config=config,
             device=device,
             dtype=dtype,
-            config=config,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
