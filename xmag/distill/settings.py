@@ -1,9 +1,8 @@
 """Settings of a distillation, and its TOML configuration."""
 
-import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -25,6 +24,13 @@ _NO_AUGMENTED = (
 )
 
 
+def _require(record: Any, names: Sequence[str], fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise InputError, with the section of the file, where one of some fields does not fit."""
+    section = type(record).__name__.removesuffix("Settings").removesuffix("Config").lower()
+    for name in names:
+        records.require(record, name, fits(getattr(record, name)), expected, section)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings:
     """Loss settings: levels, distances, their weights, and centring.
@@ -33,7 +39,7 @@ class LossSettings:
     their 16 tiles; a level of weight 0 is left out. A distance is the sum of "cosine", "smooth_l1"
     and "relational", each times its weight. With `centre` the mean of the teacher's features is
     subtracted first, so that the cosine measures differences of regions, not what they share; the
-    mean is that of `centre_regions` regions (of all cached features), computed once and kept.
+    mean is that of `centre_regions` regions, computed once and kept.
     """
 
     global_weight: float = 1.0
@@ -45,10 +51,9 @@ class LossSettings:
     centre_regions: int = 512
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="loss")
-        for name in ("global_weight", "local_weight", "cosine", "smooth_l1", "relational"):
-            require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
-        require("centre_regions", self.centre_regions > 0, "a positive number")
+        weights = ("global_weight", "local_weight", "cosine", "smooth_l1", "relational")
+        _require(self, weights, lambda x: 0 <= x < math.inf, "a number from 0 on")
+        _require(self, ("centre_regions",), lambda x: x > 0, "a positive number")
         if not (self.global_weight + self.local_weight and any(self.distances().values())):
             raise InputError(
                 f"the loss is 0 whatever the student does: {self}; expected a positive"
@@ -57,11 +62,8 @@ class LossSettings:
 
     def distances(self) -> dict[str, float]:
         """The weight of each distance by name."""
-        return {
-            "cosine": self.cosine,
-            "smooth_l1": self.smooth_l1,
-            "relational": self.relational,
-        }
+        names = ("cosine", "smooth_l1", "relational")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,24 +96,20 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="train")
-        for name in ("epochs", "batch", "views", "lr", "clip"):
-            require(name, getattr(self, name) > 0, "a positive number")
-        for name in ("steps", "micro_batch"):
-            value = getattr(self, name)
-            require(name, value is None or value > 0, "a positive number, or none")
-        for name in ("weight_decay", "seed"):
-            require(name, getattr(self, name) >= 0, "a number from 0 on")
-        for name in ("warmup", "floor", "ema"):
-            require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        numbers = ("epochs", "batch", "views", "lr", "clip")
+        _require(self, numbers, lambda x: x > 0, "a positive number")
+        optional = ("steps", "micro_batch")
+        _require(self, optional, lambda x: x is None or x > 0, "a positive number, or none")
+        _require(self, ("weight_decay", "seed"), lambda x: x >= 0, "a number from 0 on")
+        _require(self, ("warmup", "floor", "ema"), lambda x: 0 <= x < 1, "a number in [0, 1)")
         if self.schedule == "paper":
             raise InputError(
                 'train.schedule is "paper", which is gone: it repeated a fault of the code of arXiv'
                 " 2509.23097, a warm-up as long as the run, so that the rate never decayed and was"
                 ' 1/24 of lr at most; expected "cosine", which warms up and decays'
             )
-        require("schedule", self.schedule == "cosine", "'cosine'")
-        require("precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
+        _require(self, ("schedule",), lambda x: x == "cosine", "'cosine'")
+        _require(self, ("precision",), lambda x: x in _PRECISIONS, f"one of {_PRECISIONS}")
 
     def total_steps(self, regions: int) -> int:
         """The number of steps of a run over `regions` regions."""
@@ -131,10 +129,9 @@ class LogSettings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="log")
-        require("every", self.every > 0, "a positive number of steps")
-        for name in ("checkpoint_every", "validate_every"):
-            require(name, getattr(self, name) >= 0, "a number of steps, or 0")
+        _require(self, ("every",), lambda x: x > 0, "a positive number of steps")
+        optional = ("checkpoint_every", "validate_every")
+        _require(self, optional, lambda x: x >= 0, "a number of steps, or 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +148,9 @@ class LoaderSettings:
     prefetch: int = 3
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="loader")
-        threads, processes = self.threads, self.processes
-        require("threads", threads is None or threads > 0, "a positive number")
-        require("processes", (processes or 0) >= 0, "a number from 0 on")
-        require("prefetch", self.prefetch > 0, "a positive number of batches")
+        _require(self, ("threads",), lambda x: x is None or x > 0, "a positive number")
+        _require(self, ("processes",), lambda x: x is None or x >= 0, "a number from 0 on")
+        _require(self, ("prefetch",), lambda x: x > 0, "a positive number of batches")
 
     def processes_on(self, device: torch.device) -> int:
         """The number of decoding child processes of a rank that trains on `device`."""
@@ -218,8 +213,7 @@ class DataConfig:
                 f"data.mpp is {self.mpp} and data.regions {self.regions}; images need both: their"
                 " µm/px, and how many crops to draw"
             )
-        if not 0 <= self.hold_out < 1:
-            raise InputError(f"data.hold_out is {self.hold_out!r}; expected a share in [0, 1)")
+        _require(self, ("hold_out",), lambda x: 0 <= x < 1, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +238,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.keep == "augmented":
             raise InputError(f'teachers.keep is "augmented", which is gone: {_NO_AUGMENTED}')
-        records.require(
-            self, "keep", self.keep in ("no", "plain"), "one of 'no', 'plain'", "teachers"
-        )
+        fits = ("no", "plain")
+        _require(self, ("keep",), lambda x: x in fits, "one of 'no', 'plain'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xmag import records
+from xmag.devices import resolve_dtype
 from xmag.distill.cache import CachedFeatures, LowViews
 from xmag.distill.dataset import (
     Numbers,
@@ -525,10 +526,8 @@ def decayed(name: str, parameter: Tensor) -> bool:
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Compute dtype of the student; "auto" is bfloat16 on CUDA that has it natively."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
+    resolved = resolve_dtype(precision, device)
+    return torch.float32 if resolved == torch.float16 else resolved  # it would need loss scaling
 
 
 def _joined(parts: Iterable[Views]) -> Views:

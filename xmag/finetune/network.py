@@ -1,7 +1,6 @@
 """Networks to train: encoder (uint8 tiles to embeddings) and aggregator; parameter groups."""
 
 import copy
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,15 +42,12 @@ class TileNetwork(nn.Module):
             if draws is not None:
                 tiles = augment(tiles, draws, dtype=torch.float32)
             images = (tiles * self.scale + self.shift).permute(0, 3, 1, 2)  # (B, 3, S, S)
-        with self._precision(device):
-            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        if not self.half_precision:
-            return full_precision(device)
+            if not self.half_precision:
+                return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
         # Without its cache: weights that were cast in a pass without a graph would have none in
         # the next, and each is used once a pass anyway.
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
 
 
 class Network(nn.Module):

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -263,14 +263,9 @@ def _in_file(
     return [part.reshape(entry.shape) for part, entry in zip(parts, slides, strict=True)]
 
 
-@contextmanager
-def _opened(slide: SlideLike, mpp: float | None) -> Iterator[Slide]:
+def _opened(slide: SlideLike, mpp: float | None) -> AbstractContextManager[Slide]:
     """A context with the slide opened; closed on exit if it was given as a path."""
-    if isinstance(slide, Slide):
-        yield slide
-        return
-    with Slide(slide, mpp=mpp) as opened:
-        yield opened
+    return nullcontext(slide) if isinstance(slide, Slide) else Slide(slide, mpp=mpp)
 
 
 def _digest(tiles: NDArray[np.uint8]) -> str:
