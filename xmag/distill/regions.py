@@ -384,6 +384,7 @@ class _Request:
 def _plan(
     request: _Request, look: _Look, options: Mapping[str, Any], progress: bool | None
 ) -> Manifest:
+    """Manifest of regions drawn from the candidates that `look` finds in each file."""
     root, names = request.files()
     found: list[tuple[ManifestSource, Coords]] = []
     refused: list[tuple[str, SlideError]] = []
@@ -436,7 +437,7 @@ def _plan(
 def _looked(
     request: _Request, root: Path, name: str, look: _Look
 ) -> tuple[ManifestSource, Coords] | SlideError:
-    """The source made of a file, and its candidates in the order of the draw; why it is refused."""
+    """The source made of a file, and its candidates in the order of the draw; or the refusal."""
     site, fingerprint = request.site(name), file_fingerprint(root / name)
     # By its content, so that what is drawn from a slide does not depend on the others.
     content = int(fingerprint["content_sample_sha256"][:16], 16)
@@ -462,6 +463,7 @@ def _looked(
 
 
 def _check_sources(sources: Sequence[ManifestSource], *, refused: int) -> None:
+    """Raise InputError for files of the same content, and where no file has a region."""
     by_content: dict[str, str] = {}
     for source in sources:
         other = by_content.setdefault(source.fingerprint["content_sample_sha256"], source.path)
