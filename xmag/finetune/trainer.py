@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmag import records
 from xmag.devices import seeded
 from xmag.errors import ModelError, OutputError, XmagWarning
 from xmag.finetune.cohort import Cohort, shards, steps_of_epoch
@@ -22,13 +21,10 @@ from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import training_loss
 from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp
-from xmag.training import Checkpoint, Ema, Loop, Progress, Ranks, Schedule, with_less_memory
+from xmag.training import Ema, Loop, Progress, Ranks, Schedule, with_less_memory
 from xmag.training.augmentation import draw
-from xmag.training.checkpoint import require_shared
 
 _logger = logging.getLogger(__name__)
-
-_KIND = "fine-tuning"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +59,7 @@ class Trainer(Loop[list[list[int]]]):
     `stores` has the tiles of this rank's slides, by their index in `cohort`.
     """
 
+    kind = "fine-tuning"
     module: Network
     progress: FinetuneProgress
 
@@ -109,15 +106,10 @@ class Trainer(Loop[list[list[int]]]):
         `identity` is that of `Checkpoint`. Where a checkpoint cannot be written, a warning says so.
         """
         self._path, self._identity = path, identity
-        if path is not None:
-            found = Checkpoint.load(path, kind=_KIND, identity=identity)
-            if found is not None:
-                self.restore(found.tensors, found.progress)
-                self._kept = f"the checkpoint {path} is kept"
-                _logger.info("going on from %s: epoch %d", path, self.progress.epoch)
-            require_shared(path, self.progress.updates, self._ranks)
+        if path is not None and self.resume(path, identity, self._ranks):
+            self._kept = f"the checkpoint {path} is kept"
         try:
-            self.run(progress, total=self._slides_left(), desc=_KIND, unit="slide")
+            self.run(progress, total=self._slides_left(), desc=self.kind, unit="slide")
         except KeyboardInterrupt as stop:
             again = "make the same call again to go on from it"
             remedy = again if path else "give checkpoint= a path"
@@ -131,11 +123,8 @@ class Trainer(Loop[list[list[int]]]):
         now = self.progress
         if self._path is None or not self._ranks.leads:
             return
-        checkpoint = Checkpoint(
-            kind=_KIND, identity=self._identity, progress=records.plain(now), tensors=self.state()
-        )
         try:
-            checkpoint.save(self._path)
+            self.write_checkpoint(self._path, self._identity)
         except OutputError as error:
             # Training is worth more than this checkpoint, and the one before is still there.
             warnings.warn(
