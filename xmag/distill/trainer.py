@@ -1,6 +1,5 @@
 """Trainer of the student: micro-batches of views, optimizer steps, validation and checkpoints."""
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812 (the name that every torch reader 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xmag import records
 from xmag.devices import resolve_dtype
 from xmag.distill.cache import CachedFeatures, LowViews
 from xmag.distill.dataset import (
@@ -37,14 +35,11 @@ from xmag.distill.views import SIDE, low_view
 from xmag.errors import InputError, ModelError
 from xmag.files import make_folder
 from xmag.geometry import TileSpec
-from xmag.training import Checkpoint, Ema, Loop, Progress, Ranks, Schedule
+from xmag.training import Ema, Loop, Progress, Ranks, Schedule
 from xmag.training.augmentation import NONE, augment, draw
-from xmag.training.checkpoint import require_shared, tensors_of
-
-_logger = logging.getLogger(__name__)
+from xmag.training.checkpoint import tensors_of
 
 CHECKPOINT = "checkpoint.safetensors"
-_KIND = "distillation"
 _AT_ONCE = 64
 """Images of a batch in validation."""
 
@@ -235,6 +230,7 @@ class Trainer(Loop[int]):
     images, on whichever rank. `centres` are the means to subtract from each teacher's features.
     """
 
+    kind = "distillation"
     module: Student
     progress: DistillProgress
 
@@ -294,21 +290,16 @@ class Trainer(Loop[int]):
     ) -> None:
         """Train to the end, from the checkpoint in `folder` if there is one.
 
-        `held` are the regions to validate on, and `identity` is that of `Checkpoint`.
+        `held` are the regions to validate on, `identity` is that of `xmag.training.Checkpoint`.
         """
         started, path = time.perf_counter(), folder / CHECKPOINT
         self._data, self._path, self._identity = data, path, identity
-        found = Checkpoint.load(path, kind=_KIND, identity=identity)
         if self._ranks.leads:
             make_folder(folder)
         self._ranks.wait()
-        if found is not None:
-            self.restore(found.tensors, found.progress)
-            _logger.info("going on from step %d of %s", self.progress.updates, path)
-        now = self.progress
-        require_shared(path, now.updates, self._ranks)
-        if found is None and self.settings.loss.centre:
+        if not self.resume(path, identity, self._ranks) and self.settings.loss.centre:
             self.find_centres(data)
+        now = self.progress
         self._held = _joined(data.plain(held)) if len(held) else None
         board = self.settings.log.tensorboard
         with (
@@ -432,12 +423,7 @@ class Trainer(Loop[int]):
         """Save a checkpoint, if this rank does; what is logged so far is written before."""
         if self._ranks.leads:
             self._logger.flush()
-            Checkpoint(
-                kind=_KIND,
-                identity=self._identity,
-                progress=records.plain(self.progress),
-                tensors=self.state(),
-            ).save(self._path)
+            self.write_checkpoint(self._path, self._identity)
         # No rank is a checkpoint ahead: one that fails to write ends them all.
         self._ranks.wait()
 
