@@ -14,18 +14,31 @@ Regions of slides are read once and seen twice: by teachers as 4 x 4 tiles, by t
     export       the model folder, its card, and the way to the Hub
 """
 
-from xmag.distill.cache import CachedFeatures, CacheSettings, cache_features
+# Of those that are not in __all__ the documentation tells where they live; they stay importable.
+from xmag.distill.cache import CachedFeatures, CacheSettings, FeatureCache, cache_features
 from xmag.distill.dataset import RegionSource, SlideRegions
-from xmag.distill.export import push_to_hub
+from xmag.distill.export import Card, export_student, push_to_hub  # noqa: F401
+from xmag.distill.losses import block_means, global_loss, local_loss  # noqa: F401
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
 from xmag.distill.run import distill, run_config
-from xmag.distill.settings import LossSettings, Settings, TrainSettings
-from xmag.distill.student import fresh_student, pretrained_student
-from xmag.distill.teachers import OnlineFeatures, Teacher, load_teacher
+from xmag.distill.settings import (
+    DistillConfig,  # noqa: F401
+    LoaderSettings,  # noqa: F401
+    LogSettings,  # noqa: F401
+    LossSettings,
+    Settings,
+    TrainSettings,
+    read_config,  # noqa: F401
+)
+from xmag.distill.student import StudentStart, fresh_student, pretrained_student  # noqa: F401
+from xmag.distill.summary import Estimate, Summary  # noqa: F401
+from xmag.distill.teachers import OnlineFeatures, Teacher, TeacherFeatures, load_teacher
+from xmag.training import Augmentation  # noqa: F401
 
 # Names of version 1 that its documentation used.
-KeptLesson, TargetSettings, keep_targets = CachedFeatures, CacheSettings, cache_features
-WeightedTeacher = OnlineFeatures
+KeptLesson, KeptTargets, TargetSettings = CachedFeatures, FeatureCache, CacheSettings
+Lesson, OnlineLesson, WeightedTeacher = TeacherFeatures, OnlineFeatures, OnlineFeatures
+Needs, keep_targets = Estimate, cache_features
 
 __all__ = [
     "CacheSettings",
