@@ -54,7 +54,7 @@ def test_it_learns_in_every_precision(dtype: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_cuda_predicts_is_what_the_cpu_predicts(name: str, tmp_path: Path) -> None:
     cohort = planted_cohort(24, dim=16, tiles=50)
-    trained = on_gpu(name).fit(cohort.bags, cohort.labels, groups=cohort.patients)
+    trained = on_gpu(name).fit(cohort.bags, cohort.labels, validation=None)
     trained.save(tmp_path)
     on_cpu = MILClassifier.load(tmp_path, device="cpu")
     expected = on_cpu.predict_proba(cohort.bags)
@@ -74,7 +74,7 @@ def test_a_seed_repeats_itself_and_leaves_the_generators_alone(name: str) -> Non
     torch.cuda.manual_seed_all(3)
     before = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    fits = [on_gpu(name).fit(cohort.bags, cohort.labels, groups=cohort.patients) for _ in range(2)]
+    fits = [on_gpu(name).fit(cohort.bags, cohort.labels, validation=None) for _ in range(2)]
     for key, value in fits[0].aggregator_.state_dict().items():
         assert torch.equal(value, fits[1].aggregator_.state_dict()[key]), key
     after = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]

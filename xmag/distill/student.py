@@ -206,7 +206,7 @@ class SyncedBatchNorm(nn.Module):
 
         The variance is summed over what is centred already: E[x^2] - E[x]^2 would cancel.
         """
-        total = summed(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
+        total = summed(torch.cat((rows.sum(0), rows.new_full((1,), len(rows)))))
         count = total[-1].detach().clamp(min=1)
         mean = total[:-1] / count
         centred = rows - mean

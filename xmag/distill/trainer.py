@@ -205,6 +205,8 @@ class ViewLoader:
             with watch.part("teacher"):
                 for teacher, found in zip(self.teachers, targets, strict=True):
                     features = teacher.targets(batch.regions, draws, high)
+                    if self.device.type == "cuda" and not features.is_cuda:
+                        features = features.pin_memory()  # or the host waits for the device
                     found.append(features.to(self.device, non_blocking=True).float())
         return Views(low=torch.cat(lows), targets=[torch.cat(found) for found in targets])
 
@@ -352,7 +354,7 @@ class Trainer(Loop[int]):
                     loss, terms = self.objective.sums(projections, self._centred(views.targets))
                     # DDP averages over ranks what is summed here.
                     torch.autograd.backward(loss * (self._ranks.world / images))
-            done += torch.cat((loss.detach()[None], terms, terms.new_tensor([len(views.low)])))
+            done += torch.cat((loss.detach()[None], terms, terms.new_full((1,), len(views.low))))
         with watch.part("optimizer"):
             done = self._ranks.sum(done)
             whole = done[-1].clamp(min=1)
@@ -473,7 +475,7 @@ class Trainer(Loop[int]):
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Mean of the rows of all ranks."""
-        total = self._ranks.sum(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
+        total = self._ranks.sum(torch.cat((rows.sum(0), rows.new_full((1,), len(rows)))))
         return total[:-1] / total[-1]
 
     def _centred(self, targets: Sequence[Tensor]) -> list[Tensor]:

@@ -65,8 +65,10 @@ def teacher_tiles(high: Tensor) -> Tensor:
 def _lanczos(high: Tensor) -> Tensor:
     """Pillow's Lanczos resize as matrix products: rows, rounded to uint8, then columns."""
     weights = _weights(high.shape[1], high.device)
-    rows = _weighted(high.permute(0, 1, 3, 2), weights)  # (B, y, 3, x / 4)
-    return _weighted(rows.permute(0, 2, 3, 1), weights).permute(0, 3, 2, 1)  # from (B, 3, x, y)
+    # Contiguous, so that each is one product of two matrices, and not many small ones.
+    rows = _weighted(high.permute(0, 1, 3, 2).contiguous(), weights)  # (B, y, 3, x / 4)
+    columns = _weighted(rows.permute(0, 2, 3, 1).contiguous(), weights)  # (B, 3, x / 4, y / 4)
+    return columns.permute(0, 3, 2, 1)
 
 
 def _weighted(pixels: Tensor, weights: Tensor) -> Tensor:

@@ -174,7 +174,8 @@ def augment(images: Tensor, draws: Draws, *, dtype: torch.dtype = torch.uint8) -
         changed = changed.to(dtype)
         for number in set(position[part].tolist()):
             flip, turns = divmod(number, 4)
-            these = torch.nonzero(position[part] == number)[:, 0].to(images.device)
+            these = torch.nonzero(position[part] == number)[:, 0]
+            these = these.to(images.device, non_blocking=True)
             turned = changed[these].flip(2) if flip else changed[these]
             result[part][these] = turned.rot90(turns, (1, 2))
     return result
@@ -193,9 +194,11 @@ def map_tokens(grid: Tensor, draws: Draws) -> Tensor:
         )
     _check_rows(grid, draws)
     table = _sources(grid.shape[1])  # (8, n * n)
-    index = table[draws.flips * 4 + draws.turns].to(grid.device)
-    flat = grid.flatten(1, 2)
-    return flat.gather(1, index[..., None].expand_as(flat)).view(grid.shape)
+    starts = torch.arange(len(grid))[:, None] * grid.shape[1] ** 2
+    rows = (starts + table[draws.flips * 4 + draws.turns]).flatten()
+    return (
+        grid.flatten(0, 2).index_select(0, rows.to(grid.device, non_blocking=True)).view(grid.shape)
+    )
 
 
 def checked_side(images: Tensor, multiple: int = 1) -> int:

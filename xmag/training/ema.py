@@ -29,10 +29,12 @@ class Ema:
         weights, which know nothing, would otherwise stay in the average for long.
         """
         decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
-        now = module.state_dict()
-        for name, mean in self.module.state_dict().items():
-            value = now[name].detach().to(mean.device)
+        now, averages = module.state_dict(), self.module.state_dict()
+        means, values = [], []
+        for name, mean in averages.items():
             if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - decay)
+                means.append(mean)
+                values.append(now[name].detach().to(mean))
             else:
-                mean.copy_(value)
+                mean.copy_(now[name])
+        torch._foreach_lerp_(means, values, 1 - decay)  # one call: there are hundreds of them
