@@ -41,6 +41,7 @@ from xmag.training import Ranks
 from xmag.training.augmentation import NONE, PAPER, Augmentation, augment, draw, map_tokens
 
 IMAGE_MPP, REGION_UM = 0.686, 448
+_GLASS, _LEAST_DARK = 190, 0.4
 DEFAULT = Augmentation()
 AUGMENTATIONS = {
     "none": NONE,
@@ -125,11 +126,14 @@ def regions_of(path: Path, most: int | None) -> np.ndarray[Any, Any]:
     Image.MAX_IMAGE_PIXELS = None  # files that we trust
     spec = TileSpec(mpp=IMAGE_MPP, size_px=round(REGION_UM / IMAGE_MPP))
     with Slide(path, mpp=IMAGE_MPP) as slide:
-        plan = plan_tiles(slide, spec, tissue=find_tissue(slide), min_tissue=0.5)
+        tissue = find_tissue(slide)
+        plan = plan_tiles(slide, spec, tissue=tissue, min_tissue=0.5, overlap=spec.size_px // 2)
         tiles = np.concatenate([tiles for _, tiles in read_tiles(slide, plan, batch_size=64)])
+    # Tinted glass with printed spots is not tissue.
+    dark = (tiles[:, ::8, ::8].mean(-1) < _GLASS).mean((1, 2)) > _LEAST_DARK
     shape = (REGION_PX, REGION_PX)
     return np.stack(
-        [Image.fromarray(t).resize(shape, Image.Resampling.LANCZOS) for t in tiles[:most]]
+        [Image.fromarray(t).resize(shape, Image.Resampling.LANCZOS) for t in tiles[dark][:most]]
     )
 
 
