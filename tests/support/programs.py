@@ -6,6 +6,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+import torch
+
 
 def run_program(source: str, *arguments: object, cwd: Path | None = None, **env: str) -> str:
     """What `source` prints, run with warnings as errors; it fails if anything goes to stderr."""
@@ -28,6 +31,8 @@ def run_on_two_ranks(source: str, out: Path, *, beside: str) -> None:
 
     It may import the tests' `support`, and the modules beside the file of the test that calls.
     """
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need a GPU each, or none at all")
     tests = Path(__file__).parents[1]
     out.mkdir(exist_ok=True)
     script = out / "program.py"

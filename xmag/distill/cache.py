@@ -40,7 +40,7 @@ from xmag.progress import progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
 from xmag.training import Ranks
-from xmag.training.augmentation import Draws, map_tokens
+from xmag.training.augmentation import Draws, token_sources
 
 _DONE = "targets.json"
 _BEGUN = "targets.begun.json"
@@ -207,8 +207,10 @@ class CachedFeatures:
         high: Tensor | None,  # noqa: ARG002 (its features are computed)
     ) -> Tensor:
         """Cached features, flipped and turned by `draws`: float16 (B, 16, dim), on the CPU."""
-        grid = self.cache.features(regions).view(len(regions), SIDE, SIDE, self.dim)
-        return map_tokens(grid, draws).flatten(1, 2)
+        features = self.cache.features(regions).numpy()
+        # As `map_tokens`, by NumPy: PyTorch would wait for all cores, which are busy decoding.
+        cells = token_sources(SIDE, draws).numpy()
+        return torch.from_numpy(features[np.arange(len(cells))[:, None], cells])
 
     def check(self, student: TileSpec) -> None:
         """Raise InputError where the student's tiles are not the low views of regions."""

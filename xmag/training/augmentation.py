@@ -193,9 +193,8 @@ def map_tokens(grid: Tensor, draws: Draws) -> Tensor:
             " tokens.unflatten(1, (n, n))"
         )
     _check_rows(grid, draws)
-    table = _sources(grid.shape[1])  # (8, n * n)
     starts = torch.arange(len(grid))[:, None] * grid.shape[1] ** 2
-    rows = (starts + table[draws.flips * 4 + draws.turns]).flatten()
+    rows = (starts + token_sources(grid.shape[1], draws)).flatten()
     return (
         grid.flatten(0, 2).index_select(0, rows.to(grid.device, non_blocking=True)).view(grid.shape)
     )
@@ -234,6 +233,11 @@ def _check_rows(images: Tensor, draws: Draws) -> None:
             f"there are draws for {len(draws)} images, and {len(images)} images; expected one for"
             " each: draw(seed, epoch, items, view)"
         )
+
+
+def token_sources(n: int, draws: Draws) -> Tensor:
+    """Source token of each token of n x n grids that `map_tokens` makes: int64 (B, n * n)."""
+    return _sources(n)[draws.flips * 4 + draws.turns]
 
 
 @lru_cache(maxsize=8)
