@@ -62,12 +62,13 @@ def test_the_least_config_has_all_defaults(tmp_path: Path) -> None:
     assert (config.model, config.out) == (Card(), "run")
 
 
-def test_the_defaults_are_the_papers_but_for_its_mistakes() -> None:
+def test_the_defaults_are_the_papers_but_for_its_mistakes_and_a_stronger_jitter() -> None:
     train, loss, augment = TrainSettings(), LossSettings(), Augmentation()
     assert (train.lr, train.weight_decay, train.clip, train.epochs) == (5e-4, 0.05, 1.0, 10)
     assert (train.batch, train.views, train.ema) == (48, 2, 0.999)
     assert (loss.global_weight, loss.local_weight, loss.cosine) == (1.0, 0.5, 1.0)
-    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.05,) * 4
+    assert (augment.flips, augment.turns, augment.jitter, augment.hue) == (True, False, 1.0, 0.05)
+    assert (augment.brightness, augment.contrast, augment.saturation) == (0.2,) * 3
     assert train.schedule == "cosine"
 
 

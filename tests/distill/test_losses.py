@@ -1,6 +1,7 @@
 """The losses against the same written out with loops, the blocks against the image."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from xmag.distill.losses import (
 from xmag.distill.settings import LossSettings
 from xmag.distill.views import low_view, teacher_tiles
 from xmag.errors import InputError
-from xmag.training.augmentation import augment, draw, map_tokens
+from xmag.training.augmentation import PAPER, augment, draw, map_tokens
 
 
 def vectors(*shape: int, seed: int) -> Tensor:
@@ -134,7 +135,7 @@ def test_blocks_lie_where_the_teachers_tiles_lie_after_every_flip_and_turn() -> 
     plain = teacher_tiles(region).float().mean((1, 2)).view(1, 4, 4, 3)
     seen = set()
     for number in range(60):
-        draws = draw(0, 0, [number], 0)
+        draws = draw(0, 0, [number], 0, augmentation=replace(PAPER, turns=True))
         seen.add((int(draws.flips[0]), int(draws.turns[0])))
         high, low = augment(region, draws), augment(low_view(region), draws)
         of_tiles = teacher_tiles(high).float().mean((1, 2)).view(1, 16, 3)

@@ -71,7 +71,9 @@ def config_of(folder: Path, out: Path, text: str = CONFIG) -> Path:
 def test_a_student_is_distilled_from_slides(folder: Path, tmp_path: Path) -> None:
     """And knows of slides it has not seen what it did not know untrained."""
     text = CONFIG.replace("steps = 4", "steps = 60").replace(
-        "[log]", "[loss]\ncentre = true\n[log]"
+        "[log]",
+        "[loss]\ncentre = true\n"
+        "[augment]\nbrightness = 0.05\ncontrast = 0.05\nsaturation = 0.05\n[log]",
     )
     text = text.replace('"teacher"', '"teacher"\nkeep = "plain"\nkeep_low = true')
     summary = run_config(config_of(folder, tmp_path, text), progress=False)

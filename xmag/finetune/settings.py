@@ -12,6 +12,8 @@ from xmag.training import Augmentation
 Mode = Literal["exact", "sampled"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
+_MILD = Augmentation(turns=True, brightness=0.05, contrast=0.05, saturation=0.05, hue=0.02)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -35,8 +37,8 @@ class Settings:
         clip: The largest norm of the gradient of a step; None does not clip.
         ema: Decay of the moving average of weights that is validated and returned, None to return
             the weights themselves. It is lower in the first steps: (1 + step) / (10 + step).
-        augmentation: Drawn for each tile; hue changes less than in distillation. None leaves tiles
-            as they are.
+        augmentation: Drawn for each tile; milder than in distillation, with turns. None leaves
+            tiles as they are.
         class_weight: Weight of a slide in the loss: "balanced" gives each class the same weight,
             None each slide; or {class: weight}.
         precision: "auto" is bfloat16 (autocast, float32 weights) on CUDA that has it, else float32.
@@ -57,7 +59,7 @@ class Settings:
     warmup: float = 0.1
     clip: float | None = 1.0
     ema: float | None = 0.99
-    augmentation: Augmentation | None = field(default_factory=lambda: Augmentation(hue=0.02))
+    augmentation: Augmentation | None = field(default_factory=lambda: _MILD)
     class_weight: ClassWeight = "balanced"
     precision: Precision = "auto"
     checkpoint_steps: int | None = None
