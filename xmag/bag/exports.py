@@ -1,7 +1,7 @@
 """Layouts of other software: STAMP's is written, and those of CLAM, TRIDENT and STAMP are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,10 +77,15 @@ def to_anndata(
             f"the bag is of a slide of {tiles.level0_size} px, and {slide.name!r} has"
             f" {slide.dimensions}; give the slide that the features were made from"
         )
+
+    def names(values: Iterable[str]) -> Any:
+        # Not of pandas' own type of texts, which older versions of anndata cannot read.
+        return pd.Index(list(values), dtype=object)
+
     table = AnnData(
         X=features.copy(),
-        obs=pd.DataFrame(coords, columns=["x", "y"], index=[f"{x}_{y}" for x, y in coords]),
-        var=pd.DataFrame(index=[str(column) for column in range(features.shape[1])]),
+        obs=pd.DataFrame(coords, columns=["x", "y"], index=names(f"{x}_{y}" for x, y in coords)),
+        var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2
     table.uns["tiles"] = json.dumps(tiles.to_dict(), sort_keys=True)
