@@ -33,10 +33,9 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 from xmag.errors import XmagWarning
-from xmag.mil import MILClassifier, classifier
+from xmag.mil import MILClassifier, estimator
 from xmag.mil.batches import padded
-from xmag.mil.scoring import predict_logits
-from xmag.mil.training import Trainer
+from xmag.mil.trainer import BagTrainer
 from xmag.training import best_epoch
 
 PUBLISHED = {"musk1": 0.900, "musk2": 0.863, "fox": 0.603, "tiger": 0.845, "elephant": 0.857}
@@ -112,20 +111,20 @@ def standardised(bags: list[np.ndarray], train: np.ndarray) -> list[np.ndarray]:
     return [((bag - mean) / deviation).astype(np.float32) for bag in bags]
 
 
-class Scored(Trainer):
+class Scored(BagTrainer):
     """A training of all epochs that scores `held_out` after each."""
 
     held_out: ClassVar[list[np.ndarray]] = []
     scores: ClassVar[list[list[float]]] = []
 
-    def _keep_best(self) -> None:
+    def end_epoch(self) -> float | None:
         self.module.eval()
-        logits = predict_logits(self._runner, self.held_out)
+        logits = np.stack([self.model.logits(bag) for bag in self.held_out])
         self.scores.append((logits[:, 1] - logits[:, 0]).round(4).tolist())
-        super()._keep_best()
+        return super().end_epoch()
 
 
-classifier.Trainer = Scored  # type: ignore[misc]
+estimator.BagTrainer = Scored  # type: ignore[misc]
 
 
 def xmags(*, validation: float | None) -> Any:

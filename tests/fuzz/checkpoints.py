@@ -21,10 +21,10 @@ from fuzz.bags import damaged_safetensors_header
 from fuzz.streams import cut, filled, flipped, moved, nothing, tail
 from xmag.encoder import load_model
 from xmag.hub.registry import SCHEMA, ModelConfig
-from xmag.mil import MILClassifier
-from xmag.mil.aggregators import aggregator, aggregator_config
-from xmag.mil.saving import DESCRIPTION, WEIGHTS, Saved, write_folder
+from xmag.mil import MILClassifier, aggregator
+from xmag.provenance import Provenance
 
+DESCRIPTION, WEIGHTS = "classifier.json", "classifier.safetensors"
 FINE = "loaded"
 THEIR_PRINTS = r"(?!)"
 THEIR_WARNINGS = (UserWarning,)
@@ -69,15 +69,14 @@ def seeds() -> dict[str, bytes]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = aggregator("abmil", in_dim=8, classes=2)
-    saved = Saved(
-        state=module.state_dict(), config=aggregator_config(module), kind="abmil",
-        classes=["a", "b"],
-        in_dim=8, params={"epochs": 2, "lr": 1e-3, "random_state": 0}, class_prior=[0.5, 0.5],
-        fingerprint={"weights_sha256": "0" * 64},
-        history=[{"epoch": 0, "train_loss": 0.7, "validation_loss": None}], best_epoch=0,
+    classifier = MILClassifier.from_module(
+        module, classes=["a", "b"], in_dim=8, device="cpu", epochs=2, lr=1e-3, random_state=0,
+        provenance=Provenance({"weights_sha256": "0" * 64}, {}),
     )  # fmt: skip
+    classifier.history_ = [{"epoch": 0, "train_loss": 0.7, "validation_loss": None}]
+    classifier.best_epoch_ = 0
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(folder, saved)
+        classifier.save(folder)
         for name in (DESCRIPTION, WEIGHTS):
             found[name] = (Path(folder) / name).read_bytes()
     return found

@@ -16,7 +16,7 @@ from xmag.bag import FeatureBag
 from xmag.errors import BagError, InputError, MismatchError, XmagWarning
 from xmag.geometry import TileGeometry
 from xmag.mil import MILClassifier
-from xmag.mil.labels import class_array, ordered
+from xmag.mil.heads import class_array, ordered
 from xmag.provenance import Provenance
 from xmag.training.splits import held_out, units
 

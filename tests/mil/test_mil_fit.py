@@ -15,9 +15,8 @@ from torch import nn
 
 from xmag.errors import BagError, InputError, ModelError, XmagWarning
 from xmag.mil import MILClassifier, MILOutput
-from xmag.mil.batches import groups_of_like_size
-from xmag.mil.sampling import Order
-from xmag.mil.scoring import auroc
+from xmag.mil.batches import BagSampler, groups_of_like_size
+from xmag.mil.heads import class_metrics
 
 TINY = {"embed_dim": 8, "attention_dim": 4}
 
@@ -211,9 +210,9 @@ def test_no_groups_is_a_warning_that_says_what_to_give(cohort) -> None:
 
 def test_balanced_sampling_draws_classes_equally_and_bags_in_turn() -> None:
     labels = np.array([0] * 30 + [1] * 5 + [2] * 13)
-    order = Order(labels, "balanced", np.random.default_rng(0))
-    drawn = [order.epoch() for _ in range(50)]
-    assert all(len(epoch) == 48 for epoch in drawn)
+    sampler = BagSampler(48, np.random.default_rng(0), strata=labels)
+    drawn = [list(sampler) for _ in range(50)]
+    assert all(len(epoch) == len(sampler) == 48 for epoch in drawn)
     every = np.concatenate(drawn)
     counts = np.bincount(labels[every])
     assert (counts == 800).all()
@@ -224,15 +223,15 @@ def test_balanced_sampling_draws_classes_equally_and_bags_in_turn() -> None:
 
 
 def test_shuffled_sampling_takes_each_bag_once() -> None:
-    order = Order(np.array([0, 0, 0, 1]), "shuffled", np.random.default_rng(0))
+    sampler = BagSampler(4, np.random.default_rng(0))
     for _ in range(3):
-        assert sorted(order.epoch().tolist()) == [0, 1, 2, 3]
+        assert sorted(sampler) == [0, 1, 2, 3]
 
 
 def test_odd_epochs_favour_no_class() -> None:
     labels = np.array([0, 1, 0, 1, 0])
-    order = Order(labels, "balanced", np.random.default_rng(0))
-    counts = np.bincount(labels[np.concatenate([order.epoch() for _ in range(400)])])
+    sampler = BagSampler(5, np.random.default_rng(0), strata=labels)
+    counts = np.bincount(labels[np.concatenate([list(sampler) for _ in range(400)])])
     assert counts.sum() == 2000
     assert abs(counts[0] - counts[1]) < 4 * np.sqrt(400)
 
@@ -501,8 +500,10 @@ def test_auroc_is_scikit_learns() -> None:
     logits[::7] = 0  # ties
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = roc_auc_score(labels, probabilities, multi_class="ovr")
-    assert auroc(labels, logits) == pytest.approx(expected, abs=1e-12)
-    assert auroc(np.zeros(4, int), logits[:4]) is None
+    found = class_metrics(logits, labels, np.ones(60))
+    assert found["validation_auroc"] == pytest.approx(expected, abs=1e-12)
+    alone = class_metrics(logits[:4], np.zeros(4, int), np.ones(4))
+    assert alone["validation_auroc"] is None
 
 
 @pytest.mark.parametrize(

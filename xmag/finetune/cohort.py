@@ -10,7 +10,7 @@ import torch
 from xmag.errors import InputError
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.tilestore import PlannedSlide, TileStore
-from xmag.mil.labels import class_weights, distinct, hashables, indices
+from xmag.mil.heads import class_weights, distinct, hashables, indices
 from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
 
 Source = TileStore | PlannedSlide

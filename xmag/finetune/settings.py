@@ -9,7 +9,7 @@ from xmag import records
 from xmag.errors import InputError
 from xmag.finetune.augment import Augmentation
 from xmag.finetune.network import Precision
-from xmag.mil.labels import ClassWeight
+from xmag.mil.heads import ClassWeight
 
 Mode = Literal["exact", "sampled"]
 

@@ -19,7 +19,7 @@ from xmag.finetune.network import TileNetwork, parameter_groups
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import MILOutput, training_loss
-from xmag.mil.scoring import auroc, balanced_accuracy, log_sum_exp
+from xmag.mil.heads import class_metrics
 from xmag.training import Ema, Ranks, best_epoch, warmup_cosine, warn_of_early_best
 
 _logger = logging.getLogger(__name__)
@@ -315,12 +315,7 @@ class Trainer:
         logits = (self._ranks.mean(found) * self._ranks.world).cpu().numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]
-        losses = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
-        return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
-            "validation_auroc": auroc(labels, logits),
-            "validation_balanced_accuracy": balanced_accuracy(labels, logits),
-        }
+        return class_metrics(logits, labels, weights)
 
     @torch.no_grad()
     def _logits(self, network: Network, slide: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Multiple-instance learning (MIL): a classifier of bags of tile embeddings, and aggregators."""
 
 from xmag.mil.aggregators import AGGREGATORS, aggregator, aggregator_config
-from xmag.mil.attention import Attention
 from xmag.mil.classifier import MILClassifier
-from xmag.mil.output import MILOutput, training_loss
+from xmag.mil.estimator import Attention
+from xmag.mil.heads import training_loss
+from xmag.mil.pooling import MILOutput
 
 __all__ = [
     "AGGREGATORS",

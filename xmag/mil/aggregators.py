@@ -9,10 +9,10 @@ from torch import nn
 
 from xmag.errors import InputError
 from xmag.mil.clam import CLAMSB
-from xmag.mil.pooling import ABMIL, MaxPool, MeanPool
+from xmag.mil.pooling import ABMIL, Aggregator, MaxPool, MeanPool
 from xmag.mil.transmil import TransMIL
 
-AGGREGATORS: Mapping[str, type[nn.Module]] = MappingProxyType(
+AGGREGATORS: Mapping[str, type[Aggregator]] = MappingProxyType(
     {"abmil": ABMIL, "mean": MeanPool, "max": MaxPool, "transmil": TransMIL, "clam_sb": CLAMSB}
 )
 """Aggregator classes by name."""
@@ -67,7 +67,7 @@ def aggregator_config(module: nn.Module) -> dict[str, Any]:
     """
     for name, kind in AGGREGATORS.items():
         if type(module) is kind:
-            return {"name": name, "options": dict(module.options)}  # type: ignore[arg-type]
+            return {"name": name, "options": dict(module.options)}
     raise InputError(
         f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected one of"
         f" {', '.join(kind.__name__ for kind in AGGREGATORS.values())}"

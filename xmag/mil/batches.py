@@ -1,10 +1,10 @@
-"""Padded batches of bags, in micro-batches that fit into a device's memory."""
+"""Batches of bags: the sampler, padding, and micro-batches that fit into a device's memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,19 +13,51 @@ from torch import Tensor, nn
 
 from xmag.devices import full_precision
 from xmag.errors import ModelError
-from xmag.mil.output import MILOutput
+from xmag.mil.pooling import MILOutput
+from xmag.training import with_less_memory
 
 _logger = logging.getLogger("xmag.mil")
 
 _PADDED_TILES = 2**17
 """Initial limit of rows in a padded micro-batch: 400 MB of features 768 wide."""
 
-_Result = TypeVar("_Result")
+
+class BagSampler:
+    """Sampler of the bags of an epoch, as many as there are; iterate it once for each epoch.
+
+    Without `strata` each bag comes once. With the stratum (class) of each bag, int64 (n,), strata
+    come equally often, and the bags of one in turn: none comes again before all others of its
+    stratum have come, over epochs too.
+    """
+
+    def __init__(
+        self, size: int, rng: np.random.Generator, *, strata: NDArray[np.int64] | None = None
+    ) -> None:
+        self._size, self._rng, self._strata = size, rng, strata
+        self._decks: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        if self._strata is None:
+            yield from self._rng.permutation(self._size).tolist()
+            return
+        # Where the strata do not divide an epoch, chance decides which come once more.
+        every = np.unique(self._strata)
+        turns = np.tile(every, self._size // len(every))
+        more = self._rng.permutation(every)[: self._size - len(turns)]
+        for turn in self._rng.permutation(np.concatenate([turns, more])).tolist():
+            deck = self._decks.setdefault(turn, [])
+            if not deck:
+                own = np.flatnonzero(self._strata == turn)
+                deck.extend(self._rng.permutation(own).tolist())
+            yield deck.pop()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A micro-batch: a few bags of a batch, padded to the longest of them, on the device."""
+class Batch:
+    """A few bags on the device, padded to the longest of them; `rows` is their place in a list."""
 
     rows: list[int]
     features: Tensor
@@ -60,35 +92,35 @@ def groups_of_like_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-class Runner:
-    """Runs an aggregator over bags, with smaller micro-batches after CUDA runs out of memory."""
+class BatchedAggregator:
+    """Aggregator applied to bags in micro-batches, smaller ones after CUDA runs out of memory."""
 
     def __init__(
         self,
         module: nn.Module,
         device: torch.device,
         *,
-        classes: int,
+        outputs: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.module, self.device, self.classes, self.dtype = module, device, classes, dtype
+        self.module, self.device, self.outputs, self.dtype = module, device, outputs, dtype
         self.limit = _PADDED_TILES
         self._now: Sequence[int] = ()
 
-    def parts(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Part]:
-        """The micro-batches of a batch; `with_less` makes them smaller when memory runs out."""
+    def batches(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Batch]:
+        """The micro-batches of a batch; `halve` makes them smaller when memory runs out."""
         sizes = [len(bag) for bag in bags]
         limit = self.limit if getattr(self.module, "batched", False) else 1
         for rows in groups_of_like_size(sizes, limit):
             self._now = [sizes[row] for row in rows]
             features, mask = padded([bags[row] for row in rows], self.device)
-            yield Part(rows=rows, features=features, mask=mask)
+            yield Batch(rows=rows, features=features, mask=mask)
 
-    def forward(self, part: Part, labels: Tensor | None = None) -> MILOutput:
+    def __call__(self, batch: Batch, targets: Tensor | None = None) -> MILOutput:
         """Aggregator output for a micro-batch; ModelError for anything but logits (B, C)."""
         with self._precision():
-            output = self.module(part.features, part.mask, labels)
-        expected = (len(part.rows), self.classes)
+            output = self.module(batch.features, batch.mask, targets)
+        expected = (len(batch.rows), self.outputs)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             seen = f"logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output)
@@ -98,20 +130,23 @@ class Runner:
             )
         return output  # type: ignore[no-any-return]
 
-    def with_less(self, run: Callable[[], _Result]) -> _Result:
-        """Result of `run` (a loop over `parts`), retried with smaller parts when out of memory.
+    def of_one(self, bag: NDArray[np.float32]) -> MILOutput:
+        """Aggregator output for one bag, without gradients."""
+        with torch.inference_mode():
+            return with_less_memory(lambda: self(next(self.batches([bag]))), self.halve)
 
-        Raises ModelError where a bag alone does not fit.
-        """
-        while True:
-            try:
-                return run()
-            except torch.cuda.OutOfMemoryError as error:
-                self._shrink(error)
-            # Outside of the handler, so that the failed tensors are gone.
-            torch.cuda.empty_cache()
+    def logits(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The logits of one bag that has tiles, (C,); ModelError where they are not finite."""
+        logits: NDArray[np.float64] = self.of_one(bag).logits[0].double().cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise ModelError(
+                "the aggregator gave logits that are not finite; check its weights and the scale"
+                " of the features"
+            )
+        return logits
 
-    def _shrink(self, error: BaseException) -> None:
+    def halve(self, error: torch.cuda.OutOfMemoryError) -> None:
+        """Make micro-batches half as large as the last; ModelError where that was one bag."""
         rows = len(self._now) * max(self._now, default=0)
         if len(self._now) <= 1:
             raise ModelError(

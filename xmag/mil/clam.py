@@ -1,18 +1,25 @@
 """CLAM-SB: gated attention with an instance-level loss on the most and least attended tiles."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmag.mil.output import MILOutput, full, masked_softmax
-from xmag.mil.pooling import GatedAttention, tile_embedding, weighted_mean
+from xmag.mil.pooling import (
+    Aggregator,
+    GatedAttention,
+    MILOutput,
+    full,
+    masked_softmax,
+    tile_embedding,
+    weighted_mean,
+)
 
 InstanceLoss = Literal["svm", "ce"]
 
 
-class CLAMSB(nn.Module):
+class CLAMSB(Aggregator):
     """CLAM with a single attention branch (CLAM-SB); takes one bag at a time.
 
     The bag goes through gated attention as in ABMIL. While training, the `k_sample` most attended
@@ -44,17 +51,11 @@ class CLAMSB(nn.Module):
         subtyping: bool = False,
         instance_loss: InstanceLoss = "svm",
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "attention_dim": attention_dim,
-            "dropout": dropout,
-            "k_sample": k_sample,
-            "bag_weight": bag_weight,
-            "subtyping": subtyping,
-            "instance_loss": instance_loss,
-        }
+        super().__init__(
+            in_dim, classes,
+            embed_dim=embed_dim, attention_dim=attention_dim, dropout=dropout, k_sample=k_sample,
+            bag_weight=bag_weight, subtyping=subtyping, instance_loss=instance_loss,
+        )  # fmt: skip
         self.k_sample, self.bag_weight = k_sample, bag_weight
         self.subtyping, self.instance_loss = subtyping, instance_loss
         self.embed = tile_embedding(in_dim, embed_dim, dropout)

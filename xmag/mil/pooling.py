@@ -1,11 +1,56 @@
-"""Batched aggregators: gated attention (ABMIL), mean pooling and max pooling."""
+"""Output of aggregators, and batched ones: gated attention (ABMIL), mean and max pooling."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xmag.mil.output import MILOutput, masked_softmax
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MILOutput:
+    """Output of an aggregator for a batch of bags: logits, attention and auxiliary loss.
+
+    Attributes:
+        logits: float (B, C).
+        attention: float (B, N), the weight of each tile: sums to 1 over a bag, 0 where padded and
+            in a bag without tiles. None for an aggregator that has no such thing.
+        loss: An auxiliary loss of the whole batch, a scalar, to be added to that of the bags.
+        bag_weight: Weight of the bags' cross-entropy beside it; see `xmag.mil.training_loss`.
+    """
+
+    logits: Tensor
+    attention: Tensor | None
+    loss: Tensor | None = None
+    bag_weight: float = 1.0
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Masked softmax of scores (..., N) over the tiles; all zero for a bag without tiles.
+
+    In float32 where the scores are in half precision: weights of 100,000 tiles are small.
+    """
+    scores = full(scores)
+    lowest = torch.finfo(scores.dtype).min
+    # Without any tile the softmax is uniform over the padding, which the product takes out again:
+    # no value and no gradient is ever NaN.
+    return torch.softmax(scores.masked_fill(~mask, lowest), dim=-1) * mask
+
+
+def full(values: Tensor) -> Tensor:
+    """Half-precision values cast to float32; others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+class Aggregator(nn.Module):
+    """Base of xmag's aggregators; `options` are those that its constructor was given, by name."""
+
+    batched = True
+    attention_kind: str | None = None
+
+    def __init__(self, in_dim: int, classes: int, **options: Any) -> None:
+        super().__init__()
+        self.in_dim, self.classes, self.options = in_dim, classes, options
 
 
 class GatedAttention(nn.Module):
@@ -39,7 +84,7 @@ def weighted_mean(tiles: Tensor, attention: Tensor) -> Tensor:
     return (attention.to(tiles.dtype).unsqueeze(1) @ tiles).squeeze(1)
 
 
-class ABMIL(nn.Module):
+class ABMIL(Aggregator):
     """Attention-based MIL (ABMIL): gated attention pooling of embedded tiles, then a linear layer.
 
     h = dropout(ReLU(W x)), a = softmax over the bag of w^T (tanh(V h) * sigmoid(U h)), logits =
@@ -47,7 +92,6 @@ class ABMIL(nn.Module):
     Attention-based Deep Multiple Instance Learning, ICML 2018, equations 7 and 9.
     """
 
-    batched = True
     attention_kind = "softmax"
 
     def __init__(
@@ -59,13 +103,8 @@ class ABMIL(nn.Module):
         attention_dim: int = 384,
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "attention_dim": attention_dim,
-            "dropout": dropout,
-        }
+        options = {"embed_dim": embed_dim, "attention_dim": attention_dim, "dropout": dropout}
+        super().__init__(in_dim, classes, **options)
         self.embed = tile_embedding(in_dim, embed_dim, dropout)
         self.attention = GatedAttention(embed_dim, attention_dim, dropout)
         self.head = nn.Linear(embed_dim, classes)
@@ -77,18 +116,13 @@ class ABMIL(nn.Module):
         return MILOutput(logits=self.head(weighted_mean(tiles, attention)), attention=attention)
 
 
-class _Pool(nn.Module):
+class _Pool(Aggregator):
     """Base of mean and max pooling: embedded tiles, pooled without attention, then a linear."""
-
-    batched = True
-    attention_kind = None
 
     def __init__(
         self, *, in_dim: int, classes: int, embed_dim: int = 512, dropout: float = 0.25
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {"embed_dim": embed_dim, "dropout": dropout}
+        super().__init__(in_dim, classes, embed_dim=embed_dim, dropout=dropout)
         self.embed = tile_embedding(in_dim, embed_dim, dropout)
         self.head = nn.Linear(embed_dim, classes)
 

@@ -1,13 +1,12 @@
 """TransMIL: two transformer layers with Nystrom attention and convolutional positions (PPEG)."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xmag.devices import full_precision
-from xmag.mil.output import MILOutput, full
+from xmag.mil.pooling import Aggregator, MILOutput, full
 
 _PINV_STEPS = 6
 _RESIDUAL_KERNEL = 33
@@ -89,7 +88,7 @@ class PositionEncoding(nn.Module):
         return torch.cat([first, tiles], dim=1)
 
 
-class TransMIL(nn.Module):
+class TransMIL(Aggregator):
     """TransMIL: two transformer layers over a class token and all tiles; takes one bag at a time.
 
     The tiles are embedded, laid out in a square in their order (the first ones are repeated to
@@ -114,14 +113,10 @@ class TransMIL(nn.Module):
         landmarks: int = 256,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.in_dim, self.classes = in_dim, classes
-        self.options: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "heads": heads,
-            "landmarks": landmarks,
-            "dropout": dropout,
-        }
+        super().__init__(
+            in_dim, classes,
+            embed_dim=embed_dim, heads=heads, landmarks=landmarks, dropout=dropout,
+        )  # fmt: skip
         self.embed = nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU())
         self.class_token = nn.Parameter(torch.randn(1, 1, embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(2))

@@ -22,12 +22,17 @@ class Ema:
         self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards `module`: average = decay * average + (1 - decay) * module."""
+    def update(self, module: nn.Module, *, step: int | None = None) -> None:
+        """Move the average towards `module`: average = decay * average + (1 - decay) * module.
+
+        With the number of a `step` the decay is at most (1 + step) / (10 + step): the first
+        weights, which know nothing, would otherwise stay in the average for long.
+        """
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         now = module.state_dict()
         for name, mean in self.module.state_dict().items():
             value = now[name].detach().to(mean.device)
             if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - self.decay)
+                mean.lerp_(value.to(mean.dtype), 1 - decay)
             else:
                 mean.copy_(value)

@@ -34,11 +34,15 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all ranks, equally weighted; not differentiable."""
+        return value if self.world == 1 else self.sum(value) / self.world
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks; not differentiable."""
         if self.world == 1:
             return value
         total = value.detach().clone()
         dist.all_reduce(total)
-        return total / self.world
+        return total
 
     def wait(self) -> None:
         """Barrier: return when all ranks have reached this call."""

@@ -3,7 +3,10 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
+
+import torch
 
 from xmag.errors import InputError, XmagWarning
 
@@ -23,6 +26,25 @@ def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> 
         return (step + 1) / warmup
     done = min((step - warmup + 1) / (total - warmup), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Learning-rate schedule: linear warm-up, then cosine decay; see `warmup_cosine`."""
+
+    total: int
+    warmup: int
+    floor: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """The learning-rate factor at `step`, from 0."""
+        return warmup_cosine(step, total=self.total, warmup=self.warmup, floor=self.floor)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set the learning rate of `step`: the factor times the rate that a group began with."""
+        factor = self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
 
 def best_epoch(losses: Sequence[float], *, epochs: int) -> int:

@@ -1,0 +1,257 @@
+"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from xmag import metrics
+from xmag.errors import InputError, OutputError
+from xmag.metrics.labels import as_labels, refuse_continuous
+from xmag.mil.pooling import MILOutput, full
+
+ClassWeight = Mapping[Any, float] | Literal["balanced"] | None
+Sampling = Literal["balanced", "shuffled"]
+
+_PLAIN: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each bag, (B,), from logits (B, C) and labels (B,)."""
+    return functional.cross_entropy(full(logits), labels, reduction="none")
+
+
+def training_loss(
+    output: MILOutput,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    losses: Callable[[Tensor, Tensor], Tensor] = class_losses,
+) -> Tensor:
+    """The loss to minimise, a scalar: ``bag_weight * mean cross-entropy + loss``.
+
+    Args:
+        output: Of an aggregator that was given `labels` where it has an auxiliary loss.
+        labels: int64 (B,).
+        weights: float (B,), weight of each bag in the mean; all the same by default.
+        losses: The loss of each bag, (B,), from logits and labels.
+    """
+    each = losses(output.logits, labels)
+    weights = torch.ones_like(each) if weights is None else weights
+    loss = output.bag_weight * (weights * each).sum() / weights.sum()
+    return loss if output.loss is None else loss + output.loss
+
+
+def class_metrics(
+    logits: NDArray[np.float64], targets: NDArray[np.int64], weights: NDArray[np.float64]
+) -> dict[str, float | None]:
+    """Validation metrics of logits (n, C) and class indices (n,), by their names in a history.
+
+    The loss is the cross-entropy, a mean weighted by `weights` (n,). The AUROC is one-vs-rest, of
+    probabilities, a mean over the classes that are present; None where only one is.
+    """
+    losses = class_losses(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
+    probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
+    every, present = range(logits.shape[1]), np.unique(targets).tolist()
+    areas = [
+        metrics.auroc(targets, probabilities, classes=every, positive=label)
+        for label in present
+        if len(present) > 1
+    ]
+    balanced = metrics.balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
+    return {
+        "validation_loss": float((weights * losses).sum() / weights.sum()),
+        "validation_auroc": fmean(areas) if areas else None,
+        "validation_balanced_accuracy": balanced,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClassHead:
+    """Classification head: softmax over classes, cross-entropy, AUROC and balanced accuracy.
+
+    `prior` is the frequency of each class among the labels, (C,).
+    """
+
+    classes: list[Hashable]
+    prior: NDArray[np.float64]
+
+    losses = staticmethod(class_losses)
+    metrics = staticmethod(class_metrics)
+    metric_names = ("validation_loss", "validation_auroc", "validation_balanced_accuracy")
+
+    @classmethod
+    def of(cls, labels: Sequence[Hashable]) -> Self:
+        """The head for training labels; InputError as `distinct`."""
+        classes = distinct(labels)
+        counts = np.bincount(indices(labels, classes, "y"))
+        return cls(classes=classes, prior=counts / len(labels))
+
+    @property
+    def outputs(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
+        """Class indices, int64 (n,); InputError for a label that is none of the classes."""
+        return indices(labels, self.classes, what)
+
+    def require_trainable(self, targets: NDArray[np.int64]) -> None:
+        """Raise InputError where no bag of a class has tiles."""
+        if missing := [label for i, label in enumerate(self.classes) if i not in targets]:
+            raise InputError(
+                f"no bag of the class {missing[0]!r} has any tile; expected one or more of each"
+                " class: extract them again, or leave the class out"
+            )
+
+    def strata(self, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The class indices themselves."""
+        return targets
+
+    def to_json(self) -> dict[str, Any]:
+        """The classes with their types, and the prior; OutputError as `label_to_json`."""
+        classes = [label_to_json(label) for label in self.classes]
+        return {"classes": classes, "class_prior": self.prior.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The head in `values`, from which "classes" and "class_prior" are taken."""
+        classes = [label_from_json(value) for value in values.pop("classes")]
+        prior = np.array([float(value) for value in values.pop("class_prior")])
+        if not len(set(classes)) == len(classes) == len(prior) >= 2:
+            raise ValueError("classes do not fit")
+        if (prior < 0).any() or not math.isclose(prior.sum(), 1, abs_tol=1e-6):
+            raise ValueError("class_prior does not fit")
+        return cls(classes=classes, prior=prior)
+
+
+Head = ClassHead
+"""Heads of estimators."""
+
+
+def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
+    """Labels or groups as plain Python values; InputError unless there are `count` usable ones."""
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise InputError(f"{what} is {values!r}; expected one value for each of {count} bags")
+    found = as_labels(values, what)
+    if len(found) != count:
+        raise InputError(f"{what} has {len(found)} values for {count} bags; expected one for each")
+    return found
+
+
+def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
+    """The distinct labels (classes), in order.
+
+    Raises InputError for fewer than two, for two that Python calls equal, and for numbers that are
+    not whole.
+    """
+    refuse_continuous(labels, "y")
+    seen: dict[Hashable, Hashable] = {}
+    for label in labels:
+        first = seen.setdefault(label, label)
+        if type(first) is not type(label):
+            raise InputError(
+                f"the labels hold both {first!r} and {label!r}, which Python takes for the same;"
+                " expected labels of one type"
+            )
+    if len(seen) < 2:
+        raise InputError(
+            f"the labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected two or"
+            " more"
+        )
+    return ordered(list(seen))
+
+
+def ordered(classes: list[Any]) -> list[Hashable]:
+    """The classes sorted where they can be compared, else by type and text."""
+    if len({type(value) for value in classes}) == 1 and isinstance(
+        classes[0], bool | int | float | str | tuple
+    ):
+        try:
+            return sorted(classes)
+        except TypeError:
+            pass  # tuples of mixed types
+    return sorted(classes, key=lambda value: (type(value).__name__, repr(value)))
+
+
+def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
+    """The classes as an array (C,) from which each comes back unchanged."""
+    if all(type(value) in _PLAIN.values() for value in classes):
+        array = np.array(classes)
+        if [(type(v), v) for v in array.tolist()] == [(type(v), v) for v in classes]:
+            return array
+    array = np.empty(len(classes), dtype=object)
+    for index, value in enumerate(classes):
+        array[index] = value
+    return array
+
+
+def indices(
+    labels: Sequence[Hashable], classes: Sequence[Hashable], what: str
+) -> NDArray[np.int64]:
+    """The class index of each label, int64 (n,); InputError for an unknown label."""
+    place = {label: index for index, label in enumerate(classes)}
+    for index, label in enumerate(labels):
+        if label not in place:
+            raise InputError(
+                f"{what}[{index}] is {label!r}; expected one of the classes that were trained:"
+                f" {list(classes)}"
+            )
+    return np.array([place[label] for label in labels], dtype=np.int64)
+
+
+def class_weights(
+    weight: ClassWeight, classes: Sequence[Hashable], drawn: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The weight in the loss of a bag of each class, (C,).
+
+    "balanced" makes up for how often each class is drawn: classes that are drawn equally often
+    count the same. Raises InputError for other values than weights above 0 of known classes.
+    """
+    if weight is None:
+        return np.ones(len(classes))
+    if isinstance(weight, str) and weight == "balanced":
+        return np.asarray(drawn.sum() / (len(classes) * drawn))
+    if not isinstance(weight, Mapping):
+        raise InputError(
+            f'class_weight is {weight!r}; expected None, "balanced" or {{class: weight}}'
+        )
+    if unknown := [label for label in weight if label not in classes]:
+        raise InputError(
+            f"class_weight has the class {unknown[0]!r}; expected those of the labels:"
+            f" {list(classes)}"
+        )
+    for label, value in weight.items():
+        if isinstance(value, bool | str) or not (math.isfinite(value) and value > 0):
+            raise InputError(f"class_weight[{label!r}] is {value!r}; expected a number above 0")
+    return np.array([float(weight.get(label, 1.0)) for label in classes])
+
+
+def label_to_json(label: Hashable) -> list[Any]:
+    """A label as JSON, with its type; OutputError for a type that is not supported."""
+    if isinstance(label, tuple) and type(label) is tuple:
+        return ["tuple", [label_to_json(item) for item in label]]
+    for name, kind in _PLAIN.items():
+        if type(label) is kind:
+            return [name, label]
+    raise OutputError(
+        f"the class {label!r} is a {type(label).__name__}, which cannot be saved; train with labels"
+        " that are str, int, float, bool, or tuples of those"
+    )
+
+
+def label_from_json(value: Any) -> Hashable:
+    """Decode a label of `label_to_json`; ValueError for anything else."""
+    kind, content = value if isinstance(value, list) and len(value) == 2 else (None, None)
+    if kind == "tuple" and isinstance(content, list):
+        return tuple(label_from_json(item) for item in content)
+    if isinstance(kind, str) and kind in _PLAIN and type(content) is _PLAIN[kind]:
+        return content
+    raise ValueError(f"{value!r} is no label with its type")
