@@ -5,8 +5,9 @@
     python benchmarks/distill.py --teacher tiny --student tiny --batch 2 --steps 1 --side 2  # CPU
 
 A teacher of UNI2-h's size and a ViT-B/14 student, both with random weights, on slides that are
-written first: JPEG, 0.5 µm/px, in a temporary folder. "online": the teacher looks at every view.
-"kept": its features were computed before. "kept, low": so were the low views, and no slide is read.
+written first: JPEG, 0.5 µm/px, in a temporary folder. "online": the teacher computes
+features of every view. "cached": they were computed before. "cached, low": so were the low views,
+and no slide is read.
 Shares are of the wall time; what the device does is timed by its own events, and "waiting" is the
 host, waiting for regions. "GPU busy" is the share of the time in which a kernel runs, from a
 profile of some more steps, which slows the host a little. Batches are per GPU.
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +34,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.slides import texture, write_svs
 
 from xmag.distill import (
-    KeptLesson,
-    LoaderSettings,
+    CachedFeatures,
+    CacheSettings,
     Manifest,
-    OnlineLesson,
+    OnlineFeatures,
     Settings,
     SlideRegions,
-    TargetSettings,
     Teacher,
     TrainSettings,
+    cache_features,
     fresh_student,
-    keep_targets,
     load_teacher,
     plan_slides,
 )
-from xmag.distill.cache import Lesson
-from xmag.distill.run import on_device
-from xmag.distill.trainer import Session, Split, Stopwatch, reading_processes, reading_threads
+from xmag.distill.run import on_device, prepare
+from xmag.distill.settings import LoaderSettings
+from xmag.distill.teachers import TeacherFeatures
+from xmag.distill.trainer import Trainer, ViewLoader
 from xmag.encoder import Encoder
 from xmag.geometry import TileSpec
 from xmag.hub.registry import KNOWN, ModelConfig
@@ -88,8 +90,8 @@ def main() -> None:
             SlideRegions(
                 manifest,
                 folder,
-                threads=reading_threads(loader, device),
-                processes=reading_processes(loader, device),
+                threads=loader.threads_on(device),
+                processes=loader.processes_on(device),
             )
         )
         rows = measured(args, ranks, source, manifest, Path(folder))
@@ -120,25 +122,25 @@ def measured(
     most = {"features": "the teacher alone", "tiles/s": alone * ranks.world}
     rows: list[dict[str, Any]] = [dict.fromkeys(columns, "") | most]
 
-    def add(name: str, lesson: Lesson, steps: int) -> None:
-        session = new_session(args, ranks, source, lesson)
-        rows.append({"features": name, **timed(session, steps, args.batch * ranks.world)})
+    def add(name: str, features: TeacherFeatures, steps: int) -> None:
+        data, trainer = prepared(args, ranks, source, features)
+        rows.append({"features": name, **timed(data, trainer, steps)})
 
-    add("online", OnlineLesson(teacher=teacher), args.steps)
+    add("online", OnlineFeatures(teacher=teacher), args.steps)
     if ranks.world > 1:
-        return rows  # what is kept is kept by one process, and read in the same way
+        return rows  # a cache is written by one process, and read in the same way
     for low in (False, True):
-        kept = keep_targets(
-            folder / f"kept {low}",
+        cache = cache_features(
+            folder / f"cache {low}",
             source,
             manifest,
             teacher,
-            settings=TargetSettings(low=low),
+            settings=CacheSettings(low=low),
             device=device,
             progress=False,
         )
-        with kept:
-            add("kept, low" if low else "kept", KeptLesson(kept=kept), 4 * args.steps)
+        with cache:
+            add("cached, low" if low else "cached", CachedFeatures(cache=cache), 4 * args.steps)
     return rows
 
 
@@ -167,22 +169,17 @@ def teacher_alone(teacher: Teacher, device: torch.device, *, tiles: int) -> floa
     return repeats * tiles / (time.perf_counter() - start)
 
 
-def new_session(
-    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, lesson: Lesson
-) -> Session:
+def prepared(
+    args: argparse.Namespace, ranks: Ranks, source: SlideRegions, features: TeacherFeatures
+) -> tuple[ViewLoader, Trainer]:
     student = TINY if args.student == "tiny" else args.student
     settings = Settings(
         train=TrainSettings(epochs=1000, batch=args.batch * ranks.world),
         loader=loader_of(args),
     )
-    return Session(
-        source,
-        [lesson],
-        fresh_student(student),
-        split=Split.of(len(source), ()),
-        settings=settings,
-        ranks=ranks,
-        device=ranks.device(),
+    regions = np.arange(len(source))
+    return prepare(
+        source, features, fresh_student(student), regions, settings=settings, ranks=ranks
     )
 
 
@@ -190,10 +187,15 @@ def loader_of(args: argparse.Namespace) -> LoaderSettings:
     return LoaderSettings(processes=args.processes)
 
 
-def timed(session: Session, steps: int, batch: int) -> dict[str, Any]:
+def timed(data: ViewLoader, trainer: Trainer, steps: int) -> dict[str, Any]:
     """Rates and shares of some steps, after two that are not timed."""
-    watch, device = Stopwatch(session.device), session.device
-    run = session.steps(0, 2 + steps + profiled_steps(steps), watch=watch)
+    watch, device, train = trainer.watch, trainer.device, trainer.settings.train
+    last = 2 + steps + profiled_steps(steps)
+    batches = data.batches(0, last, watch)
+    run = (
+        trainer.optimize(islice(batches, data.count), number=number, count=data.count)
+        for number in range(last)
+    )
     take(run, 2)
     watch.seconds()
     synchronise(device)
@@ -203,11 +205,10 @@ def timed(session: Session, steps: int, batch: int) -> dict[str, Any]:
     wall = time.perf_counter() - start
     parts = watch.seconds()
     busy = gpu_busy(run, profiled_steps(steps), device)
-    regions = steps * batch
-    views = session.settings.train.views
+    regions = steps * train.batch
     row: dict[str, Any] = {
         "regions/s": regions / wall,
-        "tiles/s": regions * views * TILES / wall,
+        "tiles/s": regions * train.views * TILES / wall,
         "ms a step": 1e3 * wall / steps,
         "GPU busy": "" if busy is None else f"{busy:.0%}",
         "waiting": f"{parts['waiting for regions'] / wall:.0%}",

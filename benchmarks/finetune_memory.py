@@ -22,12 +22,11 @@ import torch
 from common import report
 from torch import Tensor
 
-from xmag.finetune import Augmentation
-from xmag.finetune.augment import draw
 from xmag.finetune.gradients import exact_backward
 from xmag.finetune.network import TileNetwork, uses_half
 from xmag.hub.registry import ModelConfig
 from xmag.mil import aggregator, training_loss
+from xmag.training.augmentation import draw
 from xmag.vit import CONFIGS, ViT
 
 GIB = 2**30
@@ -57,11 +56,11 @@ class Step:
         return training_loss(self.head(features.unsqueeze(0), mask), label)
 
     def exact(self, count: int, chunk: int) -> None:
-        draws = draw(Augmentation(), count, seed=0)
+        draws = draw(0, 0, range(count), 0)
         exact_backward(lambda a, b: self.encode(a, b, draws), count, self.loss, chunk=chunk)
 
     def one_graph(self, count: int) -> None:
-        draws = draw(Augmentation(), count, seed=0)
+        draws = draw(0, 0, range(count), 0)
         self.loss(self.encode(0, count, draws)).backward()
 
     def clear(self) -> None:

@@ -17,16 +17,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from xmag.distill.teachers import Teacher
-from xmag.distill.views import (
-    NONE,
-    REGION_PX,
-    SIDE,
-    Augmentation,
-    augment,
-    draw,
-    low_view,
-    teacher_tiles,
-)
+from xmag.distill.views import REGION_PX, SIDE, low_view, teacher_tiles
+from xmag.training.augmentation import NONE, Augmentation, augment, draw
 
 AUGMENTATION = Augmentation(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
 KINDS = ("augmented", "plain")

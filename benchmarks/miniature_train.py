@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xmag.distill.losses import BLOCKS
 from xmag.distill.settings import LossSettings, Settings, TrainSettings
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
-from xmag.distill.views import augment, draw, map_tokens
+from xmag.distill.views import SIDE
 from xmag.training import Ranks
+from xmag.training.augmentation import augment, draw, map_tokens
 
 LEVELS = {"global + local": (1.0, 0.5), "global only": (1.0, 0.0), "local only": (0.0, 0.5)}
 """The weights of the two levels of the loss in each variant."""
@@ -89,8 +89,8 @@ class Regions:
         if self.plain:
             draws = draw(seed, step, range(len(drawn)), 0, augmentation=AUGMENTATION)
             low = augment(low, draws)
-            target = map_tokens(target.unflatten(1, (BLOCKS, BLOCKS)), draws).flatten(1, 2)
-        return Views(low=low, targets=[target], weights=torch.ones(len(drawn), device=device))
+            target = map_tokens(target.unflatten(1, (SIDE, SIDE)), draws).flatten(1, 2)
+        return Views(low=low, targets=[target])
 
 
 def order(count: int, batch: int, steps: int, seed: int) -> Tensor:
@@ -131,7 +131,7 @@ def train(
     for step, rows in enumerate(order(len(regions.target), recipe.batch, task.steps, task.seed)):
         if step % _LOOK_EVERY == 0 and time.time() > deadline:
             return None
-        trainer.step([regions.views(rows, step, task.seed)], number=step, count=1)
+        trainer.optimize([regions.views(rows, step, task.seed)], number=step, count=1)
     average = trainer.ema.module
     assert isinstance(average, Student)
     return average.eval()

@@ -21,9 +21,10 @@ from common import report, usable_cores
 from xmag.distill.dataset import SlideRegions
 from xmag.distill.regions import Manifest, plan_slides
 from xmag.distill.teachers import load_teacher
-from xmag.distill.views import augment, draw, low_view, teacher_tiles
+from xmag.distill.views import low_view, teacher_tiles
 from xmag.encoder import Encoder
 from xmag.hub.registry import KNOWN
+from xmag.training.augmentation import augment, draw
 from xmag.vit import ViT
 
 BATCH = 16

@@ -13,6 +13,8 @@ from sklearn import metrics as sk
 
 from xmag import metrics
 from xmag.errors import InputError
+from xmag.metrics.labels import Cases
+from xmag.metrics.ranking import mean_roc
 
 GRADES = ("normal", "benign", "suspect", "cancer")
 BOYD = np.array([[21, 12, 0, 0], [4, 17, 1, 0], [3, 9, 15, 2], [0, 0, 0, 1]])
@@ -159,6 +161,30 @@ def test_within_compares_pairs_of_the_same_fold_only(seed: int) -> None:
             in_order += 1.0 if scores[a] > scores[b] else 0.5 * (scores[a] == scores[b])
     found = metrics.auroc(y, scores, within=[f"fold {f}" for f in folds])
     assert found == pytest.approx(in_order / pairs, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_mean_curve_is_that_of_scikit_learn_in_each_fold(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, folds, weights = (rng.integers(0, n, 40) for n in (2, 4, 4))
+    scores = rng.random((40, 2))  # of no ties, where scikit-learn drops points of no weight
+    cases = Cases(truth=y, classes=(0, 1), scores=scores, within=folds)
+    grid = np.linspace(0, 1, 51) + 1e-6  # beside the steps
+    expected, total = np.zeros(51), 0.0
+    for rows in (folds == fold for fold in range(4)):
+        positive, negative = (weights[rows & (y == label)].sum() for label in (1, 0))
+        if pairs := positive * negative:
+            fpr, tpr, _ = sk.roc_curve(
+                y[rows], scores[rows, 1], sample_weight=weights[rows], drop_intermediate=False
+            )
+            expected += pairs * np.interp(grid, fpr, tpr)
+            total += pairs
+    _, found = mean_roc(cases, np.stack([weights, 0 * y]), 1, grid)
+    np.testing.assert_allclose(found[0], expected / total, atol=1e-12)
+    assert np.isnan(found[1]).all()
+    fpr, tpr = mean_roc(cases, None, 1)
+    area = np.trapezoid(np.append(0.0, tpr), np.append(0.0, fpr))
+    assert area == pytest.approx(metrics.auroc(y, scores, within=folds), abs=1e-6)
 
 
 def test_labels_of_any_hashable_kind_in_a_given_order() -> None:

@@ -2,11 +2,16 @@
 
 import gc
 import threading
+import tracemalloc
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from support.slides import write_svs
 
+from xmag import Slide, TileSpec, plan_tiles, read_tiles
+from xmag.errors import DamagedSlideError
 from xmag.tiles.arena import Recycler
 
 
@@ -70,3 +75,37 @@ def test_threads_never_share_memory() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_an_error_leaves_no_pixels_for_the_garbage_collector(tmp_path) -> None:
+    """A cycle of error, traceback and future would keep them, for slide after damaged slide."""
+    path = tmp_path / "slide.svs"
+    write_svs(path, pixels=np.full((960, 1920, 3), 120, np.uint8), mpp=0.5, power=20)
+    with Slide(path) as slide:
+        plan = plan_tiles(slide, TileSpec())
+        places = slide.reader._tables[plan.scale.level]
+        start, length = places.offsets[0], places.lengths[0]
+    data = bytearray(path.read_bytes())
+    data[start + length // 2 : start + length] = bytes(length - length // 2)
+    path.write_bytes(data)
+
+    def read() -> None:
+        with suppress(DamagedSlideError):  # pytest.raises would hold the error
+            list(read_tiles(slide, plan, threads=4))
+            pytest.fail("the damage was not seen")
+
+    pixels = 240 * 240 * 3
+    with Slide(path) as slide:
+        plan = plan_tiles(slide, TileSpec())
+        read()  # which imports and remembers what it will need again
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            read()
+            left, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert peak > 8 * pixels
+    assert left < pixels

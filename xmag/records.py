@@ -58,7 +58,8 @@ def from_dict(
     """The dataclass `kind` with these JSON values; `where` is their place, for errors.
 
     With `to_float` whole numbers become floats where a field is one, as people write them. Raises
-    InputError for an unknown key, a missing one, and a value of another type.
+    InputError for an unknown key, a missing one, and a value of another type. A key in `REMOVED` of
+    the class is unknown for the reason that stands there.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where or 'all of it'} is {reprlib.repr(values)}; expected a table")
@@ -67,6 +68,7 @@ def from_dict(
         if key not in known:
             close = nearest(key, known)
             remedy = f"did you mean {close!r}?" if close else f"expected one of {sorted(known)}"
+            remedy = getattr(kind, "REMOVED", {}).get(key, remedy)
             raise InputError(f"{_at(where, key)} is no known key; {remedy}")
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from support.distilling import ArraySource, RandomTeacher, colourful_regions, tiny_student
 
-from xmag.distill.run import CHECKPOINT, distill
+from xmag.distill.run import distill
 from xmag.distill.settings import (
     LoaderSettings,
     LogSettings,
@@ -24,8 +24,9 @@ from xmag.distill.settings import (
     TrainSettings,
 )
 from xmag.distill.summary import Summary
-from xmag.distill.trainer import load_checkpoint
-from xmag.errors import OutputError
+from xmag.distill.trainer import CHECKPOINT
+from xmag.errors import WeightsError
+from xmag.training import Checkpoint
 
 STEPS = 24
 
@@ -70,6 +71,10 @@ def program(**options: object) -> list[str]:
     return [sys.executable, "-c", text]
 
 
+def steps_of(checkpoint: Path) -> int:
+    return Checkpoint.load(checkpoint, kind="distillation").progress["updates"]
+
+
 def everything(out: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(out / CHECKPOINT)
 
@@ -79,13 +84,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     process = subprocess.Popen([*program(damaged=(7,), stalls_after=60), str(killed)])
     checkpoint = killed / CHECKPOINT
-    while not checkpoint.exists() or load_checkpoint(checkpoint).step < 8:
+    while not checkpoint.exists() or steps_of(checkpoint) < 8:
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)  # somewhere between two checkpoints, or in one
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert load_checkpoint(checkpoint).step < STEPS
+    assert steps_of(checkpoint) < STEPS
     assert not (killed / "model").exists()
 
     resumed = run(killed, damaged=(7,))
@@ -139,7 +144,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    before, step = checkpoint.read_bytes(), load_checkpoint(checkpoint).step
+    before, step = checkpoint.read_bytes(), steps_of(checkpoint)
     assert step < STEPS
     text = program()[2].replace("run(Path(sys.argv[1]), **{})", FULL_DISK)
     done = subprocess.run(
@@ -152,33 +157,40 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.read_bytes() == before
     assert not list(tmp_path.glob(".*xmag-tmp"))
     run(tmp_path)
-    assert load_checkpoint(checkpoint).step == STEPS
+    assert steps_of(checkpoint) == STEPS
 
 
 def test_a_checkpoint_tells_what_it_is_of(tmp_path: Path) -> None:
     run(tmp_path)
     with safetensors.safe_open(tmp_path / CHECKPOINT, "pt") as file:
-        about = json.loads(file.metadata()["xmag"])
-    assert about["step"] == STEPS
-    data = about["decisive"]["data"]
+        about = json.loads(file.metadata()["checkpoint"])
+    assert about["progress"]["updates"] == STEPS
+    data = about["identity"]["data"]
     assert data["validation_sha256"] == hashlib.sha256(np.array([0, 5]).tobytes()).hexdigest()
     assert (data["slides"], data["training_regions"], data["validation_regions"]) == (1, 10, 2)
-    assert about["decisive"]["teachers"][0]["name"] == "random"
-    state = load_checkpoint(tmp_path / CHECKPOINT)
-    assert state.centres[0].shape == (24,)
+    assert about["identity"]["teachers"][0]["name"] == "random"
+    assert everything(tmp_path)["centre.0"].shape == (24,)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OutputError, match="no whole checkpoint"):
+    with pytest.raises(WeightsError, match="no whole checkpoint"):
         run(tmp_path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / CHECKPOINT)
-    with pytest.raises(OutputError, match="has format None"):
+    with pytest.raises(WeightsError, match="has format None"):
+        run(tmp_path)
+
+
+def test_a_checkpoint_of_version_1_says_what_to_do(tmp_path: Path) -> None:
+    header = json.dumps({"format": "xmag-distillation", "schema_version": 1, "step": 4})
+    tensors = {"student.vit.cls_token": torch.zeros(1, 1, 32)}
+    safetensors.torch.save_file(tensors, tmp_path / CHECKPOINT, metadata={"xmag": header})
+    with pytest.raises(WeightsError, match=r"written by xmag 0\.1.*delete the file to begin anew"):
         run(tmp_path)
 
 

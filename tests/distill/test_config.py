@@ -21,8 +21,8 @@ from xmag.distill.settings import (
     TrainSettings,
     read_config,
 )
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
+from xmag.training.augmentation import Augmentation
 from xmag.vit import ViTConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distill.toml"
@@ -75,7 +75,7 @@ def test_values_reach_their_places(tmp_path: Path) -> None:
     text = (
         LEAST.replace('"dinov2_vitb14"', "{ width = 32, depth = 2, heads = 2, hidden = 64 }")
         .replace('slides = "slides"', 'slides = ["a.svs", "b.svs"]\nregions = 30')
-        .replace('name = "teacher"', 'name = "teacher"\nweight = 2\nkeep = "augmented"')
+        .replace('name = "teacher"', 'name = "teacher"\nweight = 2\nkeep = "plain"')
     )
     text += "[train]\nlr = 1\nsteps = 7\nema_ramp = false\n"
     text += "[augment]\nturns = false\n[loss]\ncentre = true\n"
@@ -110,7 +110,10 @@ def test_values_reach_their_places(tmp_path: Path) -> None:
         ("[student]", "[train]\nlr = -1\n[student]", r"train\.lr is -1\.0; expected a positive"),
         ("[student]", "[train]\nema = 1\n[student]", r"train\.ema is 1\.0; expected .*\[0, 1\)"),
         ("[student]", "[train]\nwarmup = 1\n[student]", r"train\.warmup"),
-        ("[student]", '[train]\nschedule = "step"\n[student]', r"one of \['cosine', 'paper'\]"),
+        ("[student]", '[train]\nschedule = "step"\n[student]', r"is 'step'; expected 'cosine'"),
+        ("[student]", '[train]\nschedule = "paper"\n[student]', r"never decayed.*\"cosine\""),
+        ('"teacher"', '"t"\nkeep = "augmented"', r"is gone: .*unaugmented.*expected \"plain\""),
+        ('"teacher"', '"t"\nvariants = 4', r"variants .*went with keep = \"augmented\": .*Delete"),
         ("[student]", "[loss]\ncosine = 0\n[student]", "the loss is 0"),
         ("[student]", "[log]\nevery = 0\n[student]", r"log\.every is 0"),
         ('slides = "slides"', "", "expected one of the two"),

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from xmag.distill.losses import DISTANCES, block_means, global_loss, local_loss
-from xmag.distill.views import augment, draw, low_view, map_tokens, teacher_tiles
+from xmag.distill.losses import (
+    DISTANCES,
+    Objective,
+    Projection,
+    block_means,
+    global_loss,
+    local_loss,
+)
+from xmag.distill.settings import LossSettings
+from xmag.distill.views import low_view, teacher_tiles
 from xmag.errors import InputError
+from xmag.training.augmentation import augment, draw, map_tokens
 
 
 def vectors(*shape: int, seed: int) -> Tensor:
@@ -81,26 +90,15 @@ def test_the_default_distance_is_the_cosine() -> None:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_regions_without_weight_do_not_count(distance: str) -> None:
-    region, tiles, teacher = (
-        vectors(6, 5, seed=0),
-        vectors(6, 16, 5, seed=1),
-        vectors(6, 16, 5, seed=2),
-    )
-    weights = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
-    good = weights.bool()
-    for loss, projected in ((global_loss, region), (local_loss, tiles)):
-        weighted = loss(projected, teacher, distance=distance, weights=weights)
-        alone = loss(projected[good], teacher[good], distance=distance)
-        assert float(weighted) == pytest.approx(float(alone), abs=1e-12)
-
-
-def test_no_region_at_all_costs_nothing() -> None:
-    region, teacher = vectors(2, 5, seed=0).requires_grad_(), vectors(2, 16, 5, seed=2)
-    loss = global_loss(region, teacher, weights=torch.zeros(2, dtype=torch.float64))
-    loss.backward()
-    assert float(loss.detach()) == 0
-    assert not region.grad.any()
+def test_no_region_at_all_costs_nothing(distance: str) -> None:
+    loss = LossSettings(cosine=0.0, **{distance: 1.0}) if distance != "cosine" else LossSettings()
+    region, tiles = (vectors(0, *shape, seed=0).requires_grad_() for shape in ((5,), (16, 5)))
+    objective = Objective(loss, {"t": 1.0})
+    total, terms = objective.sums([Projection(region, tiles)], [vectors(0, 16, 5, seed=2)])
+    total.backward()
+    assert float(total.detach()) == 0
+    assert not terms.any()
+    assert region.grad.shape == region.shape
 
 
 def test_block_means_are_those_of_slices_of_the_grid() -> None:

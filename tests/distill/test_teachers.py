@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from xmag.distill.teachers import (
     TILE_SPEC,
+    OnlineFeatures,
     Teacher,
-    WeightedTeacher,
     load_teacher,
     module_sha256,
 )
@@ -166,10 +166,10 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(InputError, match="teacher is a int"):
         load_teacher(3)
     teacher = load_teacher(mean_colours, name="colours", dim=3)
-    assert WeightedTeacher(teacher).weight == 1.0
+    assert OnlineFeatures(teacher).weight == 1.0
     for weight in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(InputError, match="the weight of colours"):
-            WeightedTeacher(teacher, weight)
+            OnlineFeatures(teacher, weight)
 
 
 @pytest.mark.skipif(HAS_TIMM, reason="timm is installed")

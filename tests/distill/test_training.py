@@ -21,7 +21,6 @@ from support.distilling import (
 from support.models import default_dtype
 
 import xmag
-from xmag.distill.cache import OnlineLesson
 from xmag.distill.run import distill
 from xmag.distill.settings import (
     LoaderSettings,
@@ -32,8 +31,9 @@ from xmag.distill.settings import (
 )
 from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
-from xmag.distill.views import Augmentation
+from xmag.distill.teachers import OnlineFeatures
 from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
+from xmag.training.augmentation import Augmentation
 
 
 def quick(
@@ -114,7 +114,7 @@ def test_the_model_is_the_average_of_the_student(tmp_path: Path) -> None:
     state = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
     for name, tensor in weights(tmp_path).items():
         assert torch.equal(tensor, state[f"ema.vit.{name}"])
-        assert not torch.equal(tensor, state[f"student.vit.{name}"])
+        assert not torch.equal(tensor, state[f"module.vit.{name}"])
 
 
 def test_the_caller_keeps_its_random_numbers(tmp_path: Path) -> None:
@@ -172,13 +172,13 @@ def test_what_the_source_raises_besides_damage_is_raised(tmp_path: Path) -> None
 
 def test_several_teachers_have_heads_and_metrics_of_their_own(tmp_path: Path) -> None:
     teachers = [
-        OnlineLesson(teacher=RandomTeacher(24, name="a"), weight=1.0),
-        OnlineLesson(teacher=RandomTeacher(10, seed=1, name="b"), weight=0.5),
+        OnlineFeatures(teacher=RandomTeacher(24, name="a"), weight=1.0),
+        OnlineFeatures(teacher=RandomTeacher(10, seed=1, name="b"), weight=0.5),
     ]
     summary = run(tmp_path, teachers=teachers)
     assert {name.rpartition("/")[2] for name in summary.validation} == {"a", "b"}
     state = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
-    assert state["student.global_heads.1.last.weight"].shape == (10, 10)
+    assert state["module.global_heads.1.last.weight"].shape == (10, 10)
 
 
 def test_without_regions_held_out_nothing_is_validated(tmp_path: Path) -> None:

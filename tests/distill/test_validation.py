@@ -8,7 +8,7 @@ from support.distilling import STUDENT, TILE_PX, tiny_student
 from xmag.distill.losses import block_means
 from xmag.distill.settings import Settings, TrainSettings
 from xmag.distill.student import Student
-from xmag.distill.trainer import Trainer, ValidationSet, validate
+from xmag.distill.trainer import Trainer, Views
 from xmag.training import Ranks
 
 CPU = torch.device("cpu")
@@ -22,15 +22,15 @@ def trainer() -> Trainer:
         total_steps=10, ranks=Ranks(), device=CPU,
     )  # fmt: skip
     with torch.no_grad():
-        for parameter in run.student.parameters():
+        for parameter in run.module.parameters():
             parameter.fill_(torch.nan)  # the average alone is to be looked at
     return run
 
 
-def held(count: int) -> ValidationSet:
+def held(count: int) -> Views:
     rng = torch.Generator().manual_seed(1)
     low = torch.randint(0, 256, (count, TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=rng)
-    return ValidationSet(low=low, targets=[1 + torch.randn(count, 16, 9, generator=rng)])
+    return Views(low=low, targets=[1 + torch.randn(count, 16, 9, generator=rng)])
 
 
 def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -41,8 +41,9 @@ def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_cosines_are_those_of_the_average_student(centred: bool) -> None:
     run, given = trainer(), held(70)  # more than go through at once
-    centre = torch.full((9,), 1.0) if centred else None
-    found = validate(run, given, names=["t"], centres=[centre])
+    if centred:
+        run.centres = [torch.full((9,), 1.0)]
+    found = run.validate(given)
 
     average = run.ema.module
     mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in (STUDENT.mean, STUDENT.std))
@@ -68,13 +69,12 @@ def test_a_student_that_says_the_same_of_all_has_no_centred_cosine() -> None:
         for heads in (run.ema.module.global_heads, run.ema.module.local_heads):
             heads[0].last.weight.zero_()
             heads[0].last.bias.fill_(1.0)
-    found = validate(run, given, names=["t"], centres=[None])
+    found = run.validate(given)
     assert found["cosine/global/t"] > 0.9
     assert abs(found["centred_cosine/global/t"]) < 1e-6
 
 
 def test_a_rank_whose_regions_are_all_damaged_adds_nothing() -> None:
     run = trainer()
-    nothing = ValidationSet.of([], dims=[9])
-    found = validate(run, nothing, names=["t"], centres=[None])
+    found = run.validate(held(0))
     assert np.isnan(list(found.values())).all()

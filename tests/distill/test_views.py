@@ -1,4 +1,4 @@
-"""The low view against Pillow, in every bit, and the teacher's tiles against slices."""
+"""Low views against Pillow, in every bit, teacher tiles against slices, and both augmented."""
 
 from collections.abc import Iterator
 
@@ -7,10 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from support.slides import texture
+from torch import Tensor
 
 from xmag.distill import views
 from xmag.distill.views import LOW_PX, REGION_PX, low_view, teacher_tiles
 from xmag.errors import InputError
+from xmag.training.augmentation import Draws, augment, draw, map_tokens
+
+POSITIONS = [(flip, turns) for flip in (0, 1) for turns in range(4)]
 
 
 def extremes(side: int) -> np.ndarray:
@@ -102,3 +106,61 @@ def test_no_regions_give_no_views() -> None:
     none = torch.empty((0, 64, 64, 3), dtype=torch.uint8)
     assert low_view(none).shape == (0, 16, 16, 3)
     assert teacher_tiles(none).shape == (0, 16, 16, 3)
+
+
+def position(flip: int, turns: int) -> Draws:
+    """A flip and turn of one image, without a change of colour."""
+    one, none = torch.ones(1), torch.zeros(1)
+    return Draws(
+        flips=torch.tensor([flip]), turns=torch.tensor([turns]),
+        brightness=one, contrast=one, saturation=one, hue=none,
+    )  # fmt: skip
+
+
+def numbered_tiles(side: int = 64) -> Tensor:
+    """A region whose 16 tiles differ in colour, with a bright corner in each to show its turn."""
+    tile = side // 4
+    image = np.zeros((side, side, 3), np.uint8)
+    for cell in range(16):
+        y, x = tile * (cell // 4), tile * (cell % 4)
+        image[y : y + tile, x : x + tile] = (10 + 12 * cell, 200 - 11 * cell, 60 + 5 * cell)
+    return torch.from_numpy(image)[None]
+
+
+@pytest.mark.parametrize(("flip", "turns"), POSITIONS)
+def test_blocks_of_the_low_view_line_up_with_the_teachers_tiles(flip: int, turns: int) -> None:
+    """Block (i, j) of 4 x 4 tokens of the low view shows what teacher tile (i, j) shows."""
+    draws = position(flip, turns)
+    region = numbered_tiles(896)
+    high = augment(region, draws)
+    tiles = teacher_tiles(high).float().mean((1, 2))  # (16, 3)
+
+    student = augment(low_view(region), draws).float()  # what the student gets
+    tokens = student.unflatten(2, (16, 14)).unflatten(1, (16, 14)).mean((2, 4))  # (1, 16, 16, 3)
+    blocks = tokens.unflatten(2, (4, 4)).unflatten(1, (4, 4)).mean((2, 4)).view(16, 3)
+    assert float((blocks - tiles).abs().max()) < 2  # Lanczos rings at the edges of tiles
+    wrong = (blocks[:, None] - tiles[None]).abs().amax(-1) + 99 * torch.eye(16)
+    assert float(wrong.min()) > 8
+
+    # Features of the plain region, mapped, are those of the augmented one.
+    plain = teacher_tiles(region).float().mean((1, 2)).view(1, 4, 4, 3)
+    assert torch.equal(map_tokens(plain, draws).view(16, 3), tiles)
+
+
+@pytest.mark.parametrize(("flip", "turns"), POSITIONS)
+def test_positions_and_the_resize_can_change_places(flip: int, turns: int) -> None:
+    high = torch.from_numpy(texture(896, 896))[None]
+    draws = position(flip, turns)
+    first, then = low_view(augment(high, draws)), augment(low_view(high), draws)
+    # A quarter turn swaps rows and columns, and Pillow rounds in between.
+    assert int((first.int() - then.int()).abs().max()) <= (1 if turns % 2 else 0)
+    assert float((first != then).float().mean()) < 0.2
+
+
+def test_colours_and_the_resize_can_change_places() -> None:
+    high = torch.from_numpy(texture(896, 896))[None].expand(4, -1, -1, -1)
+    draws = draw(0, 0, range(4), 0)
+    first, then = low_view(augment(high, draws)), augment(low_view(high), draws)
+    difference = (first.float() - then.float()).abs()
+    assert float(difference.mean()) < 0.5
+    assert float((difference > 2).float().mean()) < 0.01  # what was clipped before the resize

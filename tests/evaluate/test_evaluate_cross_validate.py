@@ -232,11 +232,12 @@ def test_identical_features_on_both_sides_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="has the same features as training case"):
             cross_validate(model, data, y, groups=groups, folds=folds)
-    with pytest.warns(XmagWarning, match="flatters"):
+    with pytest.warns(XmagWarning, match="flatters") as caught:
         cross_validate(
             LogisticRegression(), x, y, groups=groups, folds=folds, resamples=5,
             on_identical="warn",
         )  # fmt: skip
+    assert caught[0].filename == __file__
     together = list(groups)
     together[row] = together[other]
     cross_validate(LogisticRegression(), x, y, groups=together, folds=2, resamples=5)

@@ -187,3 +187,26 @@ def test_missing_groups_give_a_warning_that_points_here() -> None:
     with pytest.warns(XmagWarning, match="patients are not separated") as caught:
         external(model, {"TCGA": _COHORTS["TCGA"][:2]}, **_FEW)
     assert caught[0].filename == __file__
+
+
+def test_identical_features_may_be_meant_and_the_warning_points_here() -> None:
+    x, y, _ = _COHORTS["TCGA"]
+    cohorts = {"A": _COHORTS["TCGA"], "B": (x, y, range(len(y)))}
+    with pytest.warns(XmagWarning, match="trained on B, tested on A: .* flatters") as caught:
+        report = external(
+            LogisticRegression(), cohorts, train="B", folds=None, on_identical="warn", **_FEW
+        )
+    assert caught[0].filename == __file__
+    assert [(r.trained_on, r.tested_on) for r in report.results] == [("B", "A")]
+
+
+def test_a_cohort_is_fitted_once_for_all_others() -> None:
+    class Counted(LogisticRegression):
+        fits = 0
+
+        def fit(self, X: Any, y: Any) -> Any:  # noqa: N803
+            Counted.fits += 1
+            return super().fit(X, y)
+
+    external(Counted(), _COHORTS, train=list(_COHORTS), folds=2, **_FEW)
+    assert Counted.fits == 3 + 3 * 2

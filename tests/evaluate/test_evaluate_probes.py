@@ -27,28 +27,28 @@ from xmag.evaluate import (
     cross_validate,
     knn,
     linear_probe,
+    probe,
     simpleshot,
 )
 
 _NAMES = ("tumour", "stroma", "necrosis")
 _TRAIN, _TEST = cohort(0, names=_NAMES), cohort(1, names=_NAMES, patients=40)
-_PROBES: list[tuple[Callable[..., Report], Any]] = [
-    (linear_probe, LinearProbe()),
-    (knn, NearestNeighbours()),
-    (simpleshot, SimpleShot()),
+_PROBES: list[tuple[Any, Any]] = [
+    ("linear", LinearProbe()),
+    ("knn", NearestNeighbours()),
+    ("simpleshot", SimpleShot()),
 ]
 
 
-def _report(probe: Callable[..., Report], **options: Any) -> Report:
-    return probe(
-        _TRAIN.x, _TRAIN.y, _TEST.x, _TEST.y, groups=_TEST.groups, **{"resamples": 30, **options}
-    )
+def _report(method: Any, **options: Any) -> Report:
+    options = {"groups": _TEST.groups, "resamples": 30, **options}
+    return probe(_TRAIN.x, _TRAIN.y, _TEST.x, _TEST.y, method=method, **options)
 
 
 def test_the_linear_probe_is_that_of_scikit_learn_by_hand() -> None:
     # Patho-Bench: LogisticRegression(C=embedding_dim * num_classes / 100); UNI's cost is the same.
     model = LogisticRegression(C=6 * 3 / 100, max_iter=1000).fit(_TRAIN.x, _TRAIN.y)
-    report = _report(linear_probe)
+    report = _report("linear")
     result = report.results[0]
     np.testing.assert_allclose(result.scores, model.predict_proba(_TEST.x), atol=1e-12)
     assert report.classes == tuple(model.classes_)
@@ -96,7 +96,7 @@ def test_two_classes_and_half_precision_are_taken_as_scikit_learn_takes_them() -
 def test_knn_is_that_of_scikit_learn_by_hand(metric: Any, center: bool, k: int) -> None:
     mean = _TRAIN.x.mean(0) * center
     model = KNeighborsClassifier(n_neighbors=k, metric=metric).fit(_TRAIN.x - mean, _TRAIN.y)
-    report = _report(knn, k=k, metric=metric, center=center)
+    report = _report("knn", k=k, metric=metric, center=center)
     expected = model.predict_proba(_TEST.x - mean)
     np.testing.assert_allclose(report.results[0].scores, expected, atol=1e-12)
     decided = sk.balanced_accuracy_score(_TEST.y, model.predict(_TEST.x - mean))
@@ -106,7 +106,7 @@ def test_knn_is_that_of_scikit_learn_by_hand(metric: Any, center: bool, k: int) 
 def test_simpleshot_is_the_nearest_centroid_of_centred_directions() -> None:
     mean = _TRAIN.x.mean(0)
     model = NearestCentroid().fit(normalize(_TRAIN.x - mean), _TRAIN.y)
-    result = _report(simpleshot).results[0]
+    result = _report("simpleshot").results[0]
     decided = [result.classes[place] for place in result.predicted]
     assert decided == model.predict(normalize(_TEST.x - mean)).tolist()
     queries = normalize(_TEST.x - mean)
@@ -115,15 +115,23 @@ def test_simpleshot_is_the_nearest_centroid_of_centred_directions() -> None:
     np.testing.assert_allclose(result.scores, odds / odds.sum(1, keepdims=True), atol=1e-12)
 
 
-@pytest.mark.parametrize(("function", "estimator"), _PROBES)
-def test_function_and_estimator_agree(function: Any, estimator: Any) -> None:
+@pytest.mark.parametrize(("method", "estimator"), _PROBES)
+def test_function_and_estimator_agree(method: Any, estimator: Any) -> None:
     fitted = clone(estimator).fit(_TRAIN.x, _TRAIN.y)
-    scores = _report(function).results[0].scores
+    scores = _report(method).results[0].scores
     np.testing.assert_array_equal(scores, fitted.predict_proba(_TEST.x))
 
 
-@pytest.mark.parametrize(("_function", "estimator"), _PROBES)
-def test_probes_are_estimators_of_scikit_learn(_function: Any, estimator: Any) -> None:
+@pytest.mark.parametrize(
+    ("alias", "method"), [(linear_probe, "linear"), (knn, "knn"), (simpleshot, "simpleshot")]
+)
+def test_an_alias_is_the_probe_of_its_method(alias: Callable[..., Report], method: Any) -> None:
+    options: dict[str, Any] = {"k": 3} if method == "knn" else {}
+    assert alias(**_changed(**options)) == _report(method, resamples=5, **options)
+
+
+@pytest.mark.parametrize(("_method", "estimator"), _PROBES)
+def test_probes_are_estimators_of_scikit_learn(_method: Any, estimator: Any) -> None:
     assert clone(estimator).get_params() == estimator.get_params()
     values = cross_val_score(estimator, _TRAIN.x, _TRAIN.y, cv=3)
     report = cross_validate(
@@ -138,9 +146,9 @@ def test_probes_are_estimators_of_scikit_learn(_function: Any, estimator: Any) -
         estimator.set_params(depth=3)
 
 
-@pytest.mark.parametrize(("_function", "estimator"), _PROBES)
+@pytest.mark.parametrize(("_method", "estimator"), _PROBES)
 def test_labels_of_any_kind_and_embeddings_as_tensors_and_lists(
-    _function: Any, estimator: Any
+    _method: Any, estimator: Any
 ) -> None:
     by_text = clone(estimator).fit(_TRAIN.x, _TRAIN.y)
     named = [("class", _NAMES.index(label)) for label in _TRAIN.y]
@@ -154,7 +162,7 @@ def test_labels_of_any_kind_and_embeddings_as_tensors_and_lists(
 
 def test_too_few_iterations_are_said() -> None:
     with pytest.warns(ConvergenceWarning):
-        report = _report(linear_probe, max_iter=1)
+        report = _report("linear", max_iter=1)
     assert report.settings["iterations"] == 1
 
 
@@ -169,7 +177,7 @@ _WITH_NAN = _TEST.x.copy()
 _WITH_NAN[3, 1] = np.nan
 
 
-@pytest.mark.parametrize("function", [linear_probe, knn, simpleshot])
+@pytest.mark.parametrize("method", ["linear", "knn", "simpleshot"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,13 +192,13 @@ _WITH_NAN[3, 1] = np.nan
         ({"train_groups": [_TEST.groups[0], *_TRAIN.groups[1:]]}, "patient '1-0' is on both sides"),
         ({"test_x": np.vstack([_TRAIN.x[5], _TEST.x[1:]])}, "test case 0 .* training case 5"),
         ({"ordered": True}, "needs the order"),
+        ({"method": "svm"}, r"method is 'svm'; expected one of \('linear', 'knn', 'simpleshot'\)"),
+        ({"depth": 3}, "has no parameter 'depth'"),
     ],
 )
-def test_bad_input_is_named(
-    function: Callable[..., Report], change: dict[str, Any], message: str
-) -> None:
+def test_bad_input_is_named(method: Any, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        function(**_changed(**change))
+        probe(**_changed(**{"method": method, **change}))
 
 
 @pytest.mark.parametrize(
@@ -199,26 +207,28 @@ def test_bad_input_is_named(
 )
 def test_options_of_knn_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        knn(**_changed(**options))
+        probe(method="knn", **_changed(**options))
 
 
 def test_a_probe_that_is_not_fitted_says_so() -> None:
     for _, estimator in _PROBES:
-        with pytest.raises(InputError, match="is not fitted"):
-            clone(estimator).predict_proba(_TEST.x)
+        for name in ("predict_proba", "predict_log_proba", "predict"):
+            with pytest.raises(InputError, match="is not fitted"):
+                getattr(clone(estimator), name)(_TEST.x)
 
 
 def test_identical_embeddings_may_be_meant() -> None:
     again = np.vstack([_TRAIN.x[5], _TEST.x[1:]])
-    with pytest.warns(XmagWarning, match="the same features"):
-        knn(**_changed(test_x=again, on_identical="warn"))
+    with pytest.warns(XmagWarning, match="the same features") as caught:
+        probe(**_changed(test_x=again, on_identical="warn"))
+    assert caught[0].filename == __file__
 
 
 def test_missing_groups_give_a_warning_that_points_here() -> None:
-    for function in (linear_probe, knn, simpleshot):
+    for function in (probe, linear_probe, knn, simpleshot):
         with pytest.warns(XmagWarning, match="patients are not separated") as caught:
             function(**_changed(groups=None))
         assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        simpleshot(**_changed())
+        probe(**_changed())

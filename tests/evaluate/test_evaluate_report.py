@@ -16,8 +16,7 @@ from support.cohorts import cohort
 
 from xmag.errors import InputError, MissingExtraError, OutputError
 from xmag.evaluate import Report, confusion_figure, cross_validate, external, roc_figure
-from xmag.evaluate.curves import curve_of
-from xmag.evaluate.pictures import as_png
+from xmag.evaluate.pictures import as_png, curve_of
 
 _NAMES = ("benign", "$x$|_1", "malignant")
 

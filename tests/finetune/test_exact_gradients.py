@@ -9,11 +9,11 @@ from support.models import TINY, random_encoder, random_tiles
 from torch import Tensor, nn
 
 from xmag.devices import seeded
-from xmag.finetune import Augmentation, exact_backward
-from xmag.finetune.augment import draw
+from xmag.finetune import exact_backward
 from xmag.finetune.gradients import embed_all, seed_of, spans
 from xmag.finetune.network import TileNetwork
 from xmag.mil import aggregator, training_loss
+from xmag.training.augmentation import draw
 
 CPU = torch.device("cpu")
 COUNT, CHUNK = 11, 4
@@ -127,7 +127,7 @@ def test_draws_that_do_not_replay_give_other_gradients() -> None:
 
 def test_augmented_tiles_are_the_same_in_both_passes() -> None:
     network, head = tile_network(), abmil(dropout=0.0)
-    draws = draw(Augmentation(), COUNT, seed=3)
+    draws = draw(3, 0, range(COUNT), 0)
     losing(head)(network(TILES, draws)).backward()
     expected = gradients(network.vit, head)
     exact_backward(

@@ -26,10 +26,10 @@ from xmag.finetune import (
     finetune_slides,
     stored_tiles,
 )
-from xmag.finetune.augment import augment, draw
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.network import TileNetwork
 from xmag.mil import MILClassifier, MILOutput, aggregator
+from xmag.training.augmentation import augment, draw
 
 SMALL = {"aggregator": "mean", "groups": PATIENTS, "device": "cpu", "progress": False}
 
@@ -208,7 +208,7 @@ def test_returned_are_the_weights_of_the_best_epoch() -> None:
         epochs=6, patience=None, slides_per_step=2, learning_rate=0.1,
         classifier_learning_rate=0.3, ema=None, warmup=0.5,
     )  # fmt: skip
-    whole = tuned(settings=settings)
+    whole = tuned(settings=settings, random_state=5)
     assert whole.best_epoch < 5
     validation = held_out_by_loss(whole)
     assert validation == pytest.approx(whole.history[whole.best_epoch].validation_loss, rel=1e-3)
@@ -284,8 +284,11 @@ def test_the_first_step_learns_from_the_tiles_as_drawn(slide: int) -> None:
     mean, std = (np.array(v) for v in (encoder.config.mean, encoder.config.std))
     losses = []
     for index, store in enumerate(given):
-        draws = draw(Augmentation(), len(store), seed=seed_of("augment", 7, 0, index))
-        pixels = augment(torch.from_numpy(store.tiles), draws).numpy()
+        draws = draw(
+            seed_of("augment", 7), 0, range(len(store)), index, augmentation=Augmentation(hue=0.02)
+        )
+        tiles = torch.from_numpy(store.tiles)
+        pixels = augment(tiles, draws, dtype=torch.float32).numpy()
         images = torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
         features = encoder.vit(images)[None, :, 0]
         logits = head.eval()(features, torch.ones(1, len(store), dtype=torch.bool)).logits
@@ -386,7 +389,7 @@ def test_a_loss_that_is_not_finite_names_the_slide() -> None:
         ({"groups": [*PATIENTS[:-1], f" {PATIENTS[-1]}"]}, r"groups\[7\] is .*with blanks"),
         ({"labels": [*LABELS[:-1], "nan"]}, r"labels\[7\] is 'nan', a missing value"),
         ({"labels": np.linspace(0, 1, 8)}, "not whole.*MILRegressor"),
-        ({"validation": 1.5}, "expected a share"),
+        ({"validation": 1.5}, "expected a fraction"),
         ({"validation": (stores(2, seed=9), ["a", "c"])}, r"'c'.*expected one of the classes"),
         ({"groups": [0] * 8}, "can be held out"),
         ({"mode": "all"}, "expected one of exact, sampled"),

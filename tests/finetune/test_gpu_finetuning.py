@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from xmag.encoder import load_model
 from xmag.finetune import Augmentation, Settings, TileStore, exact_backward, finetune_slides
-from xmag.finetune.augment import draw
 from xmag.finetune.network import TileNetwork
 from xmag.mil import MILClassifier, aggregator, training_loss
+from xmag.training.augmentation import draw
 from xmag.vit import CONFIGS
 
 pytestmark = [
@@ -67,7 +67,7 @@ def relative_differences(
 def test_chunks_give_the_gradients_of_the_whole_bag(half: bool, most: float) -> None:
     network, head = network_and_head(half=half)
     tiles = torch.from_numpy(random_tiles(40))
-    draws = draw(Augmentation(), 40, seed=0)
+    draws = draw(0, 0, range(40), 0)
     loss_with(head)(network(tiles, draws)).backward()
     expected = [p.grad.clone() for m in (network, head) for p in m.parameters()]
     network.zero_grad()

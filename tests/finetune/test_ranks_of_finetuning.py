@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ TESTS = Path(__file__).parents[1]
 STEP = Settings(
     epochs=2, slides_per_step=2, chunk_tiles=2, learning_rate=1e-3, classifier_learning_rate=1e-3
 )
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 PROGRAM = """
 import json, os, sys
@@ -44,9 +47,34 @@ def tuned(checkpoint: Path, settings: Settings = STEP):
     )  # fmt: skip
 
 
-def run(out: Path, *launcher: str) -> None:
+STEPS = """
+import json, os, sys
+from pathlib import Path
+from test_ranks_of_finetuning import four_slides
+from xmag.finetune.trainer import Trainer
+out, step = Path(sys.argv[1]), Trainer.step
+def stops(self, batch):
+    if self.progress.updates == LAST:
+        raise SystemExit(0)
+    step(self, batch)
+Trainer.step = stops
+result = four_slides(out / "NAME.safetensors")
+rows = [[row.train_loss, row.tiles] for row in result.history]
+(out / f"NAME-{os.environ['RANK']}.json").write_text(json.dumps(rows))
+"""
+
+
+def four_slides(checkpoint: Path):
+    """Two steps an epoch, with a checkpoint after each."""
+    return finetune_slides(
+        stores(4), ["a", "b"] * 2, validation=None, model=small_encoder(), device="cpu",
+        settings=replace(STEP, checkpoint_steps=1), progress=False, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def run(out: Path, *launcher: str, program: str = PROGRAM) -> None:
     script = out / "program.py"
-    script.write_text(PROGRAM)
+    script.write_text(program)
     path = os.pathsep.join([str(TESTS), str(TESTS / "finetune"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out)],
@@ -56,10 +84,25 @@ def run(out: Path, *launcher: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_two_processes_that_stopped_within_an_epoch_record_what_those_that_did_not_do(
+    tmp_path: Path,
+) -> None:
+    """The checkpoint of the first process has the losses and tiles of both."""
+    for name, last in (("whole", 9), ("stopped", 3), ("stopped", 9)):
+        program = STEPS.replace("NAME", name).replace("LAST", str(last))
+        run(tmp_path, *TWO, program=program)
+    for rank in "01":
+        whole, resumed = (
+            json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            for name in ("whole", "stopped")
+        )
+        assert resumed == whole
+        assert whole[0][1] == sum(len(store) for store in stores(4))
+
+
 def test_two_processes_do_what_one_does_with_the_slides_of_both(tmp_path: Path) -> None:
     tuned(tmp_path / "alone.safetensors").save(tmp_path / "alone")
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    run(tmp_path, *two)
+    run(tmp_path, *TWO)
     for name in ("model", "classifier"):
         alone, first, second = (
             load_file(tmp_path / rank / f"{name}.safetensors") for rank in ("alone", "0", "1")

@@ -18,7 +18,7 @@ from support.finetuning import LABELS, PATIENTS, small_encoder, stores
 from xmag import files
 from xmag.errors import MismatchError, OutputError, WeightsError, XmagWarning
 from xmag.finetune import FinetuneResult, Settings, finetune_slides
-from xmag.finetune.training import Trainer
+from xmag.finetune.trainer import Trainer
 
 RUN = Settings(
     epochs=4, patience=None, slides_per_step=2, chunk_tiles=2, learning_rate=1e-3,
@@ -51,15 +51,15 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from test_resuming import tuned
-from xmag.finetune.training import Trainer
+from xmag.finetune.trainer import Trainer
 out, pause = Path(sys.argv[1]), float(sys.argv[2])
-step, done = Trainer._step, []
+step, done = Trainer.step, []
 def stalls(self, *args, **kwargs):
     step(self, *args, **kwargs)
     done.append(1)
     if len(done) > 3:
         time.sleep(pause)
-Trainer._step = stalls
+Trainer.step = stalls
 tuned(out / "run.safetensors").save(out / "result")
 """
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_weights(tmp_path: Path)
 
 def updates_in(checkpoint: Path) -> int:
     with safe_open(checkpoint, "pt") as file:
-        return json.loads(file.metadata()["header"])["progress"]["updates"]
+        return json.loads(file.metadata()["checkpoint"])["progress"]["updates"]
 
 
 class StopError(Exception):
@@ -104,7 +104,7 @@ class StopError(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: BaseException) -> None:
-    step, done = Trainer._step, []
+    step, done = Trainer.step, []
 
     def limited(self: Trainer, *args: Any, **kwargs: Any) -> None:
         if len(done) == steps:
@@ -112,7 +112,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: BaseException
         step(self, *args, **kwargs)
         done.append(1)
 
-    monkeypatch.setattr(Trainer, "_step", limited)
+    monkeypatch.setattr(Trainer, "step", limited)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 8, 11])

@@ -6,7 +6,7 @@ from support.models import TINY, TINY_REGISTERS, random_encoder, random_tiles
 
 from xmag.encoder import load_model
 from xmag.errors import InputError
-from xmag.finetune import exact_backward
+from xmag.finetune import Settings, exact_backward
 from xmag.finetune.network import TileNetwork, freeze, parameter_groups, uses_half
 from xmag.mil import aggregator
 from xmag.vit import ViT, ViTConfig
@@ -90,12 +90,12 @@ def test_freezing_blocks_that_are_not_there_is_refused(blocks: int) -> None:
 def test_rates_fall_from_block_to_block_and_vectors_do_not_decay() -> None:
     vit = ViT(ViTConfig(width=32, depth=3, heads=2, hidden=64, position_grid=5, registers=2))
     head = aggregator("mean", in_dim=32, classes=2, embed_dim=8)
-    groups = parameter_groups(
-        vit, head, learning_rate=1.0, classifier_learning_rate=7.0, layer_decay=0.5,
-        weight_decay=0.1,
-    )  # fmt: skip
+    settings = Settings(
+        learning_rate=1.0, classifier_learning_rate=7.0, layer_decay=0.5, weight_decay=0.1
+    )
+    groups = parameter_groups(vit, head, settings)
     found = {
-        id(p): (group["peak"], group["weight_decay"]) for group in groups for p in group["params"]
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
     }
     assert len(found) == sum(len(group["params"]) for group in groups)
     of_vit = {name: found[id(p)] for name, p in vit.named_parameters()}
@@ -113,10 +113,7 @@ def test_rates_fall_from_block_to_block_and_vectors_do_not_decay() -> None:
 def test_what_is_frozen_is_in_no_group() -> None:
     vit = ViT(TINY)
     freeze(vit, 1)
-    groups = parameter_groups(
-        vit, torch.nn.Linear(2, 2), learning_rate=1.0, classifier_learning_rate=1.0,
-        layer_decay=1.0, weight_decay=0.0,
-    )  # fmt: skip
+    groups = parameter_groups(vit, torch.nn.Linear(2, 2), Settings())
     learning = {id(p) for group in groups for p in group["params"]}
     assert {id(p) for p in vit.parameters()} & learning == {
         id(p) for name, p in vit.named_parameters() if name.startswith(("blocks.1.", "norm."))
@@ -128,8 +125,8 @@ def test_half_precision_is_for_cuda() -> None:
     assert not uses_half("float32", CPU)
     with pytest.raises(InputError, match="is for CUDA"):
         uses_half("bfloat16", CPU)
-    with pytest.raises(InputError, match="expected one of"):
-        uses_half("float16", CPU)
+    with pytest.raises(InputError, match="'auto', 'float32', 'bfloat16'"):
+        Settings(precision="float16")
 
 
 def test_half_precision_reaches_every_parameter_and_keeps_float32() -> None:

@@ -87,7 +87,7 @@ def _first_tiles(slide: Slide, plan: TilePlan, *, threads: int) -> bytes | XmagE
         batches = read_tiles(slide, plan, batch_size=16, threads=threads)
         return b"".join(tiles.tobytes() for _, tiles in itertools.islice(batches, _BATCHES + 1))
     except XmagError as error:
-        return error
+        return type(error)(str(error))  # without its traceback, which would hold all pixels
 
 
 def _say(step: Callable[[], object], said: list[XmagError]) -> None:

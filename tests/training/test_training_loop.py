@@ -11,14 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xmag.errors import MismatchError, ModelError, OutputError, WeightsError
-from xmag.training import Checkpoint, Ema, Loop, Progress, Ranks, Schedule, with_less_memory
+from xmag.training import Checkpoint, Ema, Loop, Ranks, Schedule, with_less_memory
 from xmag.training.checkpoint import require_shared, restore_state, state_tensors, tensors_of
 
 IDENTITY = {"seed": 3, "settings": {"lr": 0.1}, "teachers": [{"seed": 0}], "labels": ("a", "b")}
 
 
 class Fits(Loop[int]):
-    """A line fitted to random points of a seed for each step, with dropout and an average."""
+    """A line fitted to random points of a seed for each step, with an average."""
+
+    kind = "a test"
 
     def __init__(self, *, losses: Sequence[float] = (), stop: int | None = None, **options) -> None:
         module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
@@ -56,16 +58,7 @@ class Fits(Loop[int]):
     def save(self) -> None:
         self.saved.append((self.progress.epoch, self.progress.step))
         if self.path is not None:
-            checkpoint(self).save(self.path)
-
-
-def checkpoint(loop: Loop, **changes) -> Checkpoint:
-    progress = {name: getattr(loop.progress, name) for name in Progress.__slots__}
-    given = {
-        "kind": "a test", "identity": IDENTITY, "progress": progress, "tensors": loop.state(),
-        **changes,
-    }  # fmt: skip
-    return Checkpoint(**given)
+            self.write_checkpoint(self.path, IDENTITY)
 
 
 def test_the_rate_follows_the_schedule_and_checkpoints_come_when_due() -> None:
@@ -103,10 +96,10 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_bits(tmp_path: Path, st
     stopped.path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
         stopped.run(False)
-    found = Checkpoint.load(stopped.path, kind="a test", identity=IDENTITY)
-    assert found.progress["updates"] == stop
     resumed = Fits(losses=losses)
-    resumed.restore(found.tensors, found.progress)
+    assert not resumed.resume(tmp_path / "none", IDENTITY, Ranks())
+    assert resumed.resume(stopped.path, IDENTITY, Ranks())
+    assert resumed.progress.updates == stop
     resumed.run(False)
     expected, tensors = whole.state(), resumed.state()
     assert expected.keys() == tensors.keys()
@@ -136,7 +129,7 @@ def test_the_optimizer_comes_back_by_the_names_of_its_parameters() -> None:
 
 def test_a_file_of_another_run_is_refused_with_what_is_different(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    checkpoint(Fits()).save(path)
+    Fits().write_checkpoint(path, IDENTITY)
     assert Checkpoint.load(tmp_path / "none", kind="a test") is None
     assert Checkpoint.load(path, kind="a test", identity=IDENTITY) is not None
     for change, message in (
@@ -153,7 +146,7 @@ def test_a_file_of_another_run_is_refused_with_what_is_different(tmp_path: Path)
 
 def test_a_file_that_is_none_or_of_another_version_is_refused(tmp_path: Path) -> None:
     path, tensors = tmp_path / "run.safetensors", {"x": torch.zeros(1)}
-    checkpoint(Fits()).save(path)
+    Fits().write_checkpoint(path, IDENTITY)
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["checkpoint"])
     assert header["schema_version"] == 2
@@ -178,17 +171,17 @@ def test_a_file_that_is_none_or_of_another_version_is_refused(tmp_path: Path) ->
 
 def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path: Path) -> None:
     path, grid = tmp_path / "run.safetensors", torch.arange(12.0).view(3, 4)
-    checkpoint(Fits(), tensors={"a": grid, "b": grid[1:], "c": grid.T}).save(path)
+    tensors = {"a": grid, "b": grid[1:], "c": grid.T}
+    Checkpoint(kind="a test", identity=IDENTITY, progress={}, tensors=tensors).save(path)
     found = Checkpoint.load(path, kind="a test").tensors
     assert torch.equal(found["b"], grid[1:])
     assert torch.equal(found["c"], grid.T)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    alone, cpu = Ranks(), torch.device("cpu")
-    require_shared(tmp_path / "run.safetensors", 3, alone, cpu)
+    require_shared(tmp_path / "run.safetensors", 3, Ranks())
     with pytest.raises(OutputError, match=r"no folder .*nowhere.*create it first"):
-        require_shared(tmp_path / "nowhere" / "run.safetensors", 3, alone, cpu)
+        require_shared(tmp_path / "nowhere" / "run.safetensors", 3, Ranks())
 
 
 def test_work_is_done_again_in_halves_until_it_fits() -> None:

@@ -1,82 +1,64 @@
 """Cross-magnification distillation: a student at 2.0 µm/px learns teacher features at 0.5 µm/px.
 
-Regions of slides are read once (`plan_slides`, `SlideRegions`) and seen twice: by teachers as 4 x 4
-tiles (`load_teacher`, `keep_targets`), by the student as one. `distill` trains and exports it;
-`run_config` does all of it as a TOML file says.
+Regions of slides are read once and seen twice: by teachers as 4 x 4 tiles, by the student as one.
+`distill` trains the student and exports it; `run_config` does all of it as a TOML file says.
 
-    views        the high and low view of a region; augment: the same augmentation for both
-    manifest     the list of training regions; sampling draws it, sources read its pixels
-    loader       threads that read batches of regions ahead; order: the sampler of an epoch
-    teachers     models from tiles to features; targets, keeping: the cache of features
-    lessons      teacher targets, computed online or cached; curriculum: augmented batches of them
-    student      the ViT and its projection heads (heads); losses: the objective
-    step         one optimizer step; session: many; training: a whole run
-    checkpoint, record (metrics logger), validation, export: outputs of a run
-    config, settings, run, needs (dry-run estimates), summary: a run from a TOML file
+    regions      the training regions, sampled from slides into a manifest
+    dataset      the pixels of regions, the sampler of an epoch, the loader that reads ahead
+    views        the high and the low view of a region
+    teachers     models from tiles to features; cache: features computed once, and kept
+    student      the ViT and its projection heads; losses: global and local distances
+    settings     all settings, and the TOML file
+    trainer      micro-batches of augmented views, steps, validation, checkpoints
+    run          a whole run, and its dry run; summary: its metrics, estimate and summary
+    export       the model folder, its card, and the way to the Hub
 """
 
-from xmag.distill.cache import (
-    KeptLesson,
-    KeptTargets,
-    Lesson,
-    OnlineLesson,
-    TargetSettings,
-    keep_targets,
-)
+# Of those that are not in __all__ the documentation tells where they live; they stay importable.
+from xmag.distill.cache import CachedFeatures, CacheSettings, FeatureCache, cache_features
 from xmag.distill.dataset import RegionSource, SlideRegions
-from xmag.distill.export import Card, export_student, push_to_hub
-from xmag.distill.losses import block_means, global_loss, local_loss
+from xmag.distill.export import Card, export_student, push_to_hub  # noqa: F401
+from xmag.distill.losses import block_means, global_loss, local_loss  # noqa: F401
 from xmag.distill.regions import Manifest, held_out, plan_images, plan_slides
 from xmag.distill.run import distill, run_config
 from xmag.distill.settings import (
-    DistillConfig,
-    LoaderSettings,
-    LogSettings,
+    DistillConfig,  # noqa: F401
+    LoaderSettings,  # noqa: F401
+    LogSettings,  # noqa: F401
     LossSettings,
     Settings,
     TrainSettings,
-    read_config,
+    read_config,  # noqa: F401
 )
-from xmag.distill.student import StudentStart, fresh_student, pretrained_student
-from xmag.distill.summary import Needs, Summary
-from xmag.distill.teachers import Teacher, WeightedTeacher, load_teacher
-from xmag.distill.views import Augmentation
+from xmag.distill.student import StudentStart, fresh_student, pretrained_student  # noqa: F401
+from xmag.distill.summary import Estimate, Summary  # noqa: F401
+from xmag.distill.teachers import OnlineFeatures, Teacher, TeacherFeatures, load_teacher
+from xmag.training import Augmentation  # noqa: F401
+
+# Names of version 1 that its documentation used.
+KeptLesson, KeptTargets, TargetSettings = CachedFeatures, FeatureCache, CacheSettings
+Lesson, OnlineLesson, WeightedTeacher = TeacherFeatures, OnlineFeatures, OnlineFeatures
+Needs, keep_targets = Estimate, cache_features
 
 __all__ = [
-    "Augmentation",
-    "Card",
-    "DistillConfig",
-    "KeptLesson",
-    "KeptTargets",
-    "Lesson",
-    "LoaderSettings",
-    "LogSettings",
+    "CacheSettings",
+    "CachedFeatures",
     "LossSettings",
     "Manifest",
-    "Needs",
-    "OnlineLesson",
+    "OnlineFeatures",
     "RegionSource",
     "Settings",
     "SlideRegions",
-    "StudentStart",
-    "Summary",
-    "TargetSettings",
     "Teacher",
     "TrainSettings",
-    "WeightedTeacher",
-    "block_means",
+    "cache_features",
     "distill",
-    "export_student",
     "fresh_student",
-    "global_loss",
     "held_out",
-    "keep_targets",
     "load_teacher",
-    "local_loss",
     "plan_images",
     "plan_slides",
     "pretrained_student",
     "push_to_hub",
-    "read_config",
     "run_config",
 ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,16 +12,12 @@ from xmag.distill.views import SIDE
 from xmag.encoder import Encoder
 from xmag.errors import HubError, InputError
 from xmag.files import make_folder, write_text
-from xmag.geometry import TileSpec
+from xmag.hub.fetch import hub_failures, lock_progress_bars, status_of
 from xmag.hub.registry import SCHEMA, ModelConfig
 from xmag.vit import ViT, empty_vit
 
-WEIGHTS, CONFIG, CARD, MADE_BY = (
-    "model.safetensors",
-    "config.json",
-    "README.md",
-    "distillation.json",
-)
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+MADE_BY = "distillation.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +64,18 @@ def export_student(
 
 def model_card(config: ModelConfig, made_by: Mapping[str, Any], card: Card) -> str:
     """Model card in Markdown, with the YAML header that the Hub reads."""
-    spec, vit = config.tile_spec, config.vit
-    began = made_by["student"].get("name") or "random weights"
+    spec, vit, data = config.tile_spec, config.vit, made_by["data"]
+    train, results = made_by["settings"]["train"], made_by["results"]
     teachers = "\n".join(
         f"- {t.get('name')}, weight {t['weight']:g}, weights SHA-256 {t.get('weights_sha256')}"
         for t in made_by["teachers"]
     )
-    return f"""---
+    per_site = ", ".join(f"{site} {n:,}" for site, n in data.get("regions_per_site", {}).items())
+    slides = f" from {data['slides']:,} slides" if "slides" in data else ""
+    sites = f" ({per_site})" if per_site else ""
+    region = f"{SIDE * spec.size_px} px at {spec.mpp / SIDE:g} µm/px"
+    damaged = results["damaged_regions"]
+    text = f"""---
 library_name: xmag
 license: {card.license}
 tags: [pathology, histology, feature-extraction, distillation]
@@ -96,7 +96,7 @@ encoder = xmag.load_model("path/or/repository")
 | tiles | {spec.size_px} px at {spec.mpp:g} µm/px, resampled by `{spec.resample}` |
 | embedding | {vit.width}-d, the class token after the final norm |
 | ViT | width {vit.width}, depth {vit.depth}, heads {vit.heads}, patch {vit.patch_px} px |
-| began from | {began} |
+| began from | {made_by["student"].get("name") or "random weights"} |
 | terms | {card.terms} |
 
 ## Teachers
@@ -105,26 +105,12 @@ encoder = xmag.load_model("path/or/repository")
 
 The terms of a teacher may bind what is learned from it: read them.
 
-{_card_of_data(spec, made_by)}
-{_card_of_training(made_by)}"""
+## Data
 
-
-def _card_of_data(spec: TileSpec, made_by: Mapping[str, Any]) -> str:
-    data, damaged = made_by["data"], made_by["results"]["damaged_regions"]
-    per_site = ", ".join(f"{site} {n:,}" for site, n in data.get("regions_per_site", {}).items())
-    slides = f" from {data['slides']:,} slides" if "slides" in data else ""
-    sites = f" ({per_site})" if per_site else ""
-    field = f"{SIDE * spec.size_px} px at {spec.mpp / SIDE:g} µm/px"
-    return f"""## Data
-
-{data["training_regions"]:,} regions of {field}{slides}{sites}.
+{data["training_regions"]:,} regions of {region}{slides}{sites}.
 {data["validation_regions"]:,} more were held out. {damaged:,} were damaged and left out.
-"""
 
-
-def _card_of_training(made_by: Mapping[str, Any]) -> str:
-    train, results = made_by["settings"]["train"], made_by["results"]
-    text = f"""## Training
+## Training
 
 {results["steps"]:,} steps of {train["batch"]} regions, {train["views"]} views each. What is here is
 the running average of the weights (decay {train["ema"]:g}). `{MADE_BY}` has every setting.
@@ -166,13 +152,10 @@ def push_to_hub(
     _check_exported(folder)
     # Slow to import, and needed only here.
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils.tqdm import tqdm
+    from huggingface_hub.errors import HFValidationError
 
-    if "_lock" not in vars(tqdm):  # see xmag.hub.fetch: a lock of threads, not of processes
-        tqdm.set_lock(threading.RLock())
+    lock_progress_bars()
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
-    failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -184,9 +167,8 @@ def push_to_hub(
         )
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no name that the Hub allows: {error}") from error
-    except failures as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
+    except hub_failures() as error:
+        if (status := status_of(error)) in (401, 403):
             raise HubError(
                 f"{api.endpoint} refused to let this account write {repo_id} (HTTP {status}). Give"
                 " a token that may write: set HF_TOKEN, run `hf auth login`, or pass token="

@@ -1,7 +1,7 @@
-"""Training regions of slides: sampled once, and listed in a manifest.
+"""Training regions of slides: sampled once, listed in a manifest, and split for validation.
 
-It is a file of numbers and relative paths, so that it can be counted, kept, published, and read
-again beside the slides wherever they lie.
+A manifest is a file of numbers and relative paths, so that it can be counted, kept, published, and
+read again beside the slides wherever they lie.
 """
 
 import hashlib
@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag import records
-from xmag.distill.views import HIGH_MPP, REGION_PX
+from xmag.distill.views import HIGH_MPP, REGION_PX, TILE_PX
 from xmag.errors import (
     DamagedSlideError,
     InputError,
@@ -71,15 +72,6 @@ class ManifestSource:
     candidates: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """Region: the index of its source in `Manifest.sources`, its corner in level-0 px."""
-
-    source: int
-    x: int
-    y: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
     """Regions to train on, in a fixed order: a region's number is its id.
@@ -109,16 +101,6 @@ class Manifest:
         """The number of regions."""
         return len(self.places)
 
-    def region(self, index: int) -> Region:
-        """The region with this number."""
-        source, x, y = self.places[index].tolist()
-        return Region(source=source, x=x, y=y)
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """All regions by number."""
-        return tuple(Region(source=s, x=x, y=y) for s, x, y in self.places.tolist())
-
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites, in alphabetical order."""
@@ -138,13 +120,12 @@ class Manifest:
             found = sites[source.site]
             found["slides" if regions else "empty"] += 1
             found["regions"] += regions
-        total = {key: sum(site[key] for site in sites.values()) for key in ("slides", "empty")}
-        tiles = len(self) * (self.spec.size_px // 224) ** 2
         return {
-            **total,
+            "slides": sum(site["slides"] for site in sites.values()),
+            "empty": sum(site["empty"] for site in sites.values()),
             "refused": len(self.refused),
             "regions": len(self),
-            "teacher_tiles": tiles,
+            "teacher_tiles": len(self) * (self.spec.size_px // TILE_PX) ** 2,
             "sites": sites,
         }
 
@@ -157,13 +138,8 @@ class Manifest:
             {**records.plain(source), "regions": places[:, 1:].tolist()}
             for source, places in zip(self.sources, by_source, strict=True)
         ]
-        fields = {
-            "spec": self.spec.to_dict(),
-            "options": dict(self.options),
-            "refused": [list(pair) for pair in self.refused],
-            "sources": entries,
-        }
-        return _FORMAT.dumps(fields, sort_keys=True)
+        fields = {"spec": self.spec, "options": self.options, "refused": self.refused}
+        return _FORMAT.dumps({**records.plain(fields), "sources": entries}, sort_keys=True)
 
     @cached_property
     def sha256(self) -> str:
@@ -175,18 +151,10 @@ class Manifest:
         write_text(path, self.to_json() + "\n")
 
     @classmethod
-    def from_json(cls, text: str, *, name: str = "the text") -> "Manifest":
-        """Manifest from a text of `to_json`; InputError, with `name`, for anything else."""
-        return cls._read(_FORMAT.loads(text, name), name)
-
-    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Manifest":
         """Load the manifest from a file. Raises InputError where it holds none."""
-        return cls._read(_FORMAT.load(path), repr(os.fspath(path)))
-
-    @classmethod
-    def _read(cls, fields: Mapping[str, Any], name: str) -> "Manifest":
-        with _FORMAT.reading(name):
+        fields = _FORMAT.load(path)
+        with _FORMAT.reading(repr(os.fspath(path))):
             places = [
                 (number, int(x), int(y))
                 for number, entry in enumerate(fields["sources"])
@@ -221,12 +189,7 @@ def held_out(
         if per_source[number]:
             by_site[manifest.sources[number].site].append(number)
     # Site by site, so that each gives about as many sources as any other.
-    turns = [
-        numbers[turn]
-        for turn in range(max(map(len, by_site.values()), default=0))
-        for numbers in by_site.values()
-        if turn < len(numbers)
-    ]
+    turns = [n for turn in zip_longest(*by_site.values()) for n in turn if n is not None]
     chosen: list[int] = []
     while turns and per_source[chosen].sum() < fraction * len(manifest):
         chosen.append(turns.pop(0))
@@ -239,27 +202,12 @@ def held_out(
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
-def shuffled(
-    sources: NDArray[np.int64] | Sequence[int], rng: np.random.Generator, *, at_once: int = 64
-) -> NDArray[np.int64]:
-    """Shuffled order of regions, int64 (N,), that needs at most `at_once` open sources.
-
-    `sources` is the source of each region, ``manifest.places[:, 0]``. The sources are shuffled and
-    dealt into groups of `at_once`, and the regions of a group are shuffled; so a slide is opened
-    once an epoch, while each batch still mixes many.
-    """
-    if at_once < 1:
-        raise InputError(f"at_once is {at_once!r}; expected at least 1 source")
-    sources = np.asarray(sources, np.int64)
-    numbers, inverse = np.unique(sources, return_inverse=True)
-    group = rng.permutation(len(numbers))[inverse] // at_once
-    mixed = rng.permutation(len(sources))
-    return mixed[np.argsort(group[mixed], kind="stable")]
-
-
 Paths = str | PathLike[str] | Iterable[str | PathLike[str]]
 Sites = Mapping[str, str] | Callable[[str], str]
 """Mapping or function from a source's path, relative to the root, to its site."""
+
+_Look = Callable[[Slide, np.random.Generator], tuple[Coords, int]]
+"""Candidates of a slide: their corners in the order of the draw, and the number that exist."""
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 _REFUSALS = (SlideScaleError, DamagedSlideError, UnsupportedSlideError)
@@ -311,25 +259,24 @@ def plan_slides(
         SlideError: A slide cannot be read.
         InputError: Arguments make no sense, or there is not a single region.
     """
+    if tissue not in ("auto", None):
+        raise InputError(f"tissue is {tissue!r}; expected 'auto' or None")
 
-    def candidates(slide: Slide) -> Coords:
+    def look(slide: Slide, rng: np.random.Generator) -> tuple[Coords, int]:
         mask = find_tissue(slide) if tissue == "auto" else None
         # Examples, not a census: none with less tissue, and none that shows the same px again.
         plan = plan_tiles(
             slide, spec, tissue=mask, overlap=overlap, min_tissue=min_tissue, border="drop"
         )
-        return plan.coords[~plan.for_piece]
+        coords = plan.coords[~plan.for_piece]
+        return coords[rng.permutation(len(coords))], len(coords)
 
-    if tissue not in ("auto", None):
-        raise InputError(f"tissue is {tissue!r}; expected 'auto' or None")
     method = TISSUE_METHOD if tissue == "auto" else None
-    options = {
-        "kind": "slides",
-        **plan_options(overlap=overlap, min_tissue=min_tissue, border="drop", tissue_method=method),
-    }
-    files = _found(slides, root, is_slide_path, kind="slides")
-    request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)
-    return _plan(request, lambda s, rng: _drawn(candidates(s), rng), options, progress)
+    options = plan_options(
+        overlap=overlap, min_tissue=min_tissue, border="drop", tissue_method=method
+    )
+    request = _Request("slides", slides, root, sites, mpp, spec, regions, seed, skip_refused)
+    return _plan(request, look, options, progress)
 
 
 def plan_images(
@@ -350,25 +297,25 @@ def plan_images(
     no crop is drawn twice. Tissue is not looked for: what is not to be learned is not to be in the
     folder. The arguments are those of `plan_slides`, and so are the errors.
     """
-    files = _found(images, root, _is_image_path, kind="images")
-    request = _Request(files, sites, mpp, spec, regions, seed, skip_refused)
-    look = partial(_crops, spec=spec, most=regions)
-    return _plan(request, look, {"kind": "images"}, progress)
 
+    def look(image: Slide, rng: np.random.Generator) -> tuple[Coords, int]:
+        side = math.ceil(spec.size_px * image.scale_for(spec).mpp / mpp - 1e-6)
+        across, down = (max(0, edge - side + 1) for edge in image.dimensions)
+        count = across * down
+        y, x = np.divmod(rng.choice(count, min(regions, count), replace=False), max(across, 1))
+        return np.stack([x, y], axis=1).astype(np.int64), count
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Files to sample from: paths relative to the root, in alphabetical order."""
-
-    root: Path
-    names: tuple[str, ...]
+    request = _Request("images", images, root, sites, mpp, spec, regions, seed, skip_refused)
+    return _plan(request, look, {}, progress)
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Checked arguments of `plan_slides` and `plan_images`."""
+    """Arguments that `plan_slides` and `plan_images` share; `kind` is "slides" or "images"."""
 
-    files: _Files
+    kind: str
+    paths: Paths
+    root: str | PathLike[str] | None
     sites: Sites | None
     mpp: float | None
     spec: TileSpec
@@ -388,96 +335,115 @@ class _Request:
         if self.seed < 0:
             raise InputError(f"seed is {self.seed!r}; expected a number from 0 on")
 
+    def files(self) -> tuple[Path, list[str]]:
+        """The root, and the sorted paths of the files relative to it; InputError for none."""
+        root, paths = self.root, self.paths
+        if isinstance(paths, str | PathLike):
+            folder = Path(paths)
+            listed = [folder]
+            if folder.is_dir():
+                root = folder if root is None else root
+                listed = [path for path in folder.rglob("*") if path.is_file() and self._is(path)]
+        else:
+            listed = [Path(path) for path in paths]
+        if not listed:
+            raise InputError(
+                f"no {self.kind} in {paths!r}; expected a folder that holds some, or a list of"
+                " paths"
+            )
+        if missing := [os.fspath(path) for path in listed if not path.is_file()]:
+            raise InputError(f"there is no file {missing[0]!r}; check the path")
+        absolute = [path.absolute() for path in listed]
+        base = Path(root or os.path.commonpath([path.parent for path in absolute])).absolute()
+        for path in absolute:
+            if not path.is_relative_to(base):
+                raise InputError(f"{os.fspath(path)!r} does not lie in root={os.fspath(base)!r}")
+        return base, sorted({path.relative_to(base).as_posix() for path in absolute})
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Looked:
-    """Source made of a file, and its candidate corners in the order of the draw."""
+    def site(self, name: str) -> str:
+        """The site of a file, by its path relative to the root."""
+        if self.sites is None:
+            return PurePosixPath(name).parent.as_posix()
+        try:
+            site = self.sites[name] if isinstance(self.sites, Mapping) else self.sites(name)
+        except KeyError as error:
+            raise InputError(
+                f"sites names no site for {name!r}; expected one for each path relative to the root"
+            ) from error
+        if not isinstance(site, str):
+            raise InputError(f"the site of {name!r} is {site!r}; expected a str")
+        as_labels([site], f"sites({name!r})")  # no blanks around it, and not missing
+        return site
 
-    source: ManifestSource
-    drawn: Coords
-
-
-_Look = Callable[[Slide, np.random.Generator], tuple[Coords, int]]
-"""Candidate finder: slide -> corners in the order of the draw, and the number that exist."""
-
-
-def _found(
-    paths: Paths, root: str | PathLike[str] | None, wanted: Callable[[Path], bool], *, kind: str
-) -> _Files:
-    """List the files of `paths`; InputError where there are none, or not below `root`."""
-    if isinstance(paths, str | PathLike):
-        folder = Path(paths)
-        listed = [folder]
-        if folder.is_dir():
-            root = folder if root is None else root
-            listed = [path for path in folder.rglob("*") if path.is_file() and wanted(path)]
-    else:
-        listed = [Path(path) for path in paths]
-    if not listed:
-        raise InputError(
-            f"no {kind} in {paths!r}; expected a folder that holds some, or a list of paths"
-        )
-    if missing := [os.fspath(path) for path in listed if not path.is_file()]:
-        raise InputError(f"there is no file {missing[0]!r}; check the path")
-    absolute = [path.absolute() for path in listed]
-    base = Path(root or os.path.commonpath([path.parent for path in absolute])).absolute()
-    names = set()
-    for path in absolute:
-        if not path.is_relative_to(base):
-            raise InputError(f"{os.fspath(path)!r} does not lie in root={os.fspath(base)!r}")
-        names.add(path.relative_to(base).as_posix())
-    return _Files(root=base, names=tuple(sorted(names)))
+    def _is(self, path: Path) -> bool:
+        if self.kind == "slides":
+            return is_slide_path(path)
+        return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _plan(
     request: _Request, look: _Look, options: Mapping[str, Any], progress: bool | None
 ) -> Manifest:
-    files = request.files
-    found: list[_Looked] = []
+    """Manifest of regions drawn from the candidates that `look` finds in each file."""
+    root, names = request.files()
+    found: list[tuple[ManifestSource, Coords]] = []
     refused: list[tuple[str, SlideError]] = []
     with (
         ThreadPoolExecutor(default_threads(), thread_name_prefix="xmag-manifest") as pool,
-        progress_bar(progress, total=len(files.names), desc="looking", unit="file") as bar,
+        progress_bar(progress, total=len(names), desc="looking", unit="file") as bar,
     ):
-        results = pool.map(lambda name: _looked(request, name, look), files.names)
-        for name, result in zip(files.names, results, strict=True):
+        for name, result in zip(
+            names, pool.map(lambda name: _looked(request, root, name, look), names), strict=True
+        ):
             bar.update()
             if isinstance(result, SlideError):
                 refused.append((name, result))
             else:
                 found.append(result)
     if refused and not request.skip_refused:
-        raise _refusal(refused, len(files.names))
-    _check_found(found, refused)
-    shares = _shares([looked.source for looked in found], request.regions, request.seed)
+        shown = "; ".join(f"{name}: {error}" for name, error in refused[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise type(refused[0][1])(
+            f"{len(refused)} of {len(names)} files cannot be used: {shown}{more}. Leave them out,"
+            " or let them be listed with skip_refused=True"
+        )
+    sources = [source for source, _ in found]
+    _check_sources(sources, refused=len(refused))
+    shares = _shares(sources, request.regions, request.seed)
     places = [
         (number, x, y)
-        for number, (looked, share) in enumerate(zip(found, shares, strict=True))
-        for y, x in sorted((y, x) for x, y in looked.drawn[:share].tolist())
+        for number, ((_, drawn), share) in enumerate(zip(found, shares, strict=True))
+        for y, x in sorted((y, x) for x, y in drawn[:share].tolist())
     ]
     return Manifest(
         spec=request.spec,
-        sources=tuple(looked.source for looked in found),
+        sources=tuple(sources),
         places=np.array(places, np.int64),
         options={
+            "kind": request.kind,
             **options,
             "regions": request.regions,
             "seed": request.seed,
             "preprocessing_version": PREPROCESSING_VERSION,
         },
-        refused=tuple((name, _reason(name, error, files.root)) for name, error in refused),
+        # Without folders: manifests are shared.
+        refused=tuple(
+            (name, str(e).replace(os.fspath(root / name), name).replace(os.fspath(root), "."))
+            for name, e in refused
+        ),
     )
 
 
-def _looked(request: _Request, name: str, look: _Look) -> _Looked | SlideError:
-    path = request.files.root / name
-    site = _site_of(name, request.sites)
-    fingerprint = file_fingerprint(path)
+def _looked(
+    request: _Request, root: Path, name: str, look: _Look
+) -> tuple[ManifestSource, Coords] | SlideError:
+    """The source made of a file, and its candidates in the order of the draw; or the refusal."""
+    site, fingerprint = request.site(name), file_fingerprint(root / name)
     # By its content, so that what is drawn from a slide does not depend on the others.
     content = int(fingerprint["content_sample_sha256"][:16], 16)
     rng = np.random.default_rng(np.random.SeedSequence((request.seed, content)))
     try:
-        with Slide(path, mpp=request.mpp) as slide:
+        with Slide(root / name, mpp=request.mpp) as slide:
             scale = slide.scale_for(request.spec)
             drawn, candidates = look(slide, rng)
             assert slide.mpp is not None  # scale_for raises otherwise
@@ -493,51 +459,52 @@ def _looked(request: _Request, name: str, look: _Look) -> _Looked | SlideError:
             )
     except _REFUSALS as error:
         return error
-    return _Looked(source=source, drawn=drawn)
+    return source, drawn
 
 
-def _drawn(candidates: Coords, rng: np.random.Generator) -> tuple[Coords, int]:
-    return candidates[rng.permutation(len(candidates))], len(candidates)
-
-
-def _crops(
-    slide: Slide, rng: np.random.Generator, *, spec: TileSpec, most: int
-) -> tuple[Coords, int]:
-    """Up to `most` different random corners, int64 (N, 2), and the number that exist."""
-    scale = slide.scale_for(spec)
-    assert slide.mpp is not None  # scale_for raises otherwise
-    side = math.ceil(spec.size_px * scale.mpp / slide.mpp - 1e-6)
-    across, down = (max(0, edge - side + 1) for edge in slide.dimensions)
-    count = across * down
-    y, x = np.divmod(rng.choice(count, min(most, count), replace=False), max(across, 1))
-    return np.stack([x, y], axis=1).astype(np.int64), count
+def _check_sources(sources: Sequence[ManifestSource], *, refused: int) -> None:
+    """Raise InputError for files of the same content, and where no file has a region."""
+    by_content: dict[str, str] = {}
+    for source in sources:
+        other = by_content.setdefault(source.fingerprint["content_sample_sha256"], source.path)
+        if other != source.path:
+            raise InputError(
+                f"{source.path!r} and {other!r} have the same content; leave one out, or it counts"
+                " twice and may end up on both sides of a split"
+            )
+    if not any(source.candidates for source in sources):
+        raise InputError(
+            f"no region in {len(sources)} files ({refused} more cannot be used): expected tissue of"
+            f" {REGION_SPEC.size_px * REGION_SPEC.mpp:g} µm a side somewhere. Lower min_tissue, or"
+            " check the slides"
+        )
 
 
 def _shares(sources: Sequence[ManifestSource], regions: int | None, seed: int) -> list[int]:
     """The number of regions to take from each source, balanced by site, then by source."""
-    candidates = [source.candidates for source in sources]
     if regions is None:
-        return candidates
-    if sum(candidates) < regions:
+        return [source.candidates for source in sources]
+    candidates = np.array([source.candidates for source in sources], np.int64)
+    if candidates.sum() < regions:
         warnings.warn(
-            f"{regions} regions were asked for, and there are {sum(candidates)} candidates: all"
+            f"{regions} regions were asked for, and there are {candidates.sum()} candidates: all"
             " are taken. Add slides, lower min_tissue, or let candidates overlap",
             XmagWarning,
             stacklevel=4,
         )
     rng = np.random.default_rng(np.random.SeedSequence((seed, len(sources))))
-    sites = sorted({source.site for source in sources})
-    members = [[n for n, s in enumerate(sources) if s.site == site] for site in sites]
-    capacity = [sum(candidates[n] for n in numbers) for numbers in members]
-    shares = [0] * len(sources)
-    for numbers, share in zip(members, fair_shares(capacity, regions, rng), strict=True):
-        parts = fair_shares([candidates[n] for n in numbers], share, rng)
-        for number, part in zip(numbers, parts, strict=True):
-            shares[number] = part
-    return shares
+    _, site = np.unique([source.site for source in sources], return_inverse=True)
+    capacity = np.bincount(site, weights=candidates).astype(np.int64)
+    shares = np.zeros(len(sources), np.int64)
+    for number, share in enumerate(fair_shares(capacity, regions, rng)):
+        inside = site == number
+        shares[inside] = fair_shares(candidates[inside], share, rng)
+    return shares.tolist()
 
 
-def fair_shares(capacity: Sequence[int], total: int, rng: np.random.Generator) -> list[int]:
+def fair_shares(
+    capacity: Sequence[int] | NDArray[np.int64], total: int, rng: np.random.Generator
+) -> list[int]:
     """Max-min fair shares of `total`: the smallest shares are as large as can be.
 
     Nobody gets more than its `capacity`; what does not divide goes to some at random.
@@ -554,56 +521,3 @@ def fair_shares(capacity: Sequence[int], total: int, rng: np.random.Generator) -
         shares[open_ones] += given
         left -= int(given.sum())
     return shares.tolist()
-
-
-def _site_of(name: str, sites: Sites | None) -> str:
-    if sites is None:
-        return PurePosixPath(name).parent.as_posix()
-    try:
-        site = sites[name] if isinstance(sites, Mapping) else sites(name)
-    except KeyError as error:
-        raise InputError(
-            f"sites names no site for {name!r}; expected one for each path relative to the root"
-        ) from error
-    if not isinstance(site, str):
-        raise InputError(f"the site of {name!r} is {site!r}; expected a str")
-    as_labels([site], f"sites({name!r})")  # no blanks around it, and not missing
-    return site
-
-
-def _check_found(found: Sequence[_Looked], refused: Sequence[tuple[str, SlideError]]) -> None:
-    by_content: dict[str, str] = {}
-    for looked in found:
-        source = looked.source
-        content = source.fingerprint["content_sample_sha256"]
-        if content in by_content:
-            raise InputError(
-                f"{source.path!r} and {by_content[content]!r} have the same content; leave one out,"
-                " or it counts twice and may end up on both sides of a split"
-            )
-        by_content[content] = source.path
-    if not any(looked.source.candidates for looked in found):
-        raise InputError(
-            f"no region in {len(found)} files ({len(refused)} more cannot be used): expected tissue"
-            f" of {REGION_SPEC.size_px * REGION_SPEC.mpp:g} µm a side somewhere. Lower min_tissue,"
-            " or check the slides"
-        )
-
-
-def _refusal(refused: Sequence[tuple[str, SlideError]], total: int) -> SlideError:
-    shown = "; ".join(f"{name}: {error}" for name, error in refused[:5])
-    more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
-    kind = type(refused[0][1])
-    return kind(
-        f"{len(refused)} of {total} files cannot be used: {shown}{more}. Leave them out, or let"
-        " them be listed with skip_refused=True"
-    )
-
-
-def _reason(name: str, error: SlideError, root: Path) -> str:
-    """Reason of a refused file, without its folder: manifests are shared."""
-    return str(error).replace(os.fspath(root / name), name).replace(os.fspath(root), ".")
-
-
-def _is_image_path(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")

@@ -1,48 +1,34 @@
 """Settings of a distillation, and its TOML configuration."""
 
-import functools
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar
+
+import torch
 
 from xmag import records
+from xmag.cores import usable_cores
 from xmag.distill.export import Card
-from xmag.distill.views import Augmentation
 from xmag.errors import InputError
-from xmag.training import warmup_cosine
+from xmag.training import Augmentation
 from xmag.vit import ViTConfig
 
-PAPER_GPUS = 24
-
-SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {
-        "cosine": "a linear warm-up to the learning rate, then half a cosine down to the floor",
-        "paper": (
-            "what the code of arXiv 2509.23097 did: a warm-up counted as if for one GPU while"
-            f" {PAPER_GPUS} shared the steps, so that the rate rises linearly to 1/{PAPER_GPUS} of"
-            " the learning rate (2.1e-5 for 5e-4) at the last step and never decays"
-        ),
-    }
-)
-"""Schedules by name, with a description."""
-
-
-def rate_factor(name: str, step: int, *, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """The learning-rate factor at `step` (from 0) of `total`; see `SCHEDULES`.
-
-    `warmup` (steps) and `floor` are those of "cosine". Raises InputError for another name.
-    """
-    if name == "cosine":
-        return warmup_cosine(step, total=total, warmup=warmup, floor=floor)
-    if name == "paper":
-        return (step + 1) / (total * PAPER_GPUS)
-    raise InputError(f"schedule is {name!r}; expected one of {sorted(SCHEDULES)}")
-
-
+_MOST_CORES = 16
 _PRECISIONS = ("auto", "float32", "bfloat16")
+_NO_AUGMENTED = (
+    "cached features of unaugmented regions did as well with a fraction of the disk; expected"
+    ' "plain" for those, or "no" for features of every augmented view'
+)
+
+
+def _require(record: Any, names: Sequence[str], fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise InputError, with the section of the file, where one of some fields does not fit."""
+    section = type(record).__name__.removesuffix("Settings").removesuffix("Config").lower()
+    for name in names:
+        records.require(record, name, fits(getattr(record, name)), expected, section)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +39,7 @@ class LossSettings:
     their 16 tiles; a level of weight 0 is left out. A distance is the sum of "cosine", "smooth_l1"
     and "relational", each times its weight. With `centre` the mean of the teacher's features is
     subtracted first, so that the cosine measures differences of regions, not what they share; the
-    mean is that of `centre_regions` regions (of all cached features), computed once and kept.
+    mean is that of `centre_regions` regions, computed once and kept.
     """
 
     global_weight: float = 1.0
@@ -65,10 +51,9 @@ class LossSettings:
     centre_regions: int = 512
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="loss")
-        for name in ("global_weight", "local_weight", "cosine", "smooth_l1", "relational"):
-            require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
-        require("centre_regions", self.centre_regions > 0, "a positive number")
+        weights = ("global_weight", "local_weight", "cosine", "smooth_l1", "relational")
+        _require(self, weights, lambda x: 0 <= x < math.inf, "a number from 0 on")
+        _require(self, ("centre_regions",), lambda x: x > 0, "a positive number")
         if not (self.global_weight + self.local_weight and any(self.distances().values())):
             raise InputError(
                 f"the loss is 0 whatever the student does: {self}; expected a positive"
@@ -77,11 +62,8 @@ class LossSettings:
 
     def distances(self) -> dict[str, float]:
         """The weight of each distance by name."""
-        return {
-            "cosine": self.cosine,
-            "smooth_l1": self.smooth_l1,
-            "relational": self.relational,
-        }
+        names = ("cosine", "smooth_l1", "relational")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +72,11 @@ class TrainSettings:
 
     A step is `batch` regions over all GPUs, whatever their number, `micro_batch` of them at once on
     each (by default its whole share); `batch` is thus what an optimizer step averages over, and the
-    number of GPUs changes nothing but the time. The rate follows `schedule`, with a warm-up of the
-    fraction `warmup` of all steps, down to the fraction `floor` of `lr`. Weight decay is for
-    matrices and tables alone: not for biases, norms and LayerScale. With `ema_ramp` the EMA forgets
-    its start faster: its decay is at most (1 + step) / (10 + step).
+    number of GPUs changes nothing but the time. The rate rises to `lr` over the fraction `warmup`
+    of all steps, and then decays by half a cosine to the fraction `floor` of it: the `schedule`
+    "cosine", which is the only one. Weight decay is for matrices and tables alone: not for biases,
+    norms and LayerScale. With `ema_ramp` the EMA forgets its start faster: its decay is at most
+    (1 + step) / (10 + step).
     """
 
     epochs: float = 10.0
@@ -113,18 +96,20 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="train")
-        for name in ("epochs", "batch", "views", "lr", "clip"):
-            require(name, getattr(self, name) > 0, "a positive number")
-        for name in ("steps", "micro_batch"):
-            value = getattr(self, name)
-            require(name, value is None or value > 0, "a positive number, or none")
-        for name in ("weight_decay", "seed"):
-            require(name, getattr(self, name) >= 0, "a number from 0 on")
-        for name in ("warmup", "floor", "ema"):
-            require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        require("schedule", self.schedule in SCHEDULES, f"one of {list(SCHEDULES)}")
-        require("precision", self.precision in _PRECISIONS, f"one of {_PRECISIONS}")
+        numbers = ("epochs", "batch", "views", "lr", "clip")
+        _require(self, numbers, lambda x: x > 0, "a positive number")
+        optional = ("steps", "micro_batch")
+        _require(self, optional, lambda x: x is None or x > 0, "a positive number, or none")
+        _require(self, ("weight_decay", "seed"), lambda x: x >= 0, "a number from 0 on")
+        _require(self, ("warmup", "floor", "ema"), lambda x: 0 <= x < 1, "a number in [0, 1)")
+        if self.schedule == "paper":
+            raise InputError(
+                'train.schedule is "paper", which is gone: it repeated a fault of the code of arXiv'
+                " 2509.23097, a warm-up as long as the run, so that the rate never decayed and was"
+                ' 1/24 of lr at most; expected "cosine", which warms up and decays'
+            )
+        _require(self, ("schedule",), lambda x: x == "cosine", "'cosine'")
+        _require(self, ("precision",), lambda x: x in _PRECISIONS, f"one of {_PRECISIONS}")
 
     def total_steps(self, regions: int) -> int:
         """The number of steps of a run over `regions` regions."""
@@ -144,10 +129,9 @@ class LogSettings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="log")
-        require("every", self.every > 0, "a positive number of steps")
-        for name in ("checkpoint_every", "validate_every"):
-            require(name, getattr(self, name) >= 0, "a number of steps, or 0")
+        _require(self, ("every",), lambda x: x > 0, "a positive number of steps")
+        optional = ("checkpoint_every", "validate_every")
+        _require(self, optional, lambda x: x >= 0, "a number of steps, or 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +148,24 @@ class LoaderSettings:
     prefetch: int = 3
 
     def __post_init__(self) -> None:
-        require = functools.partial(records.require, self, where="loader")
-        threads, processes = self.threads, self.processes
-        require("threads", threads is None or threads > 0, "a positive number")
-        require("processes", (processes or 0) >= 0, "a number from 0 on")
-        require("prefetch", self.prefetch > 0, "a positive number of batches")
+        _require(self, ("threads",), lambda x: x is None or x > 0, "a positive number")
+        _require(self, ("processes",), lambda x: x is None or x >= 0, "a number from 0 on")
+        _require(self, ("prefetch",), lambda x: x > 0, "a positive number of batches")
+
+    def processes_on(self, device: torch.device) -> int:
+        """The number of decoding child processes of a rank that trains on `device`."""
+        if self.processes is not None:
+            return self.processes
+        return _cores_of_a_rank() if device.type == "cuda" and os.name == "posix" else 0
+
+    def threads_on(self, device: torch.device) -> int:
+        """The number of threads of a rank: enough to keep all of its processes busy."""
+        return self.threads or max(_cores_of_a_rank(), self.processes_on(device))
+
+
+def _cores_of_a_rank() -> int:
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_CORES, usable_cores() // sharing))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +177,6 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     log: LogSettings = field(default_factory=LogSettings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that determine the weights: all but loader and logging, as JSON values."""
@@ -220,25 +213,33 @@ class DataConfig:
                 f"data.mpp is {self.mpp} and data.regions {self.regions}; images need both: their"
                 " µm/px, and how many crops to draw"
             )
-        if not 0 <= self.hold_out < 1:
-            raise InputError(f"data.hold_out is {self.hold_out!r}; expected a share in [0, 1)")
+        _require(self, ("hold_out",), lambda x: 0 <= x < 1, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
     """Teacher section: name for `load_teacher`, loss weight, and feature caching.
 
-    With `keep` "no" features are computed online for every augmented view; with "plain" those of
-    unaugmented regions are computed once and cached; with "augmented" those of `variants` augmented
-    views of each. `keep_low` caches the low views too, so that no slide is read while training.
+    With `keep` "no" features are computed online for every augmented view, with "plain" those of
+    unaugmented regions are computed once and cached. `keep_low` caches the low views too, so that
+    no slide is read while training.
     """
+
+    REMOVED: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"variants": f'it went with keep = "augmented": {_NO_AUGMENTED}. Delete the line'}
+    )
 
     name: str
     weight: float = 1.0
     dtype: str = "auto"
-    keep: Literal["no", "plain", "augmented"] = "no"
-    variants: int = 4
+    keep: str = "no"
     keep_low: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep == "augmented":
+            raise InputError(f'teachers.keep is "augmented", which is gone: {_NO_AUGMENTED}')
+        fits = ("no", "plain")
+        _require(self, ("keep",), lambda x: x in fits, "one of 'no', 'plain'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,30 +266,19 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """A whole configuration file; `out` is the folder of the run."""
 
     out: str
     data: DataConfig
     teachers: list[TeacherConfig]
     student: StudentConfig
-    loss: LossSettings = field(default_factory=LossSettings)
-    augment: Augmentation = field(default_factory=Augmentation)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    loader: LoaderSettings = field(default_factory=LoaderSettings)
-    log: LogSettings = field(default_factory=LogSettings)
     model: Card = field(default_factory=Card)
 
     @property
     def settings(self) -> Settings:
         """The training settings of the file, for `distill`."""
-        return Settings(
-            loss=self.loss,
-            augment=self.augment,
-            train=self.train,
-            loader=self.loader,
-            log=self.log,
-        )
+        return Settings(**{part.name: getattr(self, part.name) for part in fields(Settings)})
 
 
 def read_config(path: str | os.PathLike[str]) -> DistillConfig:

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
 from torch import Tensor, nn
 
 from xmag.devices import Float32
-from xmag.distill.losses import BLOCKS, block_means, summed
-from xmag.distill.views import LOW_MPP
+from xmag.distill.losses import Projection, block_means, summed
+from xmag.distill.views import LOW_MPP, SIDE
 from xmag.errors import InputError
 from xmag.hub import read_model
 from xmag.hub.registry import ModelConfig
@@ -27,15 +27,6 @@ class StudentStart:
     vit: ViT
     config: ModelConfig
     provenance: dict[str, Any]
-
-
-class Projection(NamedTuple):
-    """Projections of B images by the heads of one teacher; None for a level not trained."""
-
-    region: Tensor | None
-    """Class token through the global head, float32 (B, Dt)."""
-    tiles: Tensor | None
-    """Block means through the local head, float32 (B, 16, Dt)."""
 
 
 class Student(nn.Module):
@@ -59,18 +50,19 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         side = config.tile_spec.size_px // config.vit.patch_px
-        if side % BLOCKS:
+        if side % SIDE:
             raise InputError(
-                f"the student has {side} x {side} tokens; expected a multiple of {BLOCKS} a side,"
+                f"the student has {side} x {side} tokens; expected a multiple of {SIDE} a side,"
                 " so that each of the teacher's 16 tiles has a block of tokens. Choose another"
                 " patch_px or size_px"
             )
         self.vit = vit
-        width = config.vit.width
-        self.global_heads = _heads(width, teacher_dims if with_global else ())
-        self.local_heads = _heads(width, teacher_dims if with_local else ())
-        self._grid, self._first_patch = (side, side), 1 + config.vit.registers
-        self._teachers = len(teacher_dims)
+        self._teachers, self._grid = len(teacher_dims), (side, side)
+        self._first_patch = 1 + config.vit.registers
+        self.global_heads, self.local_heads = (
+            nn.ModuleList(ProjectionHead(config.vit.width, dim) for dim in teacher_dims if wanted)
+            for wanted in (with_global, with_local)
+        )
         std, mean = (
             torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1)
             for rgb in (config.std, config.mean)
@@ -79,29 +71,24 @@ class Student(nn.Module):
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
-    def forward(self, low: Tensor, weights: Tensor | None = None) -> list[Projection]:
-        """The projections of uint8 images (B, S, S, 3), one for each teacher.
-
-        Images of weight 0 in `weights` (B,) leave the statistics of the heads alone.
-        """
-        images = low.permute(0, 3, 1, 2) * self.scale + self.shift
-        tokens = self.vit(images, self.vit.positions(self._grid))
+    def forward(self, low: Tensor) -> list[Projection]:
+        """The projections of uint8 images (B, S, S, 3), one for each teacher; B may be 0."""
+        # The ViT takes no empty batch; with an image in its place, which is dropped again, a rank
+        # with none takes part in what all ranks compute together.
+        images = low if len(low) else low.new_zeros((1, *low.shape[1:]))
+        images = images.permute(0, 3, 1, 2) * self.scale + self.shift
+        tokens = self.vit(images, self.vit.positions(self._grid))[: len(low)]
         region = tokens[:, 0]
-        blocks = block_means(tokens[:, self._first_patch :]).flatten(0, 1)
-        tile_weights = None if weights is None else weights.repeat_interleave(BLOCKS**2)
+        blocks = block_means(tokens[:, self._first_patch :])
         return [
             Projection(
-                self.global_heads[i](region, weights) if len(self.global_heads) else None,
-                self.local_heads[i](blocks, tile_weights).unflatten(0, (-1, BLOCKS**2))
-                if len(self.local_heads)
+                region=self.global_heads[i](region) if self.global_heads else None,
+                tiles=self.local_heads[i](blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
+                if self.local_heads
                 else None,
             )
             for i in range(self._teachers)
         ]
-
-
-def _heads(width: int, dims: Sequence[int]) -> nn.ModuleList:
-    return nn.ModuleList(ProjectionHead(width, dim) for dim in dims)
 
 
 def fresh_student(
@@ -187,7 +174,7 @@ class SyncedBatchNorm(nn.Module):
     """Synchronised BatchNorm1d: statistics over the rows of all ranks, on any device.
 
     PyTorch's SyncBatchNorm refuses the CPU. The names, the defaults and the running statistics are
-    those of BatchNorm1d. Rows may carry weights; those of weight 0 count nowhere.
+    those of BatchNorm1d. A rank may have no row; where none has, the running statistics stay.
     """
 
     running_mean: Tensor
@@ -203,32 +190,28 @@ class SyncedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The normalised rows (N, C), at least float32; `weights` are (N,)."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """The normalised rows (N, C), at least float32."""
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             if not self.training:
                 centred, variance = rows - self.running_mean, self.running_var
             else:
-                centred, variance = self._centred(rows, weights)
+                centred, variance = self._centred(rows)
             scale = self.weight * (variance + self.eps).rsqrt()
             return centred * scale + self.bias
 
-    def _centred(self, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _centred(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Centred rows and biased variance over all ranks; updates the running statistics.
 
         The variance is summed over what is centred already: E[x^2] - E[x]^2 would cancel.
         """
-        if weights is None:
-            weights = rows.new_ones(len(rows))
-        weights = weights.to(rows.dtype)[:, None]
-        total = summed(torch.cat(((weights * rows).sum(0), weights.sum(0))))
+        total = summed(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
         count = total[-1].detach().clamp(min=1)
         mean = total[:-1] / count
         centred = rows - mean
-        variance = summed((weights * centred.square()).sum(0)) / count
+        variance = summed(centred.square().sum(0)) / count
         with torch.no_grad():
-            # A step without a single good row leaves the running statistics as they are.
             share = self.momentum * (total[-1] > 0).to(mean.dtype)
             unbiased = variance * (count / (count - 1).clamp(min=1))
             self.running_mean += share * (mean - self.running_mean)
@@ -249,7 +232,7 @@ class ProjectionHead(nn.Module):
         self.norm = SyncedBatchNorm(teacher_dim)
         self.last = nn.Linear(teacher_dim, teacher_dim)
 
-    def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Project rows (N, width) to float32 (N, teacher_dim); `weights` (N,) are for the norm."""
-        projected: Tensor = self.last(F.gelu(self.norm(self.first(rows), weights)))
+    def forward(self, rows: Tensor) -> Tensor:
+        """Project rows (N, width) to float32 (N, teacher_dim)."""
+        projected: Tensor = self.last(F.gelu(self.norm(self.first(rows))))
         return projected.to(torch.promote_types(projected.dtype, torch.float32))

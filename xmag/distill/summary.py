@@ -1,37 +1,45 @@
-"""Summary of a run, and its record of steps."""
+"""Summary of a run, its estimate before, and the logger of its metrics."""
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from xmag.errors import MissingExtraError
 from xmag.files import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 TRAINING, VALIDATION = "metrics.csv", "validation.csv"
 
 
-class RunRecord:
-    """Metrics logger in a folder; on resuming, rows after `step` are dropped.
+class MetricsLogger:
+    """Logger of metrics to CSV files in a folder and TensorBoard; a context manager.
 
-    The CSV files are written as a whole by `flush`. TensorBoard's event files are its own.
+    On resuming, rows after `step` are dropped. The CSV files are written as a whole by `flush`.
+    Without `writes`, as on ranks that do not lead, nothing is logged.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool, writes: bool = True) -> None:
+        self._folder, self._writes = folder, writes
         self._rows = {name: _rows_until(folder / name, step) for name in (TRAINING, VALIDATION)}
-        self._board = _board(folder / "tensorboard", step) if tensorboard else None
+        self._board = _board(folder / "tensorboard", step) if tensorboard and writes else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board is not None:
+            self._board.close()
 
     def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Add a row of metrics at a step to the CSV file `name`, and to TensorBoard."""
+        if not self._writes:
+            return
         row = {"step": str(step)} | {key: f"{value:.6g}" for key, value in values.items()}
         rows = self._rows[name]
         if not (rows and rows[-1]["step"] == row["step"]):
@@ -44,7 +52,7 @@ class RunRecord:
     def flush(self) -> None:
         """Write the rows added to the CSV files; OutputError where that is not possible."""
         for name, rows in self._rows.items():
-            if rows:
+            if rows and self._writes:
                 text = io.StringIO()
                 writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", restval="")
                 writer.writeheader()
@@ -52,11 +60,6 @@ class RunRecord:
                 write_text(self._folder / name, text.getvalue())
         if self._board is not None:
             self._board.flush()
-
-    def close(self) -> None:
-        """Close TensorBoard's event file."""
-        if self._board is not None:
-            self._board.close()
 
 
 def check_tensorboard() -> None:
@@ -83,12 +86,12 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class Estimate:
     """Estimated memory and time of a run, measured on a few steps.
 
     `state_bytes` are those of weights, gradients, moments and EMA; `activation_bytes` those saved
     for backward in one micro-batch; `peak_bytes` is the peak GPU allocation with teachers, None on
-    a CPU. `seconds_per_step` includes reading, and `keeping_seconds` is the time to compute the
+    a CPU. `seconds_per_step` includes reading, and `cache_seconds` is the time to compute the
     feature caches.
     """
 
@@ -98,12 +101,12 @@ class Needs:
     activation_bytes: int
     peak_bytes: int | None
     seconds_per_step: float
-    keeping_seconds: float = 0.0
+    cache_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Summary of a run; of a dry run, with `needs`, where nothing was trained or written.
+    """Summary of a run; of a dry run, with an `estimate`, where nothing was trained or written.
 
     `regions` is the number trained on. `validation` are the last cosines to the teachers, and
     `untrained` those before the first step; both are empty without regions held out. `damaged` is
@@ -122,11 +125,11 @@ class Summary:
     model: Path | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     plan: tuple[str, ...] = ()
-    needs: Needs | None = None
+    estimate: Estimate | None = None
 
     def lines(self) -> list[str]:
         """The summary as lines of text."""
-        return [*self.plan, *(self._needed() if self.needs else self._done())]
+        return [*self.plan, *(self._estimated(self.estimate) if self.estimate else self._done())]
 
     def _done(self) -> Iterator[str]:
         yield (
@@ -140,21 +143,19 @@ class Summary:
         if self.model is not None:
             yield f"model     {self.model}"
 
-    def _needed(self) -> Iterator[str]:
-        assert self.needs is not None
-        needs = self.needs
-        parts = ", ".join(f"{name} {size(n)}" for name, n in needs.state_bytes.items())
+    def _estimated(self, found: Estimate) -> Iterator[str]:
+        parts = ", ".join(f"{name} {size(n)}" for name, n in found.state_bytes.items())
         yield (
-            f"student   {needs.student_parameters / 1e6:.1f} M parameters, heads"
-            f" {needs.head_parameters / 1e6:.1f} M"
+            f"student   {found.student_parameters / 1e6:.1f} M parameters, heads"
+            f" {found.head_parameters / 1e6:.1f} M"
         )
-        yield f"memory    {parts}, activations {size(needs.activation_bytes)}"
-        if needs.peak_bytes is not None:
-            yield f"          {size(needs.peak_bytes)} at most on the GPU, all together (measured)"
-        if needs.keeping_seconds:
-            yield f"features  {duration(needs.keeping_seconds)} to compute what is kept"
+        yield f"memory    {parts}, activations {size(found.activation_bytes)}"
+        if found.peak_bytes is not None:
+            yield f"          {size(found.peak_bytes)} at most on the GPU, all together (measured)"
+        if found.cache_seconds:
+            yield f"features  {duration(found.cache_seconds)} to compute what is cached"
         yield (
-            f"time      {needs.seconds_per_step:.3g} s a step (measured),"
+            f"time      {found.seconds_per_step:.3g} s a step (measured),"
             f" {duration(self.seconds)} in all"
         )
         yield "dry run   nothing was written"

@@ -1,27 +1,30 @@
 """Teacher models: features of tiles at 0.5 µm/px, for a student to learn.
 
-`load_teacher` makes one from a name, an Encoder, or any function from tiles to features.
+`load_teacher` makes a `Teacher` from a name, an Encoder, or any function from tiles to features.
+Training asks `TeacherFeatures` for those of augmented regions: computed online here, or cached.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xmag.devices import resolve_device, resolve_dtype
-from xmag.distill.views import HIGH_MPP, TILE_PX
+from xmag.distill.views import HIGH_MPP, SIDE, TILE_PX, teacher_tiles
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, MissingExtraError, ModelError
 from xmag.geometry import TileSpec
 from xmag.hub.registry import ModelConfig
 from xmag.provenance import dtype_class
+from xmag.training.augmentation import Draws
 from xmag.vit import ViTConfig
 
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
@@ -62,20 +65,6 @@ class Teacher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedTeacher:
-    """Teacher with the weight of its losses; each has heads of its own."""
-
-    teacher: Teacher
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise InputError(
-                f"the weight of {self.teacher.name} is {self.weight!r}; expected a positive number"
-            )
-
-
 class TileTeacher:
     """Teacher from a function of tiles; checks shape and finiteness of its features."""
 
@@ -108,29 +97,108 @@ class TileTeacher:
                 f"tiles are {tiles.dtype} {tuple(tiles.shape)}; {self.name} expects uint8"
                 f" (M, {size}, {size}, 3)"
             )
-        result = torch.empty((len(tiles), self.dim), dtype=torch.float32, device=tiles.device)
-        for part, into in zip(
-            torch.split(tiles, _BATCH_TILES), torch.split(result, _BATCH_TILES), strict=True
-        ):
-            if len(part):
-                into.copy_(self._of(part))
-        if not torch.isfinite(result).all():
-            row = int(torch.isfinite(result).all(1).int().argmin())
+        result = tiles.new_empty((len(tiles), self.dim), dtype=torch.float32)
+        for first in range(0, len(tiles), _BATCH_TILES):
+            part = tiles[first : first + _BATCH_TILES]
+            with torch.no_grad():
+                found = torch.as_tensor(self._function(part))
+            if found.shape != (len(part), self.dim) or not found.is_floating_point():
+                raise ModelError(
+                    f"{self.name} returned {found.dtype} {tuple(found.shape)} for {len(part)}"
+                    f" tiles; expected floating point ({len(part)}, {self.dim})"
+                )
+            result[first : first + len(part)] = found
+        finite = torch.isfinite(result).all(1)
+        if not finite.all():
+            row = int(finite.int().argmin())
             raise ModelError(
                 f"{self.name} gave features that are not finite (first for tile {row} of"
                 f' {len(tiles)}); load it with dtype="float32", and check its weights'
             )
         return result
 
-    def _of(self, tiles: Tensor) -> Tensor:
-        with torch.no_grad():
-            found = torch.as_tensor(self._function(tiles))
-        if found.shape != (len(tiles), self.dim) or not found.is_floating_point():
-            raise ModelError(
-                f"{self.name} returned {found.dtype} {tuple(found.shape)} for {len(tiles)} tiles;"
-                f" expected floating point ({len(tiles)}, {self.dim})"
+
+class TeacherFeatures(Protocol):
+    """Protocol of teacher features for training: `OnlineFeatures`, `CachedFeatures`, or others.
+
+    `name` is the teacher's name in logs and checkpoints, `dim` the length of a feature vector,
+    `identity` that of the teacher (and cache) as plain JSON values, `weight` that of its losses;
+    `needs_pixels` says whether `targets` needs the augmented high views.
+    """
+
+    name: str
+    dim: int
+    identity: Mapping[str, Any]
+    weight: float
+    needs_pixels: bool
+
+    def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Mask of the regions that have features: bool (B,); others are left out of batches."""
+        ...
+
+    def targets(self, regions: NDArray[np.int64], draws: Draws, high: Tensor | None) -> Tensor:
+        """Features of augmented regions: (B, 16, dim), float32 or float16, on any device.
+
+        `high` are the high views, augmented by `draws`, where `needs_pixels`. B may be 0.
+        """
+        ...
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a student of this tile specification cannot use the features."""
+        ...
+
+
+class OnlineFeatures:
+    """Teacher features computed online, of every augmented view; `weight` is of its losses."""
+
+    needs_pixels = True
+
+    def __init__(self, teacher: Teacher, weight: float = 1.0) -> None:
+        if not 0 < weight < float("inf"):
+            raise InputError(
+                f"the weight of {teacher.name} is {weight!r}; expected a positive number"
             )
-        return found
+        self.teacher, self.weight = teacher, weight
+        self.name, self.dim, self.identity = teacher.name, teacher.dim, teacher.identity
+
+    def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Mask of the regions that have features: all, bool (B,)."""
+        return np.ones(len(regions), np.bool_)
+
+    def targets(
+        self,
+        regions: NDArray[np.int64],
+        draws: Draws,  # noqa: ARG002 (the high views are augmented already)
+        high: Tensor | None,
+    ) -> Tensor:
+        """Compute the features of the 16 tiles of each view in `high`: float32 (B, 16, dim)."""
+        assert high is not None
+        if not len(regions):
+            return torch.empty(0, SIDE**2, self.dim, dtype=torch.float32, device=high.device)
+        features = self.teacher.features(teacher_tiles(high)).float()
+        return features.view(len(high), SIDE**2, self.dim)
+
+    def check(self, student: TileSpec) -> None:
+        """Raise InputError where a tile of the student is not 4 x 4 of the teacher's."""
+        seen = self.teacher.tile_spec
+        if seen.size_px != student.size_px or abs(seen.mpp * SIDE / student.mpp - 1) > 1e-6:
+            raise InputError(
+                f"the teacher {self.name} sees {seen.size_px} px at {seen.mpp:g} µm/px and the"
+                f" student {student.size_px} px at {student.mpp:g} µm/px; expected the same px at"
+                f" {SIDE} times the µm/px, so that a tile of the student is {SIDE} x {SIDE} of the"
+                " teacher's"
+            )
+
+
+def check_teachers(teachers: Sequence[TeacherFeatures], student: TileSpec) -> None:
+    """Raise InputError where teachers share a name, or do not fit the student's tiles."""
+    names = [teacher.name for teacher in teachers]
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"the teachers are {names}; expected at least one, and a name of its own for each"
+        )
+    for teacher in teachers:
+        teacher.check(student)
 
 
 def load_teacher(
@@ -176,9 +244,9 @@ def load_teacher(
     if isinstance(teacher, str | os.PathLike):
         loaded = load_model(
             teacher,
+            config=config,
             device=device,
             dtype=dtype,
-            config=config,
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -1,49 +1,47 @@
-"""Trainer of the student: session, steps, validation and checkpoints.
+"""Trainer of the student: micro-batches of views, optimizer steps, validation and checkpoints."""
 
-The weights, their moving average (EMA), the optimizer's moments and the teachers' means as tensors;
-the step and what decides the run as JSON in its header. One file, replaced as a whole: a run that
-is killed, or a disk that runs full, leaves the one before.
-"""
-
-import hashlib
-import json
-import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xmag import records
-from xmag.cores import usable_cores
-from xmag.devices import Float32, seeded
-from xmag.distill.cache import KeptLesson, Lesson, LowViews, check_lessons
+from xmag.devices import resolve_dtype
+from xmag.distill.cache import CachedFeatures, LowViews
 from xmag.distill.dataset import (
-    Group,
-    Order,
+    Numbers,
     RegionBatch,
     RegionLoader,
+    RegionSampler,
     RegionSource,
     SlideRegions,
     share,
 )
-from xmag.distill.losses import BLOCKS, global_distances, local_distances, summed
-from xmag.distill.settings import LoaderSettings, LossSettings, Settings, rate_factor
-from xmag.distill.student import Projection, Student, StudentStart
-from xmag.distill.views import NONE, SIDE, Augmentation, Draws, augment, draw, low_view
-from xmag.errors import InputError, MismatchError, OutputError
-from xmag.hub.weights import write_tensors
-from xmag.training import Ema, Ranks
+from xmag.distill.losses import Objective
+from xmag.distill.settings import Settings
+from xmag.distill.student import Student
+from xmag.distill.summary import TRAINING, VALIDATION, MetricsLogger
+from xmag.distill.teachers import TeacherFeatures, check_teachers
+from xmag.distill.views import SIDE, low_view
+from xmag.errors import InputError, ModelError
+from xmag.files import make_folder
+from xmag.geometry import TileSpec
+from xmag.training import Ema, Loop, Progress, Ranks, Schedule
+from xmag.training.augmentation import NONE, augment, draw
+from xmag.training.checkpoint import tensors_of
+
+CHECKPOINT = "checkpoint.safetensors"
+_AT_ONCE = 64
+"""Images of a batch in validation."""
 
 
 class Stopwatch:
@@ -65,7 +63,7 @@ class Stopwatch:
             with self.host(name):
                 yield
             return
-        start, end = _event(), _event()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         yield
         end.record()
@@ -92,80 +90,149 @@ class Stopwatch:
         return result
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """Micro-batch: augmented images for the student, and each teacher's targets.
+    """Micro-batch: images for the student, and each teacher's targets for them.
 
-    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher, and `weights`
-    (B,) is 1 for an image and 0 for one whose region is damaged.
+    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher. Damaged
+    regions are left out, so that B may be 0.
     """
 
     low: Tensor
     targets: Sequence[Tensor]
-    weights: Tensor
 
 
-class Objective:
-    """Distillation loss of several teachers: weighted global and local distances.
+class ViewLoader:
+    """Loader of this rank's micro-batches: augmented views of regions, and teacher targets.
 
-    `teachers` maps names to weights, in the order of the targets.
+    `training` are the numbers of the regions to train on, `spec` is the student's; a step has
+    `count` micro-batches on each rank. Where all features are cached, and the low views too, these
+    are read in place of `source`. Raises InputError for teachers that do not fit the student, and a
+    batch that the ranks cannot share alike.
     """
 
-    def __init__(self, settings: LossSettings, teachers: Mapping[str, float]) -> None:
-        self._settings, self._teachers = settings, dict(teachers)
-        levels = {"global": settings.global_weight, "local": settings.local_weight}
-        self._levels = {level: weight for level, weight in levels.items() if weight}
-        self._distances = {name: w for name, w in settings.distances().items() if w}
-        self.terms = [f"{level}/{name}" for name in self._teachers for level in self._levels]
-        """Names of the loss terms that `sums` returns besides the total."""
+    def __init__(
+        self,
+        source: RegionSource,
+        teachers: Sequence[TeacherFeatures],
+        spec: TileSpec,
+        *,
+        training: Numbers,
+        settings: Settings,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        check_teachers(teachers, spec)
+        train, loader = settings.train, settings.loader
+        if train.batch % ranks.world:
+            raise InputError(
+                f"train.batch is {train.batch}, which {ranks.world} processes cannot share alike;"
+                " expected a multiple"
+            )
+        self.teachers, self.training, self.device = teachers, training, device
+        self._settings, self._ranks = settings, ranks
+        self._needs_pixels = any(teacher.needs_pixels for teacher in teachers)
+        caches = [teacher.cache for teacher in teachers if isinstance(teacher, CachedFeatures)]
+        lows = [LowViews(cache) for cache in caches if cache.settings.low]
+        self._reads_low = bool(lows) and not self._needs_pixels
+        micro_batch = train.micro_batch or train.batch // ranks.world
+        self._share = share(ranks.rank, ranks.world, batch=train.batch, micro_batch=micro_batch)
+        self.count = len(self._share)
+        slides = source.manifest.places[training, 0] if isinstance(source, SlideRegions) else None
+        self.sampler = RegionSampler(training, batch=train.batch, seed=train.seed, sources=slides)
+        self._regions = RegionLoader(
+            lows[0] if self._reads_low else source,
+            side=spec.size_px if self._reads_low else SIDE * spec.size_px,
+            threads=loader.threads_on(device),
+            ahead=loader.prefetch,
+            device=device,
+        )
 
-    def sums(self, projections: Sequence[Projection], views: Views) -> tuple[Tensor, Tensor]:
-        """Total loss summed over images, a scalar, and its terms by level and teacher, detached.
+    def batches(self, first: int, last: int, watch: Stopwatch) -> Generator[Views]:
+        """Micro-batches of the steps from `first` to `last` (exclusive), read ahead."""
+        steps = (self.sampler.step(number) for number in range(first, last))
+        wanted = ((regions[s], epochs[s]) for regions, epochs in steps for s in self._share)
+        with closing(self._regions.read(wanted)) as batches:
+            while True:
+                with watch.host("waiting for regions"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield self._augmented(batch, watch)
 
-        Sums, and not means: parts of a batch, on one rank or several, add up to the whole.
-        """
-        parts, terms = [], []
-        for weight, projected, target in zip(
-            self._teachers.values(), projections, views.targets, strict=True
-        ):
-            for level, part in self._levels.items():
-                term = self._level(level, projected, target, views.weights)
-                parts.append(weight * part * term)
-                terms.append(term.detach())
-        return torch.stack(parts).sum(), torch.stack(terms)
+    def plain(self, regions: Numbers) -> Generator[Views]:
+        """Views without augmentation of this rank's share of some regions, in batches."""
+        mine = regions[self._ranks.rank :: self._ranks.world]
+        size = self._share[0].stop - self._share[0].start
+        parts = np.split(mine, range(size, len(mine), size))
+        with closing(self._regions.read((part, np.zeros_like(part)) for part in parts)) as batches:
+            for batch in map(self._available, batches):
+                pixels = batch.pixels.to(self.device)
+                draws = draw(0, 0, batch.regions, 0, augmentation=NONE)
+                yield Views(
+                    low=pixels if self._reads_low else low_view(pixels),
+                    targets=[
+                        teacher.targets(batch.regions, draws, pixels).to(self.device).float()
+                        for teacher in self.teachers
+                    ],
+                )
 
-    def _level(self, level: str, projected: Projection, target: Tensor, weights: Tensor) -> Tensor:
-        total = weights.new_zeros(())
-        for distance, factor in self._distances.items():
-            if level == "global":
-                assert projected.region is not None
-                far = global_distances(projected.region, target, distance, weights)
-            else:
-                assert projected.tiles is not None
-                far = local_distances(projected.tiles, target, distance)
-            total = total + factor * (far * weights).sum()
-        return total
+    @property
+    def damaged(self) -> Tensor:
+        """Mask of the regions found damaged by this rank: bool (regions,), on the CPU."""
+        return torch.from_numpy(self._regions.damaged)
+
+    def count_damaged(self) -> int:
+        """The number of regions found damaged by any rank; `damaged` is then the same on all."""
+        found = self._ranks.sum(self.damaged.to(torch.int32)) > 0
+        return int(self.damaged.copy_(found).sum())
+
+    def _augmented(self, batch: RegionBatch, watch: Stopwatch) -> Views:
+        """Augmented views and targets of a batch, view by view: (views * B, ...)."""
+        batch, train = self._available(batch), self._settings.train
+        with watch.part("low view and augment"):
+            pixels = batch.pixels.to(self.device, non_blocking=True)
+            low = pixels if self._reads_low else low_view(pixels)
+        lows: list[Tensor] = []
+        targets: list[list[Tensor]] = [[] for _ in self.teachers]
+        for view in range(train.views):
+            draws = draw(
+                train.seed, batch.epochs, batch.regions, view, augmentation=self._settings.augment
+            )
+            with watch.part("low view and augment"):
+                lows.append(augment(low, draws))
+                high = augment(pixels, draws) if self._needs_pixels else None
+            with watch.part("teacher"):
+                for teacher, found in zip(self.teachers, targets, strict=True):
+                    features = teacher.targets(batch.regions, draws, high)
+                    found.append(features.to(self.device, non_blocking=True).float())
+        return Views(low=torch.cat(lows), targets=[torch.cat(found) for found in targets])
+
+    def _available(self, batch: RegionBatch) -> RegionBatch:
+        """The batch of the regions that every teacher has features of."""
+        for teacher in self.teachers:
+            batch = batch.where(teacher.available(batch.regions))
+        return batch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """Metrics of a step; `values` are still on the device, in the order of `names`."""
+@dataclass(slots=True, kw_only=True)
+class DistillProgress(Progress):
+    """Progress of a run: with its last validation metrics, and those before the first step."""
 
-    names: Sequence[str]
-    values: Tensor
-    rate: float
+    validation: dict[str, float] = field(default_factory=dict)
+    untrained: dict[str, float] = field(default_factory=dict)
 
 
-class Trainer:
-    """Trainer: the student, its EMA and its optimizer; `step` updates all three.
+class Trainer(Loop[int]):
+    """Trainer of a student; a batch is the number of a step.
 
-    The gradients are those of the mean over all images of the step that are not damaged, on
-    whichever rank.
+    `teachers` maps names to weights. The gradients of a step are those of the mean over all its
+    images, on whichever rank. `centres` are the means to subtract from each teacher's features.
     """
+
+    kind = "distillation"
+    module: Student
+    progress: DistillProgress
 
     def __init__(
         self,
@@ -177,80 +244,250 @@ class Trainer:
         ranks: Ranks,
         device: torch.device,
     ) -> None:
+        train = settings.train
+        student = student.to(device).train()
+        super().__init__(
+            student,
+            torch.optim.AdamW(
+                parameter_groups(student, train.weight_decay),
+                lr=train.lr,
+                fused=device.type == "cuda",
+            ),
+            schedule=Schedule(
+                total=total_steps, warmup=int(train.warmup * total_steps), floor=train.floor
+            ),
+            epochs=1,
+            checkpoint_steps=settings.log.checkpoint_every,
+            ema=Ema(student, decay=train.ema),
+            progress=DistillProgress(),
+        )
         self.settings, self.total_steps = settings, total_steps
-        self.ranks, self.device = ranks, device
-        self.student = student.to(device).train()
+        self.device, self.watch = device, Stopwatch(device)
         self.objective = Objective(settings.loss, teachers)
-        self.ema = Ema(self.student, decay=settings.train.ema)
-        self.optimizer = _optimizer(self.student, settings, device)
-        self.dtype = compute_dtype(settings.train.precision, device)
-        self._model: nn.Module = self.student
+        self.metrics = ("loss", *self.objective.terms, "gradient_norm")
+        self.centres: list[Tensor | None] = [None] * len(teachers)
+        self._teachers, self._ranks = list(teachers), ranks
+        self._dtype = compute_dtype(train.precision, device)
+        self._model: nn.Module = student
         if ranks.world > 1:
             self._model = DistributedDataParallel(
-                self.student,
+                student,
                 device_ids=None if device.type == "cpu" else [device.index],
                 broadcast_buffers=False,  # the statistics of the heads are the same everywhere
                 gradient_as_bucket_view=True,
             )
+        self._pending: list[Tensor] = []
+        self._logged = 0.0
 
-    def step(
-        self, parts: Iterable[Views], *, number: int, count: int, watch: Stopwatch | None = None
-    ) -> StepRecord:
-        """Train step `number` (from 0) on the `count` micro-batches of this rank."""
-        train, watch = self.settings.train, watch or Stopwatch(self.device)
-        images = train.batch * train.views  # of all ranks
+    def train(
+        self,
+        data: ViewLoader,
+        held: Numbers,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        progress: bool | None,
+    ) -> None:
+        """Train to the end, from the checkpoint in `folder` if there is one.
+
+        `held` are the regions to validate on, `identity` is that of `xmag.training.Checkpoint`.
+        """
+        started, path = time.perf_counter(), folder / CHECKPOINT
+        self._data, self._path, self._identity = data, path, identity
+        if self._ranks.leads:
+            make_folder(folder)
+        self._ranks.wait()
+        if not self.resume(path, identity, self._ranks) and self.settings.loss.centre:
+            self.find_centres(data)
+        now = self.progress
+        self._held = _joined(data.plain(held)) if len(held) else None
+        board = self.settings.log.tensorboard
+        with (
+            MetricsLogger(
+                folder, step=now.updates, tensorboard=board, writes=self._ranks.leads
+            ) as self._logger,
+            closing(data.batches(now.updates, self.total_steps, self.watch)) as self._batches,
+        ):
+            if self._held is not None and not now.updates:
+                now.untrained = self._validate(0)
+            now.seconds += time.perf_counter() - started
+            self._logged = now.seconds
+            shown = progress if self._ranks.leads else False
+            self.run(shown, total=self.total_steps, initial=now.updates, unit="step")
+
+    def steps(self, epoch: int) -> range:  # noqa: ARG002 (there is one: regions have epochs)
+        """The numbers of all steps."""
+        return range(self.total_steps)
+
+    def step(self, batch: int) -> None:
+        """Take an optimizer step; log and validate where it is due."""
+        parts = islice(self._batches, self._data.count)
+        self._pending.append(self.optimize(parts, number=batch, count=self._data.count))
+        self.bar.update()
+        log, taken = self.settings.log, batch + 1
+        log_due, validation_due, checkpoint_due = (
+            taken == self.total_steps or (every > 0 and taken % every == 0)
+            for every in (log.every, log.validate_every, log.checkpoint_every)
+        )
+        if log_due or validation_due or checkpoint_due:
+            self._log(taken)
+        if validation_due and self._held is not None:
+            self.progress.validation = self._validate(taken)
+
+    def optimize(self, parts: Iterable[Views], *, number: int, count: int) -> Tensor:
+        """Train step `number` (from 0) on the `count` micro-batches of this rank.
+
+        Returns the values of `metrics`, still on the device.
+        """
+        train, watch = self.settings.train, self.watch
+        images = train.batch * train.views  # of all ranks, if none is damaged
+        self.schedule.set_rate(self.optimizer, number)
         self.optimizer.zero_grad(set_to_none=True)
-        done = torch.zeros(len(self.objective.terms) + 2, dtype=torch.float32, device=self.device)
+        done = torch.zeros(len(self.metrics), dtype=torch.float32, device=self.device)
         for at, views in enumerate(parts, start=1):
             with self._reducing(last=at == count):
                 with watch.part("student forward"), self.autocast():
-                    projections = self._model(views.low, views.weights)
+                    projections = self._model(views.low)
                 with watch.part("student backward"):
-                    loss, terms = self.objective.sums(projections, views)
+                    loss, terms = self.objective.sums(projections, self._centred(views.targets))
                     # DDP averages over ranks what is summed here.
-                    torch.autograd.backward(loss * (self.ranks.world / images))
-            done += torch.cat((loss.detach()[None], terms, views.weights.sum()[None]))
+                    torch.autograd.backward(loss * (self._ranks.world / images))
+            done += torch.cat((loss.detach()[None], terms, terms.new_tensor([len(views.low)])))
         with watch.part("optimizer"):
-            done = summed(done)
-            good = done[-1].clamp(min=1)
-            norm = self._update(number, images / good)
-            means = torch.cat((done[:-1] / good, norm[None]))
-        rate = train.lr * self.rate_factor(number)
-        names = ("loss", *self.objective.terms, "gradient_norm")
-        return StepRecord(names=names, values=means, rate=rate)
+            done = self._ranks.sum(done)
+            whole = done[-1].clamp(min=1)
+            parameters = list(self.module.parameters())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, images / whole)  # by 1 exactly, if none is damaged
+            norm = nn.utils.clip_grad_norm_(parameters, train.clip)
+            self.optimizer.step()
+            assert self.ema is not None
+            self.ema.update(self.module, step=number if train.ema_ramp else None)
+            return torch.cat((done[:-1] / whole, norm[None]))
 
-    def rate_factor(self, number: int) -> float:
-        """The learning-rate factor at a step."""
-        train = self.settings.train
-        return rate_factor(
-            train.schedule,
-            number,
-            total=self.total_steps,
-            warmup=int(train.warmup * self.total_steps),
-            floor=train.floor,
-        )
+    @torch.no_grad()
+    def validate(self, held: Views) -> dict[str, float]:
+        """Mean cosine similarities of the EMA student to each teacher, over all ranks.
+
+        "cosine/global/NAME" and "cosine/local/NAME" compare as the loss does (with the teacher's
+        mean subtracted, where that is trained); "centred_cosine/..." subtracts, on both sides, the
+        mean over these very regions, so that only what tells them apart counts. A student with the
+        same output for every region has a centred cosine of 0.
+        """
+        student, result = cast(Student, self.averaged), {}
+        with self.autocast():
+            parts = [student(low.to(self.device)) for low in torch.split(held.low, _AT_ONCE)]
+        targets = [target.to(self.device) for target in held.targets]
+        for at, (name, target, shifted) in enumerate(
+            zip(self._teachers, targets, self._centred(targets), strict=True)
+        ):
+            for level, of_level in (("global", 0), ("local", 1)):
+                found = [part[at][of_level] for part in parts]
+                if found[0] is None:
+                    continue
+                ours = torch.cat(found).flatten(0, -2)
+                theirs, centred = (
+                    x.mean(1) if level == "global" else x.flatten(0, 1) for x in (shifted, target)
+                )
+                pairs = {
+                    "cosine": (ours, theirs),
+                    "centred_cosine": (ours - self._mean(ours), centred - self._mean(centred)),
+                }
+                for kind, pair in pairs.items():
+                    cosines = F.cosine_similarity(*pair, dim=-1)
+                    result[f"{kind}/{level}/{name}"] = float(self._mean(cosines[:, None]))
+        return result
+
+    def find_centres(self, data: ViewLoader) -> None:
+        """Compute the teachers' mean features over the first regions, the same on all ranks."""
+        count = min(self.settings.loss.centre_regions, len(data.training))
+        regions, _ = data.sampler.positions(0, count)
+        # In double precision, so that the mean does not depend on how ranks share the regions.
+        sums = [
+            torch.zeros(1 + teacher.dim, dtype=torch.float64, device=self.device)
+            for teacher in data.teachers
+        ]
+        for views in data.plain(np.sort(regions)):
+            for total, target in zip(sums, views.targets, strict=True):
+                total[0] += len(target)
+                total[1:] += target.mean(1).double().sum(0)
+        totals = [self._ranks.sum(total) for total in sums]
+        if not totals[0][0]:
+            raise InputError(
+                f"all of the {count} regions that the teachers' mean is to be found from are"
+                " damaged; expected whole ones. Check the slides, or sample again"
+            )
+        self.centres = [(total[1:] / total[0]).float() for total in totals]
+
+    def save(self) -> None:
+        """Save a checkpoint, if this rank does; what is logged so far is written before."""
+        if self._ranks.leads:
+            self._logger.flush()
+            self.write_checkpoint(self._path, self._identity)
+        # No rank is a checkpoint ahead: one that fails to write ends them all.
+        self._ranks.wait()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint: those of `Loop`, the centres and the damaged regions."""
+        centres = {f"centre.{at}": c for at, c in enumerate(self.centres) if c is not None}
+        return super().state() | centres | {"data.damaged": self._data.damaged}
+
+    def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Go back to the `state` and the `progress` (as JSON values) of a checkpoint."""
+        super().restore(tensors, progress)
+        centres = tensors_of(tensors, "centre")
+        self.centres = [
+            centres[str(at)].to(self.device) if centres else None for at in range(len(self.centres))
+        ]
+        self._data.damaged.logical_or_(tensors["data.damaged"])
+
+    def _log(self, taken: int) -> None:
+        """Log the mean of the steps since the last row; ModelError where it is not finite."""
+        steps, self._pending = self._pending, []
+        values = dict(zip(self.metrics, torch.stack(steps).mean(0).tolist(), strict=True))
+        if not np.isfinite(list(values.values())).all():
+            raise ModelError(
+                f"in the {len(steps)} steps up to step {taken} the loss or its gradient is no"
+                f" longer finite ({values}); expected numbers. Lower train.lr, or set"
+                ' train.precision = "float32"; the last checkpoint is from before'
+            )
+        train, parts, seconds = self.settings.train, self.watch.seconds(), self.seconds()
+        passed, self._logged = seconds - self._logged, seconds
+        row = {
+            "epoch": taken * train.batch / len(self._data.training),
+            "rate": self.optimizer.param_groups[0]["lr"],
+            **values,
+            "regions_per_second": len(steps) * train.batch / passed,
+            "waiting_share": parts.get("waiting for regions", 0.0) / passed,
+            "damaged_regions": self._data.count_damaged(),
+            "seconds": seconds,
+        }
+        self._logger.add(TRAINING, taken, row)
+
+    def _validate(self, taken: int) -> dict[str, float]:
+        assert self._held is not None
+        found = self.validate(self._held)
+        self._logger.add(VALIDATION, taken, found)
+        self._logger.flush()
+        return found
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Mean of the rows of all ranks."""
+        total = self._ranks.sum(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
+        return total[:-1] / total[-1]
+
+    def _centred(self, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Targets with the teachers' means subtracted, where that is trained."""
+        return [
+            target if centre is None else target - centre
+            for target, centre in zip(targets, self.centres, strict=True)
+        ]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast context of the student's forward pass."""
-        if self.dtype == torch.float32:
+        if self._dtype == torch.float32:
             return torch.autocast(self.device.type, enabled=False)
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _update(self, number: int, scale: Tensor) -> Tensor:
-        """Scale and clip gradients, update student and EMA; returns the norm before clipping."""
-        parameters = list(self.student.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)  # by 1 exactly, unless regions were damaged
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.train.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.train.lr * self.rate_factor(number)
-        self.optimizer.step()
-        decay = self.settings.train.ema
-        if self.settings.train.ema_ramp:
-            decay = min(decay, (1 + number) / (10 + number))
-        self.ema.decay = decay
-        self.ema.update(self.student)
-        return norm
+        return torch.autocast(self.device.type, dtype=self._dtype)
 
     def _reducing(self, *, last: bool) -> AbstractContextManager[Any]:
         """Context that synchronises gradients over ranks at the last micro-batch alone."""
@@ -259,577 +496,28 @@ class Trainer:
         return nullcontext()
 
 
+def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW: weight decay for matrices and tables alone, as in DINOv2."""
+    named = list(student.named_parameters())
+    return [
+        {"params": [p for name, p in named if decayed(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not decayed(name, p)], "weight_decay": 0.0},
+    ]
+
+
 def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter has weight decay: matrices and tables, as in DINOv2."""
+    """Whether a parameter has weight decay."""
     return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Compute dtype of the student; "auto" is bfloat16 on CUDA that has it natively."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
-
-
-def _optimizer(student: Student, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
-    named = list(student.named_parameters())
-    groups = [
-        {
-            "params": [p for name, p in named if decayed(name, p) is with_decay],
-            "weight_decay": settings.train.weight_decay if with_decay else 0.0,
-        }
-        for with_decay in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=settings.train.lr, fused=device.type == "cuda")
-
-
-_UNDRAWN = 0
-"""Index of the cached variant to use without augmentation: the first."""
-
-
-class Curriculum:
-    """Builds training batches: augmented views of regions, and each teacher's targets for them.
-
-    `centres` are the means to subtract from the teachers' features, if any. With `reads_low` the
-    pixels of a batch are low views already.
-    """
-
-    def __init__(
-        self,
-        lessons: Sequence[Lesson],
-        *,
-        augmentation: Augmentation,
-        seed: int,
-        views: int,
-        device: torch.device,
-        reads_low: bool = False,
-    ) -> None:
-        self.lessons = list(lessons)
-        self.centres: list[Tensor | None] = [None] * len(self.lessons)
-        self._augmentation, self._seed, self._views = augmentation, seed, views
-        self._device, self._reads_low = device, reads_low
-        kept = [lesson.variants for lesson in self.lessons if lesson.variants is not None]
-        self._kept = kept[0] if kept else None
-        self._sees_pixels = any(lesson.sees_pixels for lesson in self.lessons)
-
-    def views(self, batch: RegionBatch, watch: Stopwatch) -> Views:
-        """Augmented views and targets of a batch, view by view: (views * B, ...)."""
-        regions = batch.group.regions
-        with watch.part("low view and augment"):
-            pixels = batch.pixels.to(self._device, non_blocking=True)
-            low = pixels if self._reads_low else low_view(pixels)
-        lows: list[Tensor] = []
-        targets: list[list[Tensor]] = [[] for _ in self.lessons]
-        for view in range(self._views):
-            draws, variants = self._drawn(batch, view)
-            with watch.part("low view and augment"):
-                lows.append(augment(low, draws))
-                high = augment(pixels, draws) if self._sees_pixels else None
-            with watch.part("teacher"):
-                for lesson, found in zip(self.lessons, targets, strict=True):
-                    said = lesson.targets(regions, draws, high, variants)
-                    found.append(said.to(self._device, non_blocking=True).float())
-        good = torch.from_numpy(self._good(batch).astype(np.float32)).to(self._device)
-        return Views(
-            low=torch.cat(lows),
-            targets=[self._centred(torch.cat(found), at) for at, found in enumerate(targets)],
-            weights=good.repeat(self._views),
-        )
-
-    def plain(self, batch: RegionBatch) -> tuple[Tensor, list[Tensor]]:
-        """Unaugmented low views and teacher features of the undamaged regions, for validation.
-
-        uint8 (B, S, S, 3), and float32 (B, 16, dim) each, with no mean subtracted. Where only
-        augmented features are cached, it is their first variant.
-        """
-        good = self._good(batch)
-        regions = batch.group.regions[good]
-        pixels = batch.pixels[torch.from_numpy(good)].to(self._device)
-        variants = np.full(len(regions), _UNDRAWN)
-        if self._kept is not None:
-            draws = self._kept.draws(regions, variants)
-        else:
-            draws = draw(0, 0, regions, 0, augmentation=NONE)
-        low = augment(pixels if self._reads_low else low_view(pixels), draws)
-        high = augment(pixels, draws) if self._sees_pixels else None
-        said = [lesson.targets(regions, draws, high, variants) for lesson in self.lessons]
-        return low, [features.to(self._device).float() for features in said]
-
-    def _good(self, batch: RegionBatch) -> NDArray[np.bool_]:
-        """Mask of the regions that were read, and that every teacher has targets for: bool (B,)."""
-        known = [lesson.knows(batch.group.regions) for lesson in self.lessons]
-        return np.asarray(np.stack([batch.good, *known]).all(0))
-
-    def _drawn(self, batch: RegionBatch, view: int) -> tuple[Draws, NDArray[np.int64]]:
-        """Augmentations of the regions in a view, and the indices of cached variants, (B,)."""
-        regions, epochs = batch.group.regions, batch.group.epochs
-        if self._kept is None:
-            draws = draw(self._seed, epochs, regions, view, augmentation=self._augmentation)
-            return draws, np.full(len(regions), _UNDRAWN)
-        # All variants of a region in turn: KeptTargets.variants_for, for an epoch each.
-        variants = (regions + epochs * self._views + view) % self._kept.count
-        return self._kept.draws(regions, variants), variants
-
-    def _centred(self, target: Tensor, at: int) -> Tensor:
-        centre = self.centres[at]
-        return target if centre is None else target - centre.to(target.device)
-
-
-_AT_ONCE = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationSet:
-    """Validation set: this rank's share of the held-out regions, in host memory.
-
-    `low` is uint8 (N, S, S, 3), `targets` hold each teacher's features, float32 (N, 16, Dt).
-    """
-
-    low: Tensor
-    targets: Sequence[Tensor]
-
-    @classmethod
-    def of(
-        cls, parts: Iterable[tuple[Tensor, Sequence[Tensor]]], *, dims: Sequence[int]
-    ) -> "ValidationSet":
-        """Concatenate batches; `dims` are the widths of the teachers, for a rank without any."""
-        lows: list[Tensor] = []
-        targets: list[list[Tensor]] = [
-            [torch.empty(0, BLOCKS**2, dim, dtype=torch.float32)] for dim in dims
-        ]
-        for low, found in parts:
-            lows.append(low.cpu())
-            for kept, target in zip(targets, found, strict=True):
-                kept.append(target.cpu())
-        low = torch.cat(lows) if lows else torch.empty(0, dtype=torch.uint8)
-        return cls(low=low, targets=[torch.cat(kept) for kept in targets])
-
-
-def validate(
-    trainer: Trainer, held: ValidationSet, *, names: Sequence[str], centres: Sequence[Tensor | None]
-) -> dict[str, float]:
-    """Mean cosine similarities of the EMA student to each teacher, over all ranks.
-
-    "cosine/global/NAME" and "cosine/local/NAME" compare as the loss does (with the teacher's mean
-    subtracted, where that is trained); "centred_cosine/..." subtracts, on both sides, the mean over
-    these very regions, so that only what tells them apart counts. A student with the same output
-    for every region has a centred cosine of 0.
-    """
-    result = {}
-    projected = _projections(trainer, held)
-    for at, name in enumerate(names):
-        target, centre = held.targets[at].to(trainer.device), centres[at]
-        shift = 0 if centre is None else centre.to(trainer.device)
-        levels = {
-            "global": (projected[at][0], target.mean(1)),
-            "local": (projected[at][1], target),
-        }
-        for level, (projection, teacher) in levels.items():
-            if projection is None:
-                continue
-            ours, theirs = projection.flatten(0, -2), teacher.flatten(0, -2)
-            centred = (ours - _mean(ours), theirs - _mean(theirs))
-            result[f"cosine/{level}/{name}"] = _mean_cosine(ours, theirs - shift)
-            result[f"centred_cosine/{level}/{name}"] = _mean_cosine(*centred)
-    return result
-
-
-@torch.no_grad()
-def _projections(
-    trainer: Trainer, held: ValidationSet
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Projections of all regions for each teacher, concatenated: (region, tiles)."""
-    student = cast(Student, trainer.ema.module)
-    if not len(held.low):  # all of this rank's are damaged; the others wait for its sums
-        nothing = [target.to(trainer.device) for target in held.targets]
-        return [
-            (n[:, 0] if student.global_heads else None, n if student.local_heads else None)
-            for n in nothing
-        ]
-    parts: list[list[tuple[Tensor | None, Tensor | None]]] = []
-    for low in torch.split(held.low, _AT_ONCE):
-        with trainer.autocast():
-            found = student(low.to(trainer.device))
-        parts.append([(each.region, each.tiles) for each in found])
-
-    def whole(teacher: int, level: int) -> Tensor | None:
-        found = [part[teacher][level] for part in parts]
-        return None if found[0] is None else torch.cat([p for p in found if p is not None])
-
-    return [(whole(at, 0), whole(at, 1)) for at in range(len(held.targets))]
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """Mean of the rows of all ranks."""
-    total = summed(torch.cat((rows.sum(0), rows.new_tensor([len(rows)]))))
-    return total[:-1] / total[-1]
-
-
-def _mean_cosine(ours: Tensor, theirs: Tensor) -> float:
-    return float(_mean(F.cosine_similarity(ours, theirs, dim=-1)[:, None]))
-
-
-def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive chunks of at most `size` rows."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-_MOST_CORES = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Training and validation split: numbers of regions in the source, int64."""
-
-    training: NDArray[np.int64]
-    validation: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, regions: int, validation: Sequence[int] | NDArray[np.int64]) -> "Split":
-        """Split with the given validation regions; all others train.
-
-        Raises InputError for numbers that are no regions, and where none is left to learn from.
-        """
-        held = np.unique(np.asarray(validation, np.int64))
-        if len(held) and not (held[0] >= 0 and held[-1] < regions):
-            raise InputError(
-                f"validation names regions {held[0]} to {held[-1]}; expected numbers from 0 to"
-                f" {regions - 1}"
-            )
-        training = np.setdiff1d(np.arange(regions), held)
-        if not len(training):
-            raise InputError(
-                f"{len(held)} of {regions} regions are for validation and none is left to learn"
-                " from; expected some. Sample more regions, or hold fewer out"
-            )
-        return cls(training=training, validation=held)
-
-
-class Session:
-    """Training session on one rank: data loader, teachers, student and optimizer."""
-
-    def __init__(
-        self,
-        source: RegionSource,
-        lessons: Sequence[Lesson],
-        student: StudentStart,
-        *,
-        split: Split,
-        settings: Settings,
-        ranks: Ranks,
-        device: torch.device,
-    ) -> None:
-        train = settings.train
-        check_lessons(lessons, student.config.tile_spec)
-        if train.batch % ranks.world:
-            raise InputError(
-                f"train.batch is {train.batch}, which {ranks.world} processes cannot share alike;"
-                " expected a multiple"
-            )
-        self.split, self.settings, self.ranks, self.device = split, settings, ranks, device
-        self.names = [lesson.name for lesson in lessons]
-        self.config = student.config
-        self.total_steps = train.total_steps(len(split.training))
-        self._order = Order(
-            split.training,
-            batch=train.batch,
-            seed=train.seed,
-            sources=_slides_of(source, split.training),
-        )
-        each = train.batch // ranks.world
-        self._share = share(
-            ranks.rank, ranks.world, batch=train.batch, micro_batch=train.micro_batch or each
-        )
-        lows = _kept_low_views(lessons)
-        size = student.config.tile_spec.size_px
-        self.loader = RegionLoader(
-            lows or source,
-            side=size if lows else SIDE * size,
-            threads=reading_threads(settings.loader, device),
-            ahead=settings.loader.prefetch,
-            device=device,
-        )
-        self.curriculum = Curriculum(
-            lessons,
-            augmentation=settings.augment,
-            seed=train.seed,
-            views=train.views,
-            device=device,
-            reads_low=lows is not None,
-        )
-        self.trainer = self._trainer(student, lessons)
-
-    def _trainer(self, student: StudentStart, lessons: Sequence[Lesson]) -> Trainer:
-        loss, seed = self.settings.loss, self.settings.train.seed
-        with seeded(seed, torch.device("cpu")), Float32():
-            model = Student(
-                student.vit,
-                student.config,
-                teacher_dims=[lesson.dim for lesson in lessons],
-                with_global=loss.global_weight > 0,
-                with_local=loss.local_weight > 0,
-            )
-        return Trainer(
-            model,
-            teachers={lesson.name: lesson.weight for lesson in lessons},
-            settings=self.settings,
-            total_steps=self.total_steps,
-            ranks=self.ranks,
-            device=self.device,
-        )
-
-    def steps(
-        self, first: int, last: int, *, watch: Stopwatch | None = None
-    ) -> Iterator[StepRecord]:
-        """Train steps `first` to `last` (exclusive); yields a StepRecord for each."""
-        watch = watch or Stopwatch(self.device)
-        groups = (group for number in range(first, last) for group in self.groups(number))
-        with closing(self.loader.read(groups)) as batches:
-            for number in range(first, last):
-
-                def parts() -> Iterator[Any]:
-                    for _ in self._share:
-                        with watch.host("waiting for regions"):
-                            batch = next(batches)
-                        yield self.curriculum.views(batch, watch)
-
-                yield self.trainer.step(parts(), number=number, count=len(self._share), watch=watch)
-
-    def groups(self, number: int) -> Iterator[Group]:
-        """Micro-batches of this rank at a step, for the loader."""
-        regions, epochs = self._order.step(number)
-        for part in self._share:
-            yield Group(regions=regions[part], epochs=epochs[part])
-
-    def validation_set(self) -> ValidationSet:
-        """Read this rank's share of the validation regions."""
-        dims = [lesson.dim for lesson in self.curriculum.lessons]
-        return ValidationSet.of(self._plain(self.split.validation), dims=dims)
-
-    def find_centres(self) -> None:
-        """Compute the teachers' mean features over the first regions, the same on all ranks."""
-        count = min(self.settings.loss.centre_regions, len(self.split.training))
-        regions, _ = self._order.positions(0, count)
-        lessons = self.curriculum.lessons
-        sums = [torch.zeros(lesson.dim, dtype=torch.float64) for lesson in lessons]
-        seen = torch.zeros((), dtype=torch.float64)
-        for low, targets in self._plain(np.sort(regions)):
-            seen += len(low)
-            for total, target in zip(sums, targets, strict=True):
-                total.add_(target.mean(1).double().sum(0).cpu())
-        # In double precision, so that the mean does not depend on how ranks share the regions.
-        count_all = float(summed(seen.to(self.device)))
-        if not count_all:
-            raise InputError(
-                f"all of the {count} regions that the teachers' mean is to be found from are"
-                " damaged; expected whole ones. Check the slides, or sample again"
-            )
-        means = [summed(total.to(self.device)) / count_all for total in sums]
-        self.curriculum.centres = [mean.float() for mean in means]
-
-    def damaged(self) -> NDArray[np.bool_]:
-        """Mask of the regions found damaged by any rank, bool (regions,); synchronises ranks."""
-        found = torch.from_numpy(self.loader.damaged.astype(np.int32)).to(self.device)
-        self.loader.damaged |= (summed(found) > 0).cpu().numpy()
-        return self.loader.damaged
-
-    def _plain(self, regions: NDArray[np.int64]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Unaugmented batches of this rank's share of some regions."""
-        mine = regions[self.ranks.rank :: self.ranks.world]
-        size = self._share[0].stop - self._share[0].start
-        groups = (
-            Group(regions=part, epochs=np.zeros_like(part))
-            for part in np.split(mine, range(size, len(mine), size))
-            if len(part)
-        )
-        with closing(self.loader.read(groups)) as batches:
-            for batch in batches:
-                if batch.good.any():
-                    yield self.curriculum.plain(batch)
-
-
-def decisive(session: Session, student: StudentStart, data: Mapping[str, Any]) -> dict[str, Any]:
-    """All inputs that determine the weights of a run, as plain JSON values."""
-    split = session.split
-    return {
-        "settings": session.settings.decisive(),
-        "total_steps": session.total_steps,
-        "student": {"config": student.config.to_dict(), **student.provenance},
-        "teachers": [
-            {"weight": lesson.weight, **lesson.identity} for lesson in session.curriculum.lessons
-        ],
-        "data": {
-            **data,
-            "validation_sha256": hashlib.sha256(split.validation.tobytes()).hexdigest(),
-            "training_regions": len(split.training),
-            "validation_regions": len(split.validation),
-        },
-    }
-
-
-def _slides_of(source: RegionSource, regions: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """Slide number of each region, int64 (N,); None where the source does not tell."""
-    return source.manifest.places[regions, 0] if isinstance(source, SlideRegions) else None
-
-
-def _kept_low_views(lessons: Sequence[Lesson]) -> LowViews | None:
-    """Cached low views, if all teachers are cached, so that no slide has to be read."""
-    if any(lesson.sees_pixels for lesson in lessons):
-        return None
-    kept = [lesson.kept for lesson in lessons if isinstance(lesson, KeptLesson)]
-    return next((LowViews(targets) for targets in kept if targets.has_low), None)
-
-
-def reading_processes(loader: LoaderSettings, device: torch.device) -> int:
-    """The number of decoding child processes of this rank."""
-    if loader.processes is not None:
-        return loader.processes
-    return _cores_of_a_rank() if device.type == "cuda" and os.name == "posix" else 0
-
-
-def reading_threads(loader: LoaderSettings, device: torch.device) -> int:
-    """The number of loader threads of this rank: enough to keep all processes busy."""
-    return loader.threads or max(_cores_of_a_rank(), reading_processes(loader, device))
-
-
-def _cores_of_a_rank() -> int:
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_CORES, usable_cores() // sharing))
-
-
-_FORMAT = records.Format(
-    name="xmag-distillation",
-    version=1,
-    writer="a distillation",
-    remedy="go on with the xmag that wrote it, or write to another folder",
-    error=OutputError,
-)
-_HEADER = "xmag"
-_IN_HEADER = ("step", "decisive", "seconds", "validation", "untrained")
-_LISTED = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """Checkpoint to resume a run from; `step` is the number of steps taken.
-
-    `decisive` is all that decides the weights, as plain JSON; `seconds` is the time so far, and
-    `validation` and `untrained` are the last and the first validation metrics. `centres` are the
-    teachers' mean features, None where not subtracted; `damaged` (bool, regions) marks what could
-    not be read. `tensors` are the weights and moments, of a checkpoint that was loaded.
-    """
-
-    step: int
-    decisive: Mapping[str, Any]
-    seconds: float
-    validation: Mapping[str, float]
-    untrained: Mapping[str, float]
-    centres: list[Tensor | None]
-    damaged: NDArray[np.bool_]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def save_checkpoint(path: Path, trainer: Trainer, state: Checkpoint) -> None:
-    """Save a checkpoint, atomically.
-
-    Raises OutputError where it cannot be written; what was there before is untouched.
-    """
-    tensors = dict(_tensors(trainer))
-    tensors |= {f"centre.{at}": mean for at, mean in enumerate(state.centres) if mean is not None}
-    tensors["damaged"] = torch.from_numpy(state.damaged)
-    about = {
-        "teachers": len(state.centres),
-        **{name: getattr(state, name) for name in _IN_HEADER},
-    }
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, ready, metadata={_HEADER: json.dumps(_FORMAT.headed(about))})
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint; OutputError where the file is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} is no whole checkpoint ({error}); delete it to begin the run anew"
-        ) from error
-    header = _FORMAT.opened(header, str(path))
-    centres = [tensors.pop(f"centre.{at}", None) for at in range(header["teachers"])]
-    return Checkpoint(
-        **{name: header[name] for name in _IN_HEADER},
-        damaged=tensors.pop("damaged").numpy(),
-        centres=centres,
-        tensors=tensors,
-    )
-
-
-def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise MismatchError, listing the differences, where a checkpoint is of another run."""
-    # Through JSON, which has lists and no tuples.
-    old, new = dict(_leaves(there)), dict(_leaves(json.loads(json.dumps(here))))
-    lines = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if lines:
-        more = f" and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-        raise MismatchError(
-            f"{path} is of a run with other settings ({'; '.join(lines[:_LISTED])}{more}). Write to"
-            " another folder, delete it to begin anew, or take its settings to go on"
-        )
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Restore weights, EMA and optimizer state from a checkpoint."""
-    parts: dict[str, dict[str, Tensor]] = {"student": {}, "ema": {}, "optimizer": {}}
-    for name, tensor in checkpoint.tensors.items():
-        part, _, key = name.partition(".")
-        parts[part][key] = tensor
-    trainer.student.load_state_dict(parts["student"])
-    trainer.ema.module.load_state_dict(parts["ema"])
-    states: dict[int, dict[str, Tensor]] = {}
-    for at, name in enumerate(_optimized(trainer)):
-        found = {
-            key.removeprefix(f"{name}|"): tensor
-            for key, tensor in parts["optimizer"].items()
-            if key.startswith(f"{name}|")
-        }
-        if found:
-            states[at] = found
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def _tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in trainer.student.state_dict().items():
-        yield f"student.{name}", tensor
-    for name, tensor in trainer.ema.module.state_dict().items():
-        yield f"ema.{name}", tensor
-    states = trainer.optimizer.state_dict()["state"]
-    for at, name in enumerate(_optimized(trainer)):
-        for key, value in states.get(at, {}).items():
-            yield f"optimizer.{name}|{key}", value
-
-
-def _optimized(trainer: Trainer) -> Iterator[str]:
-    """Parameter names in the order of the optimizer's state."""
-    names = {parameter: name for name, parameter in trainer.student.named_parameters()}
-    for group in trainer.optimizer.param_groups:
-        for parameter in group["params"]:
-            yield names[parameter]
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        for at, item in enumerate(value):
-            yield from _leaves(item, f"{prefix}[{at}]")
-    else:
-        yield prefix, value
+    resolved = resolve_dtype(precision, device)
+    return torch.float32 if resolved == torch.float16 else resolved  # it would need loss scaling
+
+
+def _joined(parts: Iterable[Views]) -> Views:
+    """Batches of views as one, in host memory."""
+    whole = [(views.low.cpu(), *(target.cpu() for target in views.targets)) for views in parts]
+    low, *targets = (torch.cat(column) for column in zip(*whole, strict=True))
+    return Views(low=low, targets=targets)

@@ -3,13 +3,19 @@
 Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pictures.
 """
 
+from functools import partial
+
 from xmag.evaluate.folds import Folds, Split
 from xmag.evaluate.pictures import confusion_figure, roc_figure
-from xmag.evaluate.probes import LinearProbe, NearestNeighbours, SimpleShot
-from xmag.evaluate.probing import knn, linear_probe, simpleshot
+from xmag.evaluate.probes import LinearProbe, NearestNeighbours, SimpleShot, probe
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Estimate, Result, Sampling
 from xmag.evaluate.validation import cross_validate, external
+
+# Aliases of `probe`, by its method.
+linear_probe = partial(probe, method="linear")
+knn = partial(probe, method="knn")
+simpleshot = partial(probe, method="simpleshot")
 
 __all__ = [
     "Estimate",
@@ -24,8 +30,6 @@ __all__ = [
     "confusion_figure",
     "cross_validate",
     "external",
-    "knn",
-    "linear_probe",
+    "probe",
     "roc_figure",
-    "simpleshot",
 ]

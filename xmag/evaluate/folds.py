@@ -13,13 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from xmag import files, records
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    encode,
-    refuse_continuous,
-    require_same_length,
-)
+from xmag.metrics.labels import Labels, as_labels, encode, refuse_continuous
 
 _FORMAT = records.Format(
     name="xmag.Folds", version=1, writer="Folds.save", remedy="give a file that xmag saved"
@@ -54,20 +48,30 @@ class Folds:
             raise InputError("there are no splits; expected at least one")
         tested: dict[int, set[int]] = {}
         for number, split in enumerate(self.splits):
-            train, test = set(split.train), set(split.test)
-            _check_split(number, split, samples=self.samples)
-            again = tested.setdefault(split.repeat, set()) & test
+            self._check(number, split)
+            again = tested.setdefault(split.repeat, set()) & set(split.test)
             if again:
                 raise InputError(
                     f"split {number} tests case {min(again)}, which another split of repeat"
                     f" {split.repeat} tests too; give overlapping splits a repeat each"
                 )
-            if train & test:
+            tested[split.repeat] |= set(split.test)
+
+    def _check(self, number: int, split: Split) -> None:
+        for side, rows in (("to fit on", split.train), ("to test on", split.test)):
+            if not rows:
+                raise InputError(f"split {number} has no cases {side}; give fewer folds")
+            if len(set(rows)) < len(rows):
+                raise InputError(f"split {number} has a case {side} twice; expected each once")
+            if strange := [row for row in rows if not 0 <= row < self.samples]:
                 raise InputError(
-                    f"split {number} has case {min(train & test)} on both sides; expected each case"
-                    " on one"
+                    f"split {number} names case {strange[0]}; expected rows from 0 to"
+                    f" {self.samples - 1}, as there are {self.samples} cases"
                 )
-            tested[split.repeat] |= test
+        if both := set(split.train) & set(split.test):
+            raise InputError(
+                f"split {number} has case {min(both)} on both sides; expected each case on one"
+            )
 
     def __len__(self) -> int:
         return len(self.splits)
@@ -94,23 +98,20 @@ class Folds:
         codes = _sorted_codes(labels)
         patients = np.arange(len(codes))
         if groups is not None:
-            listed = as_labels(groups, "groups")
-            require_same_length(len(codes), len(listed), "groups")
-            patients = _sorted_codes(listed)
+            patients = _sorted_codes(as_labels(groups, "groups", n=len(codes)))
         if not isinstance(random_state, Integral) or random_state < 0:
             raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
         _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
-        model_selection = optional("sklearn.model_selection", "making folds")
-        kind = model_selection.StratifiedGroupKFold
-        sides: tuple[NDArray[np.int64], ...] = (codes, patients)
-        if groups is None:
-            kind, sides = model_selection.StratifiedKFold, (codes,)
-        seeds = np.random.SeedSequence(random_state).generate_state(repeats)
-        splits = []
-        for repeat, seed in enumerate(seeds):
+        kinds = optional("sklearn.model_selection", "making folds")
+        kind = kinds.StratifiedKFold if groups is None else kinds.StratifiedGroupKFold
+        splits: list[Split] = []
+        for repeat, seed in enumerate(np.random.SeedSequence(random_state).generate_state(repeats)):
             splitter = kind(folds, shuffle=True, random_state=int(seed))
-            for train, test in _splits_of(splitter, sides):
-                splits.append(_split(train, test, repeat))
+            with warnings.catch_warnings():
+                # Its warning of a rare class counts cases, and ours, already given, patients.
+                warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+                pairs = splitter.split(codes, codes, None if groups is None else patients)
+                splits += [_split(train, test, repeat) for train, test in pairs]
         return cls(samples=len(codes), splits=tuple(splits))
 
     @classmethod
@@ -120,15 +121,15 @@ class Folds:
         Raises InputError for fewer than two of them.
         """
         listed = as_labels(groups, "groups")
-        patients = encode(listed, tuple(dict.fromkeys(listed)))
-        number = int(patients.max()) + 1 if len(patients) else 0
-        if number < 2:
-            raise InputError(f"groups has {number} different patients; expected at least two")
-        splits = (
-            _split(np.flatnonzero(patients != one), np.flatnonzero(patients == one), 0)
-            for one in range(number)
-        )
-        return cls(samples=len(patients), splits=tuple(splits))
+        found = tuple(dict.fromkeys(listed))
+        if len(found) < 2:
+            raise InputError(f"groups has {len(found)} different patients; expected at least two")
+        patients = encode(listed, found)
+        pairs = [
+            (np.flatnonzero(patients != one), np.flatnonzero(patients == one))
+            for one in range(len(found))
+        ]
+        return cls.from_pairs(pairs, samples=len(patients))
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[tuple[ArrayLike, ArrayLike]], *, samples: int) -> "Folds":
@@ -146,10 +147,10 @@ class Folds:
                 )
         tested = [row for _, test in arrays for row in test.tolist()]
         disjoint = len(set(tested)) == len(tested)
-        splits = (
+        splits = [
             _split(train, test, 0 if disjoint else number)
             for number, (train, test) in enumerate(arrays)
-        )
+        ]
         return cls(samples=samples, splits=tuple(splits))
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,19 +185,6 @@ def _split(train: NDArray[Any], test: NDArray[Any], repeat: int) -> Split:
     return Split(train=tuple(train.tolist()), test=tuple(test.tolist()), repeat=repeat)
 
 
-def _check_split(number: int, split: Split, *, samples: int) -> None:
-    for side, rows in (("to fit on", split.train), ("to test on", split.test)):
-        if not rows:
-            raise InputError(f"split {number} has no cases {side}; give fewer folds")
-        if len(set(rows)) < len(rows):
-            raise InputError(f"split {number} has a case {side} twice; expected each once")
-        if min(rows) < 0 or max(rows) >= samples:
-            raise InputError(
-                f"split {number} names case {min(rows) if min(rows) < 0 else max(rows)}; expected"
-                f" rows from 0 to {samples - 1}, as there are {samples} cases"
-            )
-
-
 def _check_counts(
     labels: Sequence[Any],
     codes: NDArray[np.int64],
@@ -207,44 +195,35 @@ def _check_counts(
 ) -> None:
     if folds < 2 or repeats < 1:
         raise InputError(f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1")
-    names = {int(code): label for code, label in zip(codes, labels, strict=True)}
+    names = dict(zip(codes.tolist(), labels, strict=True))
     if len(names) < 2:
         raise InputError(
             f"y has one class only, {labels[:1]}; expected cases of at least two classes"
         )
     number = len(np.unique(patients))
     of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
-    rarest = int(np.argmin(of_class))
+    few = min(of_class)
+    name = f"class {names[of_class.index(few)]!r}"
     alone = (
-        f"class {names[rarest]!r} has one patient, who cannot be both learned from and tested;"
-        " leave the class out, or join it with another"
+        f"{name} has one patient, who cannot be both learned from and tested; leave the class out,"
+        " or join it with another"
     )
     # scikit-learn makes no folds where every class has fewer cases than there are folds.
     if number < folds or np.bincount(codes).max() < folds:
-        few = of_class[rarest]
         cases = "" if number < folds else f", and no class has {folds} cases"
         remedy = (
-            f"class {names[rarest]!r} has {few}: give folds={few} or fewer, so that each fold has"
-            " some, or Folds.leave_one_group_out(groups)"
+            f"{name} has {few}: give folds={few} or fewer, so that each fold has some, or"
+            " Folds.leave_one_group_out(groups)"
         )
         raise InputError(
             f"there are {number} patients for {folds} folds{cases}; {alone if few < 2 else remedy}"
         )
-    if of_class[rarest] < 2:
+    if few < 2:
         raise InputError(alone)
-    if of_class[rarest] < folds:
+    if few < folds:
         warnings.warn(
-            f"class {names[rarest]!r} has {of_class[rarest]} patients for {folds} folds, so that"
-            " some folds have none of it to test; fewer folds spread it better",
+            f"{name} has {few} patients for {folds} folds, so that some folds have none of it to"
+            " test; fewer folds spread it better",
             XmagWarning,
             stacklevel=4,
         )
-
-
-def _splits_of(
-    splitter: Any, sides: tuple[NDArray[np.int64], ...]
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    with warnings.catch_warnings():
-        # Its warning of a rare class counts cases, and ours, already given, patients.
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        return list(splitter.split(np.zeros(len(sides[0])), *sides))

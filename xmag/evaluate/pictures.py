@@ -6,13 +6,16 @@ Neither pyplot, nor a global backend, nor rcParams are touched.
 import io
 import math
 import textwrap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xmag.evaluate.curves import curve_of
+from xmag.errors import InputError
 from xmag.evaluate.extra import optional
-from xmag.evaluate.results import Result
+from xmag.evaluate.results import Result, Sampling, cases_of
+from xmag.metrics.bootstrap import Floats, resampled
+from xmag.metrics.ranking import mean_roc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +29,8 @@ _DASHES = ("-", "--", "-.", (0, (1, 1)))
 _INK, _FAINT = "#222222", "#8A8A8A"
 _DPI = 150
 _MOST_COLUMNS = 3
+_MOST_DRAWS = 500
+"""Limit of bootstrap draws for a band, which is drawn and not reported as a number."""
 _MOST_BANDS = 4
 """Limit of curves with a confidence band in a panel; more would hide each other."""
 
@@ -62,6 +67,45 @@ def as_png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     backend.FigureCanvasAgg(figure).print_png(out)
     return out.getvalue()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Curve:
+    """The ROC curve of one class; `low` and `high` are the pointwise band at `band_fpr`, or None.
+
+    Of several splits it is their mean at each false positive rate, weighted by their pairs of a
+    positive and a negative case, so that the area under it is the AUROC of the report.
+    """
+
+    fpr: Floats
+    tpr: Floats
+    band_fpr: Floats
+    low: Floats | None
+    high: Floats | None
+
+
+def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
+    """The ROC curve of the class at `place` against the rest; None without a pair to compare."""
+    cases = cases_of(result)
+    fpr, tpr = mean_roc(cases, None, place)
+    if not len(fpr):
+        return None
+    grid = np.linspace(0, 1, 201)
+    ends = (1 - sampling.level) / 2, (1 + sampling.level) / 2
+    try:
+        drawn = resampled(
+            lambda weights: mean_roc(cases, weights, place, grid)[1],
+            result.truth,
+            result.patients,
+            resamples=min(sampling.resamples, _MOST_DRAWS),
+            random_state=sampling.random_state,
+        )
+        low, high = np.quantile(drawn, ends, axis=0)
+    except InputError:  # too few patients for an interval, as the report says
+        low = high = None
+    return Curve(
+        fpr=np.append(0.0, fpr), tpr=np.append(0.0, tpr), band_fpr=grid, low=low, high=high
+    )
 
 
 def _panels(report: "Report", *, side_in: float) -> tuple["Figure", list["Axes"]]:

@@ -1,7 +1,6 @@
 """Probes of frozen embeddings: linear probe, k-NN and SimpleShot, as scikit-learn estimators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -9,22 +8,125 @@ from numpy.typing import ArrayLike, NDArray
 
 from xmag.errors import InputError, not_fitted
 from xmag.evaluate.extra import optional
-from xmag.metrics.labels import Labels, as_labels, class_order, encode, require_same_length
+from xmag.evaluate.report import Report
+from xmag.evaluate.results import Sampling, with_estimates
+from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
+from xmag.evaluate.validation import fit, result_of, settings_of
+from xmag.metrics.decisions import accuracies
+from xmag.metrics.labels import (
+    Labels,
+    as_labels,
+    class_array,
+    class_order,
+    decided_cases,
+    encode,
+)
 
 Distance = Literal["cosine", "euclidean"]
+Method = Literal["linear", "knn", "simpleshot"]
+
+
+def probe(
+    train_x: ArrayLike,
+    train_y: Labels,
+    test_x: ArrayLike,
+    test_y: Labels,
+    *,
+    method: Method = "linear",
+    groups: Labels | None = None,
+    train_groups: Labels | None = None,
+    classes: Labels | None = None,
+    ordered: bool = False,
+    level: float = 0.95,
+    resamples: int = 1000,
+    random_state: int = 0,
+    on_identical: OnIdentical = "raise",
+    **options: Any,
+) -> Report:
+    """Probe of embeddings: a Report of one that is fitted on (n, D) and tested on (m, D).
+
+    `method` is "linear" for `LinearProbe`, and ``report.settings`` then has its C and the
+    iterations it took; "knn" for `NearestNeighbours`; "simpleshot" for `SimpleShot`. `options` are
+    those of that estimator: ``max_iter=``; ``k=``, ``metric=`` and ``center=``. `train_x` and
+    `test_x` are embeddings. `groups` are the patients of the test cases, for the intervals, and
+    `train_groups` those of the training cases: with both, a patient on both sides is an error. The
+    other arguments, and errors, are those of `cross_validate`.
+    """
+    if method not in _METHODS:
+        raise InputError(f"method is {method!r}; expected one of {tuple(_METHODS)}")
+    kind, title = _METHODS[method]
+    estimator = kind().set_params(**options)
+    sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
+    train = Samples.of(train_x, train_y, train_groups, name="the training set")
+    test = Samples.of(test_x, test_y, groups, name="the test set")
+    if groups is None:
+        warn_without_groups(stacklevel=2)
+    unknown = [label for label in test.y if label not in set(train.y)]
+    if unknown:
+        raise InputError(
+            f"the test set has the label {unknown[0]!r}, which the training set does not; leave"
+            " such cases out, or train on that class too"
+        )
+    order = agreed_classes([train, test], classes, ordered=ordered)
+    Trial.across(train, test).check(order, on_identical=on_identical, stacklevel=3)
+    fitted = fit(estimator, train, order)
+    result = result_of(order, [test], [fitted.predict(test)], trained_on=train.name)
+    found = {}
+    if isinstance(fitted.estimator, LinearProbe):
+        found = {"C": fitted.estimator.C_, "iterations": fitted.estimator.n_iter_}
+    return Report(
+        title=f"{title.format(**estimator.get_params())}: {len(train):,} training cases",
+        classes=order,
+        results=(with_estimates(result, ordered=ordered, sampling=sampling),),
+        sampling=sampling,
+        settings=settings_of(
+            "held out",
+            estimator,
+            grouped=train_groups is not None and groups is not None,
+            training_cases=len(train),
+            **found,
+        ),
+    )
 
 
 class _Probe(ABC):
     """Base class of the probes: scikit-learn's estimator interface, label encoding, checks."""
 
-    _estimator_type = "classifier"  # for scikit-learn before 1.6
     _parameters: tuple[str, ...] = ()
     classes_: NDArray[Any]
     n_features_in_: int
 
     @abstractmethod
+    def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
+        """Fit to embeddings (n, D) and the indices of their classes (n,)."""
+
+    @abstractmethod
+    def _probabilities(self, embeddings: NDArray[Any]) -> NDArray[Any]:
+        """Class probabilities (n, C) of embeddings (n, D)."""
+
+    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
+        """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
+        embeddings = _embeddings(X)
+        labels = as_labels(y, "y", n=len(embeddings))
+        order = class_order(labels, None)
+        if len(order) < 2:
+            raise InputError(f"y has one class only, {order}; expected at least two classes")
+        self.classes_ = class_array(order)
+        self.n_features_in_ = embeddings.shape[1]
+        self._fit(embeddings, encode(labels, order))
+        return self
+
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
         """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
+        if not hasattr(self, "n_features_in_"):
+            raise not_fitted(f"{type(self).__name__} is not fitted; call fit(X, y) first")
+        embeddings = _embeddings(X)
+        if embeddings.shape[1] != self.n_features_in_:
+            raise InputError(
+                f"X has {embeddings.shape[1]} features, and {type(self).__name__} was fitted on"
+                f" {self.n_features_in_}; give embeddings of the same model"
+            )
+        return np.asarray(self._probabilities(embeddings), dtype=np.float64)
 
     def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
         """Log of `predict_proba`, float64 (n, C), -inf where that is 0."""
@@ -33,15 +135,15 @@ class _Probe(ABC):
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The class with the largest probability, (n,); of equal ones, the first."""
-        places = self.predict_proba(X).argmax(1)
+        places = self.predict_proba(X).argmax(1)  # first: it says so where there is no fit yet
         return np.asarray(self.classes_[places])
 
     def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
         """Accuracy of `predict`, weighted by `sample_weight` (n,)."""
-        predicted, labels = as_labels(self.predict(X), "predict"), as_labels(y, "y")
-        require_same_length(len(predicted), len(labels), "y")
-        right = np.array([a == b for a, b in zip(predicted, labels, strict=True)])
-        return float(np.average(right, weights=sample_weight))
+        labels, predicted = as_labels(y, "y"), as_labels(self.predict(X), "predict")
+        cases = decided_cases(labels, predicted, list(dict.fromkeys([*labels, *predicted])))
+        weights = None if sample_weight is None else np.asarray(sample_weight, np.float64)[None]
+        return float(accuracies(cases, weights)[0])
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
         """The parameters of the constructor."""
@@ -73,29 +175,6 @@ class _Probe(ABC):
         request.score.add_request(param="sample_weight", alias=None)
         return request
 
-    def _training(self, x: ArrayLike, y: Labels) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Checked embeddings (n, D) and class indices (n,); sets `classes_`."""
-        embeddings = _embeddings(x)
-        labels = as_labels(y, "y")
-        require_same_length(len(embeddings), len(labels), "y")
-        order = class_order(labels, None)
-        if len(order) < 2:
-            raise InputError(f"y has one class only, {order}; expected at least two classes")
-        self.classes_ = _array_of(order)
-        self.n_features_in_ = embeddings.shape[1]
-        return embeddings, encode(labels, order)
-
-    def _queries(self, x: ArrayLike) -> NDArray[Any]:
-        if not hasattr(self, "n_features_in_"):
-            raise not_fitted(f"{type(self).__name__} is not fitted; call fit(X, y) first")
-        embeddings = _embeddings(x)
-        if embeddings.shape[1] != self.n_features_in_:
-            raise InputError(
-                f"X has {embeddings.shape[1]} features, and {type(self).__name__} was fitted on"
-                f" {self.n_features_in_}; give embeddings of the same model"
-            )
-        return embeddings
-
 
 class LinearProbe(_Probe):
     """Linear probe: logistic regression on embeddings, with a penalty scaled by their width.
@@ -116,20 +195,15 @@ class LinearProbe(_Probe):
     def __init__(self, *, max_iter: int = 1000) -> None:
         self.max_iter = max_iter
 
-    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
-        """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
-        embeddings, places = self._training(X, y)
+    def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         self.C_ = embeddings.shape[1] * len(self.classes_) / 100
         linear_model = optional("sklearn.linear_model", "the linear probe")
         self._model = linear_model.LogisticRegression(C=self.C_, max_iter=self.max_iter)
         self._model.fit(embeddings, places)
         self.n_iter_ = int(self._model.n_iter_.max())
-        return self
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
-        embeddings = self._queries(X)
-        return np.asarray(self._model.predict_proba(embeddings), dtype=np.float64)
+    def _probabilities(self, embeddings: NDArray[Any]) -> Any:
+        return self._model.predict_proba(embeddings)
 
 
 class NearestNeighbours(_Probe):
@@ -137,10 +211,10 @@ class NearestNeighbours(_Probe):
 
     UNI's: embeddings are centred by the training mean, brought to length 1, and compared by
     Euclidean distance, which ranks as the cosine does; all k votes are equal. scikit-learn's
-    KNeighborsClassifier.
+    KNeighborsClassifier. Probabilities are shares of the votes.
 
     Args:
-        k: Number of neighbours.
+        k: Number of neighbours, at most that of the training embeddings.
         metric: "cosine", or "euclidean" of embeddings whose length is left as it is.
         center: Whether the training mean is taken off first.
     """
@@ -152,9 +226,7 @@ class NearestNeighbours(_Probe):
         self.metric = metric
         self.center = center
 
-    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
-        """Keep embeddings (n, D) and their labels; InputError for fewer than k of them."""
-        embeddings, places = self._training(X, y)
+    def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         if not 1 <= self.k <= len(embeddings):
             raise InputError(
                 f"k is {self.k} for {len(embeddings)} training cases; expected 1 to"
@@ -166,13 +238,9 @@ class NearestNeighbours(_Probe):
         neighbors = optional("sklearn.neighbors", "k-NN")
         self._model = neighbors.KNeighborsClassifier(n_neighbors=self.k)
         self._model.fit(self._compared(embeddings), places)
-        return self
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """Class probabilities: shares of the votes, float64 (n, C), in the order of `classes_`."""
-        embeddings = self._queries(X)
-        votes = self._model.predict_proba(self._compared(embeddings))
-        return np.asarray(votes, dtype=np.float64)
+    def _probabilities(self, embeddings: NDArray[Any]) -> Any:
+        return self._model.predict_proba(self._compared(embeddings))
 
     def _compared(self, embeddings: NDArray[Any]) -> NDArray[Any]:
         centred = embeddings - self._mean
@@ -187,22 +255,26 @@ class SimpleShot(_Probe):
     distances (Snell et al. 2017, "Prototypical networks").
     """
 
-    def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
-        """Fit the class means of embeddings (n, D)."""
-        embeddings, places = self._training(X, y)
+    def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         self._mean = embeddings.mean(0)
         compared = _unit(embeddings - self._mean)
         number = len(self.classes_)
         self._means = np.array([compared[places == place].mean(0) for place in range(number)])
-        return self
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
-        """Class probabilities, float64 (n, C), of embeddings (n, D), in the order of `classes_`."""
-        compared = _unit(self._queries(X) - self._mean).astype(np.float64)
+    def _probabilities(self, embeddings: NDArray[Any]) -> NDArray[Any]:
+        compared = _unit(embeddings - self._mean).astype(np.float64)
         # |a - b|² without the term of the query alone, which the softmax does not see.
         logits = 2 * compared @ self._means.T - (self._means**2).sum(1)
         odds = np.exp(logits - logits.max(1, keepdims=True))
-        return np.asarray(odds / odds.sum(1, keepdims=True), dtype=np.float64)
+        return np.asarray(odds / odds.sum(1, keepdims=True))
+
+
+_METHODS: dict[str, tuple[type[_Probe], str]] = {
+    "linear": (LinearProbe, "Linear probe"),
+    "knn": (NearestNeighbours, "k-NN, k = {k}, {metric}"),
+    "simpleshot": (SimpleShot, "SimpleShot"),
+}
+"""The estimator of each method of `probe`, and the title of its report."""
 
 
 def _embeddings(x: Any) -> NDArray[Any]:
@@ -231,12 +303,3 @@ def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     """L2-normalised vectors; a zero vector stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
-
-
-def _array_of(classes: Sequence[Hashable]) -> NDArray[Any]:
-    """Array of classes (C,): of text or numbers where all are, else of objects; always 1-D."""
-    if len({type(label) for label in classes}) == 1 and isinstance(classes[0], str | int | float):
-        return np.array(classes)
-    array = np.empty(len(classes), dtype=object)
-    array[:] = list(classes)
-    return array

@@ -45,8 +45,23 @@ class Report:
     settings: Mapping[str, Any]
 
     def __str__(self) -> str:
-        notes = "".join(f"\n{note}" for note in (*self._how(), *self._reasons()))
-        return f"{self.title}\n\n{self.table()}\n{notes}"
+        notes = [
+            f"{self._percent} intervals: percentiles of {self.sampling.resamples:,} bootstrap draws"
+            " of patients.",
+            *(
+                f"Tested on {result.tested_on}: {estimate.reason}."
+                for result in self.results
+                for estimate in result.estimates.values()
+                if estimate.reason
+            ),
+        ]
+        if len(self.results) == 1:
+            (result,) = self.results
+            counts = zip(self.classes, result.counts(), strict=True)
+            listed = ", ".join(f"{label} {count:,}" for label, count in counts)
+            patients = len(np.unique(result.patients))
+            notes.insert(0, f"{result.cases:,} cases of {patients:,} patients: {listed}.")
+        return "\n".join([self.title, "", self.table(), "", *dict.fromkeys(notes)])
 
     def estimate(
         self, metric: str, *, trained_on: str | None = None, tested_on: str | None = None
@@ -55,8 +70,7 @@ class Report:
 
         Raises InputError where there is no such metric, no such result, or more than one.
         """
-        if metric not in self._metrics():
-            raise InputError(f"there is no metric {metric!r}; expected one of {self._metrics()}")
+        self._require(metric)
         found = [
             result
             for result in self.results
@@ -79,15 +93,23 @@ class Report:
         """
         if metric is not None:
             return self._cross_table(metric)
+        # With two classes, one AUROC, as both are equal.
+        shown = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
+        titles = [self._title(name) for name in shown]
         if len(self.results) == 1:
-            return self._metric_rows(self.results[0])
-        titles = [self._title(name) for name in self._shown()]
+            estimates = [self.results[0].estimates[name] for name in shown]
+            rows = [["metric", "value", f"{self._percent} interval"]]
+            for title, estimate in zip(titles, estimates, strict=True):
+                value = "–" if estimate.value is None else f"{estimate.value:.3f}"
+                ends = "–" if (i := estimate.interval) is None else f"{i.low:.3f}–{i.high:.3f}"
+                rows.append([title, value, ends])
+            return _markdown(rows)
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
-            values = [str(result.estimates[name]) for name in self._shown()]
-            tested = f"{result.tested_on}{' (cross-validated)' if _own(result) else ''}"
+            own = " (cross-validated)" if result.trained_on == result.tested_on else ""
             sizes = f"{result.cases:,}", f"{len(np.unique(result.patients)):,}"
-            rows.append([result.trained_on, tested, *sizes, *values])
+            values = [str(result.estimates[name]) for name in shown]
+            rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
         return _markdown(rows)
@@ -134,63 +156,31 @@ class Report:
         """Load the Report from a folder of `save`; InputError where there is none."""
         return _from_dict(_FORMAT.load(Path(folder) / _JSON_NAME))
 
+    @property
+    def _percent(self) -> str:
+        return f"{100 * self.sampling.level:.4g}%"
+
+    @property
     def _metrics(self) -> list[str]:
         return [name for name in METRICS if name in self.results[0].estimates]
 
-    def _shown(self) -> list[str]:
-        """Names of the metrics in the table; with two classes, one AUROC, as both are equal."""
-        return [n for n in self._metrics() if len(self.classes) > 2 or n != "auroc_ovo"]
+    def _require(self, metric: str) -> None:
+        if metric not in self._metrics:
+            raise InputError(f"there is no metric {metric!r}; expected one of {self._metrics}")
 
     def _title(self, metric: str) -> str:
         if metric == "auroc_ovr" and len(self.classes) == 2:
             return f"AUROC of {self.classes[1]}"
         return METRICS[metric].title
 
-    def _metric_rows(self, result: Result) -> str:
-        rows = [["metric", "value", f"{self._percent()} interval"]]
-        for name in self._shown():
-            estimate = result.estimates[name]
-            value = "–" if estimate.value is None else f"{estimate.value:.3f}"
-            ends = "–" if (i := estimate.interval) is None else f"{i.low:.3f}–{i.high:.3f}"
-            rows.append([self._title(name), value, ends])
-        return _markdown(rows)
-
     def _cross_table(self, metric: str) -> str:
-        if metric not in self._metrics():
-            raise InputError(f"there is no metric {metric!r}; expected one of {self._metrics()}")
-        trained = list(dict.fromkeys(result.trained_on for result in self.results))
-        tested = list(dict.fromkeys(result.tested_on for result in self.results))
+        self._require(metric)
+        trained = dict.fromkeys(result.trained_on for result in self.results)
+        tested = dict.fromkeys(result.tested_on for result in self.results)
         cells = {(r.trained_on, r.tested_on): str(r.estimates[metric]) for r in self.results}
         rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
         rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
         return _markdown(rows)
-
-    def _how(self) -> list[str]:
-        notes = []
-        if len(self.results) == 1:
-            result = self.results[0]
-            counts = zip(self.classes, result.counts(), strict=True)
-            listed = ", ".join(f"{label} {count:,}" for label, count in counts)
-            patients = len(np.unique(result.patients))
-            notes.append(f"{result.cases:,} cases of {patients:,} patients: {listed}.")
-        draws = f"{self.sampling.resamples:,} bootstrap draws of patients"
-        return [*notes, f"{self._percent()} intervals: percentiles of {draws}."]
-
-    def _percent(self) -> str:
-        return f"{100 * self.sampling.level:.4g}%"
-
-    def _reasons(self) -> list[str]:
-        notes: dict[str, None] = {}
-        for result in self.results:
-            for estimate in result.estimates.values():
-                if estimate.reason:
-                    notes[f"Tested on {result.tested_on}: {estimate.reason}."] = None
-        return list(notes)
-
-
-def _own(result: Result) -> bool:
-    """Whether the result is a cross-validation on the cohort that the model was fitted on."""
-    return result.trained_on == result.tested_on
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -225,7 +215,7 @@ def _result_to_dict(result: Result) -> dict[str, Any]:
     return {
         "trained_on": result.trained_on,
         "tested_on": result.tested_on,
-        "estimates": {n: _estimate_to_dict(e) for n, e in result.estimates.items()},
+        "estimates": {name: _estimate_to_dict(e) for name, e in result.estimates.items()},
         "class_aurocs": [_estimate_to_dict(e) for e in result.class_aurocs],
         **{name: getattr(result, name).tolist() for name in ARRAYS},
     }

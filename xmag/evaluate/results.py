@@ -1,7 +1,8 @@
 """Result: the predictions of one evaluation, and the metrics with their intervals."""
 
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 
 from xmag.errors import InputError
 from xmag.metrics.bootstrap import METRICS, Floats, Interval, percentile_interval, resampled
+from xmag.metrics.decisions import confusions
 from xmag.metrics.labels import Cases
-from xmag.metrics.ranking import class_aurocs, missing_classes
+from xmag.metrics.ranking import class_aurocs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +120,7 @@ class Result:
 
         A case that is tested in some repeats only counts by their share.
         """
-        size = len(self.classes)
-        cells = np.bincount(self.truth * size + self.predicted, minlength=size**2)
-        return np.asarray(cells.reshape(size, size) / len(np.unique(self.repeats)))
+        return np.asarray(confusions(cases_of(self), None)[0] / len(np.unique(self.repeats)))
 
     def per_split(self, metric: str) -> tuple[float | None, ...]:
         """The metric in each split alone, in their order; None where it is not defined there.
@@ -130,71 +130,52 @@ class Result:
         """
         if metric not in METRICS:
             raise InputError(f"there is no metric {metric!r}; expected one of {sorted(METRICS)}")
-        values = []
-        for split in np.unique(self.splits):
-            value = METRICS[metric].values(self._cases(self.splits == split), None)[0]
-            values.append(None if np.isnan(value) else float(value))
-        return tuple(values)
-
-    def each_repeat(self) -> Iterator[tuple[NDArray[np.int64], Cases]]:
-        """For each repeat, the indices of its predictions, and its `Cases`.
-
-        Scores are compared within a split alone: those of two models have no common scale.
-        """
-        for repeat in np.unique(self.repeats):
-            places = np.flatnonzero(self.repeats == repeat)
-            yield places, self._cases(places)
-
-    def _cases(self, places: NDArray[Any]) -> Cases:
-        return Cases(
-            truth=self.truth[places],
-            classes=self.classes,
-            predicted=self.predicted[places],
-            scores=self.scores[places],
-            within=self.splits[places],
-        )
+        parts = [cases_of(self, self.splits == split) for split in np.unique(self.splits)]
+        values = [float(METRICS[metric].values(cases, None)[0]) for cases in parts]
+        return tuple(None if np.isnan(value) else value for value in values)
 
 
 ARRAYS = ("rows", "truth", "predicted", "scores", "patients", "splits", "repeats")
 """Names of the fields of a Result that are arrays."""
 
 
+def cases_of(result: Result, places: Any = slice(None)) -> Cases:
+    """The predictions at `places`, as operands of metrics.
+
+    Scores are compared within a split alone: those of two models have no common scale.
+    """
+    return Cases(
+        truth=result.truth[places],
+        classes=result.classes,
+        predicted=result.predicted[places],
+        scores=result.scores[places],
+        within=result.splits[places],
+    )
+
+
 def with_estimates(result: Result, *, ordered: bool, sampling: Sampling) -> Result:
     """A copy of the result with its metrics and bootstrap intervals computed."""
-    names = [name for name, metric in METRICS.items() if ordered or not metric.needs_order]
-    repeats = list(result.each_repeat())
-    estimates = {
-        name: _estimate(result, repeats, METRICS[name].values, sampling=sampling) for name in names
-    }
-    aurocs = tuple(
-        _estimate(
-            result,
-            repeats,
-            lambda cases, weights, place=place: class_aurocs(cases, weights, place),
-            sampling=sampling,
-        )
-        for place in range(len(result.classes))
+    known = {name: metric for name, metric in METRICS.items() if ordered or not metric.needs_order}
+    one_vs_rest = [functools.partial(class_aurocs, place=p) for p in range(len(result.classes))]
+    return replace(
+        result,
+        estimates={n: _estimate(result, metric.values, sampling) for n, metric in known.items()},
+        class_aurocs=tuple(_estimate(result, values, sampling) for values in one_vs_rest),
     )
-    content = {f.name: getattr(result, f.name) for f in fields(Result)}
-    return Result(**{**content, "estimates": estimates, "class_aurocs": aurocs})
 
 
-def _estimate(
-    result: Result,
-    repeats: list[tuple[NDArray[np.int64], Cases]],
-    values: Any,
-    *,
-    sampling: Sampling,
-) -> Estimate:
+def _estimate(result: Result, values: Callable[..., Floats], sampling: Sampling) -> Estimate:
     """Estimate of a metric: mean over repeats, and an interval that draws patients in all."""
+    places = [np.flatnonzero(result.repeats == repeat) for repeat in np.unique(result.repeats)]
+    repeats = [(rows, cases_of(result, rows)) for rows in places]
 
     def of_draws(weights: Floats) -> Floats:
-        parts = [values(cases, weights[:, places]) for places, cases in repeats]
+        parts = [values(cases, weights[:, rows]) for rows, cases in repeats]
         return np.asarray(np.mean(parts, axis=0))
 
     value = float(np.mean([values(cases, None)[0] for _, cases in repeats]))
     if np.isnan(value):
-        return Estimate(value=None, reason=_why_undefined(repeats))
+        return Estimate(value=None, reason=_why_undefined([cases for _, cases in repeats]))
     try:
         drawn = resampled(
             of_draws,
@@ -208,11 +189,10 @@ def _estimate(
     return Estimate(value=value, interval=percentile_interval(drawn, level=sampling.level))
 
 
-def _why_undefined(repeats: list[tuple[NDArray[np.int64], Cases]]) -> str:
-    for _, cases in repeats:
-        missing = missing_classes(cases)
-        if missing:
+def _why_undefined(repeats: Sequence[Cases]) -> str:
+    for cases in repeats:
+        if missing := cases.missing():
             return f"no case of class {missing[0]!r}"
-    if repeats[0][1].predicted is not None and len(np.unique(repeats[0][1].truth)) == 1:
+    if len(np.unique(repeats[0].truth)) == 1:
         return "all cases are of one class"
     return "no split has cases of two classes to compare"

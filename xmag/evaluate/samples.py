@@ -3,8 +3,9 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,62 +16,153 @@ from xmag import files
 from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    class_order,
-    encode,
-    refuse_continuous,
-    require_same_length,
-)
+from xmag.evaluate.folds import Folds
+from xmag.metrics.labels import Labels, as_labels, class_order, refuse_continuous
 
 OnIdentical = Literal["raise", "warn"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
-    """Dataset of cases with labels and patients, of checked lengths.
+    """Cases of a dataset, or of a part of it, with labels and patients, of checked lengths.
 
     Attributes:
         name: The name of the dataset in messages.
-        x: A list, an array, or whatever `taken` can index.
+        data: All of its cases: a list, an array, or whatever can be indexed.
+        rows: int64 (n,), the rows of these cases in it.
         y: Their labels.
         groups: Their patients; None where they are not known.
+        whole: What this is a part of; None for all cases.
     """
 
     name: str
-    x: Any
+    data: Any
+    rows: NDArray[np.int64]
     y: tuple[Hashable, ...]
     groups: tuple[Hashable, ...] | None
+    whole: "Samples | None" = None
+
+    @classmethod
+    def of(cls, x: Any, y: Labels, groups: Labels | None, *, name: str) -> "Samples":
+        """Make Samples; InputError unless there is one label and one patient for each case."""
+        try:
+            n = len(x)
+        except TypeError as error:
+            raise InputError(
+                f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
+            ) from error
+        labels = as_labels(y, f"{name}: y", n=n)
+        refuse_continuous(labels, f"{name}: y")
+        if n == 0:
+            raise InputError(f"{name} has no cases; expected at least one of each class")
+        patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
+        return cls(name=name, data=x, rows=np.arange(n), y=tuple(labels), groups=patients)
+
+    def part(self, rows: Sequence[int]) -> "Samples":
+        """The cases of these rows."""
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
+        labels = tuple(self.y[row] for row in rows)
+        return replace(self, rows=self.rows[list(rows)], y=labels, groups=groups, whole=self)
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def patients(self) -> NDArray[np.int64]:
-        """Patient ids, int64 (n,), by first appearance; without groups, each case its own."""
-        if self.groups is None:
-            return np.arange(len(self.y))
-        return encode(self.groups, tuple(dict.fromkeys(self.groups)))
+    @property
+    def x(self) -> Any:
+        """The cases: rows of a table or array, or a list from a sequence."""
+        if hasattr(self.data, "iloc"):
+            return self.data.iloc[self.rows]
+        if hasattr(self.data, "shape"):
+            return self.data[self.rows]
+        return [self.data[row] for row in self.rows.tolist()]
+
+    @cached_property
+    def digests(self) -> NDArray[np.object_]:
+        """Hash of the features of each case, object (n,); None for a case without features."""
+        return digests(self.data) if self.whole is None else self.whole.digests[self.rows]
 
 
-def samples(x: Any, y: Labels, groups: Labels | None, *, name: str) -> Samples:
-    """Make Samples; InputError unless there is one label and one patient for each case."""
-    try:
-        n = len(x)
-    except TypeError as error:
-        raise InputError(
-            f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
-        ) from error
-    labels = as_labels(y, f"{name}: y")
-    refuse_continuous(labels, f"{name}: y")
-    require_same_length(n, len(labels), f"{name}: y")
-    if n == 0:
-        raise InputError(f"{name} has no cases; expected at least one of each class")
-    if groups is None:
-        return Samples(name=name, x=x, y=tuple(labels), groups=None)
-    patients = as_labels(groups, f"{name}: groups")
-    require_same_length(n, len(patients), f"{name}: groups")
-    return Samples(name=name, x=x, y=tuple(labels), groups=tuple(patients))
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trial:
+    """Cases to fit one model on, and others to test it on, of the same dataset or another.
+
+    `name` is the trial in messages; splits of one `repeat` have test cases of their own.
+    """
+
+    name: str
+    train: Samples
+    test: Samples
+    repeat: int = 0
+
+    @classmethod
+    def of_folds(cls, folds: Folds, data: Samples) -> list["Trial"]:
+        """A trial for each split of a dataset; InputError where the folds are of other cases."""
+        if folds.samples != len(data):
+            raise InputError(
+                f"the folds are of {folds.samples} cases and {data.name} has {len(data)}; make"
+                " folds for these cases"
+            )
+        return [
+            cls(
+                name=f"split {number} of {data.name}",
+                train=data.part(split.train),
+                test=data.part(split.test),
+                repeat=split.repeat,
+            )
+            for number, split in enumerate(folds.splits)
+        ]
+
+    @classmethod
+    def across(cls, train: Samples, test: Samples) -> "Trial":
+        """A trial of two datasets."""
+        return cls(name=f"trained on {train.name}", train=train, test=test)
+
+    @property
+    def within(self) -> bool:
+        """Whether both sides are of one dataset."""
+        return self.test.name == self.train.name
+
+    def check(
+        self, order: tuple[Hashable, ...], *, on_identical: OnIdentical, stacklevel: int
+    ) -> None:
+        """Raise InputError for leakage, and for a class of `order` that has no case to fit on.
+
+        Leakage is a patient on both sides, or a test case with the features of a training case;
+        with ``on_identical="warn"`` the latter is a warning.
+        """
+        where = self.name if self.within else f"{self.name}, tested on {self.test.name}"
+        known = set(self.train.groups or ())
+        if shared := dict.fromkeys(g for g in self.test.groups or () if g in known):
+            raise InputError(
+                f"{where}: patient {next(iter(shared))!r} is on both sides ({len(shared)} such"
+                " patients in all); keep all cases of a patient on one side, and if these are"
+                " different people with the same number, put the cohort's name before it"
+            )
+        if found := self._identical():
+            message = (
+                f"{where}: test case {found[0][1]} has the same features as training case"
+                f" {found[0][0]} (counted from 0; {len(found)} such test cases in all)"
+            )
+            if on_identical == "raise":
+                raise InputError(
+                    f"{message}; leave out duplicates, or give them the same patient in groups."
+                    " Where equal features are no accident, as with empty tiles:"
+                    ' on_identical="warn"'
+                )
+            text = f"{message}, which flatters the result"
+            warnings.warn(text, XmagWarning, stacklevel=stacklevel)
+        present = set(self.train.y)
+        if missing := [label for label in order if label not in present]:
+            raise InputError(
+                f"{self.name}: there is no case of class {missing[0]!r} to fit on; give fewer"
+                " folds, or leave that class out"
+            )
+
+    def _identical(self) -> list[tuple[int, int]]:
+        """Places of training and test cases with the same features."""
+        train, test = self.train.digests, self.test.digests
+        places = {digest: place for place, digest in enumerate(train) if digest is not None}
+        return [(places[digest], at) for at, digest in enumerate(test) if digest in places]
 
 
 def warn_without_groups(*, stacklevel: int) -> None:
@@ -84,8 +176,18 @@ def warn_without_groups(*, stacklevel: int) -> None:
     )
 
 
-def agreed_classes(parts: Sequence[Samples], classes: Labels | None) -> tuple[Hashable, ...]:
-    """The order of classes of all parts; InputError for an unknown label or a part of one class."""
+def agreed_classes(
+    parts: Sequence[Samples], classes: Labels | None, *, ordered: bool
+) -> tuple[Hashable, ...]:
+    """The order of classes of all parts.
+
+    Raises InputError for an unknown label, a part of one class, and where the order is needed
+    (`ordered`) and not given.
+    """
+    if ordered and classes is None:
+        raise InputError(
+            "ordered=True needs the order of the classes, lowest first; give classes=[...]"
+        )
     order = class_order([label for part in parts for label in part.y], classes, name="y")
     for part in parts:
         if len(set(part.y)) < 2:
@@ -94,66 +196,6 @@ def agreed_classes(parts: Sequence[Samples], classes: Labels | None) -> tuple[Ha
                 " cases of at least two classes"
             )
     return order
-
-
-def taken(x: Any, rows: NDArray[np.int64]) -> Any:
-    """Index the cases by `rows`: a part of a table or array, or a list from a sequence."""
-    if hasattr(x, "iloc"):
-        return x.iloc[rows]
-    if hasattr(x, "shape"):
-        return x[rows]
-    return [x[row] for row in rows.tolist()]
-
-
-def for_fit(labels: Iterable[Hashable], classes: Sequence[Hashable]) -> tuple[NDArray[Any], bool]:
-    """Labels that scikit-learn accepts, and whether they are encoded as indices in `classes`.
-
-    Text, whole numbers or bools stay as they are; labels of other types, or mixed, become indices.
-    """
-    kinds = {type(label) for label in classes}
-    if kinds in ({str}, {int}, {bool}):
-        return np.array(list(labels)), False
-    return encode(labels, classes), True
-
-
-def require_separate(
-    train: tuple[Samples, NDArray[np.int64]],
-    test: tuple[Samples, NDArray[np.int64]],
-    *,
-    where: str,
-) -> None:
-    """Raise InputError where a patient is in both the `train` and the `test` rows (leakage)."""
-    (first, train_rows), (second, test_rows) = train, test
-    if first.groups is None or second.groups is None:
-        return
-    patients = {first.groups[row] for row in train_rows.tolist()}
-    shared = dict.fromkeys(g for r in test_rows.tolist() if (g := second.groups[r]) in patients)
-    if shared:
-        raise InputError(
-            f"{where}: patient {next(iter(shared))!r} is on both sides ({len(shared)} such patients"
-            " in all); keep all cases of a patient on one side, and if these are different people"
-            " with the same number, put the cohort's name before it"
-        )
-
-
-def require_different(
-    train: NDArray[np.object_], test: NDArray[np.object_], *, where: str, on_identical: OnIdentical
-) -> None:
-    """Raise or warn where a test case has the features of a training case, by digest."""
-    places = {digest: place for place, digest in enumerate(train) if digest is not None}
-    pairs = [(places[digest], place) for place, digest in enumerate(test) if digest in places]
-    if not pairs:
-        return
-    found = (
-        f"{where}: test case {pairs[0][1]} has the same features as training case {pairs[0][0]}"
-        f" (counted from 0; {len(pairs)} such test cases in all)"
-    )
-    if on_identical == "raise":
-        raise InputError(
-            f"{found}; leave out duplicates, or give them the same patient in groups. Where equal"
-            ' features are no accident, as with empty tiles: on_identical="warn"'
-        )
-    warnings.warn(f"{found}, which flatters the result", XmagWarning, stacklevel=4)
 
 
 def digests(x: Any) -> NDArray[np.object_]:

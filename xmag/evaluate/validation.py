@@ -1,37 +1,35 @@
 """Cross-validation and external validation: fit, predict held-out cases, report."""
 
+import contextlib
+import inspect
+import itertools
+import math
 import numbers
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import InputError
-from xmag.evaluate.fitting import (
-    Fitted,
-    fit,
-    fitted_classes,
-    name_of,
-    predict,
-    require_classes,
-    tested,
-)
+from xmag.errors import InputError, not_fitted
+from xmag.evaluate.extra import optional
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Result, Sampling, with_estimates
 from xmag.evaluate.samples import (
     OnIdentical,
     Samples,
+    Trial,
     agreed_classes,
-    digests,
-    require_different,
-    require_separate,
-    samples,
     warn_without_groups,
 )
-from xmag.metrics.labels import Labels, as_labels, encode
+from xmag.metrics.labels import Labels, as_labels, as_scores, encode
+
+Order = tuple[Hashable, ...]
+Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Scores (m, C) and predicted class indices (m,)."""
 
 
 def cross_validate(
@@ -78,28 +76,27 @@ def cross_validate(
     finite; MissingExtraError without scikit-learn.
     """
     sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
-    data = samples(X, y, groups, name="the cohort")
-    order = agreed_classes([data], _required_if(classes, ordered))
+    data = Samples.of(X, y, groups, name="the cohort")
+    order = agreed_classes([data], classes, ordered=ordered)
     if groups is None:
         warn_without_groups(stacklevel=2)
-    if isinstance(folds, Folds):
-        if repeats != 1:
-            raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
-        splits = folds
-    else:
-        splits = Folds.stratified(
+    if not isinstance(folds, Folds):
+        folds = Folds.stratified(
             data.y, groups=data.groups, folds=folds, repeats=repeats, random_state=random_state
         )
-    result = _cross_validated(estimator, data, order, splits, on_identical=on_identical)
-    number = len({split.repeat for split in splits.splits})
+    elif repeats != 1:
+        raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
+    trials = Trial.of_folds(folds, data)
+    (result,) = _run(estimator, [trials], order, on_identical=on_identical)
+    number = len({split.repeat for split in folds.splits})
     times = f", {number} repeats" if number > 1 else ""
     return Report(
-        title=f"Cross-validation of {name_of(estimator)}: {len(splits)} splits{times}",
+        title=f"Cross-validation of {_name_of(estimator)}: {len(folds)} splits{times}",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
-        folds=splits,
-        settings=protocol("cross-validation", estimator, grouped=groups is not None),
+        folds=folds,
+        settings=settings_of("cross-validation", estimator, grouped=groups is not None),
     )
 
 
@@ -144,154 +141,33 @@ def external(
     parts = {name: _cohort(name, content) for name, content in cohorts.items()}
     if not parts:
         raise InputError("cohorts is empty; expected at least one, by name")
-    if any(part.groups is None for part in parts.values()):
+    grouped = all(part.groups is not None for part in parts.values())
+    if not grouped:
         warn_without_groups(stacklevel=2)
-    given = _required_if(classes, ordered)
-    if train is None and given is None:
-        given = as_labels(fitted_classes(estimator), "classes_")
-    order = agreed_classes(list(parts.values()), given)
+    if train is None and classes is None and not ordered:
+        classes = _classes_of(estimator)
+    order = agreed_classes(list(parts.values()), classes, ordered=ordered)
     if train is None:
-        fitted = Fitted(estimator=estimator)
-        results = [tested(fitted, part, order, trained_on="") for part in parts.values()]
+        fitted = Fitted(estimator=estimator, order=order)
+        results = [
+            result_of(order, [part], [fitted.predict(part)], trained_on="")
+            for part in parts.values()
+        ]
     else:
-        results = _matrix(
-            estimator,
-            parts,
-            _train_names(train, parts),
-            order,
-            folds=folds,
-            random_state=random_state,
-            on_identical=on_identical,
-        )
+        plans = _matrix(parts, train, folds=folds, random_state=random_state)
+        results = _run(estimator, plans, order, on_identical=on_identical)
     return Report(
-        title=f"{name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
+        title=f"{_name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
         classes=order,
         results=tuple(with_estimates(r, ordered=ordered, sampling=sampling) for r in results),
         sampling=sampling,
-        settings=protocol(
+        settings=settings_of(
             "external cohorts",
             estimator,
-            grouped=all(part.groups is not None for part in parts.values()),
+            grouped=grouped,
             own_cohort_folds=None if train is None else folds,
         ),
     )
-
-
-def protocol(
-    name: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
-) -> dict[str, Any]:
-    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
-    parameters = {}
-    if hasattr(estimator, "get_params"):
-        for key, value in estimator.get_params(deep=False).items():
-            if value is None or isinstance(value, str | bool | numbers.Real):
-                parameters[key] = value.item() if isinstance(value, np.generic) else value
-    versions = {}
-    for package in ("xmag", "numpy", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "protocol": name,
-        "estimator": name_of(estimator),
-        "parameters": {
-            n: v for n, v in parameters.items() if not isinstance(v, float) or np.isfinite(v)
-        },
-        "patients_separated": grouped,
-        "versions": versions,
-        **more,
-    }
-
-
-def _cross_validated(
-    estimator: Any,
-    data: Samples,
-    order: tuple[Hashable, ...],
-    folds: Folds,
-    *,
-    on_identical: OnIdentical,
-) -> Result:
-    if folds.samples != len(data):
-        raise InputError(
-            f"the folds are of {folds.samples} cases and {data.name} has {len(data)}; make folds"
-            " for these cases"
-        )
-    features = digests(data.x)
-    sides = [(np.array(split.train), np.array(split.test)) for split in folds.splits]
-    for number, (train, test) in enumerate(sides):
-        where = f"split {number} of {data.name}"
-        require_separate((data, train), (data, test), where=where)
-        require_different(features[train], features[test], where=where, on_identical=on_identical)
-        require_classes(data, train, order, where=where)
-    parts = []
-    for number, (train, test) in enumerate(sides):
-        fitted = fit(estimator, data, train, order, where=f"split {number} of {data.name}")
-        parts.append(predict(fitted, data, test, order))
-    places = np.concatenate([test for _, test in sides])
-    repeats = [np.full(len(s.test), s.repeat) for s in folds.splits]
-    return Result(
-        trained_on=data.name,
-        tested_on=data.name,
-        classes=order,
-        rows=places,
-        truth=encode(data.y, order)[places],
-        predicted=np.concatenate([predicted for _, predicted in parts]),
-        scores=np.concatenate([scores for scores, _ in parts]),
-        patients=_numbered(data.patients()[places]),
-        splits=np.concatenate(
-            [np.full(len(s.test), number) for number, s in enumerate(folds.splits)]
-        ),
-        repeats=np.concatenate(repeats),
-        estimates={},
-        class_aurocs=(),
-    )
-
-
-def _matrix(
-    estimator: Any,
-    parts: Mapping[str, Samples],
-    names: Sequence[str],
-    order: tuple[Hashable, ...],
-    *,
-    folds: int | None,
-    random_state: int,
-    on_identical: OnIdentical,
-) -> list[Result]:
-    """Results of all cohorts for models fitted on each of `names`; checks come before any fit."""
-    features = {name: digests(part.x) for name, part in parts.items()}
-    everything = {name: np.arange(len(part)) for name, part in parts.items()}
-    own = {
-        name: Folds.stratified(
-            parts[name].y, groups=parts[name].groups, folds=folds, random_state=random_state
-        )
-        for name in names
-        if folds is not None
-    }
-    for name in names:
-        for other in parts:
-            if other != name:
-                where = f"trained on {name}, tested on {other}"
-                sides = [(parts[n], everything[n]) for n in (name, other)]
-                require_separate(sides[0], sides[1], where=where)
-                require_different(
-                    features[name], features[other], where=where, on_identical=on_identical
-                )
-        require_classes(parts[name], everything[name], order, where=f"trained on {name}")
-    results = []
-    for name in names:
-        fitted = None
-        for other, part in parts.items():
-            if other != name:
-                if fitted is None:
-                    where = f"trained on {name}"
-                    fitted = fit(estimator, parts[name], everything[name], order, where=where)
-                results.append(tested(fitted, part, order, trained_on=name))
-            elif name in own:
-                results.append(
-                    _cross_validated(estimator, part, order, own[name], on_identical=on_identical)
-                )
-    return results
 
 
 def _cohort(name: str, content: tuple[Any, ...]) -> Samples:
@@ -300,25 +176,210 @@ def _cohort(name: str, content: tuple[Any, ...]) -> Samples:
             f"cohort {name!r} is {type(content).__name__}; expected (X, y) or (X, y, groups)"
         )
     x, y, groups = (*content, None)[:3]
-    return samples(x, y, groups, name=name)
+    return Samples.of(x, y, groups, name=name)
 
 
-def _train_names(train: str | Sequence[str], parts: Mapping[str, Samples]) -> list[str]:
+def _matrix(
+    parts: Mapping[str, Samples],
+    train: str | Sequence[str],
+    *,
+    folds: int | None,
+    random_state: int,
+) -> list[list[Trial]]:
+    """The trials of each result: of a cohort to fit on and another, or of folds of its own."""
     names = [train] if isinstance(train, str) else list(train)
-    unknown = [name for name in names if name not in parts]
-    if unknown or not names:
+    if not names or not set(names) <= set(parts):
         raise InputError(f"train is {train!r}; expected one or more of {list(parts)}")
-    return names
+    plans = []
+    for known in (parts[name] for name in names):
+        for part in parts.values():
+            if part is not known:
+                plans.append([Trial.across(known, part)])
+            elif folds is not None:
+                own = Folds.stratified(
+                    known.y, groups=known.groups, folds=folds, random_state=random_state
+                )
+                plans.append(Trial.of_folds(own, known))
+    return plans
 
 
-def _required_if(classes: Labels | None, ordered: bool) -> Labels | None:
-    if ordered and classes is None:
-        raise InputError(
-            "ordered=True needs the order of the classes, lowest first; give classes=[...]"
+def _run(
+    estimator: Any, plans: Sequence[Sequence[Trial]], order: Order, *, on_identical: OnIdentical
+) -> list[Result]:
+    """A Result, without metrics, of each list of trials; all checks come before any fit."""
+    for trial in itertools.chain.from_iterable(plans):
+        trial.check(order, on_identical=on_identical, stacklevel=4)
+    results = []
+    whole: dict[str, Fitted] = {}  # the model of a cohort, for all others that it is tested on
+    for trials in plans:
+        predictions = []
+        for trial in trials:
+            if trial.within:
+                fitted = fit(estimator, trial.train, order)
+            else:
+                if trial.name not in whole:
+                    whole = {trial.name: fit(estimator, trial.train, order)}
+                fitted = whole[trial.name]
+            predictions.append(fitted.predict(trial.test))
+        tests, repeats = [trial.test for trial in trials], [trial.repeat for trial in trials]
+        known = trials[0].train.name
+        results.append(result_of(order, tests, predictions, trained_on=known, repeats=repeats))
+    return results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A fitted estimator; `by_place` if its classes are indices into the order of classes."""
+
+    estimator: Any
+    order: Order
+    by_place: bool = False
+
+    def predict(self, data: Samples) -> Predictions:
+        """Predictions of these cases, in the order of classes.
+
+        Raises InputError for scores of the wrong shape or not finite, and for classes that the
+        estimator and the order do not both know.
+        """
+        cases, name = data.x, _name_of(self.estimator)
+        known = self._labels(_classes_of(self.estimator))
+        for label in known:
+            if label not in self.order:
+                raise InputError(
+                    f"{name} knows the class {label!r}, which is not in classes {self.order};"
+                    " name all of its classes there"
+                )
+        for label in data.y:
+            if label not in known:
+                raise InputError(
+                    f"{data.name} has the label {label!r}, which {name} does not know (it knows"
+                    f" {known}); leave such cases out, or fit it on that class too"
+                )
+        scores = np.zeros((len(data), len(self.order)))
+        found = self.estimator.predict_proba(cases)
+        scores[:, encode(known, self.order)] = as_scores(
+            found, len(data), known, name=f"the scores of {data.name}"
         )
-    return classes
+        if not callable(getattr(self.estimator, "predict", None)):
+            return scores, scores.argmax(1)
+        labels = self._labels(as_labels(self.estimator.predict(cases), "what predict returned"))
+        for label in labels:
+            if label not in known:
+                raise InputError(
+                    f"{name}.predict gave {label!r}, which is not one of its classes_ {known}"
+                )
+        return scores, encode(labels, self.order)
+
+    def _labels(self, found: list[Any]) -> list[Hashable]:
+        """Class values of the estimator (labels, or indices where `by_place`) as labels."""
+        return [self.order[int(place)] for place in found] if self.by_place else found
 
 
-def _numbered(patients: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Patient ids renumbered from 0 without gaps, where folds do not test every patient."""
-    return np.unique(patients, return_inverse=True)[1].astype(np.int64)
+def fit(estimator: Any, train: Samples, order: Order) -> Fitted:
+    """Fit a clone of `estimator` on these cases, and their patients if it takes `groups`."""
+    for method in ("fit", "predict_proba"):
+        if not callable(getattr(estimator, method, None)):
+            raise InputError(
+                f"{_name_of(estimator)} has no {method}; give an estimator with fit, predict_proba"
+                " and classes_"
+            )
+    fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
+    labels, by_place = _for_fit(train.y, order)
+    options = {}
+    if train.groups is not None and _takes_groups(fresh):
+        options["groups"] = _for_fit(train.groups, tuple(dict.fromkeys(train.groups)))[0]
+    fresh.fit(train.x, labels, **options)
+    return Fitted(estimator=fresh, order=order, by_place=by_place)
+
+
+def _for_fit(labels: Sequence[Hashable], classes: Order) -> tuple[NDArray[Any], bool]:
+    """Labels that scikit-learn accepts, and whether they are encoded as indices in `classes`.
+
+    Text, whole numbers or bools stay as they are; labels of other types, or mixed, become indices.
+    """
+    if {type(label) for label in classes} in ({str}, {int}, {bool}):
+        return np.array(labels), False
+    return encode(labels, classes), True
+
+
+def _takes_groups(estimator: Any) -> bool:
+    """Whether `fit` has a parameter `groups`, or scikit-learn's metadata routing takes them."""
+    if "groups" in inspect.signature(estimator.fit).parameters:
+        return True
+    if not optional("sklearn", "cloning an estimator").get_config()["enable_metadata_routing"]:
+        return False
+    routing = optional("sklearn.utils.metadata_routing", "cloning an estimator")
+    return bool(routing.get_routing_for_object(estimator).consumes("fit", ["groups"]))
+
+
+def result_of(
+    order: Order,
+    tests: Sequence[Samples],
+    predictions: Sequence[Predictions],
+    *,
+    trained_on: str,
+    repeats: Sequence[int] = (0,),
+) -> Result:
+    """A Result without metrics: predictions of the test cases of each split, and its repeat."""
+    rows = np.concatenate([test.rows for test in tests])
+    scores, predicted = map(np.concatenate, zip(*predictions, strict=True))
+    whole, sizes = tests[0].whole or tests[0], [len(test) for test in tests]
+    patients = whole.rows
+    if whole.groups is not None:
+        patients = encode(whole.groups, dict.fromkeys(whole.groups))
+    return Result(
+        trained_on=trained_on,
+        tested_on=whole.name,
+        classes=order,
+        rows=rows,
+        truth=encode(whole.y, order)[rows],
+        predicted=predicted,
+        scores=scores,
+        # Without gaps, where folds do not test every patient.
+        patients=np.unique(patients[rows], return_inverse=True)[1],
+        splits=np.repeat(np.arange(len(sizes)), sizes),
+        repeats=np.repeat(repeats, sizes),
+        estimates={},
+        class_aurocs=(),
+    )
+
+
+def _classes_of(estimator: Any) -> list[Hashable]:
+    """The classes of a fitted estimator, in its order; InputError where it is not fitted."""
+    found = getattr(estimator, "classes_", None)
+    if found is None:
+        raise not_fitted(
+            f"{_name_of(estimator)} has no classes_, so it is not fitted; fit it first, or name the"
+            " cohort to fit it on with train="
+        )
+    return as_labels(found, "classes_")
+
+
+def _name_of(estimator: Any) -> str:
+    """The name of an estimator in messages and titles: its class."""
+    return type(estimator).__name__
+
+
+def settings_of(
+    protocol: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
+) -> dict[str, Any]:
+    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
+    parameters = {}
+    if hasattr(estimator, "get_params"):
+        for name, value in estimator.get_params(deep=False).items():
+            plain = value.item() if isinstance(value, np.generic) else value
+            fits = plain is None or isinstance(plain, str | bool | numbers.Real)
+            if fits and not (isinstance(plain, float) and not math.isfinite(plain)):
+                parameters[name] = plain
+    versions = {}
+    for package in ("xmag", "numpy", "scikit-learn"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "protocol": protocol,
+        "estimator": _name_of(estimator),
+        "parameters": parameters,
+        "patients_separated": grouped,
+        "versions": versions,
+        **more,
+    }

@@ -7,27 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from xmag.errors import InputError
 from xmag.finetune.gradients import seed_of
-from xmag.finetune.tilestore import PlannedSlide, TileStore
-from xmag.mil.heads import class_weights, distinct, hashables, indices
+from xmag.finetune.tilestore import Source
+from xmag.mil.heads import ClassWeight, class_weights, distinct, hashables, indices
 from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
-
-Source = TileStore | PlannedSlide
-"""Source of a slide's tiles: decoded already, or opened and planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
     """Labels and patients of the slides, before any slide is opened.
 
-    Slides `count` and up are for validation only: `validation=(slides, labels, groups)`.
+    The slides from `count` on are for validation only: `validation=(slides, labels, groups)`.
     """
 
     classes: tuple[Hashable, ...]
     targets: tuple[int, ...]
-    groups: tuple[Hashable, ...] | None
-    other_groups: tuple[Hashable, ...] | None
+    groups: list[Hashable] | None
+    other_groups: list[Hashable] | None
     count: int
 
 
@@ -45,6 +41,13 @@ class Cohort:
     train: tuple[int, ...]
     validation: tuple[int, ...]
 
+    def shard(self, rank: int, world: int) -> list[int]:
+        """Indices of the slides that a rank trains and validates on."""
+        return [
+            *shards(self.train, self.targets, world=world)[rank],
+            *self.validation[rank::world],
+        ]
+
 
 def read_labels(
     labels: Any, groups: Any, other_labels: Any, other_groups: Any, *, slides: int, others: int
@@ -54,6 +57,10 @@ def read_labels(
     Raises InputError for one class only, for counts that do not match, and for a label that no
     training slide has.
     """
+
+    def checked(values: Any, count: int, what: str) -> list[Hashable] | None:
+        return None if values is None else hashables(values, count=count, what=what)
+
     found = hashables(labels, count=slides, what="labels")
     classes = distinct(found)
     targets = indices(found, classes, "labels").tolist()
@@ -63,14 +70,10 @@ def read_labels(
     return Labels(
         classes=tuple(classes),
         targets=tuple(targets),
-        groups=_groups(groups, slides, "groups"),
-        other_groups=_groups(other_groups, others, "the groups of validation"),
+        groups=checked(groups, slides, "groups"),
+        other_groups=checked(other_groups, others, "the groups of validation"),
         count=slides,
     )
-
-
-def _groups(groups: Any, count: int, what: str) -> tuple[Hashable, ...] | None:
-    return None if groups is None else tuple(hashables(groups, count=count, what=what))
 
 
 def make_cohort(
@@ -78,7 +81,7 @@ def make_cohort(
     labels: Labels,
     *,
     share: float | None,
-    class_weight: Any,
+    class_weight: ClassWeight,
     seed: int,
 ) -> Cohort:
     """Cohort of opened slides, with about `share` of each class held out for validation.
@@ -86,54 +89,29 @@ def make_cohort(
     Slides of one patient, and slides with the same content, stay on one side. Raises InputError
     where nothing can be held out, and where a slide that was given to validate also trains.
     """
-    everyone = range(labels.count)
-    train, validation = tuple(everyone), tuple(range(labels.count, len(sources)))
+    validation = range(labels.count, len(sources))
+    targets = np.array(labels.targets)
     digests = [source.identity.encode() for source in sources]
+    held = np.arange(len(sources)) >= labels.count
     if validation:
         names = [f"the validation slide {sources[i].name!r}" for i in validation]
-        theirs = [digests[i] for i in validation]
-        require_disjoint([digests[i] for i in train], theirs, names=names, what="content")
+        own, others = digests[: labels.count], digests[labels.count :]
+        require_disjoint(own, others, names=names, what="content")
         if labels.groups is not None and labels.other_groups is not None:
             require_disjoint(labels.groups, labels.other_groups, names=names, what="the patient")
     elif share is not None:
         if labels.groups is None:
             warn_without_groups()
-        chosen = held_out(
-            units(labels.groups, digests),
-            np.array(labels.targets),
-            share,
-            np.random.default_rng(seed_of("split", seed)),
-        )
-        train = tuple(i for i in everyone if not chosen[i])
-        validation = tuple(i for i in everyone if chosen[i])
-    counts = np.bincount([labels.targets[i] for i in train], minlength=len(labels.classes))
-    weights = class_weights(class_weight, labels.classes, counts.astype(np.float64))
+        rng = np.random.default_rng(seed_of("split", seed))
+        held = held_out(units(labels.groups, digests), targets, share, rng)
+    counts = np.bincount(targets[~held], minlength=len(labels.classes)).astype(np.float64)
     return Cohort(
         sources=tuple(sources),
         targets=labels.targets,
         classes=labels.classes,
-        weights=tuple(weights.tolist()),
-        train=train,
-        validation=validation,
-    )
-
-
-def split_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any]]:
-    """The `validation=` argument as a share to hold out, or given slides, labels and groups.
-
-    Raises InputError for anything else.
-    """
-    nothing: tuple[Any, Any, Any] = ((), (), None)
-    if validation is None:
-        return None, nothing
-    number = isinstance(validation, int | float) and not isinstance(validation, bool)
-    if number and 0 < validation < 1:
-        return float(validation), nothing
-    if isinstance(validation, tuple) and len(validation) in (2, 3) and len(validation[0]):
-        return None, (*validation, None)[:3]
-    raise InputError(
-        f"validation is {validation!r}; expected a share between 0 and 1, None, (slides, labels) or"
-        " (slides, labels, groups)"
+        weights=tuple(class_weights(class_weight, labels.classes, counts).tolist()),
+        train=tuple(np.flatnonzero(~held).tolist()),
+        validation=tuple(np.flatnonzero(held).tolist()),
     )
 
 

@@ -1,19 +1,18 @@
-"""Trainable encoder (uint8 tiles to embeddings), freezing, and AdamW parameter groups."""
+"""Networks to train: encoder (uint8 tiles to embeddings) and aggregator; parameter groups."""
 
 import copy
-from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xmag.devices import full_precision, resolve_dtype
 from xmag.errors import InputError
-from xmag.finetune.augment import Draws, augment
+from xmag.finetune.settings import Precision, Settings
 from xmag.hub.registry import ModelConfig
+from xmag.mil import MILOutput
+from xmag.training.augmentation import Draws, augment
 from xmag.vit import ViT
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "register_tokens")
 
@@ -40,30 +39,38 @@ class TileNetwork(nn.Module):
         device = self.scale.device
         tiles = tiles.to(device, non_blocking=True)
         with full_precision(device):
-            pixels = tiles.float() if draws is None else augment(tiles, draws)
-            images = (pixels * self.scale + self.shift).permute(0, 3, 1, 2)  # (B, 3, S, S)
-        with self._precision(device):
-            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        if not self.half_precision:
-            return full_precision(device)
+            if draws is not None:
+                tiles = augment(tiles, draws, dtype=torch.float32)
+            images = (tiles * self.scale + self.shift).permute(0, 3, 1, 2)  # (B, 3, S, S)
+            if not self.half_precision:
+                return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
         # Without its cache: weights that were cast in a pass without a graph would have none in
         # the next, and each is used once a pass anyway.
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
+
+
+class Network(nn.Module):
+    """The trained module: the encoder, and the aggregator on its embeddings."""
+
+    def __init__(self, encoder: TileNetwork, aggregator: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.aggregator = aggregator
+
+    def classify(self, features: Tensor, labels: Tensor | None = None) -> MILOutput:
+        """Aggregator output for one bag of embeddings (N, D), computed in float32."""
+        mask = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
+        with full_precision(features.device):
+            return self.aggregator(features.unsqueeze(0), mask, labels)  # type: ignore[no-any-return]
 
 
 def uses_half(precision: Precision, device: torch.device) -> bool:
     """Whether the encoder computes in bfloat16; "auto" does on CUDA that has it natively.
 
-    Raises InputError for an unknown precision, and for bfloat16 on a device other than CUDA.
+    Raises InputError for bfloat16 on a device other than CUDA.
     """
-    if precision not in get_args(Precision):
-        raise InputError(
-            f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}"
-        )
-    cuda = device.type == "cuda"
-    if precision == "bfloat16" and not cuda:
+    if precision == "bfloat16" and device.type != "cuda":
         raise InputError(
             f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto" or'
             ' "float32"'
@@ -91,35 +98,27 @@ def freeze(vit: ViT, blocks: int | None) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(
-    vit: ViT,
-    aggregator: nn.Module,
-    *,
-    learning_rate: float,
-    classifier_learning_rate: float,
-    layer_decay: float,
-    weight_decay: float,
-) -> list[dict[str, Any]]:
-    """Parameter groups of AdamW with layer-wise learning-rate decay; `peak`: maximal rate.
+def parameter_groups(vit: ViT, aggregator: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW with layer-wise learning-rate decay, at their peak rates.
 
     The rate of the last block is `learning_rate`, and that of each layer before it is
     `layer_decay` times that of the next, down to the embedding of patches (Clark et al. 2020,
     arXiv 2003.10555; BEiT and MAE do the same).
     Vectors, positions and tokens have no weight decay.
     """
-    depth = vit.config.depth
-    rates = [
-        # The last norm goes with the last block.
-        (name, parameter, learning_rate * layer_decay ** max(depth - _layer_of(name, depth), 0))
-        for name, parameter in vit.named_parameters()
-    ]
-    rates += [(name, p, classifier_learning_rate) for name, p in aggregator.named_parameters()]
+    depth, rates = vit.config.depth, []
+    for name, parameter in vit.named_parameters():
+        above = max(depth - _layer_of(name, depth), 0)  # the last norm goes with the last block
+        rates.append((name, parameter, settings.learning_rate * settings.layer_decay**above))
+    for name, parameter in aggregator.named_parameters():
+        rates.append((name, parameter, settings.classifier_learning_rate))
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter, rate in rates:
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.ndim < 2 or name in _WITHOUT_DECAY else weight_decay
-        fresh = {"params": [], "peak": rate, "lr": rate, "weight_decay": decay}
+        bare = parameter.ndim < 2 or name in _WITHOUT_DECAY
+        decay = 0.0 if bare else settings.weight_decay
+        fresh = {"params": [], "lr": rate, "weight_decay": decay}
         groups.setdefault((rate, decay), fresh)["params"].append(parameter)
     return list(groups.values())
 

@@ -1,10 +1,12 @@
-"""Result of fine-tuning: the Encoder, the classifier of its embeddings, and the history."""
+"""Result of fine-tuning: the Encoder, the classifier of its embeddings, and their provenance."""
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,18 @@ import safetensors.torch
 import torch
 
 from xmag.encoder import Encoder
-from xmag.extract import Transform, fingerprint_of
+from xmag.extract import Transform, fingerprint_of, name_of
 from xmag.finetune.cohort import Cohort
-from xmag.finetune.training import Epoch, Network, Progress
-from xmag.mil import MILClassifier
+from xmag.finetune.network import Network
+from xmag.finetune.settings import Mode, Settings
+from xmag.finetune.tilestore import TileOptions
+from xmag.finetune.trainer import Epoch, FinetuneProgress
+from xmag.mil import AGGREGATORS, MILClassifier, aggregator_config
 from xmag.provenance import Provenance
 from xmag.vit import ViT
+
+_NEUTRAL = ("chunk_tiles", "checkpoint_steps")
+"""Settings that do not change what is computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +64,21 @@ def make_result(
     parent: Encoder,
     cohort: Cohort,
     *,
-    progress: Progress,
+    progress: FinetuneProgress,
     lineage: Mapping[str, Any],
     transform: Transform | None,
     device: torch.device,
 ) -> FinetuneResult:
     """The FinetuneResult of a run; `network` has the final weights, `lineage` their origin."""
+    best = None if progress.best_epoch is None else progress.best_epoch - 1  # from 0, as the rows
+    lineage = {**lineage, "best_epoch": best, "epochs_trained": progress.epoch}
     exact = _exact_encoder(network.encoder.vit, parent, lineage)
-    dtype = "bfloat16" if network.encoder.half_precision else "float32"
     encoder = Encoder(
         copy.deepcopy(exact.vit),
         exact.config,
         provenance=exact.provenance,
         device=device,
-        dtype=dtype,
+        dtype="bfloat16" if network.encoder.half_precision else "float32",
     )
     counts = np.bincount(cohort.targets, minlength=len(cohort.classes))
     classifier = MILClassifier.from_module(
@@ -81,14 +90,64 @@ def make_result(
         device=device,
     )
     classifier.history_ = [asdict(row) for row in progress.history]
-    classifier.best_epoch_ = progress.best_epoch
+    classifier.best_epoch_ = best
     return FinetuneResult(
         encoder=encoder,
         classifier=classifier,
         history=tuple(progress.history),
-        best_epoch=progress.best_epoch,
+        best_epoch=best,
         exact_encoder=exact,
     )
+
+
+def lineage_of(
+    cohort: Cohort,
+    network: Network,
+    *,
+    settings: Settings,
+    options: TileOptions,
+    mode: Mode,
+    seed: int,
+) -> dict[str, Any]:
+    """Description of a run as JSON values: settings, aggregator, tiles, split, seed."""
+    head, transform = network.aggregator, options.transform
+    named = type(head) in AGGREGATORS.values()
+    return {
+        "method": "finetune",
+        "xmag": version("xmag"),
+        "mode": mode,
+        "settings": settings.to_dict(),
+        "aggregator": aggregator_config(head) if named else {"name": type(head).__name__},
+        "tiles": {
+            "tissue": options.tissue,
+            "min_tissue": options.min_tissue,
+            "border": options.border,
+            "mpp": options.mpp,
+            "transform": None if transform is None else name_of(transform),
+        },
+        "classes": len(cohort.classes),
+        "train_slides": len(cohort.train),
+        "validation_slides": len(cohort.validation),
+        "random_state": seed,
+    }
+
+
+def identity_of(
+    lineage: Mapping[str, Any], cohort: Cohort, encoder: Encoder, network: Network, *, ranks: int
+) -> dict[str, Any]:
+    """Identity of a run as JSON values, for its checkpoints: all that decides the weights."""
+    slides = [source.identity for source in cohort.sources]
+    head = network.aggregator.state_dict()
+    return {
+        **lineage,
+        "settings": {k: v for k, v in lineage["settings"].items() if k not in _NEUTRAL},
+        "encoder_sha256": encoder.provenance.get("weights_sha256"),
+        "aggregator_sha256": hashlib.sha256(safetensors.torch.save(head)).hexdigest(),
+        "slides_sha256": hashlib.sha256(json.dumps(slides).encode()).hexdigest(),
+        "labels": [repr(cohort.classes[k]) for k in cohort.targets],
+        "train": list(cohort.train),
+        "processes": ranks,
+    }
 
 
 def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:

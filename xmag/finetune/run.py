@@ -3,10 +3,9 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,32 +13,23 @@ from torch import nn
 from xmag.devices import Float32, resolve_device, seeded
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, XmagWarning
-from xmag.finetune.checkpoint import train
-from xmag.finetune.cohort import (
-    Cohort,
-    Source,
-    make_cohort,
-    read_labels,
-    shards,
-    split_validation,
-)
+from xmag.finetune.cohort import make_cohort, read_labels
 from xmag.finetune.gradients import seed_of
-from xmag.finetune.lineage import describe, identify
-from xmag.finetune.network import TileNetwork, freeze, uses_half
-from xmag.finetune.result import FinetuneResult, make_result
-from xmag.finetune.settings import Mode, Settings, checked_mode
+from xmag.finetune.network import Network, TileNetwork, freeze, uses_half
+from xmag.finetune.result import FinetuneResult, identity_of, lineage_of, make_result
+from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import (
-    PlannedSlide,
     SlideLike,
     TileOptions,
     TileStore,
     decoded,
     plan_slides,
 )
-from xmag.finetune.training import Network, Trainer
+from xmag.finetune.trainer import Trainer
 from xmag.hub.registry import DEFAULT_MODEL
 from xmag.mil import aggregator as make_aggregator
-from xmag.training import Ranks, joined_ranks
+from xmag.training import Ranks, joined_ranks, warn_of_early_best
+from xmag.training.splits import read_validation
 
 Slides = Sequence[SlideLike | TileStore]
 Labels = Sequence[Any]
@@ -97,37 +87,44 @@ def finetune_slides(
         MismatchError: The checkpoint is of another run.
         OutputError: There is no room for the tiles, or no folder for the checkpoint.
     """
-    settings, options = settings or Settings(), tiles or TileOptions()
-    mode = checked_mode(mode)
-    share, (others, *about_others) = split_validation(validation)
+    settings, options, seed = settings or Settings(), tiles or TileOptions(), random_state
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
+    share, given = read_validation(validation, what="slides")
+    others, *about_others = given or ((), (), None)
     found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
     with joined_ranks() as ranks:
         check_processes(settings, ranks)
         encoder = _parent(model)
         where = _device(device, model, ranks)
-        sources = _sources([*slides, *others], encoder, options)
+        sources = plan_slides([*slides, *others], spec=encoder.tile_spec, options=options)
         cohort = make_cohort(
-            sources, found, share=share, class_weight=settings.class_weight, seed=random_state
+            sources, found, share=share, class_weight=settings.class_weight, seed=seed
         )
         network = _network(
-            encoder, aggregator, classes=len(cohort.classes), settings=settings, seed=random_state,
+            encoder, aggregator, classes=len(cohort.classes), settings=settings, seed=seed,
             device=where,
         )  # fmt: skip
-        about = describe(
-            cohort, network, settings=settings, options=options, mode=mode, seed=random_state
+        lineage = lineage_of(
+            cohort, network, settings=settings, options=options, mode=mode, seed=seed
         )
+        identity = identity_of(lineage, cohort, encoder, network, ranks=ranks.world)
         shown = progress if ranks.leads else False
-        with _decoded(cohort, ranks, options, shown) as stores:
+        own = cohort.shard(ranks.rank, ranks.world)
+        with decoded([sources[i] for i in own], options=options, progress=shown) as stores:
             trainer = Trainer(
-                network, cohort, stores, settings=settings, mode=mode, seed=random_state,
-                ranks=ranks, device=where,
+                network, cohort, dict(zip(own, stores, strict=True)), settings=settings, mode=mode,
+                seed=seed, ranks=ranks, device=where,
             )  # fmt: skip
             path = None if checkpoint is None else Path(checkpoint)
-            train(trainer, path, identify(about, cohort, encoder, network, ranks), ranks, shown)
+            trained = trainer.train(path, identity, progress=shown)
         now = trainer.progress
+        if now.best_epoch is not None and ranks.leads:
+            warn_of_early_best(
+                now.best_epoch, trained=now.epoch, epochs=settings.epochs, stacklevel=2
+            )
         return make_result(
-            trainer.result(), encoder, cohort, progress=now, transform=options.transform,
-            lineage={**about, "best_epoch": now.best_epoch, "epochs_trained": now.epoch},
+            trained, encoder, cohort, progress=now, lineage=lineage, transform=options.transform,
             device=where,
         )  # fmt: skip
 
@@ -167,35 +164,6 @@ def _device(
     if device == "auto" and isinstance(model, Encoder):
         return model.device
     return resolve_device(device)
-
-
-def _sources(slides: Slides, encoder: Encoder, options: TileOptions) -> list[Source]:
-    """The tile source of each slide: its TileStore, or the slide opened and planned."""
-    size = encoder.tile_spec.size_px
-    for slide in slides:
-        if isinstance(slide, TileStore) and slide.tiles.shape[1] != size:
-            raise InputError(
-                f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
-                f" wants {size} px; make them with stored_tiles(slides, spec=encoder.tile_spec)"
-            )
-    unplanned = [slide for slide in slides if not isinstance(slide, TileStore)]
-    planned = iter(plan_slides(unplanned, spec=encoder.tile_spec, options=options))
-    return [slide if isinstance(slide, TileStore) else next(planned) for slide in slides]
-
-
-@contextmanager
-def _decoded(
-    cohort: Cohort, ranks: Ranks, options: TileOptions, progress: bool | None
-) -> Iterator[dict[int, TileStore]]:
-    """TileStores of this rank's slides, by their index in the cohort, within the context."""
-    own = [
-        *shards(cohort.train, cohort.targets, world=ranks.world)[ranks.rank],
-        *cohort.validation[ranks.rank :: ranks.world],
-    ]
-    ready = {i: s for i in own if isinstance(s := cohort.sources[i], TileStore)}
-    planned = {i: s for i in own if isinstance(s := cohort.sources[i], PlannedSlide)}
-    with decoded(list(planned.values()), options=options, progress=progress) as stores:
-        yield ready | dict(zip(planned, stores, strict=True))
 
 
 def _network(

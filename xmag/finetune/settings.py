@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from xmag import records
-from xmag.errors import InputError
-from xmag.finetune.augment import Augmentation
-from xmag.finetune.network import Precision
 from xmag.mil.heads import ClassWeight
+from xmag.training import Augmentation
 
 Mode = Literal["exact", "sampled"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,8 @@ class Settings:
         clip: The largest norm of the gradient of a step; None does not clip.
         ema: Decay of the moving average of weights that is validated and returned, None to return
             the weights themselves. It is lower in the first steps: (1 + step) / (10 + step).
-        augmentation: None leaves tiles as they are.
+        augmentation: Drawn for each tile; hue changes less than in distillation. None leaves tiles
+            as they are.
         class_weight: Weight of a slide in the loss: "balanced" gives each class the same weight,
             None each slide; or {class: weight}.
         precision: "auto" is bfloat16 (autocast, float32 weights) on CUDA that has it, else float32.
@@ -57,7 +57,7 @@ class Settings:
     warmup: float = 0.1
     clip: float | None = 1.0
     ema: float | None = 0.99
-    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    augmentation: Augmentation | None = field(default_factory=lambda: Augmentation(hue=0.02))
     class_weight: ClassWeight = "balanced"
     precision: Precision = "auto"
     checkpoint_steps: int | None = None
@@ -85,10 +85,3 @@ class Settings:
             pairs = [[repr(label), float(w)] for label, w in self.class_weight.items()]
             values["class_weight"] = sorted(pairs)
         return values
-
-
-def checked_mode(mode: str) -> Mode:
-    """Check `mode` and return it; InputError for any other than "exact" and "sampled"."""
-    if mode not in get_args(Mode):
-        raise InputError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
-    return mode  # type: ignore[return-value]

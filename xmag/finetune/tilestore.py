@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,7 +28,6 @@ from xmag.tiles import Tiles, read_tiles
 from xmag.tissue import find_tissue
 
 SlideLike = Slide | str | PathLike[str]
-
 OnTiles = Callable[[int], object]
 
 _GIB = 2**30
@@ -123,6 +122,23 @@ class PlannedSlide:
         """The options of the tile plan."""
         return self.plan.options
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the decoded tiles (N, S, S, 3); uint8, so that the product is their bytes."""
+        side = self.plan.spec.size_px
+        return len(self.plan), side, side, 3
+
+    def batches(self, options: TileOptions, on_tiles: OnTiles) -> Iterator[Tiles]:
+        """Decoded and transformed tiles in batches; `on_tiles` is told how many."""
+        with _opened(self.slide, options.mpp) as opened:
+            for _, tiles in read_tiles(opened, self.plan, batch_size=_BATCH):
+                yield transformed(tiles, options.transform)
+                on_tiles(len(tiles))
+
+
+Source = TileStore | PlannedSlide
+"""Source of a slide's tiles: decoded already, or opened and planned."""
+
 
 @contextmanager
 def stored_tiles(
@@ -155,38 +171,51 @@ def stored_tiles(
 
 
 def plan_slides(
-    slides: Sequence[SlideLike], *, spec: TileSpec, options: TileOptions
-) -> list[PlannedSlide]:
-    """The plan of each slide. Raises what `stored_tiles` does, before anything is decoded."""
-    planned = [_planned(slide, spec, options) for slide in slides]
-    if empty := [entry for entry in planned if not len(entry.plan)]:
+    slides: Sequence[SlideLike | TileStore], *, spec: TileSpec, options: TileOptions
+) -> list[Source]:
+    """The plan of each slide that is no TileStore already, before anything is decoded.
+
+    Raises what `stored_tiles` does, and InputError for stores of tiles of another size.
+    """
+    sources: list[Source] = []
+    for slide in slides:
+        if isinstance(slide, TileStore) and slide.tiles.shape[1] != spec.size_px:
+            raise InputError(
+                f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
+                f" wants {spec.size_px} px; make them with stored_tiles(slides,"
+                " spec=encoder.tile_spec)"
+            )
+        sources.append(slide if isinstance(slide, TileStore) else _planned(slide, spec, options))
+    if empty := [s for s in sources if isinstance(s, PlannedSlide) and not len(s.plan)]:
         raise _without_tiles([f"{entry.name!r} ({_why(entry.plan)})" for entry in empty])
-    return planned
+    return sources
 
 
 @contextmanager
 def decoded(
-    slides: Sequence[PlannedSlide], *, options: TileOptions, progress: bool | None
+    sources: Sequence[Source], *, options: TileOptions, progress: bool | None
 ) -> Iterator[list[TileStore]]:
-    """A context with the decoded tiles (TileStore) of each planned slide."""
-    kept = _fit_in_memory([_bytes_of(entry) for entry in slides], options.memory_gib * _GIB)
-    total = sum(len(entry.plan) for entry in slides)
+    """A context with the decoded tiles (TileStore) of each source."""
+    planned = {i: s for i, s in enumerate(sources) if isinstance(s, PlannedSlide)}
+    in_memory, room = dict[int, PlannedSlide](), options.memory_gib * _GIB
+    for i, entry in planned.items():  # each, in order, that still fits
+        if (size := math.prod(entry.shape)) <= room:
+            in_memory[i], room = entry, room - size
+    in_file = {i: entry for i, entry in planned.items() if i not in in_memory}
+    total = sum(len(entry.plan) for entry in planned.values())
     # Windows does not delete a file that somebody still has mapped.
     with tempfile.TemporaryDirectory(
         prefix="xmag-tiles-", dir=options.folder, ignore_cleanup_errors=True
     ) as scratch:
         with progress_bar(progress, total=total, desc="decoding", unit="tile") as bar:
-            in_memory = {
-                i: _in_memory(entry, options, bar.update)
-                for i, entry in enumerate(slides)
-                if kept[i]
-            }
-            others = {i: entry for i, entry in enumerate(slides) if not kept[i]}
-            mapped = _in_file(list(others.values()), Path(scratch), options, bar.update)
-        tiles = in_memory | dict(zip(others, mapped, strict=True))
+            tiles = {i: _in_memory(s, options, bar.update) for i, s in in_memory.items()}
+            mapped = _in_file(list(in_file.values()), Path(scratch, "tiles"), options, bar.update)
+        tiles |= zip(in_file, mapped, strict=True)
         yield [
-            TileStore(tiles[i], entry.name, entry.plan.coords, entry.identity, entry.options)
-            for i, entry in enumerate(slides)
+            s
+            if isinstance(s, TileStore)
+            else TileStore(tiles[i], s.name, s.plan.coords, s.identity, s.options)
+            for i, s in enumerate(sources)
         ]
 
 
@@ -207,69 +236,36 @@ def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedS
         )
 
 
-def _fit_in_memory(sizes: Sequence[int], room: float) -> list[bool]:
-    """Mask of the slides to keep in memory: each, in order, that still fits into `room`."""
-    kept = []
-    for size in sizes:
-        kept.append(size <= room)
-        room -= size if kept[-1] else 0
-    return kept
-
-
-def _shape_of(entry: PlannedSlide) -> tuple[int, int, int, int]:
-    side = entry.plan.spec.size_px
-    return len(entry.plan), side, side, 3
-
-
-def _bytes_of(entry: PlannedSlide) -> int:
-    return math.prod(_shape_of(entry))
-
-
-def _batches(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Iterator[Tiles]:
-    with _opened(entry.slide, options.mpp) as opened:
-        for _, tiles in read_tiles(opened, entry.plan, batch_size=_BATCH):
-            yield transformed(tiles, options.transform)
-            on_tiles(len(tiles))
-
-
 def _in_memory(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Tiles:
-    tiles, done = np.empty(_shape_of(entry), np.uint8), 0
-    for batch in _batches(entry, options, on_tiles):
+    tiles, done = np.empty(entry.shape, np.uint8), 0
+    for batch in entry.batches(options, on_tiles):
         tiles[done : done + len(batch)] = batch
         done += len(batch)
     return tiles
 
 
 def _in_file(
-    slides: Sequence[PlannedSlide], folder: Path, options: TileOptions, on_tiles: OnTiles
+    slides: Sequence[PlannedSlide], path: Path, options: TileOptions, on_tiles: OnTiles
 ) -> list[Tiles]:
     """Decode the tiles of slides into one unlinked file; memory maps of it, read-only."""
     if not slides:
         return []
-    path = folder / "tiles"
     # Written, and only then mapped: a disk that is full is an error, and no fatal signal.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         for entry in slides:
-            for batch in _batches(entry, options, on_tiles):
+            for batch in entry.batches(options, on_tiles):
                 file.write(np.ascontiguousarray(batch).data)
     whole = np.memmap(path, np.uint8, mode="r")
     with suppress(PermissionError):  # Windows keeps the name as long as the mapping
         path.unlink()
-    ends = np.cumsum([_bytes_of(entry) for entry in slides]).tolist()
-    return [
-        whole[end - _bytes_of(entry) : end].reshape(_shape_of(entry))
-        for entry, end in zip(slides, ends, strict=True)
-    ]
+    ends = np.cumsum([math.prod(entry.shape) for entry in slides])
+    parts = np.split(whole, ends[:-1])
+    return [part.reshape(entry.shape) for part, entry in zip(parts, slides, strict=True)]
 
 
-@contextmanager
-def _opened(slide: SlideLike, mpp: float | None) -> Iterator[Slide]:
+def _opened(slide: SlideLike, mpp: float | None) -> AbstractContextManager[Slide]:
     """A context with the slide opened; closed on exit if it was given as a path."""
-    if isinstance(slide, Slide):
-        yield slide
-        return
-    with Slide(slide, mpp=mpp) as opened:
-        yield opened
+    return nullcontext(slide) if isinstance(slide, Slide) else Slide(slide, mpp=mpp)
 
 
 def _digest(tiles: NDArray[np.uint8]) -> str:

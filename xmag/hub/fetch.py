@@ -121,9 +121,6 @@ def _from_hub(
 
     page = f"{constants.ENDPOINT}/{name}"
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    # huggingface_hub speaks requests up to 0.x and httpx from 1.0: the errors of either are the
-    # bases of its own, or OSError.
-    failures: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
     cached = None
     try:
         cached = _cached(name, revision, cache)
@@ -134,11 +131,11 @@ def _from_hub(
         return _fetched(name, revision, token, cache, page)
     except errors.HFValidationError as error:
         raise InputError(f"{name!r} is no name that the Hub allows: {error}") from error
-    except failures as error:
+    except hub_failures() as error:
         # "Not in the cache" hides what kept it from being fetched.
         hidden = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
         reason = hidden or error
-        status = getattr(getattr(reason, "response", None), "status_code", None)
+        status = status_of(reason)
         if cached and (status is None or status >= 500):
             _logger.warning("%s cannot be reached; using %s", page, cached.weights)
             return cached
@@ -170,12 +167,8 @@ def _fetched(
     name: str, revision: str | None, token: str | bool | None, cache: Path, page: str
 ) -> LocalModel:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils.tqdm import tqdm
 
-    # Later versions do this themselves: tqdm's own lock is shared with child processes, and
-    # making one fixes the start method of multiprocessing for the whole program.
-    if "_lock" not in vars(tqdm):
-        tqdm.set_lock(threading.RLock())
+    lock_progress_bars()
     listing = HfApi(token=token).model_info(name, revision=revision).siblings or []
     names = [entry.rfilename for entry in listing]
     weights = _choose_weights(names, where=page)
@@ -189,6 +182,32 @@ def _fetched(
         folder = Path(got).parent
         revision = folder.name
     return _in_folder(folder, name=name, revision=revision)
+
+
+def hub_failures() -> tuple[type[Exception], ...]:
+    """Errors of a Hub that cannot be reached or refuses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # huggingface_hub speaks requests up to 0.x and httpx from 1.0: the errors of either are the
+    # bases of its own, or OSError.
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status in an error of the Hub; None where there was no answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def lock_progress_bars() -> None:
+    """Give the Hub's progress bars a lock of threads, as its later versions do by themselves.
+
+    tqdm's own lock is shared with child processes, and making one fixes the start method of
+    multiprocessing for the whole program.
+    """
+    from huggingface_hub.utils.tqdm import tqdm
+
+    if "_lock" not in vars(tqdm):
+        tqdm.set_lock(threading.RLock())
 
 
 def _explained(

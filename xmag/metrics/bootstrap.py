@@ -1,5 +1,6 @@
 """Bootstrap confidence intervals of metrics, resampled by patient and vectorised."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from xmag.metrics.labels import Cases, Labels, as_labels, decided_cases, numbere
 
 Floats = NDArray[np.float64]
 Values = Callable[[Floats], Floats]
-"""A weighted metric: weights of the cases (R, n) -> values (R,), NaN where undefined."""
+"""A weighted metric: weights of the cases (R, n) -> values (R, ...), NaN where undefined."""
 
 RandomState = int | np.random.Generator | None
 
@@ -41,69 +42,44 @@ class Interval:
         return f"({self.low:.3f}, {self.high:.3f})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric with its name, title, and vectorised function of case weights (R, n) -> (R,)."""
+    """A metric: its function, the same vectorised over weights of the cases, and its title."""
 
-    name: str
+    function: Callable[..., float]
+    values: Callable[[Cases, Floats | None], Floats]  # weights (R, n) -> (R,)
     title: str
-    of_scores: bool
+    of_scores: bool = False
     needs_order: bool = False
-    values: Callable[[Cases, Floats | None], Floats]
+
+    def cases(
+        self, y_true: Labels, y_hat: Any, classes: Labels | None, within: Labels | None
+    ) -> Cases:
+        """The checked operands of the metric; `within` matters to metrics of scores alone."""
+        if self.needs_order and classes is None:
+            self.function(y_true, y_hat)  # raises, and says why an order is needed
+        if self.of_scores:
+            return scored_cases(y_true, y_hat, classes, within)
+        return decided_cases(y_true, y_hat, classes)
 
 
 METRICS = {
-    metric.name: metric
+    metric.function.__name__: metric
     for metric in (
+        Metric(decisions.balanced_accuracy, decisions.balanced_accuracies, "balanced accuracy"),
+        Metric(decisions.weighted_f1, decisions.weighted_f1s, "weighted F1"),
+        Metric(decisions.accuracy, decisions.accuracies, "accuracy"),
         Metric(
-            name="balanced_accuracy",
-            title="balanced accuracy",
-            of_scores=False,
-            values=decisions.balanced_accuracies,
-        ),
-        Metric(
-            name="weighted_f1",
-            title="weighted F1",
-            of_scores=False,
-            values=decisions.weighted_f1s,
-        ),
-        Metric(
-            name="accuracy",
-            title="accuracy",
-            of_scores=False,
-            values=decisions.accuracies,
-        ),
-        Metric(
-            name="quadratic_kappa",
-            title="quadratic kappa",
-            of_scores=False,
+            decisions.quadratic_kappa,
+            decisions.quadratic_kappas,
+            "quadratic kappa",
             needs_order=True,
-            values=decisions.quadratic_kappas,
         ),
-        Metric(
-            name="auroc_ovr",
-            title="AUROC, one-vs-rest macro",
-            of_scores=True,
-            values=ranking.ovr_aurocs,
-        ),
-        Metric(
-            name="auroc_ovo",
-            title="AUROC, one-vs-one macro",
-            of_scores=True,
-            values=ranking.ovo_aurocs,
-        ),
+        Metric(ranking.auroc_ovr, ranking.ovr_aurocs, "AUROC, one-vs-rest macro", of_scores=True),
+        Metric(ranking.auroc_ovo, ranking.ovo_aurocs, "AUROC, one-vs-one macro", of_scores=True),
     )
 }
 """Metrics by name, in the order of the rows of tables."""
-
-_OF_FUNCTION = {
-    decisions.balanced_accuracy: "balanced_accuracy",
-    decisions.weighted_f1: "weighted_f1",
-    decisions.accuracy: "accuracy",
-    decisions.quadratic_kappa: "quadratic_kappa",
-    ranking.auroc_ovr: "auroc_ovr",
-    ranking.auroc_ovo: "auroc_ovo",
-}
 
 
 def interval(
@@ -133,29 +109,15 @@ def interval(
     for operands that the metric does not take, fewer than two groups, and a metric that is almost
     never defined. Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
-    name = _OF_FUNCTION.get(metric)
-    if name is None:
+    known = next((m for m in METRICS.values() if m.function is metric), None)
+    if known is None:
         truth = as_labels(y_true, "y_true")
         codes = numbered(truth, len(truth), "y_true")
-        assert codes is not None
         values = _by_calls(metric, truth, y_hat, {} if classes is None else {"classes": classes})
     else:
-        known = METRICS[name]
-        if known.needs_order and classes is None:
-            metric(y_true, y_hat)  # raises, and says why an order is needed
-        cases = (
-            scored_cases(y_true, y_hat, classes, within)
-            if known.of_scores
-            else decided_cases(y_true, y_hat, classes)  # type: ignore[arg-type]
-        )
-        codes = cases.truth
-
-        def values(weights: Floats) -> Floats:
-            return known.values(cases, weights)
-
-    patients = numbered(groups, len(codes), "groups")
-    if patients is None:
-        patients = np.arange(len(codes))
+        cases = known.cases(y_true, y_hat, classes, within)
+        codes, values = cases.truth, functools.partial(known.values, cases)
+    patients = np.arange(len(codes)) if groups is None else numbered(groups, len(codes), "groups")
     drawn = resampled(values, codes, patients, resamples=resamples, random_state=random_state)
     return percentile_interval(drawn, level=level)
 
@@ -176,7 +138,7 @@ def resampled(
     resamples: int,
     random_state: RandomState,
 ) -> Floats:
-    """Bootstrap values of a metric, float64 (resamples,), one for each draw of groups.
+    """Bootstrap values of a metric, float64 (resamples, ...), one for each draw of groups.
 
     `codes` (n,) are the classes, all of which each draw has to have; `groups` (n,) are numbered
     from 0 without gaps.
@@ -188,7 +150,7 @@ def resampled(
     blocks = drawn_weights(codes, groups, resamples=resamples, random_state=random_state)
     for tries, weights in enumerate(blocks):
         found = values(weights)
-        found = found[np.isfinite(found)]
+        found = found[np.isfinite(found).all(axis=tuple(range(1, found.ndim)))]
         kept.append(found)
         count += len(found)
         if count >= resamples:

@@ -23,7 +23,7 @@ def confusion_matrix(
 
 def accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
     """Accuracy: the share of correct predictions. Raises InputError as `confusion_matrix`."""
-    return _value(accuracies(decided_cases(y_true, y_pred, classes), None))
+    return float(accuracies(decided_cases(y_true, y_pred, classes), None)[0])
 
 
 def balanced_accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
@@ -33,7 +33,7 @@ def balanced_accuracy(y_true: Labels, y_pred: Labels, *, classes: Labels | None 
     Raises InputError as `confusion_matrix`. Brodersen et al. 2010, "The balanced accuracy and its
     posterior distribution", for any number of classes.
     """
-    return _value(balanced_accuracies(decided_cases(y_true, y_pred, classes), None))
+    return float(balanced_accuracies(decided_cases(y_true, y_pred, classes), None)[0])
 
 
 def weighted_f1(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
@@ -41,7 +41,7 @@ def weighted_f1(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None
 
     A class that no case has weighs nothing. Raises InputError as `confusion_matrix`.
     """
-    return _value(weighted_f1s(decided_cases(y_true, y_pred, classes), None))
+    return float(weighted_f1s(decided_cases(y_true, y_pred, classes), None)[0])
 
 
 def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> float:
@@ -59,13 +59,13 @@ def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = 
             " classes=[...]"
         )
     cases = decided_cases(y_true, y_pred, classes)
-    value = quadratic_kappas(cases, None)
-    if np.isnan(value[0]):
+    value = float(quadratic_kappas(cases, None)[0])
+    if np.isnan(value):
         raise InputError(
             f"quadratic kappa is not defined: all {len(cases)} cases have and were given the class"
             f" {cases.classes[cases.truth[0]]!r}; give cases of two classes or more"
         )
-    return _value(value)
+    return value
 
 
 def confusions(cases: Cases, weights: Floats | None) -> Floats:
@@ -121,7 +121,3 @@ def quadratic_kappas(cases: Cases, weights: Floats | None) -> Floats:
 
 def _diagonals(matrices: Floats) -> Floats:
     return np.diagonal(matrices, axis1=1, axis2=2)
-
-
-def _value(values: Floats) -> float:
-    return float(values[0])

@@ -1,7 +1,7 @@
 """Checked inputs of metrics: labels of any hashable type, encoded as class indices."""
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -44,13 +44,16 @@ class Cases:
     def __len__(self) -> int:
         return len(self.truth)
 
-    def counts(self) -> NDArray[np.int64]:
-        """Cases of each class, int64 (C,)."""
-        return np.bincount(self.truth, minlength=len(self.classes))
+    def missing(self) -> list[Hashable]:
+        """The classes without any case."""
+        present = set(self.truth.tolist())
+        return [label for place, label in enumerate(self.classes) if place not in present]
 
 
-def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
-    """Checked labels as a list of plain Python values.
+def as_labels(
+    values: Labels | Iterable[Hashable], name: str, *, n: int | None = None
+) -> list[Hashable]:
+    """Checked labels as a list of plain Python values; `n` of them, where that is given.
 
     Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, pandas' NA,
     empty, or text such as "nan" that stands for it) or text with blanks around it, which would make
@@ -68,21 +71,25 @@ def as_labels(values: Labels | Iterable[Hashable], name: str) -> list[Hashable]:
     plain = [_plain(value) for value in values]
     for place, value in enumerate(plain):
         where = f"{name}[{place}] is {value!r}"
-        if not isinstance(value, Hashable) or _hash_fails(value):
+        try:
+            hash(value)
+        except TypeError as error:
             raise InputError(
                 f"{where}, a {type(value).__name__} that cannot be hashed; expected text, a number,"
                 " a tuple of those or another hashable label"
-            )
-        if _is_missing(value):
+            ) from error
+        if any(map(_stands_for_missing, _parts(value))):
             raise InputError(
                 f"{where}, a missing value; leave out cases without one (what is really called so"
                 " needs another name)"
             )
-        if _is_padded(value):
+        if any(isinstance(part, str) and part != part.strip() for part in _parts(value)):
             raise InputError(
                 f"{where}, with blanks around it, which would tell it from the same without them;"
                 " take them off, as str.strip() does"
             )
+    if n is not None:
+        _require_length(n, len(plain), name)
     return plain
 
 
@@ -93,39 +100,32 @@ def _plain(value: Any) -> Any:
     return value.item() if numpy_like and getattr(value, "ndim", None) == 0 else value
 
 
-def _hash_fails(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:  # a tuple with a list inside
-        return True
-    return False
+def _parts(label: Hashable) -> Iterator[Hashable]:
+    """The parts of a tuple, and of tuples in it; another label is its only part."""
+    if type(label) is not tuple:
+        yield label
+        return
+    for part in label:
+        yield from _parts(part)
 
 
-def _is_missing(value: Any) -> bool:
-    if type(value) is tuple:
-        return any(map(_is_missing, value))
-    if isinstance(value, str):
-        return is_missing(value)
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own
-
-
-def _is_padded(value: Any) -> bool:
-    if type(value) is tuple:
-        return any(map(_is_padded, value))
-    return isinstance(value, str) and value != value.strip()
+def _stands_for_missing(part: Any) -> bool:
+    if isinstance(part, str):
+        return is_missing(part)
+    if isinstance(part, float):
+        return math.isnan(part)
+    return part is None or type(part).__name__ in ("NAType", "NaTType")  # pandas' own
 
 
 def refuse_continuous(labels: Iterable[Hashable], name: str) -> None:
     """Raise InputError where a label is a number that is not whole: a measurement, not a class."""
     for label in labels:
-        parts = label if type(label) is tuple else (label,)
-        if any(isinstance(part, float | Decimal | Fraction) and part % 1 != 0 for part in parts):
-            raise InputError(
-                f"{name} holds {label!r}, a number that is not whole: {CONTINUOUS}. Where"
-                " they are names of classes, give them as text"
-            )
+        for part in _parts(label):
+            if isinstance(part, float | Decimal | Fraction) and part % 1 != 0:
+                raise InputError(
+                    f"{name} holds {label!r}, a number that is not whole: {CONTINUOUS}. Where"
+                    " they are names of classes, give them as text"
+                )
 
 
 def class_order(
@@ -159,26 +159,30 @@ def class_order(
     return order
 
 
-def encode(labels: Iterable[Hashable], classes: Sequence[Hashable]) -> NDArray[np.int64]:
+def encode(labels: Iterable[Hashable], classes: Iterable[Hashable]) -> NDArray[np.int64]:
     """The index of each label in `classes`, which has them all: int64 (n,)."""
     place = {label: number for number, label in enumerate(classes)}
     return np.array([place[label] for label in labels], dtype=np.int64)
 
 
-def numbered(labels: Labels | None, n: int, name: str) -> NDArray[np.int64] | None:
-    """Label ids, int64 (n,), numbered from 0 by first appearance; None stays None.
-
-    Raises InputError where there are not `n` of them.
-    """
-    if labels is None:
-        return None
-    listed = as_labels(labels, name)
-    require_same_length(n, len(listed), name)
-    return encode(listed, tuple(dict.fromkeys(listed)))
+def numbered(labels: Labels, n: int, name: str) -> NDArray[np.int64]:
+    """Label ids, int64 (n,), by first appearance, from 0 on; InputError unless there are `n`."""
+    listed = as_labels(labels, name, n=n)
+    return encode(listed, dict.fromkeys(listed))
 
 
-def require_same_length(n: int, other: int, name: str) -> None:
-    """Raise InputError unless `other`, the length of `name`, is `n`."""
+def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
+    """The classes as an array (C,) from which each comes back unchanged: of objects, if need be."""
+    if all(type(label) in (bool, int, float, str) for label in classes):
+        array = np.array(classes)
+        if [(type(v), v) for v in array.tolist()] == [(type(v), v) for v in classes]:
+            return array
+    array = np.empty(len(classes), dtype=object)
+    array[:] = list(classes)
+    return array
+
+
+def _require_length(n: int, other: int, name: str) -> None:
     if n != other:
         raise InputError(f"{name} has {other} entries for {n} cases; expected one for each case")
 
@@ -202,7 +206,7 @@ def as_scores(
             f" expected ({n}, {len(classes)}), or (n,) for two classes; where a class does not"
             " occur, give classes="
         )
-    require_same_length(n, len(array), name)
+    _require_length(n, len(array), name)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         row, column = bad[0]
@@ -215,9 +219,8 @@ def as_scores(
 
 def decided_cases(y_true: Labels, y_pred: Labels, classes: Labels | None) -> Cases:
     """`Cases` with predicted classes; `classes` defaults to the sorted labels of both."""
-    truth, predicted = as_labels(y_true, "y_true"), as_labels(y_pred, "y_pred")
-    _require_cases(truth)
-    require_same_length(len(truth), len(predicted), "y_pred")
+    truth = _some(y_true)
+    predicted = as_labels(y_pred, "y_pred", n=len(truth))
     if classes is None:
         order = class_order([*truth, *predicted], None)
     else:
@@ -230,8 +233,7 @@ def scored_cases(
     y_true: Labels, scores: ArrayLike, classes: Labels | None, within: Labels | None = None
 ) -> Cases:
     """`Cases` with scores; `classes` defaults to the sorted labels of `y_true`."""
-    truth = as_labels(y_true, "y_true")
-    _require_cases(truth)
+    truth = _some(y_true)
     order = class_order(truth, classes)
     if len(order) < 2:
         raise InputError(
@@ -242,13 +244,15 @@ def scored_cases(
         truth=encode(truth, order),
         scores=as_scores(scores, len(truth), order),
         classes=order,
-        within=numbered(within, len(truth), "within"),
+        within=None if within is None else numbered(within, len(truth), "within"),
     )
 
 
-def _require_cases(labels: list[Hashable]) -> None:
+def _some(y_true: Labels) -> list[Hashable]:
+    labels = as_labels(y_true, "y_true")
     if not labels:
         raise InputError("y_true is empty; expected at least one case")
+    return labels
 
 
 def _listed(classes: Sequence[Hashable]) -> str:

@@ -44,16 +44,13 @@ def roc_curve(
     """
     cases = scored_cases(y_true, scores, classes)
     place = _positive_place(cases, positive)
-    mask = cases.truth == place
-    score = _column(cases, place)
-    order = np.argsort(-score, kind="stable")
-    last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
-    hits = np.cumsum(mask[order])[last_of_tie]
-    alarms = last_of_tie + 1 - hits
+    hits, alarms, thresholds = _steps(
+        _column(cases, place), cases.truth == place, np.ones((1, len(cases)))
+    )
     return RocCurve(
-        fpr=np.concatenate([[0.0], alarms / alarms[-1]]),
-        tpr=np.concatenate([[0.0], hits / hits[-1]]),
-        thresholds=np.concatenate([[np.inf], score[order][last_of_tie]]),
+        fpr=np.append(0.0, alarms[0] / alarms[0, -1]),
+        tpr=np.append(0.0, hits[0] / hits[0, -1]),
+        thresholds=np.append(np.inf, thresholds),
     )
 
 
@@ -136,6 +133,48 @@ def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
     return np.asarray(np.mean(areas, axis=0))
 
 
+def mean_roc(
+    cases: Cases, weights: Floats | None, place: int, fpr: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Mean ROC curve over the values of `within`, of the class at `place` against the rest.
+
+    Each weighs by its pairs of a positive and a negative case, so that the area under the mean is
+    the AUROC. Returns the false positive rates (k,), and the true positive rate at each of them
+    under each row of weights (R, n): (R, k), NaN where no pair can be compared. Rates default to
+    both sides of each step of the curves, where their mean is exact; none without a pair.
+    """
+    positive, score = cases.truth == place, _column(cases, place)
+    weights = np.ones((1, len(cases))) if weights is None else weights
+    within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
+    curves = []
+    for rows in (np.flatnonzero(within == one) for one in np.unique(within)):
+        hits, alarms, _ = _steps(score[rows], positive[rows], weights[:, rows])
+        most_hits, most_alarms = hits[:, -1:], alarms[:, -1:]
+        if (pairs := most_hits * most_alarms).any():
+            x = alarms / np.where(most_alarms > 0, most_alarms, 1)
+            y = hits / np.where(most_hits > 0, most_hits, 1)
+            curves.append((x, y, pairs))
+    if fpr is None:
+        steps = np.unique(np.concatenate([np.empty(0), *(x[0] for x, _, _ in curves)]))
+        fpr = np.union1d((steps - 1e-9).clip(0), steps)
+    total, weight = np.zeros((len(weights), len(fpr))), np.zeros((len(weights), 1))
+    for x, y, pairs in curves:
+        rates = zip(x, y, strict=True)
+        total += pairs * [np.interp(fpr, np.append(0.0, a), np.append(0.0, b)) for a, b in rates]
+        weight += pairs
+    return fpr, np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
+
+
+def _steps(score: Floats, positive: Bools, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """Weights (R, k) of the positive and the negative cases down to each different score (k,)."""
+    order = np.argsort(-score, kind="stable")
+    last_of_tie = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
+    in_order, positive = weights[:, order], positive[order]
+    hits = np.cumsum(in_order * positive, axis=1)[:, last_of_tie]
+    alarms = np.cumsum(in_order * ~positive, axis=1)[:, last_of_tie]
+    return hits, alarms, score[order][last_of_tie]
+
+
 def _areas(
     cases: Cases, weights: Floats | None, score: Floats, positive: Bools, negative: Bools
 ) -> Floats:
@@ -193,16 +232,9 @@ def _positive_place(cases: Cases, positive: Hashable | None) -> int:
     return place
 
 
-def missing_classes(cases: Cases) -> list[Hashable]:
-    """The classes without any case."""
-    counts = cases.counts()
-    return [label for label, count in zip(cases.classes, counts, strict=True) if not count]
-
-
 def _value(values: Floats, cases: Cases) -> float:
     if np.isnan(values[0]):
-        missing = missing_classes(cases)
-        if missing:
+        if missing := cases.missing():
             raise InputError(
                 f"AUROC is not defined: no case is of class {missing[0]!r}; leave it out of"
                 " classes and scores, or give cases of it"

@@ -21,7 +21,7 @@ from xmag.training.splits import require_disjoint, units
 BagLike = FeatureBag | NDArray[Any] | torch.Tensor | str | os.PathLike[str]
 """Accepted types of a bag: embeddings (N, D), or the path of a file for FeatureBag.load."""
 
-Made = tuple[int, Provenance | None]
+Origin = tuple[int, Provenance | None]
 """Width D and provenance of a bag, in which the bags of a classifier agree."""
 
 _WANTED = (
@@ -66,13 +66,15 @@ class Bags:
         except (BagError, OSError) as error:
             raise BagError(f"{self.name(index)}: {error}") from error
 
-    def read_like(
+    def read_matching(
         self, index: int, width: int, fingerprint: Mapping[str, Any] | None
     ) -> Bag | FeatureBag:
         """Read a bag; raises where its width or fingerprint differs from that of the training."""
         bag = self[index]
         expected = None if fingerprint is None else Provenance(fingerprint, {})
-        require_like(self.name(index), made_of(bag), "those of the training", (width, expected))
+        require_same_origin(
+            self.name(index), origin_of(bag), "those of the training", (width, expected)
+        )
         return bag
 
     def warn_of_empty(self, rows: Sequence[int], what: str) -> None:
@@ -99,7 +101,7 @@ class BagDataset:
         digests: The digest of the features of each of `bags`.
         groups: The patient of each of `bags`; None where they are not known.
         first: The first of `bags` with a provenance, with which all others agree; 0 without any.
-        made: The width D of all features, and the provenance of that bag, None without any.
+        origin: The width D of all features, and the provenance of that bag, None without any.
         rows: The place in `bags` of each bag of the dataset, int64 (n,).
         targets: (n, ...).
         weights: float64 (n,).
@@ -110,7 +112,7 @@ class BagDataset:
     digests: list[bytes]
     groups: list[Hashable] | None
     first: int
-    made: Made
+    origin: Origin
     rows: NDArray[np.int64]
     targets: NDArray[Any]
     weights: NDArray[np.float64]
@@ -122,7 +124,7 @@ class BagDataset:
         """The features of a bag, float32 (N, D); BagError where its file is no longer the same."""
         row = int(self.rows[index])
         features = self.bags[row].features
-        expected = (self.tiles[row], self.made[0])
+        expected = (self.tiles[row], self.origin[0])
         if features.shape != expected:
             raise BagError(
                 f"{self.bags.name(row)} has changed while training: features {features.shape},"
@@ -144,7 +146,9 @@ class BagDataset:
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
         names = [validation.bags.name(row) for row in range(len(validation.bags))]
-        require_like(names[validation.first], validation.made, "the bags to train on", self.made)
+        require_same_origin(
+            names[validation.first], validation.origin, "the bags to train on", self.origin
+        )
         require_disjoint(
             [self.digests[row] for row in self.rows],
             [validation.digests[row] for row in validation.rows],
@@ -164,33 +168,33 @@ def read_dataset(bags: Bags, targets: NDArray[Any], groups: Any, *, of: str = ""
     """
     if groups is not None:
         groups = hashables(groups, count=len(bags), what=f"{of}groups")
-    tiles, digests, first, made = [], [], 0, None
+    tiles, digests, first, origin = [], [], 0, None
     for row in range(len(bags)):
         bag = bags[row]
-        made = made or made_of(bag)
-        require_like(bags.name(row), made_of(bag), bags.name(first), made)
-        if made[1] is None and bag.provenance is not None:
-            first, made = row, made_of(bag)
+        origin = origin or origin_of(bag)
+        require_same_origin(bags.name(row), origin_of(bag), bags.name(first), origin)
+        if origin[1] is None and bag.provenance is not None:
+            first, origin = row, origin_of(bag)
         digest = hashlib.blake2b(f"{bag.features.shape}".encode(), digest_size=16)
         digest.update(np.ascontiguousarray(bag.features).data)
         tiles.append(len(bag.features))
         digests.append(digest.digest())
-    assert made is not None  # of one bag or more
+    assert origin is not None  # of one bag or more
     rows = np.flatnonzero(tiles)
     empty = [row for row, count in enumerate(tiles) if not count]
     bags.warn_of_empty(empty, "they are left out of the training")
     return BagDataset(
-        bags=bags, tiles=tiles, digests=digests, groups=groups, first=first, made=made,
+        bags=bags, tiles=tiles, digests=digests, groups=groups, first=first, origin=origin,
         rows=rows, targets=targets[rows], weights=np.ones(len(rows)),
     )  # fmt: skip
 
 
-def made_of(bag: Bag | FeatureBag) -> Made:
+def origin_of(bag: Bag | FeatureBag) -> Origin:
     """The width and provenance of a bag."""
     return bag.features.shape[1], bag.provenance
 
 
-def require_like(name: str, seen: Made, reference: str, expected: Made) -> None:
+def require_same_origin(name: str, seen: Origin, reference: str, expected: Origin) -> None:
     """Raise where the width and provenance of a bag are not those of a reference.
 
     BagError for another width, MismatchError where both provenances are known and their

@@ -105,14 +105,14 @@ class BatchedAggregator:
     ) -> None:
         self.module, self.device, self.outputs, self.dtype = module, device, outputs, dtype
         self.limit = _PADDED_TILES
-        self._now: Sequence[int] = ()
+        self._sizes: Sequence[int] = ()
 
     def batches(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Batch]:
         """The micro-batches of a batch; `halve` makes them smaller when memory runs out."""
         sizes = [len(bag) for bag in bags]
         limit = self.limit if getattr(self.module, "batched", False) else 1
         for rows in groups_of_like_size(sizes, limit):
-            self._now = [sizes[row] for row in rows]
+            self._sizes = [sizes[row] for row in rows]
             features, mask = padded([bags[row] for row in rows], self.device)
             yield Batch(rows=rows, features=features, mask=mask)
 
@@ -130,14 +130,14 @@ class BatchedAggregator:
             )
         return output  # type: ignore[no-any-return]
 
-    def of_one(self, bag: NDArray[np.float32]) -> MILOutput:
+    def output_of(self, bag: NDArray[np.float32]) -> MILOutput:
         """Aggregator output for one bag, without gradients."""
         with torch.inference_mode():
             return with_less_memory(lambda: self(next(self.batches([bag]))), self.halve)
 
     def logits(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
         """The logits of one bag that has tiles, (C,); ModelError where they are not finite."""
-        logits: NDArray[np.float64] = self.of_one(bag).logits[0].double().cpu().numpy()
+        logits: NDArray[np.float64] = self.output_of(bag).logits[0].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise ModelError(
                 "the aggregator gave logits that are not finite; check its weights and the scale"
@@ -147,8 +147,8 @@ class BatchedAggregator:
 
     def halve(self, error: torch.cuda.OutOfMemoryError) -> None:
         """Make micro-batches half as large as the last; ModelError where that was one bag."""
-        rows = len(self._now) * max(self._now, default=0)
-        if len(self._now) <= 1:
+        rows = len(self._sizes) * max(self._sizes, default=0)
+        if len(self._sizes) <= 1:
             raise ModelError(
                 f"{self.device} has no memory left for a bag of {rows} tiles alone ({error})."
                 " Free some, give max_tiles= (a random part of each bag in training), or"

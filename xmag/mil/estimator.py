@@ -30,7 +30,7 @@ from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
 from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
-from xmag.training.splits import held_out, warn_without_groups
+from xmag.training.splits import held_out, read_validation, warn_without_groups
 
 if TYPE_CHECKING:
     from sklearn.utils.metadata_routing import MetadataRequest
@@ -225,7 +225,7 @@ class MILEstimator(Estimator, Generic[H]):
         head, train, check = self._datasets(X, y, groups, validation, rng)
         strata = self._balance(head, train, check)
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.made[0], head.outputs).to(device)
+            module = self._new_module(train.origin[0], head.outputs).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -254,8 +254,8 @@ class MILEstimator(Estimator, Generic[H]):
         Raises InputError for an aggregator without attention (mean, max).
         """
         self._require_fitted()
-        found = Bags([bag], what="bag").read_like(0, self.n_features_in_, self.fingerprint_)
-        scores = self._batched().of_one(found.features).attention
+        found = Bags([bag], what="bag").read_matching(0, self.n_features_in_, self.fingerprint_)
+        scores = self._batched().output_of(found.features).attention
         if scores is None:
             raise InputError(
                 f"the aggregator {type(self.aggregator_).__name__} has no attention; train with"
@@ -320,9 +320,10 @@ class MILEstimator(Estimator, Generic[H]):
                 " upgrade it: pip install --upgrade xmag"
             )
         loaded = cls(**params, device=device)
-        where = resolve_device(device)
-        loaded._set_fitted(module, head, where, saved.in_dim, saved.fingerprint)
-        loaded.history_, loaded.best_epoch_ = saved.history, saved.best_epoch
+        loaded._set_fitted(
+            module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
+            history=saved.history, best_epoch=saved.best_epoch,
+        )  # fmt: skip
         return loaded
 
     @classmethod
@@ -363,7 +364,7 @@ class MILEstimator(Estimator, Generic[H]):
         rng: np.random.Generator,
     ) -> tuple[H, BagDataset, BagDataset | None]:
         """The head, and the checked datasets to train and to validate on; see `fit`."""
-        fraction, given = _checked_validation(validation)
+        fraction, given = read_validation(validation, what="X")
         bags = Bags(X, least=1)
         labels = self._head_type.read(y, len(bags), "y")
         head = self._new_head(labels)
@@ -397,17 +398,19 @@ class MILEstimator(Estimator, Generic[H]):
         return module.float()
 
     def _adopt(self, trainer: BagTrainer) -> int:
-        """Set all fitted attributes, from a trainer that completed an epoch or more."""
-        best, data = trainer.progress.best_epoch, trainer.train
+        """Set all fitted attributes, from a trainer that completed an epoch; the best epoch."""
+        best = trainer.progress.best_epoch
         assert best is not None
-        head = cast(H, trainer.head)
-        self._set_fitted(trainer.result(), head, trainer.model.device, *data.made)
-        self.history_, self.best_epoch_ = trainer.history, best
+        self._set_fitted(
+            trainer.result(), cast(H, trainer.head), trainer.model.device, *trainer.train.origin,
+            history=trainer.history, best_epoch=best,
+        )  # fmt: skip
         return best
 
     def _set_fitted(
-        self, module: nn.Module, head: H, device: torch.device, in_dim: int,
-        made: Provenance | Mapping[str, Any] | None,
+        self, module: nn.Module, head: H, device: torch.device,
+        in_dim: int, made: Provenance | Mapping[str, Any] | None,
+        *, history: Sequence[Epoch] = (), best_epoch: int | None = None,
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
@@ -415,7 +418,7 @@ class MILEstimator(Estimator, Generic[H]):
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
         self.fingerprint_ = None if fingerprint is None else dict(fingerprint)
-        self.history_, self.best_epoch_ = [], None
+        self.history_, self.best_epoch_ = list(history), best_epoch
 
     def _predict_logits(
         self,
@@ -431,7 +434,7 @@ class MILEstimator(Estimator, Generic[H]):
         logits = np.zeros((len(bags), model.outputs))
         empty = np.zeros(len(bags), dtype=np.bool_)
         for row in range(len(bags)):
-            features = bags.read_like(row, self.n_features_in_, self.fingerprint_).features
+            features = bags.read_matching(row, self.n_features_in_, self.fingerprint_).features
             empty[row] = len(features) == 0
             if not empty[row]:
                 logits[row] = model.logits(features)
@@ -486,22 +489,6 @@ def seed_of(random_state: Any) -> int:
     raise InputError(
         f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
         " NumPy"
-    )
-
-
-def _checked_validation(validation: Any) -> tuple[float | None, tuple[Any, Any, Any] | None]:
-    """The argument `validation` as a fraction to hold out, or as X, y and groups; else None."""
-    if validation is None:
-        return None, None
-    if isinstance(validation, tuple | list) and len(validation) in (2, 3):
-        return None, (*validation, None)[:3]
-    number = isinstance(validation, Real) and not isinstance(validation, bool)
-    if number and 0 < validation < 1:
-        return float(validation), None
-    seen = validation if number else f"a {type(validation).__name__}"
-    raise InputError(
-        f"validation is {seen}; expected a fraction between 0 and 1, (X, y), (X, y, groups), or"
-        " None, which trains for all epochs and keeps the last weights"
     )
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from xmag import metrics
 from xmag.errors import InputError, OutputError
+from xmag.metrics import auroc, balanced_accuracy
 from xmag.metrics.labels import as_labels, refuse_continuous
 from xmag.mil.pooling import MILOutput, full
 
@@ -58,11 +58,11 @@ def class_metrics(
     probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
     every, present = range(logits.shape[1]), np.unique(targets).tolist()
     areas = [
-        metrics.auroc(targets, probabilities, classes=every, positive=label)
+        auroc(targets, probabilities, classes=every, positive=label)
         for label in present
         if len(present) > 1
     ]
-    balanced = metrics.balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
+    balanced = balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
     return {
         "validation_loss": float((weights * losses).sum() / weights.sum()),
         "validation_auroc": fmean(areas) if areas else None,

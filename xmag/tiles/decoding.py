@@ -375,19 +375,26 @@ def in_order(decoding: Decoding, pool: Executor, *, ahead: int) -> Iterator[Pixe
     batches: dict[int, Pixels4D] = {}
     pending: deque[tuple[int, Future[None]]] = deque()
     waiting = deque(enumerate(decoding.runs))
-    for batch, last in enumerate(last_run):
-        while waiting and (waiting[0][0] <= last or len(pending) < ahead):
-            number, run = waiting.popleft()
-            for touched in run.batches:
-                if touched not in batches:
-                    batches[touched] = decoding.new_batch(touched)
-            pending.append((number, pool.submit(decoding.decode, run, batches)))
-        due = []
-        while pending and pending[0][0] <= last:
-            due.append(pending.popleft()[1])
-        if due:
-            # Sleeps once a batch: each time it woke it would take the GIL from a decoding thread.
-            due[-1].exception()
-        for done in due:
-            done.result()
-        yield batches.pop(batch) if batch in batches else decoding.new_batch(batch)
+    try:
+        for batch, last in enumerate(last_run):
+            while waiting and (waiting[0][0] <= last or len(pending) < ahead):
+                number, run = waiting.popleft()
+                for touched in run.batches:
+                    if touched not in batches:
+                        batches[touched] = decoding.new_batch(touched)
+                pending.append((number, pool.submit(decoding.decode, run, batches)))
+            due = deque[Future[None]]()
+            while pending and pending[0][0] <= last:
+                due.append(pending.popleft()[1])
+            if due:
+                # Sleeps once a batch: each time it woke it would take the GIL from a decoding
+                # thread.
+                due[-1].exception()
+            while due:
+                due.popleft().result()
+            yield batches.pop(batch) if batch in batches else decoding.new_batch(batch)
+    finally:
+        # An error holds this frame by its traceback, and a future here would hold the error: all
+        # pixels would stay until the garbage collector comes by.
+        pending.clear()
+        batches.clear()

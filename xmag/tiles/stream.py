@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -241,8 +242,8 @@ def read_places(
             for run in decoding.runs:
                 decoding.decode(run, batches)
         else:
-            for future in [pool.submit(decoding.decode, run, batches) for run in decoding.runs]:
-                future.result()
+            for _ in pool.map(partial(decoding.decode, batches=batches), decoding.runs):
+                pass
     except DamagedSlideError as error:
         raise DamagedSlideError(f"{slide.name}: {error}") from error
     return finished(batches[0], windows, slice(None), spec, pool)

@@ -165,12 +165,11 @@ def tensors_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     }
 
 
-def require_shared(path: Path, updates: int, ranks: Ranks, device: torch.device) -> None:
+def require_shared(path: Path, updates: int, ranks: Ranks) -> None:
     """Raise OutputError where there is no folder for `path`, or ranks resume from other steps."""
     if not path.parent.is_dir():
         raise OutputError(f"there is no folder {path.parent} for the checkpoint; create it first")
-    here = torch.tensor(float(updates), device=device)
-    if float(ranks.mean(here)) != updates:
+    if float(ranks.mean(torch.tensor(float(updates)))) != updates:
         raise OutputError(
             f"the processes do not read the same checkpoint at {path}; expected a folder that all"
             " machines share"

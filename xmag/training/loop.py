@@ -1,19 +1,30 @@
 """Training loop: epochs of steps, validation, best weights, early stopping, checkpoints."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from xmag import records
 from xmag.progress import progress_bar
-from xmag.training.checkpoint import restore_state, state_tensors, tensors_of
+from xmag.training.checkpoint import (
+    Checkpoint,
+    require_shared,
+    restore_state,
+    state_tensors,
+    tensors_of,
+)
 from xmag.training.ema import Ema
+from xmag.training.ranks import Ranks
 from xmag.training.schedule import Schedule, best_epoch
+
+_logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 
@@ -43,10 +54,13 @@ class Loop(ABC, Generic[Batch]):
     resumed from both goes on as one that never stopped.
 
     Attributes:
+        kind: The training that its checkpoints are of, such as "distillation".
         progress: How far the training is.
         best: The weights of the best epoch so far, on the CPU; None without validation.
         bar: The progress bar while `run` runs, which trainers move.
     """
+
+    kind: ClassVar[str] = "training"
 
     def __init__(
         self,
@@ -123,6 +137,23 @@ class Loop(ABC, Generic[Batch]):
         restore_state(tensors, self.module, self.optimizer, self.ema)
         self.best = tensors_of(tensors, "best") or None
         self.progress = records.from_dict(type(self.progress), progress, "progress")
+
+    def write_checkpoint(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Write a `Checkpoint` to `path`; OutputError where it cannot be written."""
+        progress, tensors = records.plain(self.progress), self.state()
+        Checkpoint(kind=self.kind, identity=identity, progress=progress, tensors=tensors).save(path)
+
+    def resume(self, path: Path, identity: Mapping[str, Any], ranks: Ranks) -> bool:
+        """Go on from the checkpoint at `path`; False where there is none.
+
+        Raises what `Checkpoint.load` does, and OutputError where ranks read different ones.
+        """
+        found = Checkpoint.load(path, kind=self.kind, identity=identity)
+        if found is not None:
+            self.restore(found.tensors, found.progress)
+            _logger.info("going on from %s, after %d steps", path, self.progress.updates)
+        require_shared(path, self.progress.updates, ranks)
+        return found is not None
 
     def _run_epoch(self) -> None:
         now, batches = self.progress, self.steps(self.progress.epoch)

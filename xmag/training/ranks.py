@@ -37,12 +37,14 @@ class Ranks:
         return value if self.world == 1 else self.sum(value) / self.world
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks; not differentiable."""
+        """The sum of a tensor on any device over all ranks; not differentiable."""
         if self.world == 1:
             return value
-        total = value.detach().clone()
+        # NCCL takes none of the CPU.
+        place = self.device() if dist.get_backend() == "nccl" else value.device
+        total = value.detach().to(place, copy=True)
         dist.all_reduce(total)
-        return total
+        return total.to(value.device)
 
     def wait(self) -> None:
         """Barrier: return when all ranks have reached this call."""

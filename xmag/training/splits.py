@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,30 @@ from numpy.typing import NDArray
 from xmag.errors import InputError, XmagWarning
 
 _ORDERS = 16
+
+
+def read_validation(
+    validation: Any, *, what: str
+) -> tuple[float | None, tuple[Any, Any, Any] | None]:
+    """The `validation=` argument as a share to hold out, or as given (data, labels, groups).
+
+    Both are None for None. `what` names the data, for the error. Raises InputError for anything
+    else.
+    """
+    if validation is None:
+        return None, None
+    number = isinstance(validation, int | float | np.number) and not isinstance(validation, bool)
+    if number and 0 < validation < 1:
+        return float(validation), None
+    if isinstance(validation, tuple | list) and len(validation) in (2, 3):
+        data, labels, groups = (*validation, None)[:3]
+        if not hasattr(data, "__len__") or len(data):
+            return None, (data, labels, groups)
+    seen = repr(validation) if number else f"a {type(validation).__name__}"
+    raise InputError(
+        f"validation is {seen}; expected a fraction between 0 and 1, ({what}, labels), ({what},"
+        " labels, groups), or None, which trains for all epochs and keeps the last weights"
+    )
 
 
 def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArray[np.int64]:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.fake_reader import FakeTileReader, noise
 from support.slides import texture, write_svs
 
 from xmag.distill import dataset
-from xmag.distill.dataset import RegionSource, SlideRegions, read_intact
+from xmag.distill.dataset import RegionLoader, RegionSource, SlideRegions
 from xmag.distill.regions import REGION_SPEC, Manifest, plan_images, plan_slides
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError, SlideScaleError
 from xmag.geometry import TileSpec
@@ -260,22 +261,31 @@ def test_what_processes_find_wrong_is_what_threads_do(folder: Path, tmp_path: Pa
         source.read([5])
 
 
-def test_damage_in_anyones_source_is_found_one_by_one() -> None:
+def test_damaged_regions_of_anyones_source_leave_their_batches(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Source:
         def __len__(self) -> int:
             return 4
 
         def read(self, indices: list[int]) -> np.ndarray:
             if 2 in indices:
-                raise DamagedSlideError("region 2")
-            return np.array(indices, np.uint8)[:, None, None, None]
+                raise DamagedSlideError("a bad block")
+            return np.full((len(indices), 4, 4, 3), indices[0], np.uint8)
 
-    rows, found = read_intact(Source(), [3, 2, 0, 2, 1])
-    assert rows.tolist() == [0, 2, 4]
-    assert found.flatten().tolist() == [3, 0, 1]
-    assert read_intact(Source(), [2])[1] is None
-    assert read_intact(Source(), [2, 2])[0].tolist() == []
-    assert read_intact(Source(), [1, 0])[1].flatten().tolist() == [1, 0]
+    loader = RegionLoader(Source(), side=4, threads=2, ahead=1, device=torch.device("cpu"))
+    wanted = ([3, 2, 0, 2, 1], [2], [2, 2], [], [1, 0])
+    epochs = [np.arange(len(numbers)) for numbers in wanted]
+    found = list(
+        loader.read((np.array(n, np.int64), e) for n, e in zip(wanted, epochs, strict=True))
+    )
+    assert [batch.regions.tolist() for batch in found] == [[3, 0, 1], [], [], [], [1, 0]]
+    assert [batch.epochs.tolist() for batch in found] == [[0, 2, 4], [], [], [], [0, 1]]
+    for batch in found:
+        assert batch.pixels.shape == (len(batch.regions), 4, 4, 3)
+        assert batch.pixels[:, 0, 0, 0].tolist() == batch.regions.tolist()
+    assert loader.damaged.tolist() == [False, False, True, False]
+    assert caplog.text.count("region 2 cannot be decoded and is left out: a bad block") == 1
 
 
 def test_another_file_under_the_name_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from support.slides import texture, write_svs
 
+from xmag.distill.dataset import shuffled
 from xmag.distill.regions import (
     REGION_SPEC,
     Manifest,
@@ -17,7 +18,6 @@ from xmag.distill.regions import (
     held_out,
     plan_images,
     plan_slides,
-    shuffled,
 )
 from xmag.errors import InputError, OutputError, SlideError, SlideScaleError, XmagWarning
 from xmag.geometry import TileSpec
@@ -88,9 +88,7 @@ def test_slides_and_regions_are_counted_per_site(everything: Manifest) -> None:
             "south": {"slides": 1, "empty": 0, "regions": 5},
         },
     }
-    region = everything.region(13)
-    assert (region.source, region.x, region.y) == (2, *everything.places[13, 1:].tolist())
-    assert everything.regions[13] == region
+    assert everything.places[:, 0].tolist() == [0] * 10 + [1] * 3 + [2] * 5
 
 
 def test_sites_share_alike_and_then_their_slides(cohort: Path) -> None:
@@ -183,7 +181,8 @@ def test_slides_without_the_detail_are_refused_by_name_or_listed(
     assert path == "south/coarse.svs"
     assert "0.5 µm/px" in reason
     assert str(tmp_path) not in found.to_json()
-    assert Manifest.from_json(found.to_json()).refused == found.refused
+    found.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json").refused == found.refused
 
 
 @pytest.mark.parametrize(
@@ -306,8 +305,6 @@ def test_a_shuffle_mixes_few_sources_at_a_time(rng: np.random.Generator) -> None
         assert len(set(group[:24].tolist())) >= 5  # mixed within
     assert not np.array_equal(order, shuffled(sources, rng, at_once=6))
     assert shuffled(np.empty(0, np.int64), rng).shape == (0,)
-    with pytest.raises(InputError, match="at_once is 0"):
-        shuffled(sources, rng, at_once=0)
 
 
 @pytest.fixture
