@@ -45,13 +45,13 @@ def closed(mask: Bools, px: int) -> Bools:
 
 def filled(mask: Bools, max_px: float) -> Bools:
     """The mask with holes of up to `max_px` px filled; what reaches an edge is no hole."""
-    height, width = mask.shape
-    runs = _runs(~mask, diagonal=True)
+    (height, width), gaps = mask.shape, ~mask
+    runs = _runs(gaps, diagonal=True)
     row, start = np.divmod(runs.starts, width + 2)
     at_edge = (row == 0) | (row == height - 1) | (start == 1) | (start + runs.lengths > width)
     inside = runs.sums(runs.lengths) <= max_px
     inside[runs.pieces[at_edge]] = False
-    return mask | runs.painted(~mask, inside)
+    return mask | runs.painted(gaps, inside)
 
 
 def holding(mask: Bools, seeds: Bools) -> Bools:

@@ -1,12 +1,11 @@
 """The batch norm of the heads against PyTorch's, and over ranks against one process."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from support.programs import run_on_two_ranks
 from torch import Tensor, nn
 
 from xmag.distill.losses import global_loss
@@ -110,16 +109,7 @@ SHARES = [(slice(0, 4), slice(4, 8)), (slice(0, 5), slice(5, 8)), (slice(0, 8), 
 def test_two_ranks_with_some_of_the_rows_are_one_with_all(tmp_path: Path) -> None:
     x, teacher = rows(8, 5, 0), rows(8 * 16, 5, 1).view(8, 16, 5)
     safetensors.torch.save_file({"x": x, "teacher": teacher}, tmp_path / "given.safetensors")
-    script = tmp_path / "program.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{PROGRAM}")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node=2", str(script), str(tmp_path),
-        ],
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(PROGRAM, tmp_path, beside=__file__)
 
     norm, x = SyncedBatchNorm(5).double(), x.requires_grad_()
     for _ in SHARES:

@@ -1,8 +1,6 @@
 """One step on one process against its parts by hand, and on two ranks against one."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F  # noqa: N812
 from support.distilling import STUDENT, TILE_PX, tiny_student
+from support.programs import run_on_two_ranks
 from torch import Tensor
 
 from xmag.distill.losses import block_means
@@ -222,17 +221,7 @@ WHOLE = (range(8), (0, 2, 3, 4, 5), range(8), (0, 1, 4, 5))
 
 
 def test_two_ranks_with_half_the_batch_take_the_step_of_one(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    folders = [str(here), str(here.parent)]
-    (tmp_path / "program.py").write_text(f"import sys; sys.path[:0] = {folders!r}\n{PROGRAM}")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path),
-        ],
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(PROGRAM, tmp_path, beside=__file__)
 
     run = trainer(LOSS, dtype=DOUBLE)
     records = []

@@ -1,7 +1,6 @@
 """Whole runs: what is learned, what is written, what happens to damage, ranks and bad input."""
 
 import csv
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from support.distilling import (
     tiny_student,
 )
 from support.models import default_dtype
+from support.programs import run_on_two_ranks
 
 import xmag
 from xmag.distill.run import distill
@@ -274,17 +274,7 @@ run(Path(sys.argv[1]), quick(batch=4, steps=3, lr=1e-4))
 
 
 def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    folders = [str(here), str(here.parent)]
-    (tmp_path / "program.py").write_text(f"import sys; sys.path[:0] = {folders!r}\n{PROGRAM}")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node=2", str(tmp_path / "program.py"), str(tmp_path / "two"),
-        ],
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(PROGRAM, tmp_path / "two", beside=__file__)
     run(tmp_path / "one", quick(batch=4, steps=3, lr=1e-4))
     for name in ("metrics.csv", "validation.csv"):
         one, two = (rows(tmp_path / folder / name) for folder in ("one", "two"))

@@ -1,9 +1,6 @@
 """Two processes of torchrun against one with the slides of both; how slides are dealt."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.finetuning import small_encoder, stores
+from support.programs import run_on_two_ranks
 
 from xmag.errors import InputError
 from xmag.finetune import Settings, finetune_slides
@@ -18,12 +16,9 @@ from xmag.finetune.cohort import shards, steps_of_epoch
 from xmag.finetune.run import check_processes
 from xmag.training import Ranks
 
-TESTS = Path(__file__).parents[1]
 STEP = Settings(
     epochs=2, slides_per_step=2, chunk_tiles=2, learning_rate=1e-3, classifier_learning_rate=1e-3
 )
-
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 PROGRAM = """
 import json, os, sys
@@ -72,25 +67,13 @@ def four_slides(checkpoint: Path):
     )  # fmt: skip
 
 
-def run(out: Path, *launcher: str, program: str = PROGRAM) -> None:
-    script = out / "program.py"
-    script.write_text(program)
-    path = os.pathsep.join([str(TESTS), str(TESTS / "finetune"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(out)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=TESTS.parent, capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
 def test_two_processes_that_stopped_within_an_epoch_record_what_those_that_did_not_do(
     tmp_path: Path,
 ) -> None:
     """The checkpoint of the first process has the losses and tiles of both."""
     for name, last in (("whole", 9), ("stopped", 3), ("stopped", 9)):
         program = STEPS.replace("NAME", name).replace("LAST", str(last))
-        run(tmp_path, *TWO, program=program)
+        run_on_two_ranks(program, tmp_path, beside=__file__)
     for rank in "01":
         whole, resumed = (
             json.loads((tmp_path / f"{name}-{rank}.json").read_text())
@@ -102,7 +85,7 @@ def test_two_processes_that_stopped_within_an_epoch_record_what_those_that_did_n
 
 def test_two_processes_do_what_one_does_with_the_slides_of_both(tmp_path: Path) -> None:
     tuned(tmp_path / "alone.safetensors").save(tmp_path / "alone")
-    run(tmp_path, *TWO)
+    run_on_two_ranks(PROGRAM, tmp_path, beside=__file__)
     for name in ("model", "classifier"):
         alone, first, second = (
             load_file(tmp_path / rank / f"{name}.safetensors") for rank in ("alone", "0", "1")

@@ -2,12 +2,11 @@
 
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.programs import run_on_two_ranks
 from torch import nn
 
 from xmag.errors import InputError, XmagWarning
@@ -96,16 +95,7 @@ assert not torch.distributed.is_initialized()
 
 
 def test_two_processes_of_torchrun_join_and_part(tmp_path: Path) -> None:
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node=2", str(script), str(tmp_path),
-        ],
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(PROGRAM, tmp_path, beside=__file__)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 0.5", "2 0.5"]
 
 

@@ -153,9 +153,9 @@ class Trainer(Loop[list[list[int]]]):
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 if parameter.grad is not None:  # an aggregator may leave a layer out
                     gradient.add_(parameter.grad)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            # The sum, and not the mean: ranks have parts of one loss.
-            parameter.grad = self._ranks.sum(gradient)
+        # The sums, and not the means: ranks have parts of one loss.
+        for parameter, total in zip(self._parameters, self._ranks.sums(gradients), strict=True):
+            parameter.grad = total
         loss, tiles = self._ranks.sum(sums).tolist()
         now.loss_sum, now.tiles = now.loss_sum + loss * slides, now.tiles + round(tiles)
         if self.settings.clip is not None:

@@ -29,13 +29,14 @@ _PART_PX = 1 << 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation(records.Record):
-    """Augmentation strengths; the defaults are those that models of this package train best with.
+    """Augmentation strengths; by default all positions of a square, and jitter of every image.
 
     With `flips` and `turns` all eight positions of a square are equally likely; with flips alone
     an image is mirrored left to right, and upside down, each with probability 1/2. A share `jitter`
     of the images changes in colour: `brightness`, `contrast` and `saturation` are the largest
     relative changes (0.05: factors from 0.95 to 1.05), `hue` the largest turn of the colour circle
-    in whole turns. What arXiv 2509.23097 trained with is `PAPER`.
+    in whole turns. What arXiv 2509.23097 trained with is `PAPER`; which of the two trains better
+    has not been measured yet.
     """
 
     flips: bool = True

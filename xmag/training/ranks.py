@@ -1,7 +1,7 @@
 """Ranks of distributed training: the processes that torchrun starts, and what they share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +45,14 @@ class Ranks:
         total = value.detach().to(place, copy=True)
         dist.all_reduce(total)
         return total.to(value.device)
+
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The `sum` of each of several tensors of one dtype and device, in a single message."""
+        if self.world == 1:
+            return list(values)
+        total = self.sum(torch.cat([value.flatten() for value in values]))
+        parts = torch.split(total, [value.numel() for value in values])
+        return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def wait(self) -> None:
         """Barrier: return when all ranks have reached this call."""
