@@ -148,10 +148,12 @@ def concordances(
     weights: Floats | None = None,
     *,
     of_event: Floats | None = None,
+    within: _Ints | None = None,
 ) -> Floats:
     """Concordance (R,) under each row of case weights (R, n); NaN where no pair is comparable.
 
-    `of_event` (n,) weighs the pairs by their case with the event.
+    `of_event` (n,) weighs the pairs by their case with the event. With `within` (n,), only cases
+    with the same number there are compared.
     """
     if weights is None:
         weights = np.ones((1, len(survival)))
@@ -161,6 +163,8 @@ def concordances(
         rows = events[first : first + _ROWS_AT_ONCE]
         time = survival.time[rows, None]
         comparable = (survival.time > time) | ((survival.time == time) & ~survival.event)
+        if within is not None:
+            comparable &= within == within[rows, None]
         lead = risk[rows, None] - risk
         agreeing = comparable * np.where(np.abs(lead) <= _TIED, 0.5, lead > 0)
         own = weights[:, rows] if of_event is None else weights[:, rows] * of_event[rows]
@@ -208,13 +212,18 @@ def brier_score(y: Any, survival: ArrayLike, times: ArrayLike, *, train: Any) ->
             f"times go from {at.min(initial=math.inf):g} to {at.max(initial=-math.inf):g}; expected"
             f" rising times from {first:g} to below {last:g}, between which there are cases"
         )
-    uncensored = _uncensored(known)
+    return np.asarray(brier_errors(seen, predicted, at, known).mean(axis=0))
+
+
+def brier_errors(seen: Survival, predicted: Floats, at: Floats, train: Survival) -> Floats:
+    """Squared errors (n, T) of predicted survival at times (T,), by 1/G weights of `train`."""
+    uncensored = _uncensored(train)
     at_own, at_times = (_inverse(uncensored.at(each)) for each in (seen.time, at))
     had_event = (seen.time[:, None] <= at) & seen.event[:, None]
     is_free = seen.time[:, None] > at
-    errors = predicted**2 * had_event * at_own[:, None]
+    errors: Floats = predicted**2 * had_event * at_own[:, None]
     errors += (1 - predicted) ** 2 * is_free * at_times
-    return np.asarray(errors.mean(axis=0))
+    return errors
 
 
 def integrated_brier_score(y: Any, survival: ArrayLike, times: ArrayLike, *, train: Any) -> float:
