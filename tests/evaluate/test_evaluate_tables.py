@@ -11,14 +11,14 @@ from xmag.errors import InputError, XmagWarning
 from xmag.evaluate import Folds, cross_validate
 
 _ROWS = (
-    # case_id, slide_id, label, fold_0, fold_1, fold_10
+    # case_id, slide_id, label, fold_0, fold_2, fold_10
     ("P1", "P1-a", "wild", "train", "test", "train"),
     ("P1", "P1-b", "wild", "train", "test", "train"),
     ("P2", "P2-a", "mutant", "val", "train", "test"),
     ("P3", "P3-a", "wild", "test", "train", "train"),
     ("P4", "P4-a", "mutant", "test", "val", "val"),
 )
-_HEAD = ("case_id", "slide_id", "KRAS_mutation", "fold_0", "fold_1", "fold_10")
+_HEAD = ("case_id", "slide_id", "KRAS_mutation", "fold_0", "fold_2", "fold_10")
 _SLIDES = [row[1] for row in _ROWS]
 
 
@@ -123,7 +123,7 @@ def _changed(place: int, column: int, value: str) -> list[tuple[str, ...]]:
         (_ROWS, _HEAD, [*_SLIDES, "P1-a"], {}, "'P1-a' twice"),
         (_changed(0, 3, "test"), _HEAD, _SLIDES, {}, "fold_0 .* patient 'P1' on both sides"),
         (_changed(0, 3, "test"), _HEAD, ["P1", "P2"], {}, "rows of case_id 'P1' .* fold_0"),
-        (_changed(2, 4, "training"), _HEAD, _SLIDES, {}, "fold_1 .*holds 'training'"),
+        (_changed(2, 4, "training"), _HEAD, _SLIDES, {}, "fold_2 .*holds 'training'"),
         (_ROWS, ("a", "b", "c", "d", "e", "f"), _SLIDES, {}, "which one has the ids"),
         (_ROWS, (*_HEAD[:3], "d", "e", "f"), _SLIDES, {}, "expected fold_0, fold_1"),
         (_ROWS, _HEAD, _SLIDES, {"groups": [1, 2, 3, 4, 1]}, "patient 1 on both sides"),

@@ -14,7 +14,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sksurv import metrics as sksurv_metrics
-from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.linear_model import CoxPHSurvivalAnalysis, IPCRidge
 from sksurv.svm import FastSurvivalSVM
 from sksurv.util import Surv
 
@@ -247,6 +247,11 @@ def test_the_sign_of_the_risk_is_that_of_the_estimator() -> None:
     assert wrong.estimate("harrell_c").value == pytest.approx(1 - (value or 0))
 
 
+def test_models_that_predict_the_time_say_so_themselves() -> None:
+    report = cross_validate(IPCRidge(), _X, _SURVIVAL, **_FEW)
+    assert (report.estimate("harrell_c").value or 0) > 0.6
+
+
 def test_the_interval_is_that_of_the_metrics_module() -> None:
     report = cross_validate(_COX, _X, _SURVIVAL, **_FEW)
     result = report.results[0]
@@ -392,3 +397,44 @@ def test_folds_may_be_given() -> None:
     by_patient = Folds.by_patient(_PATIENTS, folds=4, repeats=2, random_state=3)
     assert len(by_patient) == 8
     assert by_patient == Folds.by_patient(_PATIENTS, folds=4, repeats=2, random_state=3)
+
+
+def test_repeats_are_averaged_and_a_case_has_the_risk_group_of_most() -> None:
+    report = cross_validate(_COX, _X, _SURVIVAL, repeats=3, folds=3, **_FEW)
+    result = report.results[0]
+    assert result.cases == _N
+    values = []
+    for repeat in range(3):
+        rows = result.repeats == repeat
+        times = Surv.from_arrays(result.truth[rows, 0] > 0, result.truth[rows, 1])
+        scores, within = result.scores[rows, 0], result.splits[rows]
+        values.append(_harrell(times, scores, within))
+    assert report.estimate("harrell_c").value == pytest.approx(np.mean(values))
+    seen, groups = result.risk_groups()
+    assert len(seen) == len(groups) == _N
+    votes = np.bincount(result.rows, result.predicted)
+    np.testing.assert_array_equal(groups, votes > 1)
+
+
+def _harrell(times: Any, risk: np.ndarray, within: np.ndarray) -> float:
+    """Harrell's C written out: pairs of one split, of which the first has the event earlier."""
+    event, time = (times[name] for name in times.dtype.names)
+    right = pairs = 0.0
+    for i, j in np.argwhere(within[:, None] == within):
+        if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
+            pairs += 1
+            right += 0.5 if risk[i] == risk[j] else float(risk[i] > risk[j])
+    return right / pairs
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "middle"), [(_COX, "harrell_c", 0.5), (LinearRegression(), "pearson", 0.0)]
+)
+def test_shuffled_truth_has_no_signal(model: Any, name: str, middle: float) -> None:
+    found = []
+    for seed in range(40):
+        order = np.random.default_rng(seed).permutation(_N)
+        y = _SURVIVAL[order] if name == "harrell_c" else _NUMBERS[order, 1]
+        report = cross_validate(model, _X, y, groups=_PATIENTS, resamples=1, random_state=seed)
+        found.append(report.estimate(name).value or 0)
+    assert np.mean(found) == pytest.approx(middle, abs=0.03)

@@ -321,7 +321,7 @@ class SurvivalTime(Task):
         censoring is theirs.
         """
         estimator, seen = fitted.estimator, as_survival(y)
-        risk = finite(estimator.predict(x), (len(y),), f"the risks of {name}")
+        risk = _risks(estimator, x, len(y), f"the risks of {name}")
         train, cut = fitted.known or (seen, float(np.median(risk)))
         try:
             weights = censoring_weights(seen, train)
@@ -336,8 +336,14 @@ class SurvivalTime(Task):
 
     def known(self, estimator: Any, x: Any, y: Any) -> tuple[Survival, float]:
         """The times of the cases fitted on, and the median of their risks."""
-        risk = finite(estimator.predict(x), (len(y),), "the risks of the cases fitted on")
+        risk = _risks(estimator, x, len(y), "the risks of the cases fitted on")
         return as_survival(y), float(np.median(risk))
+
+
+def _risks(estimator: Any, x: Any, n: int, name: str) -> NDArray[np.float64]:
+    """Risks (n,): what is predicted, or minus that of scikit-survival's models of the time."""
+    found = finite(estimator.predict(x), (n,), name)
+    return found if getattr(estimator, "_predict_risk_score", True) else -found
 
 
 def _brier_parts(estimator: Any, x: Any, seen: Survival, train: Survival) -> NDArray[np.float64]:
