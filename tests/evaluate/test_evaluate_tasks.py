@@ -208,15 +208,22 @@ def test_labels_have_the_metrics_of_scikit_learn(model: Any) -> None:
 
 def test_an_ordinal_estimator_has_quadratic_kappa_without_asking() -> None:
     class Ordinal(LogisticRegression):
-        ordinal = True
+        ordinal: Any = True
 
     grades = np.digitize(_X[:, 0], (-0.5, 0.5))
     report = cross_validate(Ordinal(), _X, grades, **_FEW)
     result = report.results[0]
     expected = sk.cohen_kappa_score(result.truth, result.predicted, weights="quadratic")
     assert report.estimate("quadratic_kappa").value == pytest.approx(expected)
+    texts = [("low", "middle", "high")[grade] for grade in grades]
     with pytest.raises(InputError, match="needs the order of the classes"):
-        cross_validate(Ordinal(), _X, [f"grade {g}" for g in grades], **_FEW)
+        cross_validate(Ordinal(), _X, texts, **_FEW)
+    Ordinal.ordinal = ("low", "middle", "high")
+    named = cross_validate(Ordinal(), _X, texts, **_FEW)
+    assert named.classes == ("low", "middle", "high")
+    truth, predicted = named.results[0].truth, named.results[0].predicted
+    expected = sk.cohen_kappa_score(truth, predicted, weights="quadratic")
+    assert named.estimate("quadratic_kappa").value == pytest.approx(expected)
 
 
 def test_estimators_without_survival_functions_have_all_but_the_brier_score() -> None:

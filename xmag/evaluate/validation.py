@@ -80,7 +80,7 @@ def cross_validate(
         classes: The order of classes; by default, the sorted labels. The names of labels or
             targets; by default, those of the columns of a table, or their numbers.
         ordered: Whether that order means something, as for grades: adds quadratic kappa. So it is
-            for an estimator whose `ordinal` is True.
+            for an estimator with an `ordinal` that is True, or the classes in their order.
         level: Share that the intervals hold.
         resamples: Draws of patients for the intervals.
         random_state: Seed of folds and draws. No global random state is used or changed.
@@ -200,9 +200,15 @@ def external(
 def _order_of(
     estimator: Any, parts: Sequence[Samples], classes: Labels | None, *, ordered: bool
 ) -> tuple[Labels | None, bool]:
-    """The classes and whether they are ordered: as given, or as an ordinal estimator has them."""
-    if getattr(estimator, "ordinal", False) is not True or parts[0].task.name != "classification":
+    """The classes and whether they are ordered: as given, or as an ordinal estimator has them.
+
+    Its `ordinal` is True, or the classes from lowest to highest.
+    """
+    order = getattr(estimator, "ordinal", False)
+    if order is None or order is False or parts[0].task.name != "classification":
         return classes, ordered
+    if order is not True and classes is None:
+        classes = order
     labels = {label for part in parts for label in part.y}
     if classes is None and all(isinstance(label, numbers.Real) for label in labels):
         classes = sorted(labels)  # numbers have an order
