@@ -112,7 +112,7 @@ def test_evaluate_cross_validates_and_saves_the_report(cohort, tmp_path, capsys)
     assert str(report) in printed
     assert len(report.folds) == 4
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"report.json", "roc.png", "confusion.png"}
+    assert names == {"report.json", "roc.png", "confusion.png", "calibration.png"}
 
 
 def test_evaluate_of_an_external_cohort_trains_nothing(cohort, classifier, tmp_path, capsys):

@@ -277,3 +277,18 @@ def test_metrics_need_numpy_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_is_that_of_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, within = rng.integers(0, 2, 60), rng.integers(0, 2, 60)
+    for scores in (rng.normal(size=60), rng.integers(0, 5, 60).astype(float)):
+        found = metrics.average_precision(y, scores)
+        assert found == pytest.approx(sk.average_precision_score(y, scores), abs=1e-12)
+        parts = [sk.average_precision_score(y[within == w], scores[within == w]) for w in (0, 1)]
+        expected = np.average(parts, weights=[y[within == w].sum() for w in (0, 1)])
+        found = metrics.average_precision(y, scores, within=within)
+        assert found == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(InputError, match="60 of 60 cases are of class 1"):
+        metrics.average_precision([1] * 60, rng.normal(size=60), classes=[0, 1])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xmag import evaluate, metrics
-from xmag.metrics.bootstrap import METRICS
+from xmag.metrics.bootstrap import TASKS
 
 _PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 
@@ -25,7 +25,7 @@ def test_the_code_of_the_page_prints_what_the_page_shows(
     for block in _blocks("python"):
         exec(compile(block, _PAGE.name, "exec"), names)
         printed.append(capsys.readouterr().out)
-    assert len(printed) == 4
+    assert len(printed) == 7
     number = re.compile(r"\d+\.\d+")
     for shown, found in zip(_blocks("text"), printed, strict=False):
         assert number.sub("#", found).strip() == number.sub("#", shown).strip()
@@ -33,8 +33,13 @@ def test_the_code_of_the_page_prints_what_the_page_shows(
         # Another scikit-learn or BLAS may move a prediction or two.
         assert values[0] == pytest.approx(values[1], abs=0.03)
     assert {path.name for path in Path("evaluation").iterdir()} == {
-        "report.json", "roc.png", "confusion.png",
+        "report.json", "roc.png", "confusion.png", "calibration.png",
     }  # fmt: skip
+    assert sorted(path.name for path in Path("survival").iterdir()) == [
+        "kaplan-meier.png", "report.json",
+    ]  # fmt: skip
+    assert (Path("regression") / "scatter.png").is_file()
+    assert (Path("markers") / "calibration.png").is_file()
     report = names["report"]
     assert isinstance(report, evaluate.Report)
     assert evaluate.Report.load("evaluation") == report
@@ -46,9 +51,10 @@ def test_the_code_of_the_page_prints_what_the_page_shows(
 
 def test_the_page_names_all_metrics_probes_and_functions() -> None:
     named = set(re.findall(r"[\w]+", _PAGE.read_text(encoding="utf-8")))
-    assert set(METRICS) <= named
+    known = {name for table in TASKS.values() for name in table}
+    assert known <= named
     functions = {name for name in evaluate.__all__ if name[0].islower()}
     assert functions <= named
     assert {"LinearProbe", "NearestNeighbours", "SimpleShot", "Folds", "Report"} <= named
-    for name in METRICS:
+    for name in known:
         assert name in metrics.__all__

@@ -51,15 +51,16 @@ def test_json_gives_an_equal_report(report: Report, across: Report) -> None:
 def test_a_folder_holds_the_report_and_its_pictures(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "first"
     report.save(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["confusion.png", "report.json", "roc.png"]
+    pictures = ["calibration.png", "confusion.png", "roc.png"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*pictures, "report.json"])
     assert Report.load(folder) == report
-    for name in ("roc.png", "confusion.png"):
+    for name in pictures:
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 400
             colours = np.unique(np.asarray(picture).reshape(-1, 4), axis=0)
             assert len(colours) > 50
     report.save(folder)
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_folder_holds_the_report_and_its_pictures(report: Report, tmp_path: Pa
         ("{", "not what Report.save wrote"),
         ("[]", "not what Report.save wrote"),
         ('{"format": "xmag.Folds", "schema_version": 1}', "format 'xmag.Folds'"),
-        ('{"format": "xmag.Report", "schema_version": 99}', "reads up to 1; upgrade"),
+        ('{"format": "xmag.Report", "schema_version": 99}', "reads up to 2; upgrade"),
     ],
 )
 def test_other_files_are_not_reports(text: str, message: str, tmp_path: Path) -> None:

@@ -7,13 +7,20 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xmag import records
-from xmag.bag.exports import MicrometreTiles, read_foreign, stamp_content, trident_attributes
+from xmag.bag.exports import (
+    MicrometreTiles,
+    Pictured,
+    read_foreign,
+    stamp_content,
+    to_anndata,
+    trident_attributes,
+)
 from xmag.bag.formats import (
     SUFFIXES,
     Content,
@@ -29,6 +36,9 @@ from xmag.files import local_copy, write_bytes
 from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 from xmag.urls import Place, Url, place_of
+
+if TYPE_CHECKING:  # an extra
+    from anndata import AnnData
 
 SCHEMA_VERSION = 1
 """Version of the file format; changes when an older xmag could no longer read it."""
@@ -159,6 +169,33 @@ class FeatureBag:
         tissue = self.provenance.record.get("tissue") if self.provenance else None
         share = tissue.get("coverage") if isinstance(tissue, Mapping) else None
         return None if share is None else float(share)
+
+    def mean(self) -> NDArray[np.float32]:
+        """The mean embedding of the slide, float32 (D,); BagError for a bag without tiles."""
+        if not len(self):
+            raise BagError("the bag has no tiles, and so no mean; leave the slide out")
+        return np.asarray(self.features.mean(axis=0, dtype=np.float64), np.float32)
+
+    def to_anndata(self, slide: Pictured | None = None) -> "AnnData":
+        """The bag as an AnnData, which scanpy, squidpy and wsidata open: a row for each tile.
+
+        X has the features, ``obsm["spatial"]`` the centres of the tiles in level-0 px, obs their
+        corners `x` and `y`, and ``uns["provenance"]`` what `Provenance.from_json` reads. With the
+        open `slide`, ``uns["spatial"]`` has its thumbnail and the scale factors of scanpy's plots.
+        All of it survives ``write_h5ad``. Raises BagError where the tiles' places or size are
+        unknown, and MissingExtraError without the package anndata.
+        """
+        coords = placed(self, "to_anndata")
+        if self.tiles is None:
+            raise BagError(
+                "to_anndata needs the size of the tiles, and bag.tiles is None; give"
+                " FeatureBag(..., tiles=), or take a bag that xmag made"
+            )
+        name = _recorded(self, "slide") or (slide.name if slide else "slide")
+        provenance = None if self.provenance is None else self.provenance.to_json()
+        return to_anndata(
+            self.features, coords, self.tiles, name=name, provenance=provenance, slide=slide
+        )
 
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.

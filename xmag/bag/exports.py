@@ -1,17 +1,22 @@
 """Layouts of other software: STAMP's is written, and those of CLAM, TRIDENT and STAMP are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from xmag.bag.formats import Content, ForeignBagError
-from xmag.errors import BagError
+from xmag.errors import BagError, MissingExtraError
 from xmag.geometry import TileGeometry
+
+if TYPE_CHECKING:  # an extra
+    from anndata import AnnData
+
+_THUMBNAIL_PX = 1024
 
 _STAMP_UM, _STAMP_PX = 256.0, 224
 """Side in µm and px of the tiles in STAMP's oldest files, which do not record it."""
@@ -30,6 +35,69 @@ class MicrometreTiles:
     coords: NDArray[np.float64]
     size_um: float
     size_px: int | None
+
+
+class Pictured(Protocol):
+    """Protocol of a slide for `FeatureBag.to_anndata`: its name, size and thumbnail."""
+
+    @property
+    def name(self) -> str:
+        """Base name of the file."""
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) in level-0 px."""
+
+    def thumbnail(self, *, max_px: int) -> ArrayLike:
+        """The whole slide as an image."""
+
+
+def to_anndata(
+    features: NDArray[np.float32],
+    coords: NDArray[np.int64],
+    tiles: TileGeometry,
+    *,
+    name: str,
+    provenance: str | None,
+    slide: Pictured | None,
+) -> "AnnData":
+    """The AnnData of a bag; see `FeatureBag.to_anndata`. Its spatial part is laid out as scanpy's.
+
+    Raises BagError for a slide of another size.
+    """
+    try:
+        import pandas as pd
+        from anndata import AnnData
+    except ImportError as error:
+        raise MissingExtraError(
+            'to_anndata needs the package anndata; run pip install "xmag[anndata]"'
+        ) from error
+    if slide is not None and slide.dimensions != tiles.level0_size:
+        raise BagError(
+            f"the bag is of a slide of {tiles.level0_size} px, and {slide.name!r} has"
+            f" {slide.dimensions}; give the slide that the features were made from"
+        )
+
+    def names(values: Iterable[str]) -> Any:
+        # Not of pandas' own type of texts, which older versions of anndata cannot read.
+        return pd.Index(list(values), dtype=object)
+
+    table = AnnData(
+        X=features.copy(),
+        obs=pd.DataFrame(coords, columns=["x", "y"], index=names(f"{x}_{y}" for x, y in coords)),
+        var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
+    )
+    table.obsm["spatial"] = coords + tiles.side_level0 / 2
+    table.uns["tiles"] = json.dumps(tiles.to_dict(), sort_keys=True)
+    if provenance is not None:
+        table.uns["provenance"] = provenance
+    picture: dict[str, Any] = {"scalefactors": {"spot_diameter_fullres": tiles.side_level0}}
+    if slide is not None:
+        image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
+        picture["images"] = {"hires": image}
+        picture["scalefactors"]["tissue_hires_scalef"] = image.shape[1] / slide.dimensions[0]
+    table.uns["spatial"] = {Path(name).stem: picture}
+    return table
 
 
 def trident_attributes(tiles: TileGeometry | None, name: str) -> dict[str, Any]:

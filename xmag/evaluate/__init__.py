@@ -6,7 +6,13 @@ Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pic
 from functools import partial
 
 from xmag.evaluate.folds import Folds, Split
-from xmag.evaluate.pictures import confusion_figure, roc_figure
+from xmag.evaluate.pictures import (
+    calibration_figure,
+    confusion_figure,
+    kaplan_meier_figure,
+    roc_figure,
+    scatter_figure,
+)
 from xmag.evaluate.probes import LinearProbe, NearestNeighbours, SimpleShot, probe
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Estimate, Result, Sampling
@@ -27,9 +33,12 @@ __all__ = [
     "Sampling",
     "SimpleShot",
     "Split",
+    "calibration_figure",
     "confusion_figure",
     "cross_validate",
     "external",
+    "kaplan_meier_figure",
     "probe",
     "roc_figure",
+    "scatter_figure",
 ]

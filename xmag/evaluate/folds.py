@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from xmag import files, records
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
+from xmag.evaluate.tables import table_pairs
 from xmag.metrics.labels import Labels, as_labels, encode, refuse_continuous
 
 _FORMAT = records.Format(
@@ -102,15 +104,67 @@ class Folds:
         if not isinstance(random_state, Integral) or random_state < 0:
             raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
         _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
+        return cls._shuffled(
+            codes,
+            None if groups is None else patients,
+            folds=folds,
+            repeats=repeats,
+            random_state=random_state,
+        )
+
+    @classmethod
+    def by_patient(
+        cls,
+        groups: Labels,
+        *,
+        strata: ArrayLike | None = None,
+        folds: int = 5,
+        repeats: int = 1,
+        random_state: int = 0,
+    ) -> "Folds":
+        """K-fold splits by patient (group) where there are no classes, `repeats` times.
+
+        `strata`, whole numbers (n,), are spread over the folds as evenly as patients allow, such as
+        whether there was an event. Raises InputError for fewer patients than folds.
+        """
+        patients = encode(listed := as_labels(groups, "groups"), dict.fromkeys(listed))
+        codes = np.zeros(len(patients), np.int64)
+        if strata is not None:
+            codes = np.unique(np.asarray(strata), return_inverse=True)[1]
+        if folds < 2 or repeats < 1:
+            raise InputError(
+                f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1"
+            )
+        if (number := len(np.unique(patients))) < folds:
+            raise InputError(
+                f"there are {number} patients for {folds} folds; give folds={max(number, 2)} or"
+                " fewer, or more patients"
+            )
+        if np.bincount(codes).max() < folds:  # which scikit-learn refuses
+            codes[:] = 0
+        return cls._shuffled(
+            codes, patients, folds=folds, repeats=repeats, random_state=random_state
+        )
+
+    @classmethod
+    def _shuffled(
+        cls,
+        codes: NDArray[np.int64],
+        patients: NDArray[np.int64] | None,
+        *,
+        folds: int,
+        repeats: int,
+        random_state: int,
+    ) -> "Folds":
         kinds = optional("sklearn.model_selection", "making folds")
-        kind = kinds.StratifiedKFold if groups is None else kinds.StratifiedGroupKFold
+        kind = kinds.StratifiedKFold if patients is None else kinds.StratifiedGroupKFold
         splits: list[Split] = []
         for repeat, seed in enumerate(np.random.SeedSequence(random_state).generate_state(repeats)):
             splitter = kind(folds, shuffle=True, random_state=int(seed))
             with warnings.catch_warnings():
                 # Its warning of a rare class counts cases, and ours, already given, patients.
                 warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-                pairs = splitter.split(codes, codes, None if groups is None else patients)
+                pairs = splitter.split(codes, codes, patients)
                 splits += [_split(train, test, repeat) for train, test in pairs]
         return cls(samples=len(codes), splits=tuple(splits))
 
@@ -152,6 +206,40 @@ class Folds:
             for number, (train, test) in enumerate(arrays)
         ]
         return cls(samples=samples, splits=tuple(splits))
+
+    @classmethod
+    def from_table(
+        cls,
+        path: str | os.PathLike[str],
+        ids: Labels,
+        *,
+        groups: Labels | None = None,
+        id_column: str | None = None,
+        tested: Literal["test", "val"] = "test",
+    ) -> "Folds":
+        """Folds from a table: Patho-Bench's splits (TSV), or a CSV with a column `fold`.
+
+        Columns ``fold_0``, ``fold_1``, ... hold train, val or test, and each is a split: cases of
+        ``test`` are tested, those of ``train`` and ``val`` fitted on, since estimators choose their
+        own validation set; ``tested="val"`` tests those of ``val``, and leaves those of ``test``
+        out. A single column ``fold`` holds the name of the fold that tests a case. A file whose
+        name ends in ``.tsv`` has tabs, any other one commas.
+
+        Args:
+            path: The table, in UTF-8.
+            ids: n ids, of the cases in the order of X: its slides or patients.
+            groups: n patients; those of the table's column ``case_id`` or ``patient`` are checked
+                as well, where it has one.
+            id_column: The column of the ids: by default, the first there is of ``slide_id``,
+                ``slide``, ``case_id``, ``patient`` and ``id`` that holds an id of `ids`.
+            tested: Which cases are tested.
+
+        Cases that only the table has are left out, with a warning, and those whose value is missing
+        in a fold are in neither side of it. Raises InputError for an id of `ids` that the table
+        lacks, rows of one id that differ, another value in a fold, and a patient on both sides.
+        """
+        pairs = table_pairs(Path(path), ids, groups, id_column=id_column, tested=tested)
+        return cls.from_pairs(pairs, samples=len(ids))
 
     def to_dict(self) -> dict[str, Any]:
         """The folds as plain JSON values."""

@@ -1,4 +1,6 @@
-"""Figures of ROC curves and confusion matrices, by matplotlib's object interface alone.
+"""Figures of reports: ROC and calibration curves, confusion matrices, scatter, Kaplan-Meier.
+
+All by matplotlib's object interface alone.
 
 Neither pyplot, nor a global backend, nor rcParams are touched.
 """
@@ -6,16 +8,19 @@ Neither pyplot, nor a global backend, nor rcParams are touched.
 import io
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xmag.errors import InputError
 from xmag.evaluate.extra import optional
 from xmag.evaluate.results import Result, Sampling, cases_of
-from xmag.metrics.bootstrap import Floats, resampled
+from xmag.metrics.bootstrap import TASKS, Floats, Outcomes, resampled
 from xmag.metrics.ranking import mean_roc
+from xmag.metrics.survival import Survival, kaplan_meier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +32,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 """Colour-blind safe palette of Okabe and Ito, without its yellow, which is faint on white."""
 _DASHES = ("-", "--", "-.", (0, (1, 1)))
 _INK, _FAINT = "#222222", "#8A8A8A"
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI = 150
+_MOST_BINS = 10
 _MOST_COLUMNS = 3
 _MOST_DRAWS = 500
 """Limit of bootstrap draws for a band, which is drawn and not reported as a number."""
@@ -38,9 +45,11 @@ _MOST_BANDS = 4
 def roc_figure(report: "Report") -> "Figure":
     """Figure of ROC curves: a panel for each result, a curve for each class against the rest.
 
-    Bands and legends have the report's intervals; of two classes, the second one's curve is drawn.
-    Raises MissingExtraError without matplotlib.
+    Bands and legends have the report's intervals; of two classes, the second one's curve is drawn,
+    and of several labels that of each. Raises InputError for other tasks, and MissingExtraError
+    without matplotlib.
     """
+    _require(report, "ROC curve", "classification", "multilabel")
     figure, panels = _panels(report, side_in=4.4)
     for axes, result in zip(panels, report.results, strict=True):
         _draw_roc(axes, result, report)
@@ -52,11 +61,59 @@ def confusion_figure(report: "Report") -> "Figure":
     """Figure of confusion matrices, a panel for each result.
 
     A cell has the share of its row's class, which is its colour, and the number of cases; over
-    several repeats, their mean. Raises MissingExtraError without matplotlib.
+    several repeats, their mean. Raises InputError for other tasks than classification, and
+    MissingExtraError without matplotlib.
     """
+    _require(report, "confusion matrix", "classification")
     figure, panels = _panels(report, side_in=2.4 + 0.62 * min(len(report.classes), 20))
     for axes, result in zip(panels, report.results, strict=True):
         _draw_confusion(axes, result)
+        _entitle(axes, report, result)
+    return figure
+
+
+def calibration_figure(report: "Report") -> "Figure":
+    """Figure of calibration curves: the share of cases that are of a class, by its probability.
+
+    Cases are sorted by the predicted probability and cut into ten parts of as many each, fewer of
+    less than 100 cases; bars are 95% intervals (Wilson's), which take each case for a patient of
+    its own. On the diagonal, probabilities are what they say. Classes are as in `roc_figure`.
+    """
+    _require(report, "calibration curve", "classification", "multilabel")
+    figure, panels = _panels(report, side_in=4.4)
+    for axes, result in zip(panels, report.results, strict=True):
+        _draw_calibration(axes, result)
+        _entitle(axes, report, result)
+    return figure
+
+
+def scatter_figure(report: "Report") -> "Figure":
+    """Figure of predicted against true numbers: a panel for each result and target.
+
+    The line is where both are equal. Raises InputError for other tasks than regression, and
+    MissingExtraError without matplotlib.
+    """
+    _require(report, "scatter of numbers", "regression")
+    each = len(report.classes)
+    figure, panels = _panels(report, side_in=4.2, high=0.9 if each > 1 else 1, each=each)
+    places = [(result, n) for result in report.results for n in range(len(report.classes))]
+    for axes, (result, place) in zip(panels, places, strict=True):
+        _draw_scatter(axes, result, place)
+        _entitle(axes, report, result)
+    return figure
+
+
+def kaplan_meier_figure(report: "Report") -> "Figure":
+    """Figure of Kaplan-Meier curves of the cases of low and of high risk, a panel for each result.
+
+    Groups are cut at the median risk of the cases that were fitted on. Bands are pointwise 95%
+    intervals, ticks are censored cases, and p is the log-rank test's; below are the numbers at
+    risk. Raises InputError for other tasks than survival, and MissingExtraError without matplotlib.
+    """
+    _require(report, "Kaplan-Meier curve", "survival")
+    figure, panels = _panels(report, side_in=4.8)
+    for axes, result in zip(panels, report.results, strict=True):
+        _draw_kaplan_meier(axes, result)
         _entitle(axes, report, result)
     return figure
 
@@ -86,7 +143,10 @@ class Curve:
 
 def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
     """The ROC curve of the class at `place` against the rest; None without a pair to compare."""
-    cases = cases_of(result)
+    cases, codes = cases_of(result), result.truth
+    if isinstance(cases, Outcomes):
+        codes = cases.codes
+        cases, place = cases.label(place), 1
     fpr, tpr = mean_roc(cases, None, place)
     if not len(fpr):
         return None
@@ -95,7 +155,7 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
     try:
         drawn = resampled(
             lambda weights: mean_roc(cases, weights, place, grid)[1],
-            result.truth,
+            codes,
             result.patients,
             resamples=min(sampling.resamples, _MOST_DRAWS),
             random_state=sampling.random_state,
@@ -108,16 +168,29 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
     )
 
 
-def _panels(report: "Report", *, side_in: float) -> tuple["Figure", list["Axes"]]:
-    number = len(report.results)
+def _require(report: "Report", what: str, *tasks: str) -> None:
+    if report.task not in tasks:
+        raise InputError(
+            f"the task of the report is {report.task}, which has no {what}; expected"
+            f" {' or '.join(tasks)}"
+        )
+
+
+def _panels(
+    report: "Report", *, side_in: float, each: int = 1, high: float = 1.0
+) -> tuple["Figure", list["Axes"]]:
+    """A figure and its panels, `each` of them for each result, `high` times as high as wide."""
+    number = len(report.results) * each
     trained = len({result.trained_on for result in report.results})
     columns = min(number, _MOST_COLUMNS)
     if trained > 1 and number % trained == 0:
         columns = number // trained  # a row for each cohort that was trained on
+    elif each > 1 and len(report.results) > 1:
+        columns = each
     rows = math.ceil(number / columns)
     titles_in = 0.35 if number > 1 else 0.15
     figure = optional("matplotlib.figure", "a picture").Figure(
-        figsize=(columns * side_in + 0.2, rows * (side_in + titles_in) + 0.4),
+        figsize=(columns * side_in + 0.2, rows * (side_in * high + titles_in) + 0.4),
         dpi=_DPI,
         facecolor="white",
         layout="constrained",
@@ -136,15 +209,14 @@ def _panels(report: "Report", *, side_in: float) -> tuple["Figure", list["Axes"]
 def _draw_roc(axes: "Axes", result: Result, report: "Report") -> None:
     axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
     counts = result.counts()
-    places = range(len(report.classes)) if len(report.classes) > 2 else (1,)
+    places = _curves(result)
     lines, texts = [], []
     for drawn, place in enumerate(places):
         estimate = result.class_aurocs[place]
         curve = curve_of(result, place, sampling=report.sampling)
         if curve is None:
             continue
-        colour = _COLOURS[drawn % len(_COLOURS)]
-        dash = _DASHES[(drawn // len(_COLOURS)) % len(_DASHES)]
+        colour, dash = _look(drawn)
         banded = len(places) <= _MOST_BANDS
         if banded and curve.low is not None and curve.high is not None:
             axes.fill_between(
@@ -153,28 +225,145 @@ def _draw_roc(axes: "Axes", result: Result, report: "Report") -> None:
         lines += axes.plot(curve.fpr, curve.tpr, color=colour, linewidth=1.6, linestyle=dash)
         name = _shortened(str(report.classes[place]), 18)
         texts.append(f"{name} (n = {counts[place]:,}): {estimate}")
-    _write(axes.set_xlabel, "false positive rate", fontsize=9, color=_INK)
-    _write(axes.set_ylabel, "true positive rate", fontsize=9, color=_INK)
+    _label(axes, "false positive rate", "true positive rate")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    percent = f"{100 * report.sampling.level:.4g}%"
+    _legend(axes, lines, texts, f"AUROC ({percent} interval)", "lower right")
+
+
+def _curves(result: Result) -> Sequence[int]:
+    """The classes or labels that have a curve: of two classes, the second."""
+    two = result.task == "classification" and len(result.classes) == 2
+    return (1,) if two else range(len(result.classes))
+
+
+def _look(place: int) -> tuple[str, Any]:
+    """Colour and dashes of the curve at a place."""
+    return _COLOURS[place % len(_COLOURS)], _DASHES[(place // len(_COLOURS)) % len(_DASHES)]
+
+
+def _label(axes: "Axes", x: str, y: str) -> None:
+    _write(axes.set_xlabel, x, fontsize=9, color=_INK)
+    _write(axes.set_ylabel, y, fontsize=9, color=_INK)
     axes.grid(color="#E6E6E6", linewidth=0.6)
     axes.set_axisbelow(True)
-    if lines:
-        percent = f"{100 * report.sampling.level:.4g}%"
-        legend = axes.legend(
-            lines,
-            texts,
-            title=f"AUROC ({percent} interval)",
-            loc="lower right",
-            fontsize=7.5,
-            title_fontsize=7.5,
-            frameon=True,
-            framealpha=0.85,
-            edgecolor="none",
-            facecolor="white",
-            labelcolor=_INK,
+
+
+def _legend(axes: "Axes", lines: list[Any], texts: list[str], title: str, where: str) -> None:
+    if not lines:
+        return
+    legend = axes.legend(
+        lines,
+        texts,
+        title=title,
+        loc=where,
+        fontsize=7.5,
+        title_fontsize=7.5,
+        frameon=True,
+        framealpha=0.85,
+        edgecolor="none",
+        facecolor="white",
+        labelcolor=_INK,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def calibration_of(result: Result, place: int) -> NDArray[np.float64]:
+    """Calibration of a class: mean probability, share of its cases, and their number, (3, bins)."""
+    truth = result.truth[:, place] if result.truth.ndim > 1 else result.truth == place
+    probability = result.scores[:, place]
+    bins = max(2, min(_MOST_BINS, len(truth) // _MOST_BINS))
+    parts = np.array_split(np.argsort(probability, kind="stable"), min(bins, len(truth)))
+    values = [(probability[part].mean(), truth[part].mean(), len(part)) for part in parts]
+    return np.array(values, np.float64).T
+
+
+def _draw_calibration(axes: "Axes", result: Result) -> None:
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
+    lines, texts = [], []
+    for drawn, place in enumerate(_curves(result)):
+        colour, dash = _look(drawn)
+        x, share, count = calibration_of(result, place)
+        low, high = _wilson(share, count)
+        axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1.2)
+        marker = _MARKERS[drawn % len(_MARKERS)]
+        lines += axes.plot(
+            x, share, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=4.5
         )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        texts.append(_shortened(str(result.classes[place]), 24))
+    _label(axes, "predicted probability", "observed share")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    _legend(axes, lines, texts, "", "upper left")
+
+
+def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
+    """95% interval of shares of counts. Wilson 1927, JASA 22, 209-212."""
+    z = 1.959963984540054
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    spread = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return middle - spread, middle + spread
+
+
+def _draw_scatter(axes: "Axes", result: Result, place: int) -> None:
+    truth, predicted = result.truth[:, place], result.predicted[:, place]
+    known = ~np.isnan(truth)
+    truth, predicted = truth[known], predicted[known]
+    ends = np.concatenate([truth, predicted, [0.0] if not len(truth) else []])
+    margin = 0.04 * (np.ptp(ends) or 1)
+    limits = ends.min() - margin, ends.max() + margin
+    axes.plot(limits, limits, color=_FAINT, linewidth=1, linestyle="--")
+    size = float(np.clip(400 / np.sqrt(max(len(truth), 1)), 4, 26))
+    axes.scatter(truth, predicted, s=size, color=_COLOURS[0], alpha=0.55, linewidths=0)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    name = _shortened(str(result.classes[place]), 24)
+    _label(axes, f"{name}, true", f"{name}, predicted")
+    found = {name: each[place] for name, each in result.of_each.items()} or result.estimates
+    lines = [
+        f"{TASKS['regression'][name].title} {found[name]}" for name in ("r2", "mae", "pearson")
+    ]
+    axes.text(
+        0.03, 0.97, "\n".join(lines), transform=axes.transAxes, ha="left", va="top",
+        fontsize=7.5, color=_INK, linespacing=1.4,
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2},
+    )  # fmt: skip
+
+
+def _draw_kaplan_meier(axes: "Axes", result: Result) -> None:
+    seen, groups = result.risk_groups()
+    last = float(seen.time.max())
+    ticks = optional("matplotlib.ticker", "a picture").MaxNLocator(5).tick_values(0, last)
+    ticks = [tick for tick in ticks if 0 <= tick <= last]
+    below = axes.get_xaxis_transform()
+    lines, texts = [], []
+    for row, (group, name) in enumerate(((1, "high risk"), (0, "low risk"))):
+        own = Survival(event=seen.event[groups == group], time=seen.time[groups == group])
+        colour, dash = (_COLOURS[1], "-") if group else (_COLOURS[0], (0, (5, 1.5)))
+        y = -0.21 - 0.055 * row
+        axes.text(-0.03, y, name, transform=axes.transAxes, ha="right", va="center",
+                  fontsize=7.5, color=colour)  # fmt: skip
+        if not len(own):
+            continue
+        estimate = kaplan_meier(own)
+        x = np.append(0.0, estimate.times)
+        share, low, high = (
+            np.append(1.0, part) for part in (estimate.survival, estimate.low, estimate.high)
+        )
+        axes.fill_between(x, low, high, step="post", color=colour, alpha=0.13, linewidth=0)
+        lines += axes.step(x, share, where="post", color=colour, linestyle=dash, linewidth=1.6)
+        censored = np.unique(own.time[~own.event])
+        axes.plot(censored, estimate.at(censored), "|", color=colour, markersize=5)
+        texts.append(f"{name} (n = {len(own):,}, events {int(own.event.sum()):,})")
+        for tick, count in zip(ticks, estimate.at_risk_at(ticks), strict=True):
+            axes.text(tick, y, f"{count:,}", transform=below, ha="center", va="center",
+                      fontsize=7.5, color=colour)  # fmt: skip
+    axes.text(-0.03, -0.155, "at risk", transform=axes.transAxes, ha="right", va="center",
+              fontsize=7.5, color=_INK)  # fmt: skip
+    _label(axes, "time", "share without an event")
+    axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(-0.01, 1.02), xticks=ticks)
+    p = result.estimates["log_rank"].value
+    title = "" if p is None else f"log-rank p {'< 0.001' if p < 1e-3 else f'= {p:.3f}'}"
+    _legend(axes, lines, texts, title, "best")
 
 
 def _draw_confusion(axes: "Axes", result: Result) -> None:

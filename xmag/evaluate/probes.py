@@ -82,6 +82,7 @@ def probe(
         settings=settings_of(
             "held out",
             estimator,
+            task=train.task,
             grouped=train_groups is not None and groups is not None,
             training_cases=len(train),
             **found,

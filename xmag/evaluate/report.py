@@ -1,7 +1,8 @@
 """Evaluation reports: results as a Markdown table, JSON and figures."""
 
+import math
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,51 @@ import numpy as np
 from xmag import files, records
 from xmag.errors import InputError
 from xmag.evaluate.folds import Folds
-from xmag.evaluate.pictures import as_png, confusion_figure, roc_figure
-from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling
-from xmag.metrics.bootstrap import METRICS, Interval
+from xmag.evaluate.pictures import (
+    as_png,
+    calibration_figure,
+    confusion_figure,
+    kaplan_meier_figure,
+    roc_figure,
+    scatter_figure,
+)
+from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval
+from xmag.metrics.bootstrap import TASKS, Interval
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """A report of the time when all were of classification."""
+    results = [
+        {
+            **{name: one[name] for name in one if name != "class_aurocs"},
+            "of_each": {"auroc": one["class_aurocs"]},
+            "event_weights": [],
+            "brier": [],
+        }
+        for one in values["results"]
+    ]
+    return {**values, "task": "classification", "results": results}
+
 
 _FORMAT = records.Format(
-    name="xmag.Report", version=1, writer="Report.save", remedy="give a folder that xmag saved"
+    name="xmag.Report",
+    version=2,
+    writer="Report.save",
+    remedy="give a folder that xmag saved",
+    migrations={1: _from_version_1},
 )
-_JSON_NAME, _ROC_NAME, _CONFUSION_NAME = "report.json", "roc.png", "confusion.png"
+_JSON_NAME = "report.json"
+_FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
+    "classification": {
+        "roc.png": roc_figure,
+        "confusion.png": confusion_figure,
+        "calibration.png": calibration_figure,
+    },
+    "multilabel": {"roc.png": roc_figure, "calibration.png": calibration_figure},
+    "regression": {"scatter.png": scatter_figure},
+    "survival": {"kaplan-meier.png": kaplan_meier_figure},
+}
+"""The pictures of each task, by the names of their files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +67,8 @@ class Report:
 
     Attributes:
         title: Estimator and protocol, in words.
-        classes: The order of classes.
+        classes: The order of classes; names of the labels or targets; "censored" and "event" in
+            survival.
         results: One for each pair of training and test cohort; a single one for a
             cross-validation and for a probe.
         sampling: Level, draws and seed of the bootstrap intervals.
@@ -59,9 +98,23 @@ class Report:
             (result,) = self.results
             counts = zip(self.classes, result.counts(), strict=True)
             listed = ", ".join(f"{label} {count:,}" for label, count in counts)
+            known = " known" if self.task == "regression" else ""
             patients = len(np.unique(result.patients))
-            notes.insert(0, f"{result.cases:,} cases of {patients:,} patients: {listed}.")
-        return "\n".join([self.title, "", self.table(), "", *dict.fromkeys(notes)])
+            notes.insert(0, f"{result.cases:,} cases of {patients:,} patients: {listed}{known}.")
+            if self.task == "survival" and patients < result.cases:
+                notes.append(
+                    "The log-rank test takes each case for a patient of its own; for an honest p,"
+                    " give one case for each patient."
+                )
+        tables = [self.table()]
+        if self.task in ("multilabel", "regression"):
+            tables += [_markdown(rows) for rows in map(self._of_each, self.results) if rows]
+        return "\n".join([self.title, "", "\n\n".join(tables), "", *dict.fromkeys(notes)])
+
+    @property
+    def task(self) -> str:
+        """What was predicted: "classification", "multilabel", "regression" or "survival"."""
+        return self.results[0].task
 
     def estimate(
         self, metric: str, *, trained_on: str | None = None, tested_on: str | None = None
@@ -94,21 +147,19 @@ class Report:
         if metric is not None:
             return self._cross_table(metric)
         # With two classes, one AUROC, as both are equal.
-        shown = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
-        titles = [self._title(name) for name in shown]
+        names = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
+        titles = [self._title(name) for name in names]
         if len(self.results) == 1:
-            estimates = [self.results[0].estimates[name] for name in shown]
+            estimates = [self.results[0].estimates[name] for name in names]
             rows = [["metric", "value", f"{self._percent} interval"]]
             for title, estimate in zip(titles, estimates, strict=True):
-                value = "–" if estimate.value is None else f"{estimate.value:.3f}"
-                ends = "–" if (i := estimate.interval) is None else f"{i.low:.3f}–{i.high:.3f}"
-                rows.append([title, value, ends])
+                rows.append([title, shown(estimate.value), shown_interval(estimate.interval)])
             return _markdown(rows)
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
             own = " (cross-validated)" if result.trained_on == result.tested_on else ""
             sizes = f"{result.cases:,}", f"{len(np.unique(result.patients)):,}"
-            values = [str(result.estimates[name]) for name in shown]
+            values = [str(result.estimates[name]) for name in names]
             rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
@@ -122,6 +173,7 @@ class Report:
         """
         content = {
             "title": self.title,
+            "task": self.task,
             "classes": [_plain(label) for label in self.classes],
             "sampling": records.plain(self.sampling),
             "settings": dict(self.settings),
@@ -136,16 +188,15 @@ class Report:
         return _from_dict(_FORMAT.loads(text))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Save ``report.json``, ``roc.png`` and ``confusion.png`` to `folder`, which is made.
+        """Save ``report.json`` and the pictures of the task to `folder`, which is made.
 
+        They are ``roc.png``, ``confusion.png`` and ``calibration.png`` of classes; the first and
+        the last of several labels; ``scatter.png`` of numbers; ``kaplan-meier.png`` in survival.
         Each file is whole or not there, and ``report.json`` comes last. Raises OutputError where
         they cannot be written, and MissingExtraError without matplotlib.
         """
         text = self.to_json()
-        pictures = {
-            _ROC_NAME: as_png(roc_figure(self)),
-            _CONFUSION_NAME: as_png(confusion_figure(self)),
-        }
+        pictures = {name: as_png(draw(self)) for name, draw in _FIGURES[self.task].items()}
         files.make_folder(folder)
         for name, data in pictures.items():
             files.write_bytes(Path(folder) / name, data)
@@ -162,7 +213,7 @@ class Report:
 
     @property
     def _metrics(self) -> list[str]:
-        return [name for name in METRICS if name in self.results[0].estimates]
+        return [name for name in TASKS[self.task] if name in self.results[0].estimates]
 
     def _require(self, metric: str) -> None:
         if metric not in self._metrics:
@@ -171,7 +222,21 @@ class Report:
     def _title(self, metric: str) -> str:
         if metric == "auroc_ovr" and len(self.classes) == 2:
             return f"AUROC of {self.classes[1]}"
-        return METRICS[metric].title
+        title = TASKS[self.task][metric].title
+        several = self.task == "regression" and len(self.classes) > 1
+        return f"{title}, mean over targets" if several else title
+
+    def _of_each(self, result: Result) -> list[list[str]]:
+        """The table of each label or target of a result; no rows where there is one."""
+        if not result.of_each:
+            return []
+        what = "target" if self.task == "regression" else "label"
+        where = f" ({result.tested_on})" if len(self.results) > 1 else ""
+        titles = [TASKS[self.task][name].title.split(",")[0] for name in result.of_each]
+        rows = [[f"{what}{where}", *titles]]
+        for label, *estimates in zip(self.classes, *result.of_each.values(), strict=True):
+            rows.append([str(label), *map(str, estimates)])
+        return rows
 
     def _cross_table(self, metric: str) -> str:
         self._require(metric)
@@ -216,9 +281,18 @@ def _result_to_dict(result: Result) -> dict[str, Any]:
         "trained_on": result.trained_on,
         "tested_on": result.tested_on,
         "estimates": {name: _estimate_to_dict(e) for name, e in result.estimates.items()},
-        "class_aurocs": [_estimate_to_dict(e) for e in result.class_aurocs],
-        **{name: getattr(result, name).tolist() for name in ARRAYS},
+        "of_each": {
+            name: [_estimate_to_dict(e) for e in found] for name, found in result.of_each.items()
+        },
+        **{name: _without_nan(getattr(result, name).tolist()) for name in ARRAYS},
     }
+
+
+def _without_nan(values: Any) -> Any:
+    """Nested lists of numbers with None for NaN, which JSON does not have."""
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if math.isnan(values) else values
 
 
 def _estimate_to_dict(estimate: Estimate) -> dict[str, Any]:
@@ -233,24 +307,29 @@ def _from_dict(content: Any) -> Report:
         return Report(
             title=content["title"],
             classes=classes,
-            results=tuple(_result(plain, classes) for plain in content["results"]),
+            results=tuple(_result(p, classes, content["task"]) for p in content["results"]),
             sampling=records.from_dict(Sampling, content["sampling"], "sampling"),
             folds=None if folds is None else Folds.from_dict(folds),
             settings=content["settings"],
         )
 
 
-def _result(plain: Mapping[str, Any], classes: tuple[Hashable, ...]) -> Result:
+def _result(plain: Mapping[str, Any], classes: tuple[Hashable, ...], task: str) -> Result:
+    floats = {"scores", "event_weights", "brier"}
+    floats |= {"regression": {"truth", "predicted"}, "survival": {"truth"}}.get(task, set())
     arrays: dict[str, Any] = {
-        name: np.array(plain[name], dtype=np.float64 if name == "scores" else np.int64)
+        name: np.array(plain[name], dtype=np.float64 if name in floats else np.int64)
         for name in ARRAYS
     }
+    if task not in TASKS:
+        raise ValueError(f"its task is {task!r}")
     return Result(
+        task=task,
         trained_on=plain["trained_on"],
         tested_on=plain["tested_on"],
         classes=classes,
         estimates={name: _estimate(e) for name, e in plain["estimates"].items()},
-        class_aurocs=tuple(_estimate(e) for e in plain["class_aurocs"]),
+        of_each={name: tuple(map(_estimate, each)) for name, each in plain["of_each"].items()},
         **arrays,
     )
 

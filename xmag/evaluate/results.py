@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -10,10 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import InputError
-from xmag.metrics.bootstrap import METRICS, Floats, Interval, percentile_interval, resampled
+from xmag.metrics.bootstrap import (
+    TASKS,
+    Floats,
+    Interval,
+    Outcomes,
+    percentile_interval,
+    resampled,
+)
 from xmag.metrics.decisions import confusions
 from xmag.metrics.labels import Cases
 from xmag.metrics.ranking import class_aurocs
+from xmag.metrics.survival import Survival, log_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +39,25 @@ class Estimate:
     reason: str = ""
 
     def __str__(self) -> str:
-        if self.value is None:
-            return "–"
         if self.interval is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} ({self.interval.low:.3f}–{self.interval.high:.3f})"
+            return shown(self.value)
+        return f"{shown(self.value)} ({shown_interval(self.interval)})"
+
+
+def shown(value: float | None) -> str:
+    """A value of a metric as text: three decimals, fewer from 100 on, or three digits if tiny."""
+    if value is None:
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.3g}"
+
+
+def shown_interval(interval: Interval | None) -> str:
+    """An interval as text; a dash where there is none."""
+    if interval is None:
+        return "–"
+    return f"{shown(interval.low)}{' to ' if interval.low < 0 else '–'}{shown(interval.high)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,30 +88,43 @@ class Result:
     Attributes:
         trained_on: The cohort that the model was fitted on; empty where that is not known.
         tested_on: The cohort that it was tested on.
-        classes: The order of classes, C of them.
+        task: "classification", "multilabel", "regression" or "survival".
+        classes: The order of classes, C of them; names of the labels or targets; "censored" and
+            "event" in survival.
         rows: int64 (m,), the index of the case in X.
-        truth: int64 (m,), its class, as an index in `classes`.
-        predicted: int64 (m,), the predicted class, likewise.
-        scores: float64 (m, C), the probabilities in the order of `classes`.
+        truth: int64 (m,), its class, as an index in `classes`; 0 or 1 of each label, int64 (m, C);
+            numbers, float64 (m, C), NaN where missing; event and time, float64 (m, 2).
+        predicted: int64 (m,), the predicted class, likewise, and labels and numbers as in `truth`;
+            in survival the risk group, 1 above the median risk of the cases fitted on, else 0.
+        scores: float64 (m, C), the probabilities in the order of `classes`; in survival the risk
+            (m, 1); in regression (m, 0).
         patients: int64 (m,), its patient, numbered from 0 by first appearance in X.
         splits: int64 (m,), the number of the split whose model predicted it.
         repeats: int64 (m,), the repeat that the split belongs to.
         estimates: By name of the metric.
-        class_aurocs: The AUROC of each class against the rest, in the order of `classes`.
+        of_each: By name of the metric, that of each label or target, or of each class against the
+            rest, in the order of `classes`; empty where there is one target, and in survival.
+        event_weights: float64 (m,), in survival 1 / G(t)² at the time of an event, where G is the
+            estimate of being uncensored from the cases fitted on; otherwise (0,).
+        brier: float64 (m,), in survival the case's part of the integrated Brier score, NaN where
+            no survival function is predicted; otherwise (0,).
     """
 
+    task: str
     trained_on: str
     tested_on: str
     classes: tuple[Hashable, ...]
     rows: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    predicted: NDArray[np.int64]
+    truth: NDArray[Any]
+    predicted: NDArray[Any]
     scores: NDArray[np.float64]
     patients: NDArray[np.int64]
     splits: NDArray[np.int64]
     repeats: NDArray[np.int64]
     estimates: Mapping[str, Estimate]
-    class_aurocs: tuple[Estimate, ...]
+    of_each: Mapping[str, tuple[Estimate, ...]]
+    event_weights: Floats = field(default_factory=lambda: np.zeros(0))
+    brier: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         for array in (getattr(self, name) for name in ARRAYS):
@@ -100,7 +135,8 @@ class Result:
             return NotImplemented
         mine = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(Result))
         return all(
-            np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b) for a, b in mine
+            np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else bool(a == b)
+            for a, b in mine
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -110,17 +146,47 @@ class Result:
         """The number of cases tested."""
         return len(np.unique(self.rows))
 
+    @property
+    def class_aurocs(self) -> tuple[Estimate, ...]:
+        """The AUROC of each class against the rest, or of each label, in the order of `classes`."""
+        return self.of_each.get("auroc", ())
+
     def counts(self) -> NDArray[np.int64]:
-        """The number of cases tested of each class, int64 (C,)."""
-        _, first = np.unique(self.rows, return_index=True)
-        return np.bincount(self.truth[first], minlength=len(self.classes))
+        """The number of cases tested of each class, int64 (C,).
+
+        Of labels it is that of the cases that have them, of targets that of the known ones.
+        """
+        truth = self.truth[np.unique(self.rows, return_index=True)[1]]
+        if self.task == "regression":
+            return np.asarray((~np.isnan(truth)).sum(0))
+        if self.task == "multilabel":
+            return np.asarray(truth.sum(0))
+        codes = truth[:, 0].astype(np.int64) if self.task == "survival" else truth
+        return np.bincount(codes, minlength=len(self.classes))
 
     def confusion(self) -> NDArray[np.float64]:
         """Confusion matrix, float64 (C, C): true class (row), predicted class; mean over repeats.
 
-        A case that is tested in some repeats only counts by their share.
+        A case that is tested in some repeats only counts by their share. InputError for other tasks
+        than classification.
         """
-        return np.asarray(confusions(cases_of(self), None)[0] / len(np.unique(self.repeats)))
+        cases = cases_of(self)
+        if not isinstance(cases, Cases):
+            raise InputError(f"the task is {self.task}, which has no confusion matrix")
+        return np.asarray(confusions(cases, None)[0] / len(np.unique(self.repeats)))
+
+    def risk_groups(self) -> tuple[Survival, NDArray[np.int64]]:
+        """In survival: the times of the cases tested, and whether their risk is high, int64 (n,).
+
+        A case has the group of most of its repeats, and of as many of both, the high one.
+        InputError for other tasks.
+        """
+        if self.task != "survival":
+            raise InputError(f"the task is {self.task}, which has no risk groups")
+        _, first, place = np.unique(self.rows, return_index=True, return_inverse=True)
+        share = np.bincount(place, self.predicted) / np.bincount(place)
+        event, time = self.truth[first].T
+        return Survival(event=event > 0, time=time), (share >= 0.5).astype(np.int64)
 
     def per_split(self, metric: str) -> tuple[float | None, ...]:
         """The metric in each split alone, in their order; None where it is not defined there.
@@ -128,44 +194,86 @@ class Result:
         As scikit-learn's ``cross_val_score`` has it, for a mean and a deviation over folds.
         Raises InputError for a metric that does not exist.
         """
-        if metric not in METRICS:
-            raise InputError(f"there is no metric {metric!r}; expected one of {sorted(METRICS)}")
+        known = {name: one for name, one in TASKS[self.task].items() if not one.is_test}
+        if metric not in known:
+            raise InputError(f"there is no metric {metric!r}; expected one of {sorted(known)}")
         parts = [cases_of(self, self.splits == split) for split in np.unique(self.splits)]
-        values = [float(METRICS[metric].values(cases, None)[0]) for cases in parts]
+        values = [float(known[metric].values(cases, None)[0]) for cases in parts]
         return tuple(None if np.isnan(value) else value for value in values)
 
 
-ARRAYS = ("rows", "truth", "predicted", "scores", "patients", "splits", "repeats")
+ARRAYS = (
+    "rows",
+    "truth",
+    "predicted",
+    "scores",
+    "patients",
+    "splits",
+    "repeats",
+    "event_weights",
+    "brier",
+)
 """Names of the fields of a Result that are arrays."""
 
 
-def cases_of(result: Result, places: Any = slice(None)) -> Cases:
+def cases_of(result: Result, places: Any = slice(None)) -> Cases | Outcomes:
     """The predictions at `places`, as operands of metrics.
 
     Scores are compared within a split alone: those of two models have no common scale.
     """
-    return Cases(
-        truth=result.truth[places],
-        classes=result.classes,
-        predicted=result.predicted[places],
-        scores=result.scores[places],
-        within=result.splits[places],
+    truth, predicted = result.truth[places], result.predicted[places]
+    scores, within = result.scores[places], result.splits[places]
+    if result.task == "classification":
+        return Cases(
+            truth=truth, classes=result.classes, predicted=predicted, scores=scores, within=within
+        )
+    is_survival = result.task == "survival"
+    return Outcomes(
+        truth=truth.astype(np.float64),
+        hats=predicted if result.task == "regression" else scores,
+        codes=truth[:, 0].astype(np.int64) if is_survival else np.zeros(len(truth), np.int64),
+        within=within,
+        event_weights=result.event_weights[places] if is_survival else None,
+        brier=result.brier[places] if is_survival else None,
     )
 
 
 def with_estimates(result: Result, *, ordered: bool, sampling: Sampling) -> Result:
     """A copy of the result with its metrics and bootstrap intervals computed."""
-    known = {name: metric for name, metric in METRICS.items() if ordered or not metric.needs_order}
-    one_vs_rest = [functools.partial(class_aurocs, place=p) for p in range(len(result.classes))]
+    table = TASKS[result.task]
+    known = {name: metric for name, metric in table.items() if ordered or not metric.needs_order}
+    each: dict[str, tuple[Callable[..., Floats], str]] = {
+        name: (m.each, m.undefined) for name, m in known.items() if m.each is not None
+    }
+    if result.task == "classification":
+        each = {"auroc": (class_aurocs, "")}
+    places = range(len(result.classes) if len(result.classes) > 1 else 0)
     return replace(
         result,
-        estimates={n: _estimate(result, metric.values, sampling) for n, metric in known.items()},
-        class_aurocs=tuple(_estimate(result, values, sampling) for values in one_vs_rest),
+        estimates={
+            name: _log_rank(result)
+            if m.is_test
+            else _estimate(result, m.values, sampling, m.undefined)
+            for name, m in known.items()
+        },
+        of_each={
+            name: tuple(
+                _estimate(result, functools.partial(values, place=place), sampling, undefined)
+                for place in places
+            )
+            for name, (values, undefined) in each.items()
+            if places
+        },
     )
 
 
-def _estimate(result: Result, values: Callable[..., Floats], sampling: Sampling) -> Estimate:
-    """Estimate of a metric: mean over repeats, and an interval that draws patients in all."""
+def _estimate(
+    result: Result, values: Callable[..., Floats], sampling: Sampling, undefined: str
+) -> Estimate:
+    """Estimate of a metric: mean over repeats, and an interval that draws patients in all.
+
+    `undefined` says why it may have no value; of classes, that is found.
+    """
     places = [np.flatnonzero(result.repeats == repeat) for repeat in np.unique(result.repeats)]
     repeats = [(rows, cases_of(result, rows)) for rows in places]
 
@@ -175,11 +283,14 @@ def _estimate(result: Result, values: Callable[..., Floats], sampling: Sampling)
 
     value = float(np.mean([values(cases, None)[0] for _, cases in repeats]))
     if np.isnan(value):
-        return Estimate(value=None, reason=_why_undefined([cases for _, cases in repeats]))
+        return Estimate(
+            value=None, reason=undefined or _why_undefined([cases for _, cases in repeats])
+        )
+    cases = cases_of(result)
     try:
         drawn = resampled(
             of_draws,
-            result.truth,
+            cases.truth if isinstance(cases, Cases) else cases.codes,
             result.patients,
             resamples=sampling.resamples,
             random_state=sampling.random_state,
@@ -189,7 +300,15 @@ def _estimate(result: Result, values: Callable[..., Floats], sampling: Sampling)
     return Estimate(value=value, interval=percentile_interval(drawn, level=sampling.level))
 
 
-def _why_undefined(repeats: Sequence[Cases]) -> str:
+def _log_rank(result: Result) -> Estimate:
+    """The p-value of the log-rank test of the risk groups, which has no interval."""
+    try:
+        return Estimate(value=log_rank(*result.risk_groups()).p_value)
+    except InputError as error:
+        return Estimate(value=None, reason=str(error))
+
+
+def _why_undefined(repeats: Sequence[Any]) -> str:
     for cases in repeats:
         if missing := cases.missing():
             return f"no case of class {missing[0]!r}"

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.metrics.labels import Labels, as_labels, class_order, refuse_continuous
+from xmag.evaluate.tasks import Classification, SurvivalTime, Task
+from xmag.metrics.labels import Labels, as_labels, class_order
 
 OnIdentical = Literal["raise", "warn"]
 
@@ -30,20 +31,26 @@ class Samples:
         name: The name of the dataset in messages.
         data: All of its cases: a list, an array, or whatever can be indexed.
         rows: int64 (n,), the rows of these cases in it.
-        y: Their labels.
+        y: Their labels: a tuple, or an array (n, ...), as the task has them.
         groups: Their patients; None where they are not known.
+        task: What is predicted.
+        columns: Names of targets or labels, where `y` has them.
         whole: What this is a part of; None for all cases.
     """
 
     name: str
     data: Any
     rows: NDArray[np.int64]
-    y: tuple[Hashable, ...]
+    y: Any
     groups: tuple[Hashable, ...] | None
+    task: Task = field(default_factory=Classification)
+    columns: tuple[Hashable, ...] | None = None
     whole: "Samples | None" = None
 
     @classmethod
-    def of(cls, x: Any, y: Labels, groups: Labels | None, *, name: str) -> "Samples":
+    def of(
+        cls, x: Any, y: Any, groups: Labels | None, *, name: str, task: Task | None = None
+    ) -> "Samples":
         """Make Samples; InputError unless there is one label and one patient for each case."""
         try:
             n = len(x)
@@ -51,17 +58,26 @@ class Samples:
             raise InputError(
                 f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
             ) from error
-        labels = as_labels(y, f"{name}: y", n=n)
-        refuse_continuous(labels, f"{name}: y")
+        task = task or Classification()
+        labels = task.read(y, f"{name}: y", n)
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
         patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
-        return cls(name=name, data=x, rows=np.arange(n), y=tuple(labels), groups=patients)
+        return cls(
+            name=name,
+            data=x,
+            rows=np.arange(n),
+            y=labels,
+            groups=patients,
+            task=task,
+            columns=_names_of(y),
+        )
 
     def part(self, rows: Sequence[int]) -> "Samples":
         """The cases of these rows."""
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
-        labels = tuple(self.y[row] for row in rows)
+        is_array = isinstance(self.y, np.ndarray)
+        labels = self.y[list(rows)] if is_array else tuple(self.y[row] for row in rows)
         return replace(self, rows=self.rows[list(rows)], y=labels, groups=groups, whole=self)
 
     def __len__(self) -> int:
@@ -78,7 +94,7 @@ class Samples:
 
     @cached_property
     def digests(self) -> NDArray[np.object_]:
-        """Hash of the features of each case, object (n,); None for a case without features."""
+        """Hashes of the features of the bags of each case, object (n,) of tuples."""
         return digests(self.data) if self.whole is None else self.whole.digests[self.rows]
 
 
@@ -125,10 +141,10 @@ class Trial:
     def check(
         self, order: tuple[Hashable, ...], *, on_identical: OnIdentical, stacklevel: int
     ) -> None:
-        """Raise InputError for leakage, and for a class of `order` that has no case to fit on.
+        """Raise InputError for leakage, and where a class or an event is missing to fit on.
 
-        Leakage is a patient on both sides, or a test case with the features of a training case;
-        with ``on_identical="warn"`` the latter is a warning.
+        Leakage is a patient on both sides, or a test case with the features of a training case, or
+        a bag with those of one of its bags; with ``on_identical="warn"`` the latter is a warning.
         """
         where = self.name if self.within else f"{self.name}, tested on {self.test.name}"
         known = set(self.train.groups or ())
@@ -151,18 +167,14 @@ class Trial:
                 )
             text = f"{message}, which flatters the result"
             warnings.warn(text, XmagWarning, stacklevel=stacklevel)
-        present = set(self.train.y)
-        if missing := [label for label in order if label not in present]:
-            raise InputError(
-                f"{self.name}: there is no case of class {missing[0]!r} to fit on; give fewer"
-                " folds, or leave that class out"
-            )
+        if reason := self.train.task.lacking(self.train.y, order):
+            raise InputError(f"{self.name}: {reason}")
 
     def _identical(self) -> list[tuple[int, int]]:
-        """Places of training and test cases with the same features."""
-        train, test = self.train.digests, self.test.digests
-        places = {digest: place for place, digest in enumerate(train) if digest is not None}
-        return [(places[digest], at) for at, digest in enumerate(test) if digest in places]
+        """Places of training and test cases with the same features, or a bag with the same."""
+        places = {one: place for place, own in enumerate(self.train.digests) for one in own}
+        shared = ([one for one in own if one in places] for own in self.test.digests)
+        return [(places[found[0]], at) for at, found in enumerate(shared) if found]
 
 
 def warn_without_groups(*, stacklevel: int) -> None:
@@ -179,7 +191,7 @@ def warn_without_groups(*, stacklevel: int) -> None:
 def agreed_classes(
     parts: Sequence[Samples], classes: Labels | None, *, ordered: bool
 ) -> tuple[Hashable, ...]:
-    """The order of classes of all parts.
+    """The order of classes of all parts; the names of labels or targets, for such a task.
 
     Raises InputError for an unknown label, a part of one class, and where the order is needed
     (`ordered`) and not given.
@@ -188,6 +200,8 @@ def agreed_classes(
         raise InputError(
             "ordered=True needs the order of the classes, lowest first; give classes=[...]"
         )
+    if not isinstance(parts[0].task, Classification):
+        return _columns(parts, classes)
     order = class_order([label for part in parts for label in part.y], classes, name="y")
     for part in parts:
         if len(set(part.y)) < 2:
@@ -198,8 +212,38 @@ def agreed_classes(
     return order
 
 
+def _names_of(y: Any) -> tuple[Hashable, ...] | None:
+    """The names of the columns of a table, or of a column."""
+    found = getattr(y, "columns", None)
+    if found is None and isinstance(getattr(y, "name", None), str):
+        found = [y.name]
+    return None if found is None else tuple(found)
+
+
+def _columns(parts: Sequence[Samples], names: Labels | None) -> tuple[Hashable, ...]:
+    """The names of what the columns of the truth are: targets, labels, or whether censored."""
+    if isinstance(parts[0].task, SurvivalTime):
+        if names is not None:
+            raise InputError("classes is given, but there are none in survival; leave it out")
+        return ("censored", "event")
+    counts = {part.name: 1 if part.y.ndim == 1 else part.y.shape[1] for part in parts}
+    count = counts[parts[0].name]
+    if set(counts.values()) != {count}:
+        raise InputError(f"y has as many columns as {counts}; expected the same in all cohorts")
+    if names is None:
+        default = ("y",) if count == 1 else tuple(range(count))
+        named = parts[0].columns or ()
+        return named if len(named) == count else default
+    found = tuple(as_labels(names, "classes"))
+    if not len(set(found)) == len(found) == count:
+        raise InputError(
+            f"classes is {found}, but y has {count} columns; expected a different name for each"
+        )
+    return found
+
+
 def digests(x: Any) -> NDArray[np.object_]:
-    """Hash of the features of each case, object (n,); None for a case without features.
+    """Hashes of the features of each case, object (n,): a tuple, with one for each of its bags.
 
     Bags, arrays and tensors are digested by value, feature files by what is in them, other files by
     their bytes. Bags without tiles have no features and are never identical.
@@ -207,8 +251,18 @@ def digests(x: Any) -> NDArray[np.object_]:
     rows: Any = x.to_numpy() if hasattr(x, "to_numpy") else x
     found = np.empty(len(x), dtype=object)
     for place in range(len(x)):
-        found[place] = _digest(rows[place])
+        of_bags = map(_digest, _bags_of(rows[place]))
+        found[place] = tuple(one for one in of_bags if one is not None)
     return found
+
+
+def _bags_of(case: Any) -> Sequence[Any]:
+    """The bags of a case: those of a list of bags, or the case itself."""
+    if not isinstance(case, list | tuple) or not case:
+        return [case]
+    first = case[0]
+    is_bag = isinstance(first, str | os.PathLike | FeatureBag) or getattr(first, "ndim", 0) == 2
+    return case if is_bag else [case]  # a list of numbers is one vector
 
 
 def _digest(case: Any) -> bytes | None:

@@ -5,15 +5,14 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from xmag.errors import InputError, not_fitted
+from xmag.errors import InputError
 from xmag.evaluate.extra import optional
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.report import Report
@@ -25,17 +24,23 @@ from xmag.evaluate.samples import (
     agreed_classes,
     warn_without_groups,
 )
-from xmag.metrics.labels import Labels, as_labels, as_scores, encode
-
-Order = tuple[Hashable, ...]
-Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""Scores (m, C) and predicted class indices (m,)."""
+from xmag.evaluate.tasks import (
+    Fitted,
+    Order,
+    Predictions,
+    Task,
+    classes_of,
+    for_fit,
+    name_of,
+    task_of,
+)
+from xmag.metrics.labels import Labels, encode
 
 
 def cross_validate(
     estimator: Any,
     X: Any,  # noqa: N803 (scikit-learn's name)
-    y: Labels,
+    y: Labels | ArrayLike,
     *,
     groups: Labels | None = None,
     folds: int | Folds = 5,
@@ -50,39 +55,51 @@ def cross_validate(
     """Cross-validation by patient: a Report with metrics and bootstrap intervals.
 
     Each case is predicted by a clone of `estimator` that was not fitted on its patient. Decisions
-    are put together before their metrics are computed; AUROC compares scores within a split alone,
-    weighted by its pairs, since scores of two models have no common scale (Forman and Scholz 2010).
-    Over `repeats` values are averaged.
+    and numbers are put together before their metrics are computed; AUROC, average precision and C
+    compare scores within a split alone, weighted by its pairs (average precision by its positive
+    cases), since scores of two models have no common scale (Forman and Scholz 2010), and
+    correlations are means over splits by their cases. Over `repeats` values are averaged.
+
+    The task is survival where `estimator` has `predict_survival_function` or `y` is structured,
+    regression where it is a regressor, multi-label where `y` is a matrix of 0 and 1, else
+    classification.
 
     Args:
-        estimator: Anything with scikit-learn's `fit`, `predict_proba` and `classes_`. It is not
-            changed. `groups` go to its `fit` if that takes them. Where it has `predict`, that
-            decides; else the largest probability.
-        X: n cases: an array, a table, or a list of bags, arrays or paths.
-        y: n labels of any hashable kind.
+        estimator: Anything with scikit-learn's `fit`, and `predict_proba` and `classes_`
+            (classification), `predict_proba` (multi-label), or `predict` (numbers, or the risk).
+            It is not changed. `groups` go to its `fit` if that takes them. Where a classifier has
+            `predict`, that decides; else the largest probability.
+        X: n cases: an array, a table, or a list of bags, arrays or paths, and of lists of them,
+            which are the slides of a patient.
+        y: n labels of any hashable kind; a matrix (n, L) of 0 and 1; numbers (n,) or (n, T), NaN
+            where missing; or (event, time), as a structured array or two columns.
         groups: n patients. None warns, and takes each case for a patient of its own.
-        folds: The number of stratified folds by patient, or a `Folds`, such as the one of an
-            earlier report.
+        folds: The number of folds by patient, stratified by class, by event, or by the quarters of
+            a single number; or a `Folds`, such as the one of an earlier report, or of a table.
         repeats: Repetitions of the folds; not for a `Folds`, which has its own.
-        classes: The order of classes; by default, the sorted labels.
-        ordered: Whether that order means something, as for grades: adds quadratic kappa.
+        classes: The order of classes; by default, the sorted labels. The names of labels or
+            targets; by default, those of the columns of a table, or their numbers.
+        ordered: Whether that order means something, as for grades: adds quadratic kappa. So it is
+            for an estimator with an `ordinal` that is True, or the classes in their order.
         level: Share that the intervals hold.
         resamples: Draws of patients for the intervals.
         random_state: Seed of folds and draws. No global random state is used or changed.
         on_identical: What to do where a case to test has the features of one to fit on.
 
     Raises InputError for operands that do not fit each other, one class only, fewer patients than
-    folds, a patient on both sides of a split or identical features there, and scores that are not
-    finite; MissingExtraError without scikit-learn.
+    folds, a split without an event or a class to fit on, a patient on both sides of a split or
+    identical features there, and scores that are not finite; MissingExtraError without
+    scikit-learn.
     """
     sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
-    data = Samples.of(X, y, groups, name="the cohort")
+    data = Samples.of(X, y, groups, name="the cohort", task=task_of(estimator, y))
+    classes, ordered = _order_of(estimator, [data], classes, ordered=ordered)
     order = agreed_classes([data], classes, ordered=ordered)
     if groups is None:
         warn_without_groups(stacklevel=2)
     if not isinstance(folds, Folds):
-        folds = Folds.stratified(
-            data.y, groups=data.groups, folds=folds, repeats=repeats, random_state=random_state
+        folds = data.task.folds(
+            data.y, data.groups, folds, repeats=repeats, random_state=random_state
         )
     elif repeats != 1:
         raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
@@ -91,12 +108,14 @@ def cross_validate(
     number = len({split.repeat for split in folds.splits})
     times = f", {number} repeats" if number > 1 else ""
     return Report(
-        title=f"Cross-validation of {_name_of(estimator)}: {len(folds)} splits{times}",
+        title=f"Cross-validation of {name_of(estimator)}: {len(folds)} splits{times}",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
         folds=folds,
-        settings=settings_of("cross-validation", estimator, grouped=groups is not None),
+        settings=settings_of(
+            "cross-validation", estimator, task=data.task, grouped=groups is not None
+        ),
     )
 
 
@@ -117,7 +136,9 @@ def external(
 
     Without `train`, `estimator` is fitted already, and is tested on each cohort. With it, a clone
     is fitted on each cohort named there and tested on all others; on its own cohort, the result is
-    a cross-validation in `folds` folds, or left out where `folds` is None.
+    a cross-validation in `folds` folds, or left out where `folds` is None. In survival, a model
+    that is fitted already has no training cases here: risk groups are then cut at the median risk
+    of each cohort, whose own censoring weighs Uno's C and the Brier score.
 
     Args:
         estimator: As `cross_validate` takes it; fitted, unless `train` is given.
@@ -126,7 +147,7 @@ def external(
             matrix.
         folds: Of the cross-validation on the cohort that was fitted on.
         classes: The order of classes; by default that of the fitted estimator, or the labels
-            sorted.
+            sorted. The names of labels or targets, as in `cross_validate`.
         ordered: Whether that order means something: adds quadratic kappa.
         level: Share that the intervals hold.
         resamples: Draws of patients for the intervals.
@@ -138,17 +159,22 @@ def external(
     lacks a class, its AUROC is left out with the reason.
     """
     sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
-    parts = {name: _cohort(name, content) for name, content in cohorts.items()}
-    if not parts:
+    if not cohorts:
         raise InputError("cohorts is empty; expected at least one, by name")
+    parts: dict[str, Samples] = {}
+    for name, content in cohorts.items():
+        task = next(iter(parts.values())).task if parts else None
+        parts[name] = _cohort(name, content, estimator, task)
+    task = parts[next(iter(parts))].task
     grouped = all(part.groups is not None for part in parts.values())
     if not grouped:
         warn_without_groups(stacklevel=2)
-    if train is None and classes is None and not ordered:
-        classes = _classes_of(estimator)
+    if train is None and classes is None and not ordered and task.name == "classification":
+        classes = classes_of(estimator)
+    classes, ordered = _order_of(estimator, list(parts.values()), classes, ordered=ordered)
     order = agreed_classes(list(parts.values()), classes, ordered=ordered)
     if train is None:
-        fitted = Fitted(estimator=estimator, order=order)
+        fitted = Fitted(estimator=estimator, task=task, order=order)
         results = [
             result_of(order, [part], [fitted.predict(part)], trained_on="")
             for part in parts.values()
@@ -157,26 +183,45 @@ def external(
         plans = _matrix(parts, train, folds=folds, random_state=random_state)
         results = _run(estimator, plans, order, on_identical=on_identical)
     return Report(
-        title=f"{_name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
+        title=f"{name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
         classes=order,
         results=tuple(with_estimates(r, ordered=ordered, sampling=sampling) for r in results),
         sampling=sampling,
         settings=settings_of(
             "external cohorts",
             estimator,
+            task=task,
             grouped=grouped,
             own_cohort_folds=None if train is None else folds,
         ),
     )
 
 
-def _cohort(name: str, content: tuple[Any, ...]) -> Samples:
+def _order_of(
+    estimator: Any, parts: Sequence[Samples], classes: Labels | None, *, ordered: bool
+) -> tuple[Labels | None, bool]:
+    """The classes and whether they are ordered: as given, or as an ordinal estimator has them.
+
+    Its `ordinal` is True, or the classes from lowest to highest.
+    """
+    order = getattr(estimator, "ordinal", False)
+    if order is None or order is False or parts[0].task.name != "classification":
+        return classes, ordered
+    if order is not True and classes is None:
+        classes = order
+    labels = {label for part in parts for label in part.y}
+    if classes is None and all(isinstance(label, numbers.Real) for label in labels):
+        classes = sorted(labels)  # numbers have an order
+    return classes, True
+
+
+def _cohort(name: str, content: tuple[Any, ...], estimator: Any, task: Task | None) -> Samples:
     if not isinstance(content, tuple) or len(content) not in (2, 3):
         raise InputError(
             f"cohort {name!r} is {type(content).__name__}; expected (X, y) or (X, y, groups)"
         )
     x, y, groups = (*content, None)[:3]
-    return Samples.of(x, y, groups, name=name)
+    return Samples.of(x, y, groups, name=name, task=task or task_of(estimator, y))
 
 
 def _matrix(
@@ -196,8 +241,8 @@ def _matrix(
             if part is not known:
                 plans.append([Trial.across(known, part)])
             elif folds is not None:
-                own = Folds.stratified(
-                    known.y, groups=known.groups, folds=folds, random_state=random_state
+                own = known.task.folds(
+                    known.y, known.groups, folds, repeats=1, random_state=random_state
                 )
                 plans.append(Trial.of_folds(own, known))
     return plans
@@ -227,79 +272,30 @@ def _run(
     return results
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """A fitted estimator; `by_place` if its classes are indices into the order of classes."""
-
-    estimator: Any
-    order: Order
-    by_place: bool = False
-
-    def predict(self, data: Samples) -> Predictions:
-        """Predictions of these cases, in the order of classes.
-
-        Raises InputError for scores of the wrong shape or not finite, and for classes that the
-        estimator and the order do not both know.
-        """
-        cases, name = data.x, _name_of(self.estimator)
-        known = self._labels(_classes_of(self.estimator))
-        for label in known:
-            if label not in self.order:
-                raise InputError(
-                    f"{name} knows the class {label!r}, which is not in classes {self.order};"
-                    " name all of its classes there"
-                )
-        for label in data.y:
-            if label not in known:
-                raise InputError(
-                    f"{data.name} has the label {label!r}, which {name} does not know (it knows"
-                    f" {known}); leave such cases out, or fit it on that class too"
-                )
-        scores = np.zeros((len(data), len(self.order)))
-        found = self.estimator.predict_proba(cases)
-        scores[:, encode(known, self.order)] = as_scores(
-            found, len(data), known, name=f"the scores of {data.name}"
-        )
-        if not callable(getattr(self.estimator, "predict", None)):
-            return scores, scores.argmax(1)
-        labels = self._labels(as_labels(self.estimator.predict(cases), "what predict returned"))
-        for label in labels:
-            if label not in known:
-                raise InputError(
-                    f"{name}.predict gave {label!r}, which is not one of its classes_ {known}"
-                )
-        return scores, encode(labels, self.order)
-
-    def _labels(self, found: list[Any]) -> list[Hashable]:
-        """Class values of the estimator (labels, or indices where `by_place`) as labels."""
-        return [self.order[int(place)] for place in found] if self.by_place else found
-
-
 def fit(estimator: Any, train: Samples, order: Order) -> Fitted:
-    """Fit a clone of `estimator` on these cases, and their patients if it takes `groups`."""
-    for method in ("fit", "predict_proba"):
+    """Fit a clone of `estimator` on these cases, and their patients if it takes `groups`.
+
+    Cases of which nothing is known are left out.
+    """
+    task = train.task
+    for method in task.methods:
         if not callable(getattr(estimator, method, None)):
+            needs = ", ".join(task.methods)
+            if "predict_proba" in task.methods:
+                needs = "fit, predict_proba and classes_"
             raise InputError(
-                f"{_name_of(estimator)} has no {method}; give an estimator with fit, predict_proba"
-                " and classes_"
+                f"{name_of(estimator)} has no {method}; give an estimator with {needs}"
             )
     fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
-    labels, by_place = _for_fit(train.y, order)
+    if len(rows := task.fitted_on(train.y)) < len(train):
+        train = train.part(rows.tolist())
+    labels, by_place = task.for_fit(train.y, order)
     options = {}
     if train.groups is not None and _takes_groups(fresh):
-        options["groups"] = _for_fit(train.groups, tuple(dict.fromkeys(train.groups)))[0]
+        options["groups"] = for_fit(train.groups, tuple(dict.fromkeys(train.groups)))[0]
     fresh.fit(train.x, labels, **options)
-    return Fitted(estimator=fresh, order=order, by_place=by_place)
-
-
-def _for_fit(labels: Sequence[Hashable], classes: Order) -> tuple[NDArray[Any], bool]:
-    """Labels that scikit-learn accepts, and whether they are encoded as indices in `classes`.
-
-    Text, whole numbers or bools stay as they are; labels of other types, or mixed, become indices.
-    """
-    if {type(label) for label in classes} in ({str}, {int}, {bool}):
-        return np.array(labels), False
-    return encode(labels, classes), True
+    known = task.known(fresh, train.x, train.y)
+    return Fitted(estimator=fresh, task=task, order=order, by_place=by_place, known=known)
 
 
 def _takes_groups(estimator: Any) -> bool:
@@ -322,52 +318,37 @@ def result_of(
 ) -> Result:
     """A Result without metrics: predictions of the test cases of each split, and its repeat."""
     rows = np.concatenate([test.rows for test in tests])
-    scores, predicted = map(np.concatenate, zip(*predictions, strict=True))
     whole, sizes = tests[0].whole or tests[0], [len(test) for test in tests]
     patients = whole.rows
     if whole.groups is not None:
         patients = encode(whole.groups, dict.fromkeys(whole.groups))
     return Result(
+        task=whole.task.name,
         trained_on=trained_on,
         tested_on=whole.name,
         classes=order,
         rows=rows,
-        truth=encode(whole.y, order)[rows],
-        predicted=predicted,
-        scores=scores,
+        truth=whole.task.truth(whole.y, order)[rows],
         # Without gaps, where folds do not test every patient.
         patients=np.unique(patients[rows], return_inverse=True)[1],
         splits=np.repeat(np.arange(len(sizes)), sizes),
         repeats=np.repeat(repeats, sizes),
         estimates={},
-        class_aurocs=(),
+        of_each={},
+        **{name: np.concatenate([one[name] for one in predictions]) for name in predictions[0]},
     )
 
 
-def _classes_of(estimator: Any) -> list[Hashable]:
-    """The classes of a fitted estimator, in its order; InputError where it is not fitted."""
-    found = getattr(estimator, "classes_", None)
-    if found is None:
-        raise not_fitted(
-            f"{_name_of(estimator)} has no classes_, so it is not fitted; fit it first, or name the"
-            " cohort to fit it on with train="
-        )
-    return as_labels(found, "classes_")
-
-
-def _name_of(estimator: Any) -> str:
-    """The name of an estimator in messages and titles: its class."""
-    return type(estimator).__name__
-
-
 def settings_of(
-    protocol: str, estimator: Any, *, grouped: bool, **more: str | int | float | None
+    protocol: str, estimator: Any, *, task: Task, grouped: bool, **more: str | int | float | None
 ) -> dict[str, Any]:
-    """Settings of a report: protocol, estimator and package versions, as plain JSON."""
+    """Settings of a report: protocol, task, estimator and package versions, as plain JSON."""
     parameters = {}
     if hasattr(estimator, "get_params"):
         for name, value in estimator.get_params(deep=False).items():
             plain = value.item() if isinstance(value, np.generic) else value
+            if name == "aggregator" and not isinstance(value, str):
+                plain = name_of(value)  # a module of the user's own
             fits = plain is None or isinstance(plain, str | bool | numbers.Real)
             if fits and not (isinstance(plain, float) and not math.isfinite(plain)):
                 parameters[name] = plain
@@ -377,7 +358,8 @@ def settings_of(
             versions[package] = version(package)
     return {
         "protocol": protocol,
-        "estimator": _name_of(estimator),
+        "task": task.name,
+        "estimator": name_of(estimator),
         "parameters": parameters,
         "patients_separated": grouped,
         "versions": versions,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmag.errors import InputError
-from xmag.metrics import decisions, ranking
+from xmag.metrics import decisions, ranking, regression, survival
 from xmag.metrics.labels import Cases, Labels, as_labels, decided_cases, numbered, scored_cases
 
 Floats = NDArray[np.float64]
@@ -42,25 +42,170 @@ class Interval:
         return f"({self.low:.3f}, {self.high:.3f})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcomes:
+    """Inputs of a metric of other tasks than classification, for n cases.
+
+    Attributes:
+        truth: float64 (n, T): numbers, NaN where missing; labels, 0 or 1; or event and time.
+        hats: float64 (n, T): the predicted numbers, or scores of labels; the risk, (n, 1).
+        codes: int64 (n,), classes of which each bootstrap draw has to have all.
+        within: int64 (n,); scores and risks are compared only where it is equal. None compares all.
+        event_weights: float64 (n,), 1 / G(t)² at the time of an event, for Uno's C; None: the
+            censoring is that of these cases.
+        brier: float64 (n,), each case's part of the integrated Brier score; NaN if not known.
+    """
+
+    truth: Floats
+    hats: Floats
+    codes: NDArray[np.int64]
+    within: NDArray[np.int64] | None = None
+    event_weights: Floats | None = None
+    brier: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def survival(self) -> survival.Survival:
+        """The times to an event."""
+        return survival.Survival(event=self.truth[:, 0] > 0, time=self.truth[:, 1])
+
+    def label(self, place: int) -> Cases:
+        """One of several labels, as two classes."""
+        score = self.hats[:, place]
+        return Cases(
+            truth=self.truth[:, place].astype(np.int64),
+            classes=(0, 1),
+            scores=np.stack([-score, score], axis=1),
+            within=self.within,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A metric: its function, the same vectorised over weights of the cases, and its title."""
 
-    function: Callable[..., float]
-    values: Callable[[Cases, Floats | None], Floats]  # weights (R, n) -> (R,)
+    function: Callable[..., Any]
+    values: Callable[[Any, Floats | None], Floats]  # operands, weights (R, n) -> (R,)
     title: str
     of_scores: bool = False
     needs_order: bool = False
+    each: Callable[[Any, Floats | None, int], Floats] | None = None
+    """Of tasks with columns (targets, labels): the metric of the one at a place."""
+    read: Callable[[Any, Any, NDArray[np.int64] | None], Outcomes] | None = None
+    """Operands from the arguments of `function` and `within`; None of metrics of labels."""
+    is_test: bool = False
+    """Whether it is the p-value of a test, which has no interval."""
+    undefined: str = ""
+    """Why it has no value, where it has none."""
 
     def cases(
-        self, y_true: Labels, y_hat: Any, classes: Labels | None, within: Labels | None
-    ) -> Cases:
+        self, y_true: Any, y_hat: Any, classes: Labels | None, within: Labels | None
+    ) -> Cases | Outcomes:
         """The checked operands of the metric; `within` matters to metrics of scores alone."""
+        if self.read is not None:
+            self.function(y_true, y_hat)  # raises for what it does not take
+            count = len(np.asarray(y_hat))
+            return self.read(
+                y_true, y_hat, None if within is None else numbered(within, count, "within")
+            )
         if self.needs_order and classes is None:
             self.function(y_true, y_hat)  # raises, and says why an order is needed
         if self.of_scores:
             return scored_cases(y_true, y_hat, classes, within)
         return decided_cases(y_true, y_hat, classes)
+
+
+def _columns(function: Callable[..., float], title: str, **more: Any) -> Metric:
+    """A metric of several targets or labels: the mean of that of `each`."""
+    each = more["each"]
+
+    def values(cases: Outcomes, weights: Floats | None) -> Floats:
+        places = range(cases.truth.shape[1])
+        return np.asarray(np.mean([each(cases, weights, place) for place in places], axis=0))
+
+    return Metric(function, values, title, **more)
+
+
+def _number(
+    function: Callable[..., float],
+    values: Callable[[Floats, Floats, Floats], Floats],
+    title: str,
+    *,
+    compares: bool = False,
+) -> Metric:
+    """A metric of numbers. If it `compares` cases, it is a mean over `within`, by their weights."""
+
+    def each(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
+        truth, hats = cases.truth[:, place], cases.hats[:, place]
+        weights = np.ones((1, len(cases))) if weights is None else weights
+        within = cases.within if compares else None
+        strata = np.zeros(len(cases), np.int64) if within is None else within
+        known = ~np.isnan(truth)
+        total, mass = np.zeros(len(weights)), np.zeros(len(weights))
+        for rows in (np.flatnonzero(known & (strata == one)) for one in np.unique(strata[known])):
+            own = weights[:, rows]
+            # One case, or a constant, has no correlation, where rounding would make one.
+            few = (own > 0).sum(1) < 2 if compares else np.zeros(len(own), bool)
+            if not compares or (np.ptp(truth[rows]) > 0 and np.ptp(hats[rows]) > 0):
+                found = values(truth[rows], hats[rows], own)
+                found = np.where(few, np.nan, found)
+                total += np.where(np.isnan(found), 0, found * own.sum(1))
+                mass += np.where(np.isnan(found), 0, own.sum(1))
+        return np.asarray(np.divide(total, mass, out=np.full(len(total), np.nan), where=mass > 0))
+
+    needs = "two different known values and predictions" if compares else "two different values"
+    return _columns(
+        function, title, each=each, read=_numbers, undefined=f"no split has {needs} of some target"
+    )
+
+
+def _numbers(y_true: Any, y_hat: Any, within: NDArray[np.int64] | None) -> Outcomes:
+    truth, hats = (np.asarray(values, np.float64)[:, None] for values in (y_true, y_hat))
+    return Outcomes(truth=truth, hats=hats, codes=np.zeros(len(truth), np.int64), within=within)
+
+
+def _times(y_true: Any, y_hat: Any, within: NDArray[np.int64] | None) -> Outcomes:
+    seen = survival.as_survival(y_true)
+    return Outcomes(
+        truth=np.stack([seen.event, seen.time], axis=1).astype(np.float64),
+        hats=np.asarray(y_hat, np.float64)[:, None],
+        codes=seen.event.astype(np.int64),
+        within=within,
+    )
+
+
+def _concordances(cases: Outcomes, weights: Floats | None) -> Floats:
+    return survival.concordances(cases.survival(), cases.hats[:, 0], weights, within=cases.within)
+
+
+def _uno_concordances(cases: Outcomes, weights: Floats | None) -> Floats:
+    seen, of_event = cases.survival(), cases.event_weights
+    if of_event is None:
+        of_event = survival.censoring_weights(seen, seen) ** 2
+    risk, within = cases.hats[:, 0], cases.within
+    return survival.concordances(seen, risk, weights, of_event=of_event, within=within)
+
+
+def _brier_scores(cases: Outcomes, weights: Floats | None) -> Floats:
+    assert cases.brier is not None
+    known = ~np.isnan(cases.brier)
+    own = np.ones((1, known.sum())) if weights is None else weights[:, known]
+    total = own.sum(1)
+    out = np.full(len(total), np.nan)
+    return np.asarray(np.divide(own @ cases.brier[known], total, out=out, where=total > 0))
+
+
+def _untested(cases: Outcomes, weights: Floats | None) -> Floats:
+    raise NotImplementedError("the log-rank test compares groups, which have no weights")
+
+
+def _label_aurocs(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
+    return ranking.class_aurocs(cases.label(place), weights, 1)
+
+
+def _label_precisions(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
+    return ranking.average_precisions(cases.label(place), weights, 1)
 
 
 METRICS = {
@@ -79,12 +224,51 @@ METRICS = {
         Metric(ranking.auroc_ovo, ranking.ovo_aurocs, "AUROC, one-vs-one macro", of_scores=True),
     )
 }
-"""Metrics by name, in the order of the rows of tables."""
+"""Metrics of classification by name, in the order of the rows of tables."""
+
+_ALIKE = "no split has cases with and without some label"
+_INCOMPARABLE = "no two cases of a split can be compared: nobody has an event before another's time"
+
+TASKS: dict[str, dict[str, Metric]] = {
+    "classification": METRICS,
+    "multilabel": {
+        "auroc": _columns(ranking.auroc, "AUROC, macro", each=_label_aurocs, undefined=_ALIKE),
+        "average_precision": _columns(
+            ranking.average_precision,
+            "average precision, macro",
+            each=_label_precisions,
+            undefined=_ALIKE,
+        ),
+    },
+    "regression": {
+        "r2": _number(regression.r2, regression.r2s, "R²"),
+        "mae": _number(regression.mae, regression.maes, "MAE"),
+        "rmse": _number(regression.rmse, regression.rmses, "RMSE"),
+        "pearson": _number(regression.pearson, regression.pearsons, "Pearson", compares=True),
+        "spearman": _number(regression.spearman, regression.spearmans, "Spearman", compares=True),
+    },
+    "survival": {
+        "harrell_c": Metric(
+            survival.harrell_c, _concordances, "Harrell's C", read=_times, undefined=_INCOMPARABLE
+        ),
+        "uno_c": Metric(
+            survival.uno_c, _uno_concordances, "Uno's C", read=_times, undefined=_INCOMPARABLE
+        ),
+        "integrated_brier_score": Metric(
+            survival.integrated_brier_score,
+            _brier_scores,
+            "integrated Brier score",
+            undefined="no survival functions are predicted over the times of a split",
+        ),
+        "log_rank": Metric(survival.log_rank, _untested, "log-rank p of risk groups", is_test=True),
+    },
+}
+"""The metrics of each task by name, in the order of the rows of tables."""
 
 
 def interval(
     metric: Callable[..., float],
-    y_true: Labels,
+    y_true: Any,
     y_hat: ArrayLike,
     *,
     classes: Labels | None = None,
@@ -102,21 +286,24 @@ def interval(
     drawn again. Where all resamples agree, as for a few cases without a single error, the interval
     is a point: it cannot see the errors that more cases would show.
 
-    `metric` is one of this module (`y_hat` are then labels or scores, as it takes them), computed
-    for all resamples at once; or any function ``metric(y_true, y_hat)`` of a list of labels and an
-    array, called for each resample, with ``classes=`` if they are given. `groups` names the patient
+    `metric` is one of this module (`y_true` and `y_hat` are then what it takes: labels and labels
+    or scores, numbers, times and risks), computed for all resamples at once; or any function
+    ``metric(y_true, y_hat)`` of a list of labels and an array, called for each resample, with
+    ``classes=`` if they are given. `groups` names the patient
     of each case; None makes each case its own. `within` is that of `auroc_ovr`. Raises InputError
     for operands that the metric does not take, fewer than two groups, and a metric that is almost
     never defined. Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
-    known = next((m for m in METRICS.values() if m.function is metric), None)
+    more = (m for table in TASKS.values() for m in table.values() if m.read is not None)
+    known = next((m for m in (*METRICS.values(), *more) if m.function is metric), None)
     if known is None:
         truth = as_labels(y_true, "y_true")
         codes = numbered(truth, len(truth), "y_true")
         values = _by_calls(metric, truth, y_hat, {} if classes is None else {"classes": classes})
     else:
         cases = known.cases(y_true, y_hat, classes, within)
-        codes, values = cases.truth, functools.partial(known.values, cases)
+        codes = cases.truth if isinstance(cases, Cases) else cases.codes
+        values = functools.partial(known.values, cases)
     patients = np.arange(len(codes)) if groups is None else numbered(groups, len(codes), "groups")
     drawn = resampled(values, codes, patients, resamples=resamples, random_state=random_state)
     return percentile_interval(drawn, level=level)

@@ -1,4 +1,4 @@
-"""Metrics of scores: ROC curve and AUROC (binary, one-vs-rest, one-vs-one), ties by half."""
+"""Metrics of scores: ROC curve, AUROC (binary, one-vs-rest, one-vs-one), average precision."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -105,6 +105,42 @@ def auroc_ovo(
     """
     cases = scored_cases(y_true, scores, classes, within)
     return _value(ovo_aurocs(cases, None), cases)
+
+
+def average_precision(
+    y_true: Labels,
+    scores: ArrayLike,
+    *,
+    classes: Labels | None = None,
+    positive: Hashable | None = None,
+    within: Labels | None = None,
+) -> float:
+    """Average precision: the mean of the precision at each step of recall, without interpolation.
+
+    Scores without information have the share of positive cases. With `within`, a mean over its
+    values, weighted by their positive cases. Operands and errors are those of `auroc`. It is the
+    sum that Su, Yuan and Zhu 2015 define, and what scikit-learn computes.
+    """
+    cases = scored_cases(y_true, scores, classes, within)
+    return _value(average_precisions(cases, None, _positive_place(cases, positive)), cases)
+
+
+def average_precisions(cases: Cases, weights: Floats | None, place: int) -> Floats:
+    """Average precision (R,) of the class at `place`, under each row of weights (R, n).
+
+    NaN where no case is positive, or all are.
+    """
+    positive, score = cases.truth == place, _column(cases, place)
+    weights = np.ones((1, len(cases))) if weights is None else weights
+    within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
+    total, mass = np.zeros(len(weights)), np.zeros(len(weights))
+    for rows in (np.flatnonzero(within == one) for one in np.unique(within)):
+        hits, alarms, _ = _steps(score[rows], positive[rows], weights[:, rows])
+        found = np.diff(hits, axis=1, prepend=0) * hits / np.maximum(hits + alarms, 1e-300)
+        both = alarms[:, -1] > 0
+        total += np.where(both, found.sum(1), 0)
+        mass += np.where(both, hits[:, -1], 0)
+    return np.where(mass > 0, total / np.where(mass > 0, mass, 1), np.nan)
 
 
 def class_aurocs(cases: Cases, weights: Floats | None, place: int) -> Floats:

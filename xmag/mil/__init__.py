@@ -1,16 +1,21 @@
-"""Multiple-instance learning (MIL): a classifier of bags of tile embeddings, and aggregators."""
+"""Multiple-instance learning (MIL): estimators of bags of tile embeddings, and aggregators."""
 
 from xmag.mil.aggregators import AGGREGATORS, aggregator, aggregator_config
 from xmag.mil.classifier import MILClassifier
 from xmag.mil.estimator import Attention
 from xmag.mil.heads import training_loss
 from xmag.mil.pooling import MILOutput
+from xmag.mil.regressor import MILRegressor
+from xmag.mil.survival import MILSurvival, SurvivalFunction
 
 __all__ = [
     "AGGREGATORS",
     "Attention",
     "MILClassifier",
     "MILOutput",
+    "MILRegressor",
+    "MILSurvival",
+    "SurvivalFunction",
     "aggregator",
     "aggregator_config",
     "training_loss",

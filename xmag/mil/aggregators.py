@@ -37,10 +37,22 @@ def aggregator(
 
     Raises InputError for an unknown name or option, or a value out of its range.
     """
-    for what, size, least in (("in_dim", in_dim, 1), ("classes", classes, 2)):
-        if not _is_int(size) or not least <= size <= _LARGEST_DIM:
+    return with_outputs(name_or_module, in_dim, classes, options, least=2)
+
+
+def with_outputs(
+    name_or_module: str | nn.Module,
+    in_dim: int,
+    outputs: int,
+    options: Mapping[str, Any],
+    *,
+    least: int = 1,
+) -> nn.Module:
+    """An aggregator as `aggregator` makes it, with any number of outputs from `least` on."""
+    for what, size, lowest in (("in_dim", in_dim, 1), ("classes", outputs, least)):
+        if not _is_int(size) or not lowest <= size <= _LARGEST_DIM:
             raise InputError(
-                f"{what} is {size!r}; expected an int from {least} to {_LARGEST_DIM:,}"
+                f"{what} is {size!r}; expected an int from {lowest} to {_LARGEST_DIM:,}"
             )
     if isinstance(name_or_module, nn.Module):
         if options:
@@ -56,7 +68,7 @@ def aggregator(
             " or a torch.nn.Module"
         )
     _check_options(str(name_or_module), kind, options)
-    return kind(in_dim=in_dim, classes=classes, **options)
+    return kind(in_dim=in_dim, classes=outputs, **options)
 
 
 def aggregator_config(module: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """MILClassifier: slide-level classification from the embeddings of tiles."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MILClassifier(MILEstimator):
+class MILClassifier(MILEstimator[ClassHead]):
     """Multiple-instance classifier of bags of embeddings, with scikit-learn's conventions.
 
     `X` is a list of bags: FeatureBags, arrays or tensors (N, D), or paths of ``.h5``,
@@ -76,7 +76,7 @@ class MILClassifier(MILEstimator):
     sampling: Sampling = "balanced"
 
     _noun: ClassVar[str] = "classifier"
-    _head_type: ClassVar[type[ClassHead]] = ClassHead
+    _head_type: ClassVar[type[Any]] = ClassHead
     _estimator_type = "classifier"  # what scikit-learn before 1.6 asks for
 
     @property
@@ -182,6 +182,9 @@ class MILClassifier(MILEstimator):
             '"balanced" (classes equally often) or "shuffled" (each bag once an epoch)',
         )  # fmt: skip
         return super()._settings()
+
+    def _new_head(self, labels: Sequence[Hashable]) -> ClassHead:
+        return ClassHead.of(labels)
 
     def _balance(
         self, head: ClassHead, train: BagDataset, check: BagDataset | None

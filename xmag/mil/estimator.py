@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,10 @@ from xmag import records
 from xmag.devices import Float32, own_torch, resolve_device, resolve_dtype, seeded
 from xmag.errors import InputError, ModelError, not_fitted
 from xmag.geometry import TileGeometry
-from xmag.mil.aggregators import AGGREGATORS, aggregator_config
-from xmag.mil.aggregators import aggregator as new_aggregator
+from xmag.mil.aggregators import AGGREGATORS, aggregator_config, with_outputs
 from xmag.mil.bags import BagDataset, BagLike, Bags, read_dataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
-from xmag.mil.heads import Head, hashables
+from xmag.mil.heads import Head
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
 from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
@@ -35,6 +34,8 @@ from xmag.training.splits import held_out, read_validation, warn_without_groups
 
 if TYPE_CHECKING:
     from sklearn.utils.metadata_routing import MetadataRequest
+
+H = TypeVar("H", bound=Head)
 
 _UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.metadata_routing
 _NOT_SAVED = ("aggregator", "aggregator_options", "device")
@@ -136,7 +137,7 @@ class Estimator:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MILEstimator(Estimator):
+class MILEstimator(Estimator, Generic[H]):
     """Base of estimators on bags of embeddings: an aggregator, trained with the loss of a head.
 
     A subclass says which head its labels make, and what it predicts from logits. Parameters and
@@ -161,15 +162,19 @@ class MILEstimator(Estimator):
     history_: list[Epoch] = field(init=False)
     best_epoch_: int | None = field(init=False)
     fingerprint_: dict[str, Any] | None = field(init=False)
-    _head: Head = field(init=False)
+    _head: H = field(init=False)
     _device: torch.device = field(init=False)
 
     _noun: ClassVar[str] = "estimator"
-    _head_type: ClassVar[type[Head]]
+    _head_type: ClassVar[type[Any]]
+
+    def _new_head(self, labels: Any) -> H:
+        """The head for the labels of the training."""
+        raise NotImplementedError
 
     def _balance(
         self,
-        head: Head,  # noqa: ARG002
+        head: H,  # noqa: ARG002
         train: BagDataset,  # noqa: ARG002
         check: BagDataset | None,  # noqa: ARG002
     ) -> NDArray[np.int64] | None:
@@ -301,7 +306,7 @@ class MILEstimator(Estimator):
         folder = cls._folder(path)
         values, state = folder.read()
         with folder.format.reading(str(folder.description)):
-            head = cls._head_type.from_json(values)
+            head: H = cls._head_type.from_json(values)
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
         module = rebuilt(saved, state, copy.deepcopy(aggregator), outputs=head.outputs)
@@ -357,12 +362,12 @@ class MILEstimator(Estimator):
         groups: Any,
         validation: Any,
         rng: np.random.Generator,
-    ) -> tuple[Head, BagDataset, BagDataset | None]:
+    ) -> tuple[H, BagDataset, BagDataset | None]:
         """The head, and the checked datasets to train and to validate on; see `fit`."""
         fraction, given = read_validation(validation, what="X")
         bags = Bags(X, least=1)
-        labels = hashables(y, count=len(bags), what="y")
-        head = self._head_type.of(labels)
+        labels = self._head_type.read(y, len(bags), "y")
+        head = self._new_head(labels)
         data = read_dataset(bags, head.encode(labels, "y"), groups)
         head.require_trainable(data.targets)
         train, check = data, None
@@ -371,7 +376,7 @@ class MILEstimator(Estimator):
             train, check = data.subset(~held), data.subset(held)
         elif given is not None:
             bags = Bags(given[0], what="validation X", least=1)
-            labels = hashables(given[1], count=len(bags), what="validation y")
+            labels = self._head_type.read(given[1], len(bags), "validation y")
             targets = head.encode(labels, "validation y")
             check = read_dataset(bags, targets, given[2], of="validation ")
             if not len(check):
@@ -385,7 +390,7 @@ class MILEstimator(Estimator):
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
         with torch.device("cpu"), Float32():
-            module = new_aggregator(self.aggregator, in_dim=in_dim, classes=outputs, **options)
+            module = with_outputs(self.aggregator, in_dim, outputs, options)
         if module is self.aggregator:
             module = copy.deepcopy(module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -397,13 +402,13 @@ class MILEstimator(Estimator):
         best = trainer.progress.best_epoch
         assert best is not None
         self._set_fitted(
-            trainer.result(), trainer.head, trainer.model.device, *trainer.train.origin,
+            trainer.result(), cast(H, trainer.head), trainer.model.device, *trainer.train.origin,
             history=trainer.history, best_epoch=best,
         )  # fmt: skip
         return best
 
     def _set_fitted(
-        self, module: nn.Module, head: Head, device: torch.device,
+        self, module: nn.Module, head: H, device: torch.device,
         in_dim: int, made: Provenance | Mapping[str, Any] | None,
         *, history: Sequence[Epoch] = (), best_epoch: int | None = None,
     ) -> None:  # fmt: skip

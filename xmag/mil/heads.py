@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -28,24 +28,21 @@ def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(full(logits), labels, reduction="none")
 
 
-def training_loss(
-    output: MILOutput,
-    labels: Tensor,
-    weights: Tensor | None = None,
-    *,
-    losses: Callable[[Tensor, Tensor], Tensor] = class_losses,
-) -> Tensor:
+def training_loss(output: MILOutput, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The loss to minimise, a scalar: ``bag_weight * mean cross-entropy + loss``.
 
     Args:
         output: Of an aggregator that was given `labels` where it has an auxiliary loss.
         labels: int64 (B,).
         weights: float (B,), weight of each bag in the mean; all the same by default.
-        losses: The loss of each bag, (B,), from logits and labels.
     """
-    each = losses(output.logits, labels)
-    weights = torch.ones_like(each) if weights is None else weights
-    loss = output.bag_weight * (weights * each).sum() / weights.sum()
+    return weighted_loss(output, class_losses(output.logits, labels), weights)
+
+
+def weighted_loss(output: MILOutput, losses: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of the losses of bags (B,) by their weights, with the aggregator's auxiliary loss."""
+    weights = torch.ones_like(losses) if weights is None else weights
+    loss = output.bag_weight * (weights * losses).sum() / weights.sum()
     return loss if output.loss is None else loss + output.loss
 
 
@@ -73,6 +70,46 @@ def class_metrics(
     }
 
 
+Objective = Callable[[Tensor, Sequence[int]], Tensor]
+"""Losses (B,) of logits (B, C) of the bags of a training set that have these rows in it."""
+
+
+class Head(Protocol):
+    """Protocol of heads: how labels become targets, and what is made of logits."""
+
+    has_labels: ClassVar[bool]
+    """Whether targets are class indices, which an aggregator may use."""
+    metric_names: ClassVar[tuple[str, ...]]
+
+    @property
+    def outputs(self) -> int:
+        """The number C of logits."""
+
+    @staticmethod
+    def read(values: Any, count: int, what: str) -> Any:
+        """Checked labels of `count` bags; InputError where there is not one for each."""
+
+    def encode(self, labels: Any, what: str) -> NDArray[Any]:
+        """The targets of labels, (n, ...); InputError for a label that is none."""
+
+    def require_trainable(self, targets: NDArray[Any]) -> None:
+        """Raise InputError where the bags that have tiles are not enough to learn from."""
+
+    def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
+        """Strata of bags, int64 (n,), of which a validation set gets its share."""
+
+    def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
+        """The losses of a training set with these targets."""
+
+    def metrics(
+        self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
+    ) -> dict[str, float | None]:
+        """Validation loss and metrics of logits (n, C), by `metric_names`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The head as JSON values, from which `from_json` takes them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClassHead:
     """Classification head: softmax over classes, cross-entropy, AUROC and balanced accuracy.
@@ -83,9 +120,13 @@ class ClassHead:
     classes: list[Hashable]
     prior: NDArray[np.float64]
 
-    losses = staticmethod(class_losses)
+    has_labels: ClassVar[bool] = True
     metrics = staticmethod(class_metrics)
-    metric_names = ("validation_loss", "validation_auroc", "validation_balanced_accuracy")
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "validation_loss",
+        "validation_auroc",
+        "validation_balanced_accuracy",
+    )
 
     @classmethod
     def of(cls, labels: Sequence[Hashable]) -> Self:
@@ -98,6 +139,16 @@ class ClassHead:
     def outputs(self) -> int:
         """The number of classes."""
         return len(self.classes)
+
+    @staticmethod
+    def read(values: Any, count: int, what: str) -> list[Hashable]:
+        """Labels as plain Python values; InputError unless there are `count` usable ones."""
+        return hashables(values, count=count, what=what)
+
+    def objective(self, targets: NDArray[np.int64], device: torch.device) -> Objective:
+        """Cross-entropy of each bag."""
+        labels = torch.from_numpy(targets).to(device)
+        return lambda logits, rows: class_losses(logits, labels[list(rows)])
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
@@ -130,10 +181,6 @@ class ClassHead:
         if (prior < 0).any() or not math.isclose(prior.sum(), 1, abs_tol=1e-6):
             raise ValueError("class_prior does not fit")
         return cls(classes=classes, prior=prior)
-
-
-Head = ClassHead
-"""Head of any estimator."""
 
 
 def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:

@@ -15,7 +15,7 @@ from xmag import records
 from xmag.errors import InputError, ModelError, OutputError, WeightsError
 from xmag.files import make_folder, sha256_of, write_bytes, write_text
 from xmag.hub.weights import read_tensors
-from xmag.mil.aggregators import aggregator
+from xmag.mil.aggregators import with_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +142,8 @@ def _described(saved: Saved, config: dict[str, Any], outputs: int) -> nn.Module:
     """The aggregator of a description, on no device: absurd sizes cost no memory."""
     try:
         with torch.device("meta"):
-            return aggregator(
-                config["name"], in_dim=saved.in_dim, classes=outputs, **config["options"]
-            ).float()
+            made = with_outputs(config["name"], saved.in_dim, outputs, config["options"])
+            return made.float()
     except (InputError, TypeError) as error:
         raise ModelError(
             f"the description of the aggregator is damaged ({error}); save the estimator again, or"

@@ -13,7 +13,7 @@ from torch import Tensor
 from xmag.errors import ModelError
 from xmag.mil.bags import BagDataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
-from xmag.mil.heads import Head, training_loss
+from xmag.mil.heads import Head, weighted_loss
 from xmag.training import Loop, Schedule, with_less_memory
 
 Epoch = dict[str, float | int | None]
@@ -65,6 +65,7 @@ class BagTrainer(Loop[list[int]]):
         self.settings, self.sampler = settings, sampler
         self.history: list[Epoch] = []
         self._rng, self._loss_sum = rng, 0.0
+        self._objective = head.objective(train.targets, model.device)
         self._scaler = torch.amp.GradScaler("cuda", enabled=model.dtype == torch.float16)
 
     def steps(self, epoch: int) -> list[list[int]]:  # noqa: ARG002
@@ -77,15 +78,19 @@ class BagTrainer(Loop[list[int]]):
         model, scaler = self.model, self._scaler
         self.module.train()
         bags = [self._some_tiles(self.train[index]) for index in batch]
-        targets = torch.from_numpy(self.train.targets[batch]).to(model.device)
+        labels = None
+        if self.head.has_labels:  # which an aggregator may have an auxiliary loss of
+            labels = torch.from_numpy(self.train.targets[batch]).to(model.device)
         weights = torch.from_numpy(self.train.weights[batch]).to(model.device, torch.float32)
 
         def gradients() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), dtype=torch.float32, device=model.device)
             for part in model.batches(bags):
-                here, weight = targets[part.rows], weights[part.rows]
-                loss = training_loss(model(part, here), here, weight, losses=self.head.losses)
+                here = None if labels is None else labels[part.rows]
+                weight, rows = weights[part.rows], [batch[row] for row in part.rows]
+                output = model(part, here)
+                loss = weighted_loss(output, self._objective(output.logits, rows), weight)
                 # The parts of a batch add up to the loss that it has as a whole.
                 loss = loss * (weight.sum() / weights.sum())
                 torch.autograd.backward(scaler.scale(loss))

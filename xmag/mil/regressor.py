@@ -1,0 +1,215 @@
+"""MILRegressor: numbers of a slide, one or several, from the embeddings of tiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xmag.errors import InputError
+from xmag.metrics import regression
+from xmag.mil.bags import BagLike
+from xmag.mil.estimator import MILEstimator
+from xmag.mil.heads import Objective
+from xmag.mil.pooling import full
+
+if TYPE_CHECKING:
+    from sklearn.utils import Tags
+
+_STRATA = 4
+"""Quarters of the first target, of each of which a validation set gets its share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RegressionHead:
+    """Regression head: squared error of standardised targets, missing ones left out.
+
+    `mean` and `scale` (T,) are those of the targets of the training; `flat` says that they were
+    given as (n,).
+    """
+
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    flat: bool
+
+    has_labels: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_r2")
+
+    @property
+    def outputs(self) -> int:
+        """The number of targets."""
+        return len(self.mean)
+
+    @staticmethod
+    def read(values: Any, count: int, what: str) -> NDArray[np.float64]:
+        """Targets as float64 (n,) or (n, T), NaN where missing; InputError for anything else."""
+        try:
+            array = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{what} holds values that are no numbers ({error}); expected numbers, NaN for"
+                " missing ones: for classes there is MILClassifier"
+            ) from None
+        if array.ndim not in (1, 2) or len(array) != count or 0 in array.shape:
+            raise InputError(
+                f"{what} has shape {array.shape} for {count} bags; expected ({count},) or"
+                f" ({count}, targets)"
+            )
+        if np.isinf(array).any():
+            raise InputError(f"{what} holds infinite values; expected numbers, or NaN if missing")
+        return array
+
+    @classmethod
+    def of(cls, labels: NDArray[np.float64]) -> Self:
+        """The head for training targets; InputError for one that is constant or never known."""
+        table = labels.reshape(len(labels), -1)
+        for column, values in enumerate(table.T):
+            known = values[~np.isnan(values)]
+            if len(known) < 2 or np.ptp(known) == 0:
+                raise InputError(
+                    f"target {column} of y has {len(np.unique(known))} different known values;"
+                    " expected two or more to learn from"
+                )
+        scale = np.nanstd(table, axis=0)
+        return cls(mean=np.nanmean(table, axis=0), scale=scale, flat=labels.ndim == 1)
+
+    def encode(self, labels: NDArray[np.float64], what: str) -> NDArray[np.float32]:
+        """Standardised targets (n, T); InputError for another number of targets."""
+        table = labels.reshape(len(labels), -1)
+        if table.shape[1] != self.outputs:
+            raise InputError(
+                f"{what} has {table.shape[1]} targets, and the training {self.outputs}; expected"
+                " the same"
+            )
+        return ((table - self.mean) / self.scale).astype(np.float32)
+
+    def require_trainable(self, targets: NDArray[np.float32]) -> None:
+        """Raise InputError where no bag with tiles has a known target."""
+        for column in np.flatnonzero(np.isnan(targets).all(axis=0)):
+            raise InputError(f"no bag with tiles has a known value of target {column} of y")
+
+    def strata(self, targets: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Quarters of the first target; bags where it is missing are of the lowest."""
+        first = np.nan_to_num(targets[:, 0], nan=-np.inf)
+        order = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+        quarters: NDArray[np.int64] = order * _STRATA // len(first)
+        return quarters
+
+    def objective(self, targets: NDArray[np.float32], device: torch.device) -> Objective:
+        """Mean squared error over the known targets of each bag."""
+        known = torch.from_numpy(targets).to(device)
+        return lambda logits, rows: squared_errors(full(logits), known[list(rows)])
+
+    def metrics(
+        self,
+        logits: NDArray[np.float64],
+        targets: NDArray[np.float32],
+        weights: NDArray[np.float64],
+    ) -> dict[str, float | None]:
+        """Validation loss, and R² as a mean over targets; None where one is constant."""
+        losses = squared_errors(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
+        values = []
+        for column in range(self.outputs):
+            known = ~np.isnan(targets[:, column])
+            truth = targets[known, column].astype(np.float64)
+            one = np.ones((1, len(truth)))
+            values.append(float(regression.r2s(truth, logits[known, column], one)[0]))
+        r2 = float(np.mean(values))
+        return {
+            "validation_loss": float((weights * losses).sum() / weights.sum()),
+            "validation_r2": r2 if np.isfinite(r2) else None,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The head as JSON values."""
+        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "flat": self.flat}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The head in `values`, from which "mean", "scale" and "flat" are taken."""
+        mean, scale = (np.array(values.pop(key), np.float64) for key in ("mean", "scale"))
+        flat = values.pop("flat")
+        if mean.shape != scale.shape or mean.ndim != 1 or not len(mean):
+            raise ValueError("mean and scale do not fit")
+        if not (np.isfinite(mean).all() and (scale > 0).all() and isinstance(flat, bool)):
+            raise ValueError("mean, scale or flat makes no sense")
+        return cls(mean=mean, scale=scale, flat=flat)
+
+
+def squared_errors(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each bag over its known targets, (B,); 0 where none is known."""
+    known = ~torch.isnan(targets)
+    # NaN is replaced before the difference: 0 * NaN would be the gradient otherwise.
+    errors = (predicted - torch.where(known, targets, predicted.detach())) ** 2
+    return (errors * known).sum(1) / known.sum(1).clamp(min=1)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class MILRegressor(MILEstimator[RegressionHead]):
+    """Multiple-instance regressor of bags of embeddings, with scikit-learn's conventions.
+
+    `y` is (n,), or (n, T) for several targets, which share the aggregator; NaN stands for a missing
+    value, which is left out of the loss. Targets are standardised for the training, so that those
+    with large numbers do not outweigh the others. Parameters are those of `MILClassifier`, but for
+    its classes'; `history_` has validation_loss (in standard deviations squared) and validation_r2.
+    """
+
+    _noun: ClassVar[str] = "regressor"
+    _head_type: ClassVar[type[Any]] = RegressionHead
+    _estimator_type = "regressor"
+
+    def _new_head(self, labels: NDArray[np.float64]) -> RegressionHead:
+        return RegressionHead.of(labels)
+
+    def predict(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+        """The predicted numbers, float64 (n,) or (n, T), as y was given.
+
+        A bag without tiles says nothing: its row is the mean of the training, with a warning.
+        Raises BagError for a bag that cannot be read, is of another width or not finite, and
+        MismatchError for one that was made otherwise than those of the training.
+        """
+        self._require_fitted()
+        what = "their prediction is the mean of the training"
+        logits, empty = self._predict_logits(X, what)
+        head = self._head
+        found = head.mean + np.where(empty[:, None], 0, logits) * head.scale
+        return found[:, 0] if head.flat else found
+
+    def score(
+        self,
+        X: Sequence[BagLike],  # noqa: N803
+        y: Any,
+        sample_weight: Sequence[float] | None = None,
+    ) -> float:
+        """R², a mean over targets; missing values are left out. `sample_weight` is (n,)."""
+        predicted = self.predict(X)
+        truth = RegressionHead.read(y, len(predicted), "y")
+        if truth.shape != predicted.shape:
+            raise InputError(
+                f"y has shape {truth.shape}, and the predictions {predicted.shape}; expected the"
+                " same"
+            )
+        weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight)
+        values = []
+        for column, guess in zip(
+            truth.reshape(len(truth), -1).T, predicted.reshape(len(truth), -1).T, strict=True
+        ):
+            known = ~np.isnan(column)
+            values.append(regression.r2s(column[known], guess[known], weights[None, known])[0])
+        found = float(np.mean(values))
+        if not np.isfinite(found):
+            raise InputError("R² does not exist where the known truth is one number only")
+        return found
+
+    def __sklearn_tags__(self) -> "Tags":
+        from sklearn.utils import InputTags, RegressorTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="regressor",
+            target_tags=TargetTags(required=True, multi_output=True),
+            regressor_tags=RegressorTags(),
+            input_tags=InputTags(two_d_array=False),
+        )
