@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from xmag.bag.formats import Content, ForeignBagError
 from xmag.errors import BagError, InputError, MissingExtraError
@@ -49,8 +49,8 @@ class Pictured(Protocol):
     def dimensions(self) -> tuple[int, int]:
         """(width, height) in level-0 px."""
 
-    def thumbnail(self, *, max_px: int) -> ArrayLike:
-        """The whole slide as an image."""
+    def thumbnail(self, *, max_px: int) -> Any:
+        """The whole slide as an image, of PIL or an array (h, w, 3)."""
 
 
 def to_anndata(
