@@ -41,12 +41,12 @@ def main() -> None:
     table.write_h5ad(args.out / f"{name}.h5ad")
 
     options = {"color": "leiden", "show": False, "return_fig": True}
-    scanpy.pl.umap(table, **options).savefig(args.out / f"{name}-umap.png", dpi=150)
+    scanpy.pl.umap(table, **options).savefig(args.out / f"{name}-umap.png", bbox_inches="tight")
     # A circle as wide as the step from tile to tile. scanpy warns that squidpy does this as well:
     # squidpy.pl.spatial_scatter(table, color="leiden", shape="square").
     step = 1 - args.overlap / encoder.tile_spec.size_px
     spatial = scanpy.pl.spatial(table, size=step, alpha=0.6, **options)
-    spatial.savefig(args.out / f"{name}-clusters.png", dpi=150)
+    spatial.savefig(args.out / f"{name}-clusters.png", bbox_inches="tight", dpi=150)
     print(f"{name}: {len(bag)} tiles in {table.obs['leiden'].nunique()} clusters")
 
 
