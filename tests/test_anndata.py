@@ -43,6 +43,20 @@ def test_rows_are_tiles_and_places_their_centres(bag):
     assert Provenance.from_json(table.uns["provenance"]) == bag.provenance
 
 
+def test_without_a_slide_nothing_promises_a_picture(bag):
+    """scanpy and squidpy fail on ``uns["spatial"]`` without one, and do without either."""
+    assert "spatial" not in bag.to_anndata().uns
+
+
+def test_tables_of_several_slides_keep_their_pictures(bag, slide):
+    first, second = bag.to_anndata(slide), bag.to_anndata(slide)
+    second.uns["spatial"] = {"case 8": second.uns["spatial"]["case 7"]}
+    tables = {"case 7": first, "case 8": second}
+    both = anndata.concat(tables, label="slide", index_unique="-", uns_merge="unique")
+    assert both.obs_names.is_unique
+    assert set(both.uns["spatial"]) == set(both.obs["slide"]) == {"case 7", "case 8"}
+
+
 def test_all_of_it_survives_h5ad(bag, slide, tmp_path):
     table = bag.to_anndata(slide)
     table.write_h5ad(tmp_path / "bag.h5ad")

@@ -197,9 +197,9 @@ class FeatureBag:
         unknown, and MissingExtraError without the package anndata.
         """
         coords, tiles = self._places("to_anndata")
-        name = _recorded(self, "slide") or (slide.name if slide else "slide")
-        made = None if self.provenance is None else self.provenance.to_json()
-        return to_anndata(self.features, coords, tiles, name=name, provenance=made, slide=slide)
+        return to_anndata(
+            self.features, coords, tiles, provenance=self._provenance_text(), slide=slide
+        )
 
     def to_wsidata(
         self, wsi: "WSIData", *, name: str | None = None, tile_key: str = "tiles"
@@ -216,12 +216,15 @@ class FeatureBag:
         if name is None:  # without what SpatialData refuses in a name
             model = Path(_recorded(self, "model") or "features").name
             name = re.sub(r"[^A-Za-z0-9_.-]", "_", model)
-        made = None if self.provenance is None else self.provenance.to_json()
         table = f"{name}_{tile_key}"
         to_wsidata(
-            self.features, coords, tiles, wsi, table=table, tile_key=tile_key, provenance=made
-        )
+            self.features, coords, tiles, wsi,
+            table=table, tile_key=tile_key, provenance=self._provenance_text(),
+        )  # fmt: skip
         return table
+
+    def _provenance_text(self) -> str | None:
+        return None if self.provenance is None else self.provenance.to_json()
 
     def _places(self, what: str) -> tuple[NDArray[np.int64], TileGeometry]:
         coords = placed(self, what)

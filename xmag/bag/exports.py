@@ -58,7 +58,6 @@ def to_anndata(
     coords: NDArray[np.int64],
     tiles: TileGeometry,
     *,
-    name: str,
     provenance: str | None,
     slide: Pictured | None,
 ) -> "AnnData":
@@ -87,12 +86,15 @@ def to_anndata(
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2
     table.uns.update(_made_by(tiles, provenance))
-    picture: dict[str, Any] = {"scalefactors": {"spot_diameter_fullres": tiles.side_level0}}
-    if slide is not None:
+    if slide is not None:  # scanpy and squidpy fail on scale factors without a picture
         image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
-        picture["images"] = {"hires": image}
-        picture["scalefactors"]["tissue_hires_scalef"] = image.shape[1] / slide.dimensions[0]
-    table.uns["spatial"] = {Path(name).stem: picture}
+        scales = {
+            "tissue_hires_scalef": image.shape[1] / slide.dimensions[0],
+            "spot_diameter_fullres": tiles.side_level0,
+        }
+        table.uns["spatial"] = {
+            Path(slide.name).stem: {"images": {"hires": image}, "scalefactors": scales}
+        }
     return table
 
 
