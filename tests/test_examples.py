@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,26 @@ def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
         "02-heatmap.png", "02-gallery.png", "02.geojson",
     }  # fmt: skip
     assert "02.svs: tumour" in printed
+
+
+def test_tiles_in_scanpy(tmp_path: Path) -> None:
+    for package in ("scanpy", "igraph", "anndata"):
+        reason = "examples/to_scanpy.py is run in an environment of its own, with scanpy and igraph"
+        pytest.importorskip(package, reason=reason)
+    write_demo_slide(tmp_path / "a.svs", size=(5400, 4500))
+    printed = _run("to_scanpy.py", tmp_path / "a.svs", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a.h5ad", "a-umap.png", "a-clusters.png",
+    }  # fmt: skip
+    assert printed.startswith("a: ")
+
+
+def test_without_scanpy_the_example_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "scanpy.py").write_text("raise ImportError('no scanpy here')")
+    command = [sys.executable, EXAMPLES / "to_scanpy.py", "a.svs", "out"]
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        command, check=False, env=path, stderr=subprocess.PIPE, text=True, timeout=800
+    )
+    assert found.returncode == 1
+    assert 'pip install "xmag[anndata]" scanpy igraph' in found.stderr

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from xmag.bag.exports import (
     read_foreign,
     stamp_content,
     to_anndata,
+    to_wsidata,
     trident_attributes,
 )
 from xmag.bag.formats import (
@@ -37,8 +39,9 @@ from xmag.geometry import TileGeometry
 from xmag.provenance import Provenance
 from xmag.urls import Place, Url, place_of
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # extras
     from anndata import AnnData
+    from wsidata import WSIData
 
 SCHEMA_VERSION = 1
 """Version of the file format; changes when an older xmag could no longer read it."""
@@ -170,8 +173,16 @@ class FeatureBag:
         share = tissue.get("coverage") if isinstance(tissue, Mapping) else None
         return None if share is None else float(share)
 
-    def mean(self) -> NDArray[np.float32]:
-        """The mean embedding of the slide, float32 (D,); BagError for a bag without tiles."""
+    def mean(self, **options: Any) -> NDArray[np.float32]:
+        """The mean embedding of the slide, float32 (D,); BagError for a bag without tiles.
+
+        It is a vector of a slide that needs no training, for `evaluate.LinearProbe` and the like.
+        Zeros would be a place among slides, and so a bag without tiles has none.
+        ``numpy.mean(bag)`` calls it with `options`, and gets what NumPy makes of `features`.
+        """
+        if options:
+            of_numpy: NDArray[np.float32] = np.mean(self.features, **options)
+            return of_numpy
         if not len(self):
             raise BagError("the bag has no tiles, and so no mean; leave the slide out")
         return np.asarray(self.features.mean(axis=0, dtype=np.float64), np.float32)
@@ -185,17 +196,44 @@ class FeatureBag:
         All of it survives ``write_h5ad``. Raises BagError where the tiles' places or size are
         unknown, and MissingExtraError without the package anndata.
         """
-        coords = placed(self, "to_anndata")
+        coords, tiles = self._places("to_anndata")
+        return to_anndata(
+            self.features, coords, tiles, provenance=self._provenance_text(), slide=slide
+        )
+
+    def to_wsidata(
+        self, wsi: "WSIData", *, name: str | None = None, tile_key: str = "tiles"
+    ) -> str:
+        """Add the bag to the slide's `WSIData`, as LazySlide's feature extraction does.
+
+        ``wsi.shapes[tile_key]`` gets the tiles as squares in level-0 px, and ``wsi.tables`` the
+        features under ``f"{name}_{tile_key}"``, which is returned; `name` is that of the model
+        where it is not given. Tiles that are there already are kept, so that bags of several models
+        may share them. Raises InputError where others have that name, BagError where the slide has
+        another size, the bag no tiles or no places, and MissingExtraError without wsidata.
+        """
+        coords, tiles = self._places("to_wsidata")
+        if name is None:  # without what SpatialData refuses in a name
+            model = Path(_recorded(self, "model") or "features").name
+            name = re.sub(r"[^A-Za-z0-9_.-]", "_", model)
+        table = f"{name}_{tile_key}"
+        to_wsidata(
+            self.features, coords, tiles, wsi,
+            table=table, tile_key=tile_key, provenance=self._provenance_text(),
+        )  # fmt: skip
+        return table
+
+    def _provenance_text(self) -> str | None:
+        return None if self.provenance is None else self.provenance.to_json()
+
+    def _places(self, what: str) -> tuple[NDArray[np.int64], TileGeometry]:
+        coords = placed(self, what)
         if self.tiles is None:
             raise BagError(
-                "to_anndata needs the size of the tiles, and bag.tiles is None; give"
+                f"{what} needs the size of the tiles, and bag.tiles is None; give"
                 " FeatureBag(..., tiles=), or take a bag that xmag made"
             )
-        name = _recorded(self, "slide") or (slide.name if slide else "slide")
-        provenance = None if self.provenance is None else self.provenance.to_json()
-        return to_anndata(
-            self.features, coords, self.tiles, name=name, provenance=provenance, slide=slide
-        )
+        return coords, self.tiles
 
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from xmag.bag.formats import Content, ForeignBagError
-from xmag.errors import BagError, MissingExtraError
+from xmag.errors import BagError, InputError, MissingExtraError
 from xmag.geometry import TileGeometry
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # extras
     from anndata import AnnData
+    from wsidata import WSIData
 
 _THUMBNAIL_PX = 1024
 
@@ -48,8 +49,8 @@ class Pictured(Protocol):
     def dimensions(self) -> tuple[int, int]:
         """(width, height) in level-0 px."""
 
-    def thumbnail(self, *, max_px: int) -> ArrayLike:
-        """The whole slide as an image."""
+    def thumbnail(self, *, max_px: int) -> Any:
+        """The whole slide as an image, of PIL or an array (h, w, 3)."""
 
 
 def to_anndata(
@@ -57,7 +58,6 @@ def to_anndata(
     coords: NDArray[np.int64],
     tiles: TileGeometry,
     *,
-    name: str,
     provenance: str | None,
     slide: Pictured | None,
 ) -> "AnnData":
@@ -72,11 +72,8 @@ def to_anndata(
         raise MissingExtraError(
             'to_anndata needs the package anndata; run pip install "xmag[anndata]"'
         ) from error
-    if slide is not None and slide.dimensions != tiles.level0_size:
-        raise BagError(
-            f"the bag is of a slide of {tiles.level0_size} px, and {slide.name!r} has"
-            f" {slide.dimensions}; give the slide that the features were made from"
-        )
+    if slide is not None:
+        _require_size(tiles, slide.dimensions, slide.name)
 
     def names(values: Iterable[str]) -> Any:
         # Not of pandas' own type of texts, which older versions of anndata cannot read.
@@ -88,16 +85,84 @@ def to_anndata(
         var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2
-    table.uns["tiles"] = json.dumps(tiles.to_dict(), sort_keys=True)
-    if provenance is not None:
-        table.uns["provenance"] = provenance
-    picture: dict[str, Any] = {"scalefactors": {"spot_diameter_fullres": tiles.side_level0}}
-    if slide is not None:
+    table.uns.update(_made_by(tiles, provenance))
+    if slide is not None:  # scanpy and squidpy fail on scale factors without a picture
         image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
-        picture["images"] = {"hires": image}
-        picture["scalefactors"]["tissue_hires_scalef"] = image.shape[1] / slide.dimensions[0]
-    table.uns["spatial"] = {Path(name).stem: picture}
+        scales = {
+            "tissue_hires_scalef": image.shape[1] / slide.dimensions[0],
+            "spot_diameter_fullres": tiles.side_level0,
+        }
+        table.uns["spatial"] = {
+            Path(slide.name).stem: {"images": {"hires": image}, "scalefactors": scales}
+        }
     return table
+
+
+def to_wsidata(
+    features: NDArray[np.float32],
+    coords: NDArray[np.int64],
+    tiles: TileGeometry,
+    wsi: "WSIData",
+    *,
+    table: str,
+    tile_key: str,
+    provenance: str | None,
+) -> None:
+    """Add tiles and features to a WSIData; see `FeatureBag.to_wsidata`.
+
+    Names and columns are those of LazySlide's tile_tissues and feature_extraction.
+    """
+    try:
+        from geopandas import GeoDataFrame
+        from shapely import box
+        from spatialdata.models import ShapesModel
+        from wsidata import TileSpec
+        from wsidata.io import add_features
+    except ImportError as error:
+        raise MissingExtraError(
+            'to_wsidata needs the package wsidata; run pip install "xmag[wsidata]"'
+        ) from error
+    height, width = wsi.properties.shape
+    _require_size(tiles, (width, height), wsi.name)
+    if not len(coords):
+        raise BagError("the bag has no tiles, which SpatialData cannot hold; leave it out")
+    side = tiles.side_level0
+    ends = np.hstack([coords, coords + side])
+    if tile_key in wsi.shapes:
+        there = wsi.shapes[tile_key].bounds.to_numpy()
+        if there.shape != ends.shape or not np.allclose(there, ends, rtol=0, atol=1):
+            raise InputError(
+                f"the WSIData has other tiles called {tile_key!r}; give another tile_key="
+            )
+    else:
+        squares = {"tile_id": np.arange(len(coords)), "geometry": box(*ends.T)}
+        wsi.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(squares))
+        spec = TileSpec.from_wsidata(
+            wsi, tiles.size_px, tiles.size_px - tiles.overlap_px,
+            mpp=tiles.mpp, slide_mpp=tiles.level0_mpp,
+        )  # fmt: skip
+        # It cuts the decimals off 447.9999 px, which may be 448 in another order of operations.
+        spec.base_downsample *= 1 + 1e-9
+        spec.ops_downsample *= 1 + 1e-9
+        wsi.attrs.setdefault(wsi.TILE_SPEC_KEY, {})[tile_key] = spec.to_dict()
+    add_features(
+        wsi, table, tile_key, features.copy(),
+        obsm={"spatial": coords + side / 2}, uns=_made_by(tiles, provenance),
+    )  # fmt: skip
+
+
+def _made_by(tiles: TileGeometry, provenance: str | None) -> dict[str, str]:
+    """What `uns` says of a bag: JSON texts."""
+    geometry = {"tiles": json.dumps(tiles.to_dict(), sort_keys=True)}
+    return geometry if provenance is None else {**geometry, "provenance": provenance}
+
+
+def _require_size(tiles: TileGeometry, size: tuple[int, int], name: str) -> None:
+    if tuple(size) != tiles.level0_size:
+        raise BagError(
+            f"the bag is of a slide of {tiles.level0_size} px, and {name!r} has {size}; give the"
+            " slide that the features were made from"
+        )
 
 
 def trident_attributes(tiles: TileGeometry | None, name: str) -> dict[str, Any]:
