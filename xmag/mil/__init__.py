@@ -2,9 +2,8 @@
 
 from xmag.mil.aggregators import AGGREGATORS, aggregator, aggregator_config
 from xmag.mil.classifier import MILClassifier
-from xmag.mil.estimator import Attention
 from xmag.mil.heads import training_loss
-from xmag.mil.pooling import MILOutput
+from xmag.mil.pooling import Attention, MILOutput
 from xmag.mil.regressor import MILRegressor
 from xmag.mil.survival import MILSurvival, SurvivalFunction
 

@@ -101,6 +101,9 @@ class Head(Protocol):
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
         """The losses of a training set with these targets."""
 
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
+
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
     ) -> dict[str, float | None]:
@@ -149,6 +152,13 @@ class ClassHead:
         """Cross-entropy of each bag."""
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: class_losses(logits, labels[list(rows)])
+
+    @staticmethod
+    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logarithm of the mean probability of each class, (C,), over logits (k, C)."""
+        logs = torch.from_numpy(logits).log_softmax(dim=1)
+        found: NDArray[np.float64] = (logs.logsumexp(dim=0) - math.log(len(logits))).numpy()
+        return found
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""

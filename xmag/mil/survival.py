@@ -200,6 +200,16 @@ class SurvivalHead:
         """Share without an event at the end of each interval, (n, K)."""
         return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits), axis=1)))
 
+    def fuse(self, logits: Floats) -> Floats:
+        """Logits (K,) of the mean risk (Cox), or of the mean survival (NLL), over logits (k, K)."""
+        if self.edges is None:
+            return np.asarray(logits.mean(axis=0))
+        survived = np.cumsum(-np.logaddexp(0, logits), axis=1)  # in logarithms
+        mean = np.logaddexp.reduce(survived, axis=0) - math.log(len(logits))
+        # log(1 - hazard), which is below 0 but for rounding
+        step = np.minimum(np.diff(mean, prepend=0), -np.finfo(np.float64).tiny)
+        return np.asarray(np.log(-np.expm1(step)) - step)
+
     def functions(self, logits: Floats) -> list[SurvivalFunction]:
         """The survival function of each row of logits."""
         if self.edges is not None:
