@@ -198,11 +198,11 @@ class MILEstimator(Estimator, Generic[H]):
         *,
         groups: Sequence[Any] | None = None,
     ) -> Self:
-        """Fit `temperature_`, by which logits are divided before they become probabilities.
+        """Fit `temperature_`, by which log-probabilities are divided; returns self.
 
         It makes the log loss of these cases lowest (temperature scaling), and changes no
         prediction. `save` keeps it, `fit` and scikit-learn's clone drop it. Cases without tiles are
-        left out. With labels that do not exclude each other all share one temperature.
+        left out. Labels that do not exclude each other share one temperature, of their logits.
 
         Args:
             X: Cases that `fit` did not see, neither to train on nor to validate with.
@@ -225,10 +225,11 @@ class MILEstimator(Estimator, Generic[H]):
         self._known.require_new(data)
         if not len(data):
             raise InputError("no case to calibrate with has any tile; give others")
-        of, rows = self._of_cases().logits, range(len(data))
-        logits = np.stack([of(data.features(row)) for row in rows])
-        losses = self._head.objective(data.targets, torch.device("cpu"))
-        self.temperature_ = fit_temperature(logits, lambda scaled: losses(scaled, rows))
+        of = self._of_cases().logits
+        logits = np.stack([of(data.features(row)) for row in range(len(data))])
+        self.temperature_ = fit_temperature(
+            *cast(Any, self._head).calibration(logits, data.targets)
+        )
         return self
 
     def novelty(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
@@ -427,7 +428,9 @@ class MILEstimator(Estimator, Generic[H]):
             self._of_cases().logits, of_empty,
             width=self._head.outputs, origin=(self.n_features_in_, self.fingerprint_),
         )  # fmt: skip
-        return logits / getattr(self, "temperature_", 1.0), empty
+        if hasattr(self, "temperature_"):
+            logits = cast(Any, self._head).tempered(logits, self.temperature_)
+        return logits, empty
 
     def _vectors(
         self,

@@ -153,12 +153,26 @@ class ClassHead:
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: class_losses(logits, labels[list(rows)])
 
-    @staticmethod
-    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
+        logs: NDArray[np.float64] = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+        return logs
+
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """The logarithm of the mean probability of each class, (C,), over logits (k, C)."""
-        logs = torch.from_numpy(logits).log_softmax(dim=1)
-        found: NDArray[np.float64] = (logs.logsumexp(dim=0) - math.log(len(logits))).numpy()
-        return found
+        logs = self.log_probabilities(logits)
+        return np.asarray(np.logaddexp.reduce(logs, axis=0) - math.log(len(logs)))
+
+    def calibration(
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
+        """What a temperature divides, here log-probabilities (n, C), and the log losses of it."""
+        labels = torch.from_numpy(targets)
+        return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
+
+    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+        """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
+        return logits / temperature
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
