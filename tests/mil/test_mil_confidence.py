@@ -17,7 +17,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import log_loss, roc_auc_score
 from support.mil_cohort import planted_cohort
 
-from xmag.errors import InputError, ModelError, WeightsError, XmagWarning
+from xmag.errors import BagError, InputError, ModelError, WeightsError, XmagWarning
 from xmag.mil import MILClassifier, MILRegressor, MILSurvival, aggregator
 from xmag.mil.confidence import Known, Novelty, fit_temperature
 from xmag.mil.heads import class_losses
@@ -57,14 +57,23 @@ def test_logits_that_are_always_right_get_the_lowest_temperature():
     assert found == pytest.approx(np.exp(10), rel=1e-3)
 
 
+def _covariance(novelty: Novelty) -> np.ndarray:
+    return novelty.factor.T @ novelty.factor + novelty.floor * np.eye(len(novelty.mean))
+
+
 @pytest.mark.parametrize(("count", "width"), [(30, 5), (20, 60), (200, 12)])
 def test_the_covariance_is_ledoit_and_wolfs(count, width):
     rng = np.random.default_rng(count)
     vectors = rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + 3
     found = Novelty.of(vectors, groups=np.arange(count), rng=np.random.default_rng(0))
     theirs = LedoitWolf().fit(vectors)
-    np.testing.assert_allclose(found.covariance, theirs.covariance_, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(_covariance(found), theirs.covariance_, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(found.mean, theirs.location_)
+    assert len(found.factor) == min(count, width)
+    new = vectors[::-1] * 1.5
+    far = np.sqrt(theirs.mahalanobis(new))
+    expected = [100 * np.mean(found.reference < distance) for distance in far]
+    np.testing.assert_allclose(found.percentiles(new), expected)
 
 
 @pytest.mark.parametrize("count", [20, 50, 200])
@@ -256,6 +265,10 @@ def test_calibration_needs_labels_and_tiles(classifier: MILClassifier) -> None:
         classifier.calibrate(cases, [labels[0], "other", *labels[2:]])
     with pytest.raises(InputError, match="X is empty"):
         classifier.calibrate([], [])
+    with pytest.raises(
+        BagError, match=r"X\[0\]\[0\] has 9 features a tile, and those of the train"
+    ):
+        classifier.calibrate([[np.ones((2, 9), np.float32)]] * 4, labels)
     empty = np.zeros((0, 8), np.float32)
     with (
         pytest.warns(XmagWarning, match="are left out"),
@@ -301,7 +314,7 @@ def test_novelty_is_of_the_mean_of_all_tiles_and_saved(
     means = np.stack([np.concatenate(case).mean(axis=0, dtype=np.float64) for case in train])
     known = classifier._known.novelty
     theirs = LedoitWolf().fit(means)
-    np.testing.assert_allclose(known.covariance, theirs.covariance_, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(_covariance(known), theirs.covariance_, rtol=1e-6, atol=1e-9)
     distances = np.sqrt(
         theirs.mahalanobis([np.concatenate(case).mean(axis=0, dtype=np.float64) for case in cases])
     )
@@ -329,10 +342,17 @@ def test_a_cohort_of_nine_patients_is_fitted_and_has_no_novelty() -> None:
 
 
 def test_tensors_of_the_novelty_that_do_not_fit_are_refused() -> None:
-    tensors = {"xmag.confidence.mean": torch.zeros(3), "xmag.confidence.covariance": torch.eye(4)}
-    with pytest.raises(WeightsError, match="novelty have the shapes"):
-        Known.from_tensors(dict(tensors))
-    with pytest.raises(WeightsError, match="novelty have the shapes"):
-        Known.from_tensors({**tensors, "xmag.confidence.reference": torch.zeros(5)})
+    good = {
+        "xmag.confidence.mean": torch.zeros(3), "xmag.confidence.factor": torch.zeros(2, 3),
+        "xmag.confidence.floor": torch.tensor(1.0), "xmag.confidence.reference": torch.zeros(5),
+    }  # fmt: skip
+    assert Known.from_tensors(dict(good)).novelty is not None
+    for name, value in (
+        ("mean", torch.zeros(4)), ("floor", torch.tensor(0.0)), ("floor", torch.ones(1)),
+        ("reference", None), ("factor", torch.zeros(3)),
+    ):  # fmt: skip
+        wrong = {**good, f"xmag.confidence.{name}": value}
+        with pytest.raises(WeightsError, match="novelty have the shapes"):
+            Known.from_tensors({key: part for key, part in wrong.items() if part is not None})
     known = Known.from_tensors({"embed.weight": torch.zeros(2)})
     assert (known.digests, known.novelty) == (None, None)

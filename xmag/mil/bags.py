@@ -31,6 +31,9 @@ Features = NDArray[np.float32]
 Origin = tuple[int, Provenance | None]
 """Width D and provenance of a bag, in which the bags of a classifier agree."""
 
+TrainedOrigin = tuple[int, Mapping[str, Any] | None]
+"""Width D and fingerprint of the bags that an estimator was trained on."""
+
 _WANTED = (
     "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
     f" {', '.join(SUFFIXES)} files, or of lists of these: the bags of a case"
@@ -98,7 +101,7 @@ class Bags:
         of_empty: str,
         *,
         width: int,
-        origin: tuple[int, Mapping[str, Any] | None],
+        origin: TrainedOrigin,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """What `of` finds of the bags of each case that have tiles, float64 (n, width).
 
@@ -116,16 +119,11 @@ class Bags:
         self.warn_of_empty(np.flatnonzero(empty).tolist(), of_empty)
         return found, empty
 
-    def read_matching(
-        self, index: int, origin: tuple[int, Mapping[str, Any] | None]
-    ) -> list[Bag | FeatureBag]:
+    def read_matching(self, index: int, origin: TrainedOrigin) -> list[Bag | FeatureBag]:
         """Read a case; raises where it has not the width and fingerprint of the training."""
-        bags, (width, fingerprint) = self[index], origin
-        expected = None if fingerprint is None else Provenance(fingerprint, {})
+        bags = self[index]
         for slide, bag in enumerate(bags):
-            require_same_origin(
-                self.name(index, slide), origin_of(bag), "those of the training", (width, expected)
-            )
+            require_trained_origin(self.name(index, slide), origin_of(bag), origin)
         return bags
 
     def warn_of_empty(self, rows: Sequence[int], what: str) -> None:
@@ -264,6 +262,10 @@ class BagDataset:
             self, rows=self.rows[mask], targets=self.targets[mask], weights=self.weights[mask]
         )
 
+    def require_origin(self, origin: TrainedOrigin) -> None:
+        """Raise where the bags have not the width and fingerprint of the training."""
+        require_trained_origin(self.first, self.origin, origin)
+
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
         require_same_origin(
@@ -355,6 +357,13 @@ def require_same_origin(name: str, seen: Origin, reference: str, expected: Origi
             f"{name} was made otherwise than {reference}: {'; '.join(differences)}. Extract the"
             " features again with the same model and settings"
         )
+
+
+def require_trained_origin(name: str, seen: Origin, trained: TrainedOrigin) -> None:
+    """Raise as `require_same_origin` where a bag is not like those of the training."""
+    width, fingerprint = trained
+    expected = None if fingerprint is None else Provenance(fingerprint, {})
+    require_same_origin(name, seen, "those of the training", (width, expected))
 
 
 def _read(source: Any) -> Bag | FeatureBag:

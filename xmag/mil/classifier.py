@@ -40,7 +40,9 @@ class MILClassifier(MILEstimator[ClassHead]):
 
     `X` is a list of bags: FeatureBags, arrays or tensors (N, D), or paths of ``.h5``,
     ``.safetensors`` or ``.pt`` files, which are read each time they are needed, so that a cohort
-    need not fit into memory. Labels are of any hashable kind.
+    need not fit into memory. In place of a bag there may be a case, a list of the bags of a patient
+    (X may mix both): their slides may differ in level-0 µm/px, as tiles are all at one. In which
+    order a case lists them changes nothing. Labels are of any hashable kind.
 
     Args:
         aggregator: "abmil", "mean", "max", "transmil", "clam_sb", or a module of your own; see
@@ -54,6 +56,10 @@ class MILClassifier(MILEstimator[ClassHead]):
         class_weight: Weight of a bag in the loss: None, "balanced" or {class: weight}.
         sampling: "balanced" draws every class equally often, "shuffled" each bag once an epoch.
         max_tiles: In training, a random subset of larger bags, another one each time.
+        fusion: "early" takes the tiles of all bags of a case as one bag. "late" trains on each bag
+            with the label of its case, and predicts the mean of what it predicts of each: where
+            what decides lies in one slide of several, it learns from the others too that they have
+            it, and finds less.
         device: "auto" takes CUDA or MPS where there is one.
         dtype: Compute dtype of training: "auto" is bfloat16 or float16 on CUDA, else float32.
             Weights stay in float32, and so do predictions.
@@ -67,6 +73,7 @@ class MILClassifier(MILEstimator[ClassHead]):
         history_: A dict for each epoch: epoch, train_loss, validation_loss, validation_auroc,
             validation_balanced_accuracy, lr; None where there is no such value.
         best_epoch_: The epoch whose weights were kept.
+        temperature_: By which log-probabilities are divided, once `calibrate` was called.
         class_prior_: Frequency of each class among the labels, (C,).
         fingerprint_: Of the training bags, where they had a provenance: bags to predict on must
             have the same.

@@ -23,7 +23,7 @@ _FOLDS = 20
 """Many: with few, held-out cases are measured by a covariance of fewer cases than new ones are."""
 LEAST_PATIENTS = 10
 """Fewer have no spread that could be measured."""
-_NOVELTY = ("mean", "covariance", "reference")
+_NOVELTY = ("mean", "factor", "floor", "reference")
 _PREFIX = "xmag.confidence."
 """Of the names in a file, beside those of the aggregator's weights."""
 
@@ -71,13 +71,15 @@ class Novelty:
 
     Attributes:
         mean: float64 (D,), of the vectors of the training.
-        covariance: float64 (D, D), shrunk.
+        factor: float64 (r, D); r is the smaller of D and the number of vectors.
+        floor: float64 (). The shrunk covariance is ``factor.T @ factor + floor * identity``.
         reference: float64 (n,), rising: the distance of each case of the training from those in
             the other folds.
     """
 
     mean: Floats
-    covariance: Floats
+    factor: Floats
+    floor: Floats
     reference: Floats
 
     @classmethod
@@ -99,14 +101,13 @@ class Novelty:
         reference = np.empty(len(vectors))
         for fold in np.unique(folds):
             held = folds == fold
-            mean, covariance = _shrunk(vectors[~held])
-            reference[held] = _distances(vectors[held], mean, covariance)
-        mean, covariance = _shrunk(vectors)
-        return cls(mean=mean, covariance=covariance, reference=np.sort(reference))
+            reference[held] = _distances(vectors[held], *_shrunk(vectors[~held]))
+        mean, factor, floor = _shrunk(vectors)
+        return cls(mean=mean, factor=factor, floor=floor, reference=np.sort(reference))
 
     def percentiles(self, vectors: Floats) -> Floats:
         """Share of the held-out cases that lie nearer than each vector, 0 to 100, float64 (n,)."""
-        found = _distances(vectors, self.mean, self.covariance)
+        found = _distances(vectors, self.mean, self.factor, self.floor)
         nearer = np.searchsorted(self.reference, found, side="left")
         return 100 * nearer / len(self.reference)
 
@@ -204,31 +205,40 @@ class Known:
         if not arrays:
             return cls(digests=digests)
         shapes = [array.shape for array in arrays.values()]
-        width = shapes[0][-1:]
-        if len(shapes) != len(_NOVELTY) or shapes[:2] != [width, width * 2] or len(shapes[2]) != 1:
+        dimensions = [len(shape) for shape in shapes] == [1, 2, 0, 1]
+        if not dimensions or shapes[0] != shapes[1][1:] or not arrays["floor"] > 0:
             raise WeightsError(
                 f"the tensors of the novelty have the shapes {shapes}; save the estimator again"
             )
         return cls(digests=digests, novelty=Novelty(**arrays))
 
 
-def _shrunk(vectors: Floats) -> tuple[Floats, Floats]:
-    """Mean and covariance of vectors (n, D), the latter shrunk by Ledoit and Wolf's estimate."""
+def _shrunk(vectors: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, factor and floor of vectors (n, D), shrunk by Ledoit and Wolf's estimate."""
     count, width = vectors.shape
     mean = vectors.mean(0)
     centred = vectors - mean
-    covariance = centred.T @ centred / count
-    sphere = np.trace(covariance) / width
-    apart = (covariance**2).sum() - width * sphere**2
-    squared = centred**2
-    noise = ((squared.T @ squared).sum() / count - (covariance**2).sum()) / count
-    share = 1.0 if apart <= 0 else min(noise / apart, 1.0)
-    return mean, (1 - share) * covariance + share * sphere * np.eye(width)
-
-
-def _distances(vectors: Floats, mean: Floats, covariance: Floats) -> Floats:
-    away = vectors - mean
+    norms = (centred**2).sum(1)
+    sphere = norms.mean() / width
     # A dimension in which the training does not vary at all tells nothing.
-    scale = np.trace(covariance) / len(mean)
-    solved = np.linalg.solve(covariance + 1e-9 * max(scale, 1e-30) * np.eye(len(mean)), away.T)
-    return np.asarray(np.sqrt(np.maximum((away * solved.T).sum(1), 0)))
+    least = 1e-9 * max(sphere, 1e-30)
+    if count > width:
+        products = centred.T @ centred / count
+        factor = np.linalg.cholesky(products + least * np.eye(width)).T
+    else:
+        products = centred @ centred.T / count
+        factor = np.linalg.qr(centred, mode="r") / np.sqrt(count)
+    squared = (products**2).sum()
+    apart = squared - width * sphere**2
+    noise = ((norms**2).mean() - squared) / count
+    share = 1.0 if apart <= 0 else min(noise / apart, 1.0)
+    return mean, np.sqrt(1 - share) * factor, np.array(share * sphere + least)
+
+
+def _distances(vectors: Floats, mean: Floats, factor: Floats, floor: Floats) -> Floats:
+    away = vectors - mean
+    # By Woodbury's identity: the inverse is of the smaller side of the factor.
+    seen = away @ factor.T
+    inner = factor @ factor.T + floor * np.eye(len(factor))
+    explained = (seen * np.linalg.solve(inner, seen.T).T).sum(1)
+    return np.asarray(np.sqrt(np.maximum(((away**2).sum(1) - explained) / floor, 0)))

@@ -222,6 +222,7 @@ class MILEstimator(Estimator, Generic[H]):
         cases = Bags(X, least=1)
         targets = self._head.encode(self._head_type.read(y, len(cases), "y"), "y")
         data = read_dataset(cases, targets, groups)
+        data.require_origin((self.n_features_in_, self.fingerprint_))
         self._known.require_new(data)
         if not len(data):
             raise InputError("no case to calibrate with has any tile; give others")
