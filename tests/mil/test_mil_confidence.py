@@ -356,3 +356,16 @@ def test_tensors_of_the_novelty_that_do_not_fit_are_refused() -> None:
             Known.from_tensors({key: part for key, part in wrong.items() if part is not None})
     known = Known.from_tensors({"embed.weight": torch.zeros(2)})
     assert (known.digests, known.novelty) == (None, None)
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_slides_of_a_patient_in_several_cases_are_no_reference_for_each_other(fusion: str) -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.normal(size=(40, 1, 30))
+    bags = [
+        (patient + 0.01 * rng.normal(size=(4, 30))).astype(np.float32)
+        for patient in patients[:20] for _ in range(3)
+    ]  # fmt: skip
+    model = MILClassifier(**{**PARAMS, "epochs": 1, "fusion": fusion})
+    model.fit(bags, [0, 1] * 30, groups=np.repeat(np.arange(20), 3), validation=None)
+    assert np.median(model.novelty(list(patients[20:].astype(np.float32)))) < 97

@@ -242,9 +242,9 @@ class MILEstimator(Estimator, Generic[H]):
         any percentile, one from elsewhere near 100. A case without tiles is at 100, with a warning.
 
         The mean is that of the features, and not `embed`: a trained aggregator has learned its
-        training cases by heart, and new ones of the same cohort lie elsewhere (AUROC 0.3 to 0.7 in
-        benchmarks/mil_confidence.py, where 0.5 is right). After Lee et al. 2018, "A Simple Unified
-        Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks".
+        training cases by heart, and new ones of the same cohort lie elsewhere (AUROC 0.09 to 0.88
+        in benchmarks/mil_confidence.py, where 0.5 is right). After Lee et al. 2018, "A Simple
+        Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks".
 
         Raises InputError where `fit` had fewer than 10 patients (cases, without groups) with tiles.
         """
