@@ -112,7 +112,7 @@ class MILClassifier(MILEstimator[ClassHead]):
         """Log-probabilities of bags (n, C), and the mask of those without tiles, bool (n,)."""
         what = "their prediction is how frequent each class was in training"
         logits, empty = self._predict_logits(X, what)
-        logs = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+        logs = self._head.log_probabilities(logits)
         with np.errstate(divide="ignore"):
             logs[empty] = np.log(self.class_prior_)
         return logs, empty

@@ -101,6 +101,12 @@ class Head(Protocol):
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
         """The losses of a training set with these targets."""
 
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is predicted of logits (n, C), row by row, (n, ...): of which a mean makes sense.
+
+        Probabilities, values, or risks (n,).
+        """
+
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
     ) -> dict[str, float | None]:
@@ -149,6 +155,15 @@ class ClassHead:
         """Cross-entropy of each bag."""
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: class_losses(logits, labels[list(rows)])
+
+    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
+        logs: NDArray[np.float64] = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+        return logs
+
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability of each class, (n, C)."""
+        return np.exp(self.log_probabilities(logits))
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""

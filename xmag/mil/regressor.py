@@ -103,6 +103,10 @@ class RegressionHead:
         known = torch.from_numpy(targets).to(device)
         return lambda logits, rows: squared_errors(full(logits), known[list(rows)])
 
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The predicted numbers in units of the targets, (n, T)."""
+        return self.mean + logits * self.scale
+
     def metrics(
         self,
         logits: NDArray[np.float64],
@@ -173,10 +177,9 @@ class MILRegressor(MILEstimator[RegressionHead]):
         """
         self._require_fitted()
         what = "their prediction is the mean of the training"
-        logits, empty = self._predict_logits(X, what)
-        head = self._head
-        found = head.mean + np.where(empty[:, None], 0, logits) * head.scale
-        return found[:, 0] if head.flat else found
+        # Logits are 0 where a bag has no tiles.
+        found = self._head.predictions(self._predict_logits(X, what)[0])
+        return found[:, 0] if self._head.flat else found
 
     def score(
         self,

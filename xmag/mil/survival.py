@@ -191,23 +191,24 @@ class SurvivalHead:
         place = np.searchsorted(self.edges, time, side="right") - 1
         return np.clip(place, 0, self.outputs - 1).astype(np.int64)
 
-    def risk(self, logits: Floats) -> Floats:
+    def predictions(self, logits: Floats) -> Floats:
         """Risk (n,): the log hazard, or minus the expected number of intervals survived."""
         risk: Floats = logits[:, 0] if self.edges is None else -self.survived(logits).sum(axis=1)
         return risk
 
     def survived(self, logits: Floats) -> Floats:
-        """Share without an event at the end of each interval, (n, K)."""
-        return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits), axis=1)))
-
-    def functions(self, logits: Floats) -> list[SurvivalFunction]:
-        """The survival function of each row of logits."""
+        """Share without an event at each of `steps`, (n, k)."""
         if self.edges is not None:
-            return [SurvivalFunction(self.edges[1:], row) for row in self.survived(logits)]
-        assert self.times is not None
+            return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits), axis=1)))
         assert self.cumulative is not None
-        hazards = np.exp(logits[:, 0])[:, None] * self.cumulative
-        return [SurvivalFunction(self.times, row) for row in np.exp(-hazards)]
+        return np.asarray(np.exp(-np.exp(logits[:, :1]) * self.cumulative))
+
+    @property
+    def steps(self) -> Floats:
+        """The times at which survival functions fall, (k,)."""
+        steps = self.times if self.edges is None else self.edges[1:]
+        assert steps is not None
+        return steps
 
     def with_baseline(self, risk: Floats, targets: NDArray[np.float64]) -> Self:
         """The head with the baseline's cumulative hazard, of the training's risks (Breslow)."""
@@ -239,7 +240,7 @@ class SurvivalHead:
             intervals = torch.from_numpy(self.interval_of(seen.time))
             losses = discrete_losses(scores, intervals, known[:, 0] > 0).numpy()
             loss = float((weights * losses).sum() / weights.sum())
-        found = float(concordances(seen, self.risk(logits))[0])
+        found = float(concordances(seen, self.predictions(logits))[0])
         return {
             "validation_loss": loss,
             "validation_concordance": None if math.isnan(found) else found,
@@ -312,7 +313,7 @@ class MILSurvival(MILEstimator[SurvivalHead]):
         sign is that of the hazard, and never fitted to the data.
         """
         self._require_fitted()
-        return self._head.risk(self._predict_logits(X, "their risk is that of logits 0")[0])
+        return self._head.predictions(self._predict_logits(X, "their risk is that of logits 0")[0])
 
     def predict_survival_function(
         self,
@@ -321,7 +322,8 @@ class MILSurvival(MILEstimator[SurvivalHead]):
         """The share without an event over time, a step function for each bag."""
         self._require_fitted()
         logits = self._predict_logits(X, "their survival is that of logits 0")[0]
-        return self._head.functions(logits)
+        head = self._head
+        return [SurvivalFunction(head.steps, row) for row in head.survived(logits)]
 
     def score(
         self,
