@@ -225,7 +225,7 @@ class MILEstimator(Estimator, Generic[H]):
         head, train, check = self._datasets(X, y, groups, validation, rng)
         strata = self._balance(head, train, check)
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.origin[0], head.outputs).to(device)
+            module = self._new_module(train.origin[0], head).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -309,7 +309,7 @@ class MILEstimator(Estimator, Generic[H]):
             head: H = cls._head_type.from_json(values)
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
-        module = rebuilt(saved, state, copy.deepcopy(aggregator), outputs=head.outputs)
+        module = rebuilt(saved, state, copy.deepcopy(aggregator), head=head)
         params["aggregator"] = aggregator
         if saved.aggregator is not None:
             params["aggregator"] = saved.aggregator["name"]
@@ -386,11 +386,13 @@ class MILEstimator(Estimator, Generic[H]):
             warn_without_groups()
         return head, train, check
 
-    def _new_module(self, in_dim: int, outputs: int) -> nn.Module:
+    def _new_module(self, in_dim: int, head: H) -> nn.Module:
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
         with torch.device("cpu"), Float32():
-            module = with_outputs(self.aggregator, in_dim, outputs, options)
+            module = with_outputs(
+                self.aggregator, in_dim, head.outputs, options, last_layer=head.last_layer
+            )
         if module is self.aggregator:
             module = copy.deepcopy(module)
         if not any(parameter.requires_grad for parameter in module.parameters()):

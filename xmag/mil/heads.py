@@ -1,4 +1,7 @@
-"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics."""
+"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics.
+
+The head of classes is here; others are in ordinal.py, multilabel.py, regressor.py and survival.py.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xmag.errors import InputError, OutputError
@@ -80,6 +83,8 @@ class Head(Protocol):
     has_labels: ClassVar[bool]
     """Whether targets are class indices, which an aggregator may use."""
     metric_names: ClassVar[tuple[str, ...]]
+    last_layer: ClassVar[type[nn.Module]]
+    """What xmag's aggregators end in, made of the width and the number of logits."""
 
     @property
     def outputs(self) -> int:
@@ -127,6 +132,7 @@ class ClassHead:
     prior: NDArray[np.float64]
 
     has_labels: ClassVar[bool] = True
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metrics = staticmethod(class_metrics)
     metric_names: ClassVar[tuple[str, ...]] = (
         "validation_loss",

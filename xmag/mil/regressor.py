@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from xmag.errors import InputError
 from xmag.metrics import regression
@@ -36,6 +36,7 @@ class RegressionHead:
     flat: bool
 
     has_labels: ClassVar[bool] = False
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_r2")
 
     @property
