@@ -88,21 +88,21 @@ class CoxObjective:
     """
 
     def __init__(self, event: Tensor, time: Tensor) -> None:
+        # On the CPU in double precision: the same on every device, and faster for a cohort.
         self._event, self._time = event, time
-        self._risk = torch.zeros(len(event), device=event.device)
+        self._risk = torch.zeros(len(event), dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Losses (B,) of the risks (B, 1) of the bags at `rows`."""
-        here = list(rows)
-        risk = full(logits)[:, 0]
-        self._risk[here] = risk.detach().to(self._risk.dtype)
+        here, risk = list(rows), full(logits)[:, 0]
+        self._risk[here] = risk.detach().cpu().double()
         every = self._risk.clone().requires_grad_()
         with torch.enable_grad():
             loss = cox_loss(every, self._event, self._time)
         (slope,) = torch.autograd.grad(loss, every)
         # n times: the loss of the set is a mean, and that of a batch one over fewer bags.
-        scaled = slope[here] * len(self._risk)
-        return loss.detach() + scaled * (risk - risk.detach())
+        scaled = (slope[here] * len(every)).to(risk)
+        return loss.detach().to(risk) + scaled * (risk - risk.detach())
 
 
 def discrete_losses(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class SurvivalHead:
         """Raise InputError for fewer than two events among the bags that have tiles."""
         if (events := int(targets[:, 0].sum())) < _LEAST_EVENTS:
             raise InputError(
-                f"y has {events} events among {len(targets)} bags with tiles; expected"
-                f" {_LEAST_EVENTS} or more to learn from"
+                f"y has {events} event{'' if events == 1 else 's'} among {len(targets)} bags with"
+                f" tiles; expected {_LEAST_EVENTS} or more to learn from"
             )
 
     def strata(self, targets: Floats) -> NDArray[np.int64]:
@@ -201,12 +201,9 @@ class CoxHead(SurvivalHead):
         """1."""
         return 1
 
-    def objective(self, targets: Floats, device: torch.device) -> Objective:
+    def objective(self, targets: Floats, device: torch.device) -> Objective:  # noqa: ARG002
         """Cox's loss over the training set."""
-        # Only the order of times counts, and not every device has double precision.
-        order = np.unique(targets[:, 1], return_inverse=True)[1]
-        event = torch.from_numpy(targets[:, 0] > 0).to(device)
-        return CoxObjective(event, torch.from_numpy(order).to(device))
+        return CoxObjective(torch.from_numpy(targets[:, 0] > 0), torch.from_numpy(targets[:, 1]))
 
     def predictions(self, logits: Floats) -> Floats:
         """Risk (n,): the log hazard, 0 for the mean of the training."""
