@@ -3,13 +3,14 @@
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import logit, softmax
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV, _TemperatureScaling
 from sklearn.covariance import LedoitWolf
@@ -369,3 +370,36 @@ def test_slides_of_a_patient_in_several_cases_are_no_reference_for_each_other(fu
     model = MILClassifier(**{**PARAMS, "epochs": 1, "fusion": fusion})
     model.fit(bags, [0, 1] * 30, groups=np.repeat(np.arange(20), 3), validation=None)
     assert np.median(model.novelty(list(patients[20:].astype(np.float32)))) < 97
+
+
+LABELLED = {
+    "ordinal": (lambda i: i % 3, {"ordinal": True}),
+    "labels": (lambda i: [i % 2, i // 2 % 2], {}),
+}
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize("kind", list(LABELLED))
+def test_ordered_classes_and_labels_are_fused_and_calibrated(kind: str, fusion: str) -> None:
+    label, params = LABELLED[kind]
+    cases, _, _ = _overconfident(1, 30)
+    model = MILClassifier(**{**PARAMS, "epochs": 5}, fusion=fusion, **params)
+    model.fit(cases, np.array([label(i) for i in range(30)]), validation=None)
+    if fusion == "late":
+        slides = [model.predict_proba(case).mean(axis=0) for case in cases]
+        np.testing.assert_allclose(model.predict_proba(cases), slides, atol=1e-12)
+    new, _, _ = _overconfident(2, 40)
+    truth = np.array([label(7 * i + i // 5) for i in range(40)])
+    before, predicted = model.predict_proba(new), model.predict(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", XmagWarning)
+        if kind == "ordinal":
+            theirs = CalibratedClassifierCV(FrozenEstimator(model), method="temperature")
+            expected = theirs.fit(new, truth).predict_proba(new)
+        model.calibrate(new, truth)
+    after = model.predict_proba(new)
+    if kind == "ordinal":
+        np.testing.assert_allclose(after, expected, atol=1e-6)
+    else:
+        np.testing.assert_allclose(logit(after), logit(before) / model.temperature_, atol=1e-9)
+    np.testing.assert_array_equal(model.predict(new), predicted)

@@ -134,7 +134,7 @@ class MILEstimator(Estimator, Generic[H]):
         strata = self._balance(head, train, check)
         known = Known.of(data, check, rng=np.random.default_rng([seed, 1]))
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.origin[0], head.outputs).to(device)
+            module = self._new_module(train.origin[0], head).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -306,7 +306,7 @@ class MILEstimator(Estimator, Generic[H]):
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
         known = Known.from_tensors(state)
-        module = rebuilt(saved, state, copy.deepcopy(aggregator), outputs=head.outputs)
+        module = rebuilt(saved, state, copy.deepcopy(aggregator), head=head)
         params["aggregator"] = aggregator
         if saved.aggregator is not None:
             params["aggregator"] = saved.aggregator["name"]
@@ -380,11 +380,13 @@ class MILEstimator(Estimator, Generic[H]):
             warn_without_groups()
         return head, data, train, check
 
-    def _new_module(self, in_dim: int, outputs: int) -> nn.Module:
+    def _new_module(self, in_dim: int, head: H) -> nn.Module:
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
         with torch.device("cpu"), Float32():
-            module = with_outputs(self.aggregator, in_dim, outputs, options)
+            module = with_outputs(
+                self.aggregator, in_dim, head.outputs, options, last_layer=head.last_layer
+            )
         if module is self.aggregator:
             module = copy.deepcopy(module)
         if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -1,4 +1,7 @@
-"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics."""
+"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics.
+
+The head of classes is here; others are in ordinal.py, multilabel.py, regressor.py and survival.py.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xmag.errors import InputError, OutputError
@@ -80,6 +83,8 @@ class Head(Protocol):
     has_labels: ClassVar[bool]
     """Whether targets are class indices, which an aggregator may use."""
     metric_names: ClassVar[tuple[str, ...]]
+    last_layer: ClassVar[type[nn.Module]]
+    """What xmag's aggregators end in, made of the width and the number of logits."""
 
     @property
     def outputs(self) -> int:
@@ -104,6 +109,12 @@ class Head(Protocol):
     def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
 
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is predicted of logits (n, C), row by row, (n, ...): of which a mean makes sense.
+
+        Probabilities, values, or risks (n,).
+        """
+
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
     ) -> dict[str, float | None]:
@@ -124,6 +135,7 @@ class ClassHead:
     prior: NDArray[np.float64]
 
     has_labels: ClassVar[bool] = True
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metrics = staticmethod(class_metrics)
     metric_names: ClassVar[tuple[str, ...]] = (
         "validation_loss",
@@ -173,6 +185,10 @@ class ClassHead:
     def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
         """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
         return logits / temperature
+
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability of each class, (n, C)."""
+        return np.exp(self.log_probabilities(logits))
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
