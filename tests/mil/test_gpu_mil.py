@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
-from support.mil_cohort import planted_cohort
+from support.mil_cohort import outcome_cohort, planted_cohort
 
 from xmag.errors import ModelError
-from xmag.mil import MILClassifier
+from xmag.mil import MILClassifier, MILRegressor, MILSurvival, load_estimator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +67,33 @@ def test_what_cuda_predicts_is_what_the_cpu_predicts(name: str, tmp_path: Path) 
             trained.attention(cohort.bags[1]).scores, on_cpu.attention(cohort.bags[1]).scores,
             atol=1e-4,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("task", ["cox", "nll", "regression", "ordinal", "labels"])
+def test_every_task_is_trained_on_cuda_and_predicts_the_same_on_the_cpu(
+    task: str, dtype: str, tmp_path: Path
+) -> None:
+    cohort = outcome_cohort(60, seed=0, tiles=50)
+    options = {
+        "aggregator_options": {"embed_dim": 32, "attention_dim": 16}, "device": "cuda",
+        "dtype": dtype, "epochs": 3, "random_state": 0,
+    }  # fmt: skip
+    labels = np.stack([cohort.drive > 0, cohort.number > 110], axis=1)
+    model, y = {
+        "cox": (MILSurvival(**options), cohort.survival),
+        "nll": (MILSurvival(**options, loss="nll"), cohort.survival),
+        "regression": (MILRegressor(**options), cohort.number),
+        "ordinal": (MILClassifier(**options, ordinal=True), cohort.grade),
+        "labels": (MILClassifier(**options, class_weight="balanced"), labels),
+    }[task]
+    fits = [clone(model).fit(cohort.bags, y, validation=None) for _ in range(2)]
+    assert fits[0].history_ == fits[1].history_
+    fits[0].save(tmp_path)
+    predict = "predict_proba" if task in ("ordinal", "labels") else "predict"
+    found = getattr(fits[0], predict)(cohort.bags)
+    on_cpu = load_estimator(tmp_path, device="cpu")
+    np.testing.assert_allclose(getattr(on_cpu, predict)(cohort.bags), found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -226,7 +226,7 @@ def test_classes_are_in_an_order_that_does_not_depend_on_the_cohort() -> None:
         ([*"ababababab", "a", ("a", None)], r"\('a', None\), a missing value"),
         ([*"ababababab", "a", "b "], r"y\[11\] is 'b ', with blanks around it"),
         ([("a", " x"), ("a", "x")] * 6, r"y\[0\] is \('a', ' x'\), with blanks"),
-        (np.linspace(0, 1, 12), r"y holds 0\.09.*not whole.*MILRegressor.*in a later release"),
+        (np.linspace(0, 1, 12), r"y holds 0\.09.*not whole.*MILRegressor is for continuous labels"),
         (torch.linspace(0, 1, 12).half(), "not whole.*MILRegressor"),
         ([1, 2.5] * 6, r"y holds 2\.5, .*not whole.*give them as text"),
         ([Fraction(1, 2), Fraction(3, 2)] * 6, "not whole.*MILRegressor"),

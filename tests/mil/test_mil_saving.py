@@ -13,7 +13,15 @@ from torch import nn
 from xmag.bag import FeatureBag
 from xmag.errors import InputError, MismatchError, ModelError, OutputError, WeightsError
 from xmag.files import sha256_of
-from xmag.mil import AGGREGATORS, MILClassifier, MILOutput, aggregator
+from xmag.mil import (
+    AGGREGATORS,
+    MILClassifier,
+    MILOutput,
+    MILRegressor,
+    MILSurvival,
+    aggregator,
+    load_estimator,
+)
 from xmag.provenance import Provenance
 
 COHORT = planted_cohort(12, tiles=6, dim=4)
@@ -212,7 +220,8 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
     expected = MILClassifier.load(folder, device="cpu").predict_proba(COHORT.bags)
     rng = np.random.default_rng(0)
     for place in rng.integers(len(whole), size=60):
-        for damaged in (whole[:place], whole[:place] + b"\xff" + whole[place + 1 :]):
+        other = bytes([whole[place] ^ 0xFF])
+        for damaged in (whole[:place], whole[:place] + other + whole[place + 1 :]):
             path.write_bytes(damaged)
             with pytest.raises(ModelError):
                 MILClassifier.load(folder)
@@ -290,3 +299,55 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be made"):
         fitted().save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", [MILClassifier, MILRegressor, MILSurvival])
+def test_a_folder_says_which_estimator_it_holds(kind: type, tmp_path: Path) -> None:
+    y = {
+        MILClassifier: COHORT.labels,
+        MILRegressor: np.arange(12.0),
+        MILSurvival: np.stack([np.arange(12) % 2, np.arange(12.0)], axis=1),
+    }[kind]
+    options = {"aggregator_options": OPTIONS["abmil"], "epochs": 2, "device": "cpu"}
+    kind(**options).fit(COHORT.bags, y, validation=None).save(tmp_path)
+    again = load_estimator(tmp_path, device="cpu")
+    assert type(again) is kind
+    np.testing.assert_array_equal(
+        again.predict(COHORT.bags), kind.load(tmp_path, device="cpu").predict(COHORT.bags)
+    )
+
+
+def test_a_folder_of_no_estimator_or_several_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has none of them; expected one of classifier\.json"):
+        load_estimator(tmp_path)
+    fitted().save(tmp_path)
+    (tmp_path / "survival.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"has classifier\.json and survival\.json"):
+        load_estimator(tmp_path)
+    own = fitted(aggregator=Own(), aggregator_options=None, batch_size=1)
+    own.save(tmp_path / "own")
+    again = load_estimator(tmp_path / "own", aggregator=Own(), device="cpu")
+    np.testing.assert_array_equal(again.predict(COHORT.bags), own.predict(COHORT.bags))
+
+
+def test_weights_lie_in_memory_as_those_that_were_trained(tmp_path: Path) -> None:
+    """Elsewhere kernels take another way, and round otherwise."""
+    fitted().save(tmp_path)
+    again = MILClassifier.load(tmp_path, device="cpu")
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again.aggregator_.state_dict().values())
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """One whose parameters and head lack what later versions brought."""
+    classifier = fitted()
+    classifier.save(tmp_path)
+    file = tmp_path / "classifier.json"
+    values = json.loads(file.read_text())
+    assert "head" not in values
+    del values["params"]["ordinal"]
+    file.write_text(json.dumps(values))
+    again = MILClassifier.load(tmp_path, device="cpu")
+    assert again.ordinal is False
+    np.testing.assert_array_equal(
+        again.predict_proba(COHORT.bags), classifier.predict_proba(COHORT.bags)
+    )

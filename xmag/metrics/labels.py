@@ -16,9 +16,8 @@ from xmag.files import is_missing
 Labels = Sequence[Hashable] | NDArray[Any]
 
 CONTINUOUS = (
-    "each different number would become a class of its own. Classifiers are all there is so far:"
-    " MILRegressor, for continuous labels, comes in a later release. Group them into classes, such"
-    " as below and above a cutoff"
+    "each different number would become a class of its own. MILRegressor is for continuous labels;"
+    " or group them into classes, such as below and above a cutoff"
 )
 """Message for labels that are measurements: why they are refused, and the remedy."""
 

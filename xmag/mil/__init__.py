@@ -2,10 +2,11 @@
 
 from xmag.mil.aggregators import AGGREGATORS, aggregator, aggregator_config
 from xmag.mil.classifier import MILClassifier
-from xmag.mil.estimator import Attention
 from xmag.mil.heads import training_loss
-from xmag.mil.pooling import MILOutput
+from xmag.mil.ordinal import OrderedLinear
+from xmag.mil.pooling import Attention, MILOutput
 from xmag.mil.regressor import MILRegressor
+from xmag.mil.saving import load_estimator
 from xmag.mil.survival import MILSurvival, SurvivalFunction
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "MILOutput",
     "MILRegressor",
     "MILSurvival",
+    "OrderedLinear",
     "SurvivalFunction",
     "aggregator",
     "aggregator_config",
+    "load_estimator",
     "training_loss",
 ]

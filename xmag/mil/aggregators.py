@@ -47,8 +47,12 @@ def with_outputs(
     options: Mapping[str, Any],
     *,
     least: int = 1,
+    last_layer: type[nn.Module] = nn.Linear,
 ) -> nn.Module:
-    """An aggregator as `aggregator` makes it, with any number of outputs from `least` on."""
+    """An aggregator as `aggregator` makes it, with any number of outputs from `least` on.
+
+    xmag's own end in `last_layer`, made of the width before it and the outputs.
+    """
     for what, size, lowest in (("in_dim", in_dim, 1), ("classes", outputs, least)):
         if not _is_int(size) or not lowest <= size <= _LARGEST_DIM:
             raise InputError(
@@ -68,7 +72,11 @@ def with_outputs(
             " or a torch.nn.Module"
         )
     _check_options(str(name_or_module), kind, options)
-    return kind(in_dim=in_dim, classes=outputs, **options)
+    made = kind(in_dim=in_dim, classes=outputs, **options)
+    if last_layer is not nn.Linear:
+        assert isinstance(made.head, nn.Linear)
+        made.head = last_layer(made.head.in_features, outputs)
+    return made
 
 
 def aggregator_config(module: nn.Module) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Bags of embeddings, in memory or in files read when indexed, and datasets to train on."""
+"""Cases: bags of embeddings, in memory or in files read when indexed; datasets to train on."""
 
+import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,15 +19,24 @@ from xmag.mil.heads import hashables
 from xmag.provenance import Provenance
 from xmag.training.splits import require_disjoint, units
 
-BagLike = FeatureBag | NDArray[Any] | torch.Tensor | str | os.PathLike[str]
+SingleBag = FeatureBag | NDArray[Any] | torch.Tensor | str | os.PathLike[str]
 """Accepted types of a bag: embeddings (N, D), or the path of a file for FeatureBag.load."""
+
+BagLike = SingleBag | Sequence[SingleBag]
+"""Accepted types of a case: a bag, or a non-empty list or tuple of the bags of a patient."""
+
+Fusion = Literal["early", "late"]
+Features = NDArray[np.float32]
 
 Origin = tuple[int, Provenance | None]
 """Width D and provenance of a bag, in which the bags of a classifier agree."""
 
+TrainedOrigin = tuple[int, Mapping[str, Any] | None]
+"""Width D and fingerprint of the bags that an estimator was trained on."""
+
 _WANTED = (
     "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
-    f" {', '.join(SUFFIXES)} files"
+    f" {', '.join(SUFFIXES)} files, or of lists of these: the bags of a case"
 )
 
 
@@ -34,84 +44,174 @@ _WANTED = (
 class Bag:
     """A bag of which only the embeddings are known, float32 (N, D); see FeatureBag for others."""
 
-    features: NDArray[np.float32]
+    features: Features
     coords: None = None
     provenance: None = None
     tiles: None = None
 
 
 class Bags:
-    """The bags of an argument `what`: those in memory as they are, files read at each access.
+    """The cases of an argument `what`, each a list of bags: files are read at each access.
 
-    Raises InputError for anything but a list of `least` bags or more.
+    Raises InputError for anything but a list of `least` cases or more, and for an empty case.
     """
 
-    def __init__(self, bags: Any, *, what: str = "X", least: int = 0) -> None:
-        if isinstance(bags, FeatureBag | str | bytes | os.PathLike | Mapping) or not (
-            hasattr(bags, "__iter__") and hasattr(bags, "__len__")
+    def __init__(self, cases: Any, *, what: str = "X", least: int = 0) -> None:
+        if isinstance(cases, FeatureBag | str | bytes | os.PathLike | Mapping) or not (
+            hasattr(cases, "__iter__") and hasattr(cases, "__len__")
         ):
-            raise InputError(f"{what} is a {type(bags).__name__}; {_WANTED}. A single bag is [bag]")
-        self._bags, self._what = list(bags), what
+            raise InputError(
+                f"{what} is a {type(cases).__name__}; {_WANTED}. A single bag is [bag]"
+            )
+        self._cases, self._names = list(cases), [f"{what}[{index}]" for index in range(len(cases))]
         if len(self) < least:
             raise InputError(f"{what} is empty; expected one bag or more")
+        for name, case in zip(self._names, self._cases, strict=True):
+            if is_list(case) and not case:
+                raise InputError(f"{name} is an empty {type(case).__name__}; leave the case out")
+            if is_list(case) and any(is_list(bag) for bag in case):
+                raise InputError(f"{name}: it is a {type(case).__name__}; {_WANTED}")
 
     def __len__(self) -> int:
-        return len(self._bags)
+        return len(self._cases)
 
-    def __getitem__(self, index: int) -> Bag | FeatureBag:
-        try:
-            return _read(self._bags[index])
-        except InputError as error:
-            raise InputError(f"{self.name(index)}: {error}") from error
-        except (BagError, OSError) as error:
-            raise BagError(f"{self.name(index)}: {error}") from error
+    def __getitem__(self, index: int) -> list[Bag | FeatureBag]:
+        """The bags of a case, in their order."""
+        return [self._read(index, slide) for slide in range(len(self._sources(index)))]
 
-    def read_matching(
-        self, index: int, width: int, fingerprint: Mapping[str, Any] | None
-    ) -> Bag | FeatureBag:
-        """Read a bag; raises where its width or fingerprint differs from that of the training."""
-        bag = self[index]
-        expected = None if fingerprint is None else Provenance(fingerprint, {})
-        require_same_origin(
-            self.name(index), origin_of(bag), "those of the training", (width, expected)
-        )
-        return bag
+    @property
+    def has_lists(self) -> bool:
+        """Whether any case is a list of bags."""
+        return any(is_list(case) for case in self._cases)
+
+    def alone(self) -> tuple["Bags", NDArray[np.int64]]:
+        """Every bag as a case of its own, n of them, and the case it is of, int64 (n,)."""
+        places = [(i, j) for i in range(len(self)) for j in range(len(self._sources(i)))]
+        apart = copy.copy(self)
+        apart._cases = [self._sources(i)[j] for i, j in places]
+        apart._names = [
+            f"{self._names[i]}[{j}]" if is_list(self._cases[i]) else self._names[i]
+            for i, j in places
+        ]
+        return apart, np.array([i for i, _ in places], dtype=np.int64)
+
+    def each(
+        self,
+        of: Callable[[list[Features]], NDArray[np.float64]],
+        of_empty: str,
+        *,
+        width: int,
+        origin: TrainedOrigin,
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """What `of` finds of the bags of each case that have tiles, float64 (n, width).
+
+        It is 0 for cases without tiles; these are True in the second array, bool (n,), and a
+        warning says what their result is: `of_empty`. Raises as `read_matching`.
+        """
+        found, empty = np.zeros((len(self), width)), np.zeros(len(self), dtype=np.bool_)
+        for row in range(len(self)):
+            features = [
+                bag.features for bag in self.read_matching(row, origin) if len(bag.features)
+            ]
+            empty[row] = not features
+            if features:
+                found[row] = of(features)
+        self.warn_of_empty(np.flatnonzero(empty).tolist(), of_empty)
+        return found, empty
+
+    def read_matching(self, index: int, origin: TrainedOrigin) -> list[Bag | FeatureBag]:
+        """Read a case; raises where it has not the width and fingerprint of the training."""
+        bags = self[index]
+        for slide, bag in enumerate(bags):
+            require_trained_origin(self.name(index, slide), origin_of(bag), origin)
+        return bags
 
     def warn_of_empty(self, rows: Sequence[int], what: str) -> None:
-        """Warn of bags without tiles; `what` says what is done about them."""
+        """Warn of cases without tiles; `what` says what is done about them."""
         if len(rows):
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             names = ", ".join(self.name(row) for row in rows[:3])
             warnings.warn(f"{names}{more} have no tiles; {what}", XmagWarning, stacklevel=4)
 
-    def name(self, index: int) -> str:
-        """The name of a bag in messages: its index, and its file where it has one."""
-        bag = self._bags[index]
-        file = f" ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else ""
-        return f"{self._what}[{index}]{file}"
+    def name(self, index: int, slide: int | None = None) -> str:
+        """The name of a case, or of a bag of it, in messages: its index, and its file if any."""
+        name, bag = self._names[index], self._cases[index]
+        if is_list(bag):
+            if slide is None:
+                return name
+            name, bag = f"{name}[{slide}]", bag[slide]
+        return f"{name} ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else name
+
+    def _sources(self, index: int) -> Sequence[Any]:
+        case = self._cases[index]
+        return case if is_list(case) else [case]
+
+    def _read(self, index: int, slide: int) -> Bag | FeatureBag:
+        try:
+            return _read(self._sources(index)[slide])
+        except InputError as error:
+            raise InputError(f"{self.name(index, slide)}: {error}") from error
+        except (BagError, OSError) as error:
+            raise BagError(f"{self.name(index, slide)}: {error}") from error
+
+
+def is_list(case: Any) -> bool:
+    """Whether a case is a list or tuple of bags, and not a bag."""
+    return isinstance(case, list | tuple)
+
+
+def joined(bags: Sequence[Features]) -> tuple[Features, list[int]]:
+    """Features of several bags as one, (N, D), and the order in which they come there.
+
+    The order is by content, so that it does not depend on how they were listed: what depends on the
+    order of tiles (TransMIL, `max_tiles`) is the same for any.
+    """
+    order = by_content(bags)
+    return bags[0] if len(bags) == 1 else np.concatenate([bags[i] for i in order]), order
+
+
+def mean_of(bags: Sequence[Features]) -> NDArray[np.float64]:
+    """The mean of all tiles of bags, (D,)."""
+    sums = [bag.sum(axis=0, dtype=np.float64) for bag in bags]
+    return np.asarray(sum(sums) / max(1, sum(map(len, bags))))
+
+
+def by_content(bags: Sequence[Features]) -> list[int]:
+    """The places of bags in an order that depends on their content alone."""
+    if len(bags) == 1:
+        return [0]
+    return sorted(range(len(bags)), key=lambda i: bags[i].tobytes())
 
 
 @dataclass(slots=True, kw_only=True)
 class BagDataset:
-    """Dataset of bags with targets and loss weights; indexing reads the features of a bag.
+    """Dataset of samples with targets and loss weights; indexing reads the features of one.
+
+    A sample is a case, and with fusion="late" each of its bags.
 
     Attributes:
-        bags: The bags of an argument X, of which the dataset has some.
+        bags: The samples of an argument X, of which the dataset has some.
+        cases: The case that each of `bags` is of, int64 (n,).
         tiles: The number of tiles of each of `bags` when it was first read.
-        digests: The digest of the features of each of `bags`.
+        digests: The digests of the features of each of `bags`, one for each bag of a case; empty
+            for a bag without tiles.
+        means: The mean of the tiles of each of `bags`, (n, D); 0 for one without.
         groups: The patient of each of `bags`; None where they are not known.
-        first: The first of `bags` with a provenance, with which all others agree; 0 without any.
+        first: The name of the first bag with a provenance, with which all others agree; of the
+            first of all without any.
         origin: The width D of all features, and the provenance of that bag, None without any.
-        rows: The place in `bags` of each bag of the dataset, int64 (n,).
+        rows: The place in `bags` of each sample of the dataset, int64 (n,).
         targets: (n, ...).
         weights: float64 (n,).
     """
 
     bags: Bags
+    cases: NDArray[np.int64]
     tiles: list[int]
-    digests: list[bytes]
+    digests: list[list[bytes]]
+    means: NDArray[np.float64]
     groups: list[Hashable] | None
-    first: int
+    first: str
     origin: Origin
     rows: NDArray[np.int64]
     targets: NDArray[Any]
@@ -120,22 +220,41 @@ class BagDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> NDArray[np.float32]:
-        """The features of a bag, float32 (N, D); BagError where its file is no longer the same."""
+    def __getitem__(self, index: int) -> Features:
+        """The features of a sample, float32 (N, D); BagError where files are no longer the same."""
+        return joined(self.features(index))[0]
+
+    def features(self, index: int) -> list[Features]:
+        """The features of each bag of a sample that has tiles; BagError as for `dataset[index]`."""
         row = int(self.rows[index])
-        features = self.bags[row].features
+        features = [bag.features for bag in self.bags[row]]
+        shapes = {(sum(len(part) for part in features), part.shape[1]) for part in features}
         expected = (self.tiles[row], self.origin[0])
-        if features.shape != expected:
+        if shapes != {expected}:
             raise BagError(
-                f"{self.bags.name(row)} has changed while training: features {features.shape},"
-                f" at first {expected}. Leave the files alone, and fit again"
+                f"{self.bags.name(row)} has changed while training: features"
+                f" {', '.join(map(str, sorted(shapes)))}, at first {expected}. Leave the files"
+                " alone, and fit again"
             )
-        return features
+        return [part for part in features if len(part)]
+
+    @property
+    def slides(self) -> list[tuple[int, int, bytes]]:
+        """Row, place in the case and digest of each bag with tiles that the dataset has."""
+        return [
+            (int(row), slide, digest)
+            for row in self.rows
+            for slide, digest in enumerate(self.digests[row])
+            if digest
+        ]
 
     def units(self) -> NDArray[np.int64]:
-        """Ids of what must not be split, int64 (n,): patients, and equal bags."""
-        groups = None if self.groups is None else [self.groups[row] for row in self.rows]
-        return units(groups, [self.digests[row] for row in self.rows])
+        """Ids of what must not be split, int64 (n,): patients, cases, and equal bags."""
+        ties: list[Hashable] = list(self.cases) if self.groups is None else self.groups
+        slides = self.slides
+        found = units([ties[row] for row, _, _ in slides], [digest for *_, digest in slides])
+        unit_of = {row: unit for (row, _, _), unit in zip(slides, found, strict=True)}
+        return np.array([unit_of[int(row)] for row in self.rows], dtype=np.int64)
 
     def subset(self, mask: NDArray[np.bool_]) -> Self:
         """The part of the dataset where `mask`, bool (n,), is True."""
@@ -143,50 +262,76 @@ class BagDataset:
             self, rows=self.rows[mask], targets=self.targets[mask], weights=self.weights[mask]
         )
 
+    def require_origin(self, origin: TrainedOrigin) -> None:
+        """Raise where the bags have not the width and fingerprint of the training."""
+        require_trained_origin(self.first, self.origin, origin)
+
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
-        names = [validation.bags.name(row) for row in range(len(validation.bags))]
         require_same_origin(
-            names[validation.first], validation.origin, "the bags to train on", self.origin
+            validation.first, validation.origin, "the bags to train on", self.origin
         )
         require_disjoint(
-            [self.digests[row] for row in self.rows],
-            [validation.digests[row] for row in validation.rows],
-            names=[names[row] for row in validation.rows],
+            [digest for *_, digest in self.slides],
+            [digest for *_, digest in validation.slides],
+            names=[validation.bags.name(row, slide) for row, slide, _ in validation.slides],
             what="features",
         )
         if self.groups is not None and validation.groups is not None:
+            names = [validation.bags.name(row) for row in range(len(validation.bags))]
             require_disjoint(self.groups, validation.groups, names=names, what="the patient")
 
 
-def read_dataset(bags: Bags, targets: NDArray[Any], groups: Any, *, of: str = "") -> BagDataset:
-    """Dataset of the bags that have tiles; `of` is put before the name of `groups` in messages.
+def read_dataset(
+    bags: Bags, targets: NDArray[Any], groups: Any, *, fusion: Fusion = "early", of: str = ""
+) -> BagDataset:
+    """Dataset of the cases that have tiles; `of` is put before the name of `groups` in messages.
 
     Reads every bag once, so that what is wrong with one is known before hours of training. Warns
-    of bags without tiles. Raises BagError for a bag that cannot be read, is not finite or is of
+    of cases without tiles. Raises BagError for a bag that cannot be read, is not finite or is of
     another width, and MismatchError for one that was made otherwise.
     """
+    whole, cases = bags, np.arange(len(bags))
     if groups is not None:
         groups = hashables(groups, count=len(bags), what=f"{of}groups")
-    tiles, digests, first, origin = [], [], 0, None
+    if fusion == "late":
+        bags, cases = whole.alone()
+        targets, groups = targets[cases], groups and [groups[case] for case in cases]
+    tiles, digests, means, first, origin = [], [], [], bags.name(0, 0), None
     for row in range(len(bags)):
-        bag = bags[row]
-        origin = origin or origin_of(bag)
-        require_same_origin(bags.name(row), origin_of(bag), bags.name(first), origin)
-        if origin[1] is None and bag.provenance is not None:
-            first, origin = row, origin_of(bag)
-        digest = hashlib.blake2b(f"{bag.features.shape}".encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(bag.features).data)
-        tiles.append(len(bag.features))
-        digests.append(digest.digest())
+        slides = bags[row]
+        for slide, bag in enumerate(slides):
+            origin = origin or origin_of(bag)
+            require_same_origin(bags.name(row, slide), origin_of(bag), first, origin)
+            if origin[1] is None and bag.provenance is not None:
+                first, origin = bags.name(row, slide), origin_of(bag)
+        features = [bag.features for bag in slides]
+        tiles.append(sum(map(len, features)))
+        means.append(
+            mean_of(features) if features else np.full(slides[0].features.shape[1], np.nan)
+        )
+        digests.append([_digest(bag.features) for bag in slides])
     assert origin is not None  # of one bag or more
-    rows = np.flatnonzero(tiles)
-    empty = [row for row, count in enumerate(tiles) if not count]
-    bags.warn_of_empty(empty, "they are left out of the training")
+    filled = np.bincount(cases, weights=tiles, minlength=len(whole)) > 0
+    whole.warn_of_empty(np.flatnonzero(~filled).tolist(), "they are left out")
+    # Bags of a case come by content, so that a training does not depend on how they were listed.
+    rows = np.array(
+        sorted(np.flatnonzero(tiles), key=lambda row: (cases[row], digests[row])), dtype=np.int64
+    )
     return BagDataset(
-        bags=bags, tiles=tiles, digests=digests, groups=groups, first=first, origin=origin,
+        bags=bags, cases=cases, tiles=tiles, digests=digests, means=np.array(means),
+        groups=groups, first=first, origin=origin,
         rows=rows, targets=targets[rows], weights=np.ones(len(rows)),
     )  # fmt: skip
+
+
+def _digest(features: Features) -> bytes:
+    """The digest of a bag that has tiles; empty for one that has none, which is like no other."""
+    if not len(features):
+        return b""
+    digest = hashlib.blake2b(f"{features.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(features).data)
+    return digest.digest()
 
 
 def origin_of(bag: Bag | FeatureBag) -> Origin:
@@ -212,6 +357,13 @@ def require_same_origin(name: str, seen: Origin, reference: str, expected: Origi
             f"{name} was made otherwise than {reference}: {'; '.join(differences)}. Extract the"
             " features again with the same model and settings"
         )
+
+
+def require_trained_origin(name: str, seen: Origin, trained: TrainedOrigin) -> None:
+    """Raise as `require_same_origin` where a bag is not like those of the training."""
+    width, fingerprint = trained
+    expected = None if fingerprint is None else Provenance(fingerprint, {})
+    require_same_origin(name, seen, "those of the training", (width, expected))
 
 
 def _read(source: Any) -> Bag | FeatureBag:

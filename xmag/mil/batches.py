@@ -1,7 +1,7 @@
 """Batches of bags: the sampler, padding, and micro-batches that fit into a device's memory."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xmag.devices import full_precision
-from xmag.errors import ModelError
+from xmag.errors import InputError, ModelError
+from xmag.mil.bags import Features, Fusion, by_content, joined
 from xmag.mil.pooling import MILOutput
 from xmag.training import with_less_memory
 
@@ -145,6 +146,34 @@ class BatchedAggregator:
             )
         return logits
 
+    def attention(self, bag: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The attention of the tiles of one bag, (N,); InputError for an aggregator without."""
+        scores = self.output_of(bag).attention
+        if scores is None:
+            raise InputError(
+                f"the aggregator {type(self.module).__name__} has no attention; train with"
+                ' aggregator="abmil", "clam_sb" or "transmil"'
+            )
+        weights: NDArray[np.float32] = scores[0].float().cpu().numpy()
+        return weights
+
+    def pooled(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The pooled vector of one bag, (E,); InputError for an aggregator that gives none."""
+        pooled = self.output_of(bag).pooled
+        name = type(self.module).__name__
+        if pooled is None:
+            raise InputError(
+                f"the aggregator {name} gives no pooled vectors; let it return"
+                " MILOutput(pooled=...), (B, E)"
+            )
+        if pooled.ndim != 2 or len(pooled) != 1 or not torch.isfinite(pooled).all():
+            raise ModelError(
+                f"the aggregator {name} gave pooled vectors {tuple(pooled.shape)} for one bag;"
+                " expected finite ones, (1, E)"
+            )
+        vector: NDArray[np.float64] = pooled[0].cpu().double().numpy()
+        return vector
+
     def halve(self, error: torch.cuda.OutOfMemoryError) -> None:
         """Make micro-batches half as large as the last; ModelError where that was one bag."""
         rows = len(self._sizes) * max(self._sizes, default=0)
@@ -161,3 +190,48 @@ class BatchedAggregator:
         if self.dtype == torch.float32:
             return full_precision(self.device)
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseAggregator:
+    """Aggregator applied to cases: to all tiles of a case's bags as one bag, or to each bag.
+
+    With fusion="late", `fuse` makes one row of logits (C,) of those of the bags, (k, C).
+    """
+
+    model: BatchedAggregator
+    fusion: Fusion
+    fuse: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+    def logits(self, bags: Sequence[Features]) -> NDArray[np.float64]:
+        """The logits of a case whose bags have tiles, (C,)."""
+        return self._of(bags, self.model.logits, self.fuse)
+
+    def pooled(self, bags: Sequence[Features]) -> NDArray[np.float64]:
+        """The pooled vector of a case whose bags have tiles, (E,); with late fusion their mean."""
+        return self._of(bags, self.model.pooled, lambda found: np.asarray(found.mean(axis=0)))
+
+    def width(self, in_dim: int) -> int:
+        """The length E of pooled vectors; InputError for an aggregator that gives none."""
+        return len(self.model.pooled(np.zeros((1, in_dim), np.float32)))
+
+    def attention(self, bags: Sequence[Features]) -> list[NDArray[np.float32]]:
+        """The attention of the tiles of each bag of a case: all together sum to 1."""
+        if self.fusion == "late":
+            count = max(1, sum(len(bag) > 0 for bag in bags))
+            return [self.model.attention(bag) / np.float32(count) for bag in bags]
+        whole, order = joined(bags)
+        ends = np.cumsum([len(bags[i]) for i in order])
+        parts = np.split(self.model.attention(whole), ends[:-1])
+        return [parts[order.index(i)] for i in range(len(bags))]
+
+    def _of(
+        self,
+        bags: Sequence[Features],
+        of: Callable[[Features], NDArray[np.float64]],
+        fuse: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    ) -> NDArray[np.float64]:
+        if self.fusion != "late" or len(bags) == 1:
+            return of(joined(bags)[0])
+        # By content: what rounding does to a sum does not depend on how bags were listed.
+        return fuse(np.stack([of(bags[i]) for i in by_content(bags)]))

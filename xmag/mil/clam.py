@@ -67,15 +67,17 @@ class CLAMSB(Aggregator):
         """Logits (1, C), attention (1, N) and, given labels (1,), the instance loss of one bag."""
         tiles = self.embed(features)
         attention = masked_softmax(self.attention(tiles), mask)
-        logits = self.head(weighted_mean(tiles, attention))
+        pooled = weighted_mean(tiles, attention)
+        logits = self.head(pooled)
         if labels is None:
-            return MILOutput(logits=logits, attention=attention)
+            return MILOutput(logits=logits, attention=attention, pooled=pooled)
         loss = self._told_apart(tiles[0][mask[0]], attention[0][mask[0]], int(labels))
         return MILOutput(
             logits=logits,
             attention=attention,
             loss=(1 - self.bag_weight) * loss,
             bag_weight=self.bag_weight,
+            pooled=pooled,
         )
 
     def _told_apart(self, tiles: Tensor, attention: Tensor, label: int) -> Tensor:

@@ -1,17 +1,10 @@
-"""Base of MIL estimators: scikit-learn's interface, fitting, attention, saving and loading.
-
-scikit-learn is imported only where it calls itself, and is loaded by then: see
-https://scikit-learn.org/stable/developers/develop.html.
-"""
+"""Base of MIL estimators: fitting, attention, pooled vectors, confidence, saving and loading."""
 
 import copy
-import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -21,119 +14,31 @@ from torch import nn
 from xmag import records
 from xmag.devices import Float32, own_torch, resolve_device, resolve_dtype, seeded
 from xmag.errors import InputError, ModelError, not_fitted
-from xmag.geometry import TileGeometry
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config, with_outputs
-from xmag.mil.bags import BagDataset, BagLike, Bags, read_dataset
-from xmag.mil.batches import BagSampler, BatchedAggregator
+from xmag.mil.bags import (
+    BagDataset,
+    BagLike,
+    Bags,
+    Fusion,
+    SingleBag,
+    is_list,
+    mean_of,
+    read_dataset,
+)
+from xmag.mil.batches import BagSampler, BatchedAggregator, CaseAggregator
+from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature, read_temperature
 from xmag.mil.heads import Head
+from xmag.mil.params import Estimator, seed_of
+from xmag.mil.pooling import Attention
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
 from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, read_validation, warn_without_groups
 
-if TYPE_CHECKING:
-    from sklearn.utils.metadata_routing import MetadataRequest
-
 H = TypeVar("H", bound=Head)
 
-_UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.metadata_routing
 _NOT_SAVED = ("aggregator", "aggregator_options", "device")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Attention:
-    """Attention weights of the tiles of a bag; row i belongs to tile i of the bag.
-
-    Attributes:
-        scores: float32 (N,), not negative; they sum to 1 over a bag that has tiles.
-        coords: int64 (N, 2), top-left corner of each tile, level-0 px; None for a bag without.
-        kind: "softmax" for learned weights of a mean (ABMIL, CLAM-SB), "nystrom" for what
-            TransMIL's class token attends to, "custom" for an aggregator that says nothing.
-        tiles: Size and scale of the tiles; None where the bag does not know.
-    """
-
-    scores: NDArray[np.float32]
-    coords: NDArray[np.int64] | None
-    kind: str
-    tiles: TileGeometry | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-
-class Estimator:
-    """scikit-learn's interface: get_params and set_params by the constructor, and routing."""
-
-    @classmethod
-    def _defaults(cls) -> dict[str, Any]:
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
-        """The constructor's parameters by name; `deep` changes nothing."""
-        return {name: getattr(self, name) for name in sorted(self._defaults())}
-
-    def set_params(self, **params: Any) -> Self:
-        """Set constructor parameters and return self; InputError for an unknown name."""
-        known = self._defaults()
-        if unknown := sorted(set(params) - set(known)):
-            raise InputError(
-                f"{type(self).__name__} has no parameter {unknown[0]!r}; expected one of"
-                f" {sorted(known)}"
-            )
-        for name, value in params.items():
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        shown = [
-            f"{name}={getattr(self, name)!r}"
-            for name, default in self._defaults().items()
-            if type(getattr(self, name)) is not type(default) or getattr(self, name) != default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def set_fit_request(
-        self, *, groups: bool | str | None = _UNCHANGED, validation: bool | str | None = _UNCHANGED
-    ) -> Self:
-        """Request that scikit-learn's metadata routing passes these to `fit`; returns self.
-
-        Needs ``sklearn.set_config(enable_metadata_routing=True)``, as with every estimator.
-        """
-        return self._ask("fit", groups=groups, validation=validation)
-
-    def set_score_request(self, *, sample_weight: bool | str | None = _UNCHANGED) -> Self:
-        """Request that metadata routing passes `sample_weight` to `score`; returns self."""
-        return self._ask("score", sample_weight=sample_weight)
-
-    def _ask(self, method: str, **aliases: bool | str | None) -> Self:
-        from sklearn import get_config
-
-        if not get_config()["enable_metadata_routing"]:
-            raise RuntimeError(
-                "metadata routing is off; switch it on first:"
-                " sklearn.set_config(enable_metadata_routing=True)"
-            )
-        request = self.get_metadata_routing()
-        for name, alias in aliases.items():
-            if alias != _UNCHANGED:
-                getattr(request, method).add_request(param=name, alias=alias)
-        self._metadata_request = request
-        return self
-
-    def get_metadata_routing(self) -> "MetadataRequest":
-        """scikit-learn's MetadataRequest: the arguments of `fit` and `score` that it may route."""
-        from sklearn.utils.metadata_routing import MetadataRequest
-
-        if hasattr(self, "_metadata_request"):
-            return copy.deepcopy(self._metadata_request)
-        request = MetadataRequest(owner=type(self).__name__)
-        for name in ("groups", "validation"):
-            request.fit.add_request(param=name, alias=None)
-        # A pipeline's own score hands it on whether it was given or not.
-        request.score.add_request(param="sample_weight", alias=None)
-        return request
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -152,6 +57,7 @@ class MILEstimator(Estimator, Generic[H]):
     lr: float = 3e-4
     weight_decay: float = 1e-4
     max_tiles: int | None = None
+    fusion: Fusion = "early"
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
     progress: bool | None = None
@@ -162,8 +68,10 @@ class MILEstimator(Estimator, Generic[H]):
     history_: list[Epoch] = field(init=False)
     best_epoch_: int | None = field(init=False)
     fingerprint_: dict[str, Any] | None = field(init=False)
+    temperature_: float = field(init=False)
     _head: H = field(init=False)
     _device: torch.device = field(init=False)
+    _known: Known = field(init=False)
 
     _noun: ClassVar[str] = "estimator"
     _head_type: ClassVar[type[Any]]
@@ -192,21 +100,21 @@ class MILEstimator(Estimator, Generic[H]):
         groups: Sequence[Any] | None = None,
         validation: float | tuple[Any, ...] | None = 0.2,
     ) -> Self:
-        """Train on bags and labels; returns self, with the weights of the best validation epoch.
+        """Train on cases and labels; returns self, with the weights of the best validation epoch.
 
         The best epoch is the one with the lowest validation loss, as a mean of the last tenth of
         `epochs`, once a fifth of them is over; where it is the first of those, a warning says so.
-        Every bag is read and checked before training starts. Bags without tiles are left out, with
+        Every bag is read and checked before training starts. Cases without tiles are left out, with
         a warning. Where training is interrupted (Ctrl-C, a file that is gone) after an epoch or
         more, the estimator keeps the best weights so far, and the error goes on; before that it
         stays what it was.
 
         Args:
-            X: The bags, n of them.
+            X: The cases, n of them: bags, or lists of the bags of a patient.
             y: Their labels.
-            groups: The patient of each bag: a patient is never on both sides of the validation
-                split. Without groups the split is by slide, with a warning. Bags with identical
-                features stay on one side in any case.
+            groups: The patient of each case: a patient is never on both sides of the validation
+                split. Without groups the split is by case, with a warning where these are bags.
+                Cases that share a bag (identical features) stay on one side in any case.
             validation: The fraction to hold out, stratified by class as far as patients allow; or
                 (X, y) or (X, y, groups); or None, to train for all epochs and keep the last.
 
@@ -222,10 +130,11 @@ class MILEstimator(Estimator, Generic[H]):
         dtype = resolve_dtype(self.dtype, device)
         seed = seed_of(self.random_state)
         rng = np.random.default_rng(seed)
-        head, train, check = self._datasets(X, y, groups, validation, rng)
+        head, data, train, check = self._datasets(X, y, groups, validation, rng)
         strata = self._balance(head, train, check)
+        known = Known.of(data, check, rng=np.random.default_rng([seed, 1]))
         with seeded(seed, device), own_torch(device):
-            module = self._new_module(train.origin[0], head.outputs).to(device)
+            module = self._new_module(train.origin[0], head).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
                 head, train, check, settings,
@@ -236,37 +145,120 @@ class MILEstimator(Estimator, Generic[H]):
             except BaseException as stop:
                 if trainer.best is not None:
                     self._adopt(trainer)
+                    self._known = known
                     stop.add_note(
                         f"The {self._noun} keeps the weights of epoch {self.best_epoch_}, the best"
                         f" of {len(self.history_)}."
                     )
                 raise
             best = self._adopt(trainer)
+            self._known = known
         if check is not None:
             warn_of_early_best(
                 best, trained=len(self.history_), epochs=settings.epochs, stacklevel=2
             )
         return self
 
-    def attention(self, bag: BagLike) -> Attention:
-        """The attention weight of each tile of one bag, in the order of its coords.
+    @overload
+    def attention(self, case: SingleBag) -> Attention: ...
 
-        Raises InputError for an aggregator without attention (mean, max).
+    @overload
+    def attention(self, case: list[Any] | tuple[Any, ...]) -> list[Attention]: ...
+
+    def attention(self, case: BagLike) -> Attention | list[Attention]:
+        """The attention weight of each tile of a bag, in the order of its coords.
+
+        Of a list of bags, a list of theirs: with fusion="early" the weights that the tiles of all
+        have together, with "late" each bag's own, divided by the number of bags that have tiles.
+        Either way all sum to 1 together. Raises InputError for an aggregator without attention
+        (mean, max).
         """
         self._require_fitted()
-        found = Bags([bag], what="bag").read_matching(0, self.n_features_in_, self.fingerprint_)
-        scores = self._batched().output_of(found.features).attention
-        if scores is None:
+        bags = Bags([case], what="bag").read_matching(0, (self.n_features_in_, self.fingerprint_))
+        scores = self._of_cases().attention([bag.features for bag in bags])
+        kind = getattr(self.aggregator_, "attention_kind", None) or "custom"
+        found = [
+            Attention(scores=part, coords=bag.coords, kind=kind, tiles=bag.tiles)
+            for part, bag in zip(scores, bags, strict=True)
+        ]
+        return found if is_list(case) else found[0]
+
+    def embed(self, X: Sequence[BagLike]) -> NDArray[np.float32]:  # noqa: N803
+        """The pooled vector of each case, float32 (n, E): what the last layer makes logits of.
+
+        With fusion="late" it is the mean of those of the bags. A case without tiles gives zeros,
+        with a warning. Raises InputError for a module of your own whose MILOutput has no `pooled`.
+        """
+        return self._vectors(X, "their vector is 0")[0].astype(np.float32)
+
+    def calibrate(
+        self,
+        X: Sequence[BagLike],  # noqa: N803
+        y: Sequence[Any],
+        *,
+        groups: Sequence[Any] | None = None,
+    ) -> Self:
+        """Fit `temperature_`, by which log-probabilities are divided; returns self.
+
+        It makes the log loss of these cases lowest (temperature scaling), and changes no
+        prediction. `save` keeps it, `fit` and scikit-learn's clone drop it. Cases without tiles are
+        left out. Labels that do not exclude each other share one temperature, of their logits.
+
+        Args:
+            X: Cases that `fit` did not see, neither to train on nor to validate with.
+            y: Their labels.
+            groups: The patient of each case.
+
+        Raises:
+            InputError: An estimator without probabilities (survival, regression); a bag of the
+                training, by its features; or, where `fit` was given groups too, a patient of it. A
+                loaded or unpickled estimator knows the features, and no patients.
+        """
+        self._require_fitted()
+        if not hasattr(self, "predict_proba"):
             raise InputError(
-                f"the aggregator {type(self.aggregator_).__name__} has no attention; train with"
-                ' aggregator="abmil", "clam_sb" or "transmil"'
+                f"{type(self).__name__} predicts no probabilities, so there is nothing to calibrate"
             )
-        return Attention(
-            scores=scores[0].float().cpu().numpy(),
-            coords=found.coords,
-            kind=getattr(self.aggregator_, "attention_kind", None) or "custom",
-            tiles=found.tiles,
+        cases = Bags(X, least=1)
+        targets = self._head.encode(self._head_type.read(y, len(cases), "y"), "y")
+        data = read_dataset(cases, targets, groups)
+        data.require_origin((self.n_features_in_, self.fingerprint_))
+        self._known.require_new(data)
+        if not len(data):
+            raise InputError("no case to calibrate with has any tile; give others")
+        of = self._of_cases().logits
+        logits = np.stack([of(data.features(row)) for row in range(len(data))])
+        self.temperature_ = fit_temperature(
+            *cast(Any, self._head).calibration(logits, data.targets)
         )
+        return self
+
+    def novelty(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+        """How unlike those of the training each case is, as a percentile 0 to 100, float64 (n,).
+
+        It is the share of training cases that lie nearer to the others than this case does, by the
+        Mahalanobis distance of the mean of a case's tiles, with shrunk covariance. Each of them was
+        held out of the mean and covariance that it was measured with: a new case like them is at
+        any percentile, one from elsewhere near 100. A case without tiles is at 100, with a warning.
+
+        The mean is that of the features, and not `embed`: a trained aggregator has learned its
+        training cases by heart, and new ones of the same cohort lie elsewhere (AUROC 0.09 to 0.88
+        in benchmarks/mil_confidence.py, where 0.5 is right). After Lee et al. 2018, "A Simple
+        Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks".
+
+        Raises InputError where `fit` had fewer than 10 patients (cases, without groups) with tiles.
+        """
+        self._require_fitted()
+        if self._known.novelty is None:
+            raise InputError(
+                f"this {self._noun} cannot tell what is novel; expected one that was fitted to"
+                f" {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
+            )
+        width = self.n_features_in_
+        means, empty = Bags(X).each(
+            mean_of, "their novelty is 100", width=width, origin=(width, self.fingerprint_)
+        )
+        return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to the folder `path`: classifier.safetensors and classifier.json, without pickle.
@@ -286,7 +278,10 @@ class MILEstimator(Estimator, Generic[H]):
             history=self.history_,
         )
         values = {**self._head.to_json(), **saved.to_dict()}
-        self._folder(path).write(values, self.aggregator_.state_dict(), saved.aggregator_class)
+        if hasattr(self, "temperature_"):
+            values["temperature"] = self.temperature_
+        state = {**self.aggregator_.state_dict(), **self._known.to_tensors()}
+        self._folder(path).write(values, state, saved.aggregator_class)
 
     @classmethod
     def load(
@@ -306,10 +301,12 @@ class MILEstimator(Estimator, Generic[H]):
         folder = cls._folder(path)
         values, state = folder.read()
         with folder.format.reading(str(folder.description)):
+            temperature = read_temperature(values.pop("temperature", None))
             head: H = cls._head_type.from_json(values)
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
-        module = rebuilt(saved, state, copy.deepcopy(aggregator), outputs=head.outputs)
+        known = Known.from_tensors(state)
+        module = rebuilt(saved, state, copy.deepcopy(aggregator), head=head)
         params["aggregator"] = aggregator
         if saved.aggregator is not None:
             params["aggregator"] = saved.aggregator["name"]
@@ -324,6 +321,9 @@ class MILEstimator(Estimator, Generic[H]):
             module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
             history=saved.history, best_epoch=saved.best_epoch,
         )  # fmt: skip
+        loaded._known = known
+        if temperature is not None:
+            loaded.temperature_ = temperature
         return loaded
 
     @classmethod
@@ -343,17 +343,9 @@ class MILEstimator(Estimator, Generic[H]):
 
     def _settings(self) -> Settings:
         """The checked training settings; InputError for a parameter out of its range."""
-        for name in ("epochs", "patience", "batch_size", "max_tiles"):
-            value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            fits = (whole and value >= 1) or (name == "max_tiles" and value is None)
-            records.require(self, name, fits, "an int from 1 on")
-        for name, least in (("lr", "above 0"), ("weight_decay", "from 0 on")):
-            value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            fits = number and (0 < value < math.inf or (value == 0 and least == "from 0 on"))
-            records.require(self, name, fits, f"a number {least}")
-        return Settings(**{item.name: getattr(self, item.name) for item in fields(Settings)})
+        fits = self.fusion in ("early", "late")
+        records.require(self, "fusion", fits, '"early" (one bag of all) or "late" (a mean of each)')
+        return Settings.of(self)
 
     def _datasets(
         self,
@@ -362,35 +354,39 @@ class MILEstimator(Estimator, Generic[H]):
         groups: Any,
         validation: Any,
         rng: np.random.Generator,
-    ) -> tuple[H, BagDataset, BagDataset | None]:
-        """The head, and the checked datasets to train and to validate on; see `fit`."""
+    ) -> tuple[H, BagDataset, BagDataset, BagDataset | None]:
+        """The head, and the checked datasets: of X, to train on, to validate with; see `fit`."""
         fraction, given = read_validation(validation, what="X")
         bags = Bags(X, least=1)
         labels = self._head_type.read(y, len(bags), "y")
         head = self._new_head(labels)
-        data = read_dataset(bags, head.encode(labels, "y"), groups)
+        data = read_dataset(bags, head.encode(labels, "y"), groups, fusion=self.fusion)
         head.require_trainable(data.targets)
         train, check = data, None
         if fraction is not None:
             held = held_out(data.units(), head.strata(data.targets), fraction, rng)
             train, check = data.subset(~held), data.subset(held)
         elif given is not None:
-            bags = Bags(given[0], what="validation X", least=1)
-            labels = self._head_type.read(given[1], len(bags), "validation y")
+            others = Bags(given[0], what="validation X", least=1)
+            labels = self._head_type.read(given[1], len(others), "validation y")
             targets = head.encode(labels, "validation y")
-            check = read_dataset(bags, targets, given[2], of="validation ")
+            check = read_dataset(others, targets, given[2], fusion=self.fusion, of="validation ")
             if not len(check):
                 raise InputError("the validation bags have no tiles at all; give others, or None")
             data.require_separate(check)
-        if check is not None and (train.groups is None or check.groups is None):
+        # Who gives lists of bags knows whose they are.
+        unknown = check is not None and (train.groups is None or check.groups is None)
+        if unknown and not bags.has_lists:
             warn_without_groups()
-        return head, train, check
+        return head, data, train, check
 
-    def _new_module(self, in_dim: int, outputs: int) -> nn.Module:
+    def _new_module(self, in_dim: int, head: H) -> nn.Module:
         options = dict(self.aggregator_options or {})
         # What the program has made torch's default device and dtype is none of our business.
         with torch.device("cpu"), Float32():
-            module = with_outputs(self.aggregator, in_dim, outputs, options)
+            module = with_outputs(
+                self.aggregator, in_dim, head.outputs, options, last_layer=head.last_layer
+            )
         if module is self.aggregator:
             module = copy.deepcopy(module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -414,7 +410,8 @@ class MILEstimator(Estimator, Generic[H]):
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
-        self._head, self._device = head, device
+        self._head, self._device, self._known = head, device, Known()
+        self.__dict__.pop("temperature_", None)
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
         self.fingerprint_ = None if fingerprint is None else dict(fingerprint)
@@ -430,16 +427,27 @@ class MILEstimator(Estimator, Generic[H]):
         Warns of these; `of_empty` says what their prediction is.
         """
         self._require_fitted()
-        bags, model = Bags(X), self._batched()
-        logits = np.zeros((len(bags), model.outputs))
-        empty = np.zeros(len(bags), dtype=np.bool_)
-        for row in range(len(bags)):
-            features = bags.read_matching(row, self.n_features_in_, self.fingerprint_).features
-            empty[row] = len(features) == 0
-            if not empty[row]:
-                logits[row] = model.logits(features)
-        bags.warn_of_empty(np.flatnonzero(empty).tolist(), of_empty)
+        logits, empty = Bags(X).each(
+            self._of_cases().logits, of_empty,
+            width=self._head.outputs, origin=(self.n_features_in_, self.fingerprint_),
+        )  # fmt: skip
+        if hasattr(self, "temperature_"):
+            logits = cast(Any, self._head).tempered(logits, self.temperature_)
         return logits, empty
+
+    def _vectors(
+        self,
+        X: Any,  # noqa: N803
+        of_empty: str,
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The pooled vectors of cases (n, E), and the mask of those without tiles, bool (n,)."""
+        self._require_fitted()
+        model = self._of_cases()
+        origin = self.n_features_in_, self.fingerprint_
+        return Bags(X).each(model.pooled, of_empty, width=model.width(origin[0]), origin=origin)
+
+    def _of_cases(self) -> CaseAggregator:
+        return CaseAggregator(model=self._batched(), fusion=self.fusion, fuse=self._head.fuse)
 
     def _batched(self) -> BatchedAggregator:
         return BatchedAggregator(self.aggregator_, self._device, outputs=self._head.outputs)
@@ -458,6 +466,7 @@ class MILEstimator(Estimator, Generic[H]):
         # A pickle may be opened where there is no GPU.
         state = {name: value for name, value in self.__dict__.items() if name != "_device"}
         if "aggregator_" in state:
+            state["_known"] = state["_known"].without_patients()
             state["aggregator_"] = copy.deepcopy(state["aggregator_"]).cpu()
         return state
 
@@ -469,27 +478,6 @@ class MILEstimator(Estimator, Generic[H]):
             except InputError:
                 self._device = torch.device("cpu")
             self.aggregator_.to(self._device)
-
-
-def seed_of(random_state: Any) -> int:
-    """The seed for a `random_state=` argument: the int itself, or a draw from a generator.
-
-    Raises InputError for anything else. None draws from the operating system, and leaves NumPy's
-    global generator alone.
-    """
-    if random_state is None:
-        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> 1)
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(2**31 - 1))
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(2**63 - 1))
-    whole = isinstance(random_state, int | np.integer) and not isinstance(random_state, bool)
-    if whole and 0 <= random_state < 2**63:
-        return int(random_state)
-    raise InputError(
-        f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
-        " NumPy"
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics."""
+"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics.
+
+The head of classes is here; others are in ordinal.py, multilabel.py, regressor.py and survival.py.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xmag.errors import InputError, OutputError
@@ -80,6 +83,8 @@ class Head(Protocol):
     has_labels: ClassVar[bool]
     """Whether targets are class indices, which an aggregator may use."""
     metric_names: ClassVar[tuple[str, ...]]
+    last_layer: ClassVar[type[nn.Module]]
+    """What xmag's aggregators end in, made of the width and the number of logits."""
 
     @property
     def outputs(self) -> int:
@@ -101,6 +106,15 @@ class Head(Protocol):
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
         """The losses of a training set with these targets."""
 
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
+
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is predicted of logits (n, C), row by row, (n, ...): of which a mean makes sense.
+
+        Probabilities, values, or risks (n,).
+        """
+
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
     ) -> dict[str, float | None]:
@@ -121,6 +135,7 @@ class ClassHead:
     prior: NDArray[np.float64]
 
     has_labels: ClassVar[bool] = True
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metrics = staticmethod(class_metrics)
     metric_names: ClassVar[tuple[str, ...]] = (
         "validation_loss",
@@ -149,6 +164,31 @@ class ClassHead:
         """Cross-entropy of each bag."""
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: class_losses(logits, labels[list(rows)])
+
+    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
+        logs: NDArray[np.float64] = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+        return logs
+
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logarithm of the mean probability of each class, (C,), over logits (k, C)."""
+        logs = self.log_probabilities(logits)
+        return np.asarray(np.logaddexp.reduce(logs, axis=0) - math.log(len(logs)))
+
+    def calibration(
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
+        """What a temperature divides, here log-probabilities (n, C), and the log losses of it."""
+        labels = torch.from_numpy(targets)
+        return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
+
+    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+        """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
+        return logits / temperature
+
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability of each class, (n, C)."""
+        return np.exp(self.log_probabilities(logits))
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""

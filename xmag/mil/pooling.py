@@ -3,18 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from xmag.geometry import TileGeometry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MILOutput:
-    """Output of an aggregator for a batch of bags: logits, attention and auxiliary loss.
+    """Output of an aggregator for a batch of bags: logits, attention, pooled vectors, loss.
 
     Attributes:
         logits: float (B, C).
         attention: float (B, N), the weight of each tile: sums to 1 over a bag, 0 where padded and
             in a bag without tiles. None for an aggregator that has no such thing.
+        pooled: float (B, E), the vector of each bag of which the last layer makes the logits. None
+            for an aggregator that has no such thing.
         loss: An auxiliary loss of the whole batch, a scalar, to be added to that of the bags.
         bag_weight: Weight of the bags' cross-entropy beside it; see `xmag.mil.training_loss`.
     """
@@ -23,6 +29,28 @@ class MILOutput:
     attention: Tensor | None
     loss: Tensor | None = None
     bag_weight: float = 1.0
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attention:
+    """Attention weights of the tiles of a bag; row i belongs to tile i of the bag.
+
+    Attributes:
+        scores: float32 (N,), not negative; they sum to 1 over a bag that has tiles.
+        coords: int64 (N, 2), top-left corner of each tile, level-0 px; None for a bag without.
+        kind: "softmax" for learned weights of a mean (ABMIL, CLAM-SB), "nystrom" for what
+            TransMIL's class token attends to, "custom" for an aggregator that says nothing.
+        tiles: Size and scale of the tiles; None where the bag does not know.
+    """
+
+    scores: NDArray[np.float32]
+    coords: NDArray[np.int64] | None
+    kind: str
+    tiles: TileGeometry | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
@@ -113,7 +141,8 @@ class ABMIL(Aggregator):
         """Logits (B, C) and attention (B, N) of features (B, N, D); `mask` is True on tiles."""
         tiles = self.embed(features)
         attention = masked_softmax(self.attention(tiles), mask)
-        return MILOutput(logits=self.head(weighted_mean(tiles, attention)), attention=attention)
+        pooled = weighted_mean(tiles, attention)
+        return MILOutput(logits=self.head(pooled), attention=attention, pooled=pooled)
 
 
 class _Pool(Aggregator):
@@ -136,9 +165,8 @@ class MeanPool(_Pool):
     def forward(self, features: Tensor, mask: Tensor, labels: Tensor | None = None) -> MILOutput:  # noqa: ARG002
         """Logits (B, C) of features (B, N, D); `mask` is True on tiles."""
         weights = mask.to(features.dtype) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return MILOutput(
-            logits=self.head(weighted_mean(self.embed(features), weights)), attention=None
-        )
+        pooled = weighted_mean(self.embed(features), weights)
+        return MILOutput(logits=self.head(pooled), attention=None, pooled=pooled)
 
 
 class MaxPool(_Pool):
@@ -153,4 +181,5 @@ class MaxPool(_Pool):
         # What ReLU gives is never below the zeros that stand for padding, and for a bag without
         # tiles; a row of zeros more lets amax have something where N is 0.
         tiles = nn.functional.pad(tiles * mask.unsqueeze(-1), (0, 0, 0, 1))
-        return MILOutput(logits=self.head(tiles.amax(dim=1)), attention=None)
+        pooled = tiles.amax(dim=1)
+        return MILOutput(logits=self.head(pooled), attention=None, pooled=pooled)

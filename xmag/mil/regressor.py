@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from xmag.errors import InputError
 from xmag.metrics import regression
@@ -36,6 +36,7 @@ class RegressionHead:
     flat: bool
 
     has_labels: ClassVar[bool] = False
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_r2")
 
     @property
@@ -102,6 +103,15 @@ class RegressionHead:
         """Mean squared error over the known targets of each bag."""
         known = torch.from_numpy(targets).to(device)
         return lambda logits, rows: squared_errors(full(logits), known[list(rows)])
+
+    @staticmethod
+    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean of standardised predictions, (T,), over logits (k, T)."""
+        return np.asarray(logits.mean(axis=0))
+
+    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The predicted numbers in units of the targets, (n, T)."""
+        return self.mean + logits * self.scale
 
     def metrics(
         self,
@@ -173,10 +183,9 @@ class MILRegressor(MILEstimator[RegressionHead]):
         """
         self._require_fitted()
         what = "their prediction is the mean of the training"
-        logits, empty = self._predict_logits(X, what)
-        head = self._head
-        found = head.mean + np.where(empty[:, None], 0, logits) * head.scale
-        return found[:, 0] if head.flat else found
+        # Logits are 0 where a bag has no tiles.
+        found = self._head.predictions(self._predict_logits(X, what)[0])
+        return found[:, 0] if self._head.flat else found
 
     def score(
         self,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -16,6 +16,10 @@ from xmag.errors import InputError, ModelError, OutputError, WeightsError
 from xmag.files import make_folder, sha256_of, write_bytes, write_text
 from xmag.hub.weights import read_tensors
 from xmag.mil.aggregators import with_outputs
+from xmag.mil.heads import Head
+
+if TYPE_CHECKING:
+    from xmag.mil.estimator import MILEstimator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +113,34 @@ class EstimatorFolder:
         return values, state
 
 
+def load_estimator(
+    path: str | os.PathLike[str],
+    *,
+    aggregator: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> "MILEstimator[Any]":
+    """The MILClassifier, MILRegressor or MILSurvival in a folder that its `save` wrote.
+
+    Options and errors are those of their `load`; ModelError too where the folder holds none of
+    them, or several.
+    """
+    # They are above this module, which serves them all.
+    from xmag.mil.classifier import MILClassifier
+    from xmag.mil.regressor import MILRegressor
+    from xmag.mil.survival import MILSurvival
+
+    kinds: list[type[MILEstimator[Any]]] = [MILClassifier, MILRegressor, MILSurvival]
+    files = {kind: kind._folder(path).description for kind in kinds}
+    found = [kind for kind in kinds if files[kind].is_file()]
+    if len(found) != 1:
+        seen = " and ".join(files[kind].name for kind in found) or "none of them"
+        names = ", ".join(file.name for file in files.values())
+        raise ModelError(f"{os.fspath(path)} has {seen}; expected one of {names}")
+    return found[0].load(path, aggregator=aggregator, device=device)
+
+
 def rebuilt(
-    saved: Saved, state: Mapping[str, Tensor], module: nn.Module | None, *, outputs: int
+    saved: Saved, state: Mapping[str, Tensor], module: nn.Module | None, *, head: Head
 ) -> nn.Module:
     """The saved aggregator in eval mode: `module` with the weights, if it is not one of xmag's.
 
@@ -123,7 +153,7 @@ def rebuilt(
                 "aggregator= is for estimators with a module of your own; this one has"
                 f" {saved.aggregator['name']!r}. Leave it out"
             )
-        module = _described(saved, saved.aggregator, outputs)
+        module = _described(saved, saved.aggregator, head)
     elif module is None:
         raise InputError(
             f"it was trained with an aggregator of your own, {saved.aggregator_class}; give one"
@@ -134,16 +164,20 @@ def rebuilt(
             f"the weights are not those of {saved.aggregator_class}: {'; '.join(faults[:5])}"
             f" ({len(faults)} in all). Save it again, or give the right aggregator="
         )
-    module.load_state_dict(dict(state), assign=saved.aggregator is not None)
+    # In the file tensors lie at any byte, and kernels round otherwise where memory is not aligned.
+    aligned = {key: value.clone() for key, value in state.items()}
+    module.load_state_dict(aligned, assign=saved.aggregator is not None)
     return module.eval()
 
 
-def _described(saved: Saved, config: dict[str, Any], outputs: int) -> nn.Module:
+def _described(saved: Saved, config: dict[str, Any], head: Head) -> nn.Module:
     """The aggregator of a description, on no device: absurd sizes cost no memory."""
     try:
         with torch.device("meta"):
-            made = with_outputs(config["name"], saved.in_dim, outputs, config["options"])
-            return made.float()
+            return with_outputs(
+                config["name"], saved.in_dim, head.outputs, config["options"],
+                last_layer=head.last_layer,
+            ).float()  # fmt: skip
     except (InputError, TypeError) as error:
         raise ModelError(
             f"the description of the aggregator is damaged ({error}); save the estimator again, or"

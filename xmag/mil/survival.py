@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xmag import records
@@ -27,6 +27,7 @@ Loss = Literal["cox", "nll"]
 Floats = NDArray[np.float64]
 
 _LEAST_EVENTS = 2
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,21 +88,21 @@ class CoxObjective:
     """
 
     def __init__(self, event: Tensor, time: Tensor) -> None:
+        # On the CPU in double precision: the same on every device, and faster for a cohort.
         self._event, self._time = event, time
-        self._risk = torch.zeros(len(event), device=event.device)
+        self._risk = torch.zeros(len(event), dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Losses (B,) of the risks (B, 1) of the bags at `rows`."""
-        here = list(rows)
-        risk = full(logits)[:, 0]
-        self._risk[here] = risk.detach().to(self._risk.dtype)
+        here, risk = list(rows), full(logits)[:, 0]
+        self._risk[here] = risk.detach().cpu().double()
         every = self._risk.clone().requires_grad_()
         with torch.enable_grad():
             loss = cox_loss(every, self._event, self._time)
         (slope,) = torch.autograd.grad(loss, every)
         # n times: the loss of the set is a mean, and that of a batch one over fewer bags.
-        scaled = slope[here] * len(self._risk)
-        return loss.detach() + scaled * (risk - risk.detach())
+        scaled = (slope[here] * len(every)).to(risk)
+        return loss.detach().to(risk) + scaled * (risk - risk.detach())
 
 
 def discrete_losses(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
@@ -119,112 +120,46 @@ def discrete_losses(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
     return -(before + own.gather(1, interval[:, None])[:, 0])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SurvivalHead:
-    """Survival head: one log hazard (Cox), or a hazard for each interval of time (NLL).
-
-    `edges` (K + 1,) are the ends of the intervals, None for Cox. For Cox, `times` (k,) and
-    `cumulative` (k,) are the baseline's cumulative hazard (Breslow), once training has ended.
-    """
-
-    edges: Floats | None = None
-    times: Floats | None = None
-    cumulative: Floats | None = None
+    """Base of survival heads: labels, and their checks."""
 
     has_labels: ClassVar[bool] = False
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_concordance")
-
-    @property
-    def outputs(self) -> int:
-        """1, or the number of intervals."""
-        return 1 if self.edges is None else len(self.edges) - 1
 
     @staticmethod
     def read(values: Any, count: int, what: str) -> Survival:
         """Checked (event, time) of each bag; InputError as `as_survival`."""
         survival = as_survival(values, what)
         if len(survival) != count:
-            raise InputError(f"{what} has {len(survival)} values for {count} bags")
+            raise InputError(
+                f"{what} has {len(survival)} values for {count} bags; expected one for each"
+            )
         return survival
 
-    @classmethod
-    def of(cls, labels: Survival, *, loss: Loss, intervals: int) -> Self:
-        """The head for training labels: with "nll" intervals that have as many events each."""
-        if loss == "cox":
-            return cls()
-        shares = np.linspace(0, 1, intervals + 1)[1:-1]
-        inner = np.quantile(labels.time[labels.event], shares)
-        edges = np.unique([0.0, *inner, math.nextafter(labels.time.max(), math.inf)])
-        return cls(edges=edges)
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "CoxHead | DiscreteHead":
+        """The head in `values`, from which its numbers are taken."""
+        kind = DiscreteHead if "edges" in values else CoxHead
+        return kind.of_json(values)
 
-    def encode(self, labels: Survival, what: str) -> NDArray[np.float64]:  # noqa: ARG002
+    def encode(self, labels: Survival, what: str) -> Floats:  # noqa: ARG002
         """Event (0 or 1) and time, float64 (n, 2)."""
         return np.stack([labels.event.astype(np.float64), labels.time], axis=1)
 
-    def require_trainable(self, targets: NDArray[np.float64]) -> None:
+    def require_trainable(self, targets: Floats) -> None:
         """Raise InputError for fewer than two events among the bags that have tiles."""
         if (events := int(targets[:, 0].sum())) < _LEAST_EVENTS:
             raise InputError(
-                f"y has {events} events among {len(targets)} bags with tiles; expected"
-                f" {_LEAST_EVENTS} or more to learn from"
+                f"y has {events} event{'' if events == 1 else 's'} among {len(targets)} bags with"
+                f" tiles; expected {_LEAST_EVENTS} or more to learn from"
             )
 
-    def strata(self, targets: NDArray[np.float64]) -> NDArray[np.int64]:
+    def strata(self, targets: Floats) -> NDArray[np.int64]:
         """Whether there was an event."""
         return targets[:, 0].astype(np.int64)
 
-    def objective(self, targets: NDArray[np.float64], device: torch.device) -> Objective:
-        """The loss: Cox's over the training set, or the discrete likelihood of each bag."""
-        event = torch.from_numpy(targets[:, 0] > 0).to(device)
-        if self.edges is None:
-            # Only the order of times counts, and not every device has double precision.
-            order = np.unique(targets[:, 1], return_inverse=True)[1]
-            return CoxObjective(event, torch.from_numpy(order).to(device))
-        intervals = torch.from_numpy(self.interval_of(targets[:, 1])).to(device)
-        return lambda logits, rows: discrete_losses(
-            logits, intervals[list(rows)], event[list(rows)]
-        )
-
-    def interval_of(self, time: Floats) -> NDArray[np.int64]:
-        """The interval that each time lies in; the last one for times beyond it."""
-        assert self.edges is not None
-        place = np.searchsorted(self.edges, time, side="right") - 1
-        return np.clip(place, 0, self.outputs - 1).astype(np.int64)
-
-    def risk(self, logits: Floats) -> Floats:
-        """Risk (n,): the log hazard, or minus the expected number of intervals survived."""
-        risk: Floats = logits[:, 0] if self.edges is None else -self.survived(logits).sum(axis=1)
-        return risk
-
-    def survived(self, logits: Floats) -> Floats:
-        """Share without an event at the end of each interval, (n, K)."""
-        return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits), axis=1)))
-
-    def functions(self, logits: Floats) -> list[SurvivalFunction]:
-        """The survival function of each row of logits."""
-        if self.edges is not None:
-            return [SurvivalFunction(self.edges[1:], row) for row in self.survived(logits)]
-        assert self.times is not None
-        assert self.cumulative is not None
-        hazards = np.exp(logits[:, 0])[:, None] * self.cumulative
-        return [SurvivalFunction(self.times, row) for row in np.exp(-hazards)]
-
-    def with_baseline(self, risk: Floats, targets: NDArray[np.float64]) -> Self:
-        """The head with the baseline's cumulative hazard, of the training's risks (Breslow)."""
-        if self.edges is not None:
-            return self
-        times, place = np.unique(targets[:, 1], return_inverse=True)
-        events = np.bincount(place, targets[:, 0], len(times))
-        own = np.bincount(place, np.exp(risk), len(times))
-        at_risk = np.cumsum(own[::-1])[::-1]
-        return replace(self, times=times, cumulative=np.cumsum(events / at_risk))
-
-    def metrics(
-        self,
-        logits: Floats,
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, float | None]:
+    def metrics(self, logits: Floats, targets: Floats, weights: Floats) -> dict[str, float | None]:
         """Validation loss, and Harrell's C; None where no two cases can be compared."""
         seen = Survival(event=targets[:, 0] > 0, time=targets[:, 1])
         if not seen.event.any():
@@ -232,43 +167,172 @@ class SurvivalHead:
                 f"none of the {len(seen)} bags to validate with has an event; give others, more"
                 " patients, or validation=None"
             )
-        scores, known = torch.from_numpy(logits), torch.from_numpy(targets)
-        if self.edges is None:
-            loss = float(cox_loss(scores[:, 0], known[:, 0] > 0, known[:, 1]))
-        else:
-            intervals = torch.from_numpy(self.interval_of(seen.time))
-            losses = discrete_losses(scores, intervals, known[:, 0] > 0).numpy()
-            loss = float((weights * losses).sum() / weights.sum())
-        found = float(concordances(seen, self.risk(logits))[0])
+        # A loss of its own for these cases, whose risk set is the validation set.
+        losses = self.objective(targets, _CPU)(torch.from_numpy(logits), range(len(targets)))
+        found = float(concordances(seen, self.predictions(logits))[0])
         return {
-            "validation_loss": loss,
+            "validation_loss": float((weights * losses.numpy()).sum() / weights.sum()),
             "validation_concordance": None if math.isnan(found) else found,
         }
 
+    def objective(self, targets: Floats, device: torch.device) -> Objective:
+        """The losses of a training set with these targets."""
+        raise NotImplementedError
+
+    def predictions(self, logits: Floats) -> Floats:
+        """Risk (n,): larger for an earlier event."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CoxHead(SurvivalHead):
+    """Survival head of one logit: the log hazard, above a baseline hazard that is the same for all.
+
+    Once training has ended, `center` is the mean of its logits, whose level Cox's loss leaves open,
+    and `steps` (k,) and `cumulative` (k,) are the times and the cumulative hazard there (Breslow).
+    """
+
+    center: float = 0.0
+    steps: Floats = field(default_factory=lambda: np.zeros(0))
+    cumulative: Floats = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def outputs(self) -> int:
+        """1."""
+        return 1
+
+    def objective(self, targets: Floats, device: torch.device) -> Objective:  # noqa: ARG002
+        """Cox's loss over the training set."""
+        return CoxObjective(torch.from_numpy(targets[:, 0] > 0), torch.from_numpy(targets[:, 1]))
+
+    def predictions(self, logits: Floats) -> Floats:
+        """Risk (n,): the log hazard, 0 for the mean of the training."""
+        risk: Floats = logits[:, 0] - self.center
+        return risk
+
+    def fuse(self, logits: Floats) -> Floats:
+        """The mean log hazard, (1,), over logits (k, 1)."""
+        return np.asarray(logits.mean(axis=0))
+
+    def survived(self, logits: Floats) -> Floats:
+        """Share without an event at each of `steps`, (n, k)."""
+        hazard = np.exp(self.predictions(logits))[:, None]
+        return np.asarray(np.exp(-hazard * self.cumulative))
+
+    def with_baseline(self, logits: Floats, targets: Floats) -> Self:
+        """The head with the center and the baseline of the training's logits (n, 1)."""
+        center = float(logits.mean())
+        times, place = np.unique(targets[:, 1], return_inverse=True)
+        events = np.bincount(place, targets[:, 0], len(times))
+        own = np.bincount(place, np.exp(logits[:, 0] - center), len(times))
+        at_risk = np.cumsum(own[::-1])[::-1]
+        return replace(self, center=center, steps=times, cumulative=np.cumsum(events / at_risk))
+
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values."""
-        parts = {"edges": self.edges, "times": self.times, "cumulative": self.cumulative}
-        return {key: None if part is None else part.tolist() for key, part in parts.items()}
+        arrays = {"times": self.steps.tolist(), "cumulative": self.cumulative.tolist()}
+        return {"center": self.center, **arrays}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """The head in `values`, from which its arrays are taken."""
-        found = [values.pop(key) for key in ("edges", "times", "cumulative")]
-        edges, times, cumulative = (None if v is None else np.array(v, np.float64) for v in found)
-        for part in (edges, times, cumulative):
-            if part is not None and not (
-                part.ndim == 1 and np.isfinite(part).all() and (np.diff(part) >= 0).all()
-            ):
-                raise ValueError("times or hazards make no sense")
-        if edges is None and (times is None or cumulative is None or len(times) != len(cumulative)):
+    def of_json(cls, values: dict[str, Any]) -> Self:
+        """The head in `values`, from which its numbers are taken."""
+        center = float(values.pop("center"))
+        times, hazards = (_rising(values.pop(key)) for key in ("times", "cumulative"))
+        if len(times) != len(hazards) or not math.isfinite(center):
             raise ValueError("the baseline does not fit")
-        if edges is not None and len(edges) < 2:
-            raise ValueError("edges do not fit")
-        return cls(edges=edges, times=times, cumulative=cumulative)
+        return cls(center=center, steps=times, cumulative=hazards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DiscreteHead(SurvivalHead):
+    """Survival head of a logit for each interval of time: the log odds of the event in it.
+
+    `edges` (K + 1,) are the ends of the intervals. `base` (K,) are the log odds in all cases
+    together, which logits are added to, so that the network learns what a bag has beyond that.
+    """
+
+    edges: Floats
+    base: Floats
+
+    center: ClassVar[float] = 0.0
+
+    @classmethod
+    def of(cls, labels: Survival, intervals: int) -> Self:
+        """The head for training labels, with intervals that have as many events each."""
+        shares = np.linspace(0, 1, intervals + 1)[1:-1]
+        inner = np.quantile(labels.time[labels.event], shares)
+        edges = np.unique([0.0, *inner, math.nextafter(labels.time.max(), math.inf)])
+        place = interval_of(labels.time, edges)
+        events = np.bincount(place[labels.event], minlength=len(edges) - 1)
+        ended = np.bincount(place, minlength=len(edges) - 1)
+        survived = np.cumsum(ended[::-1])[::-1] - events
+        # Half a case more on either side: the log of none is infinite.
+        return cls(edges=edges, base=np.log((events + 0.5) / (survived + 0.5)))
+
+    @property
+    def outputs(self) -> int:
+        """The number K of intervals."""
+        return len(self.base)
+
+    @property
+    def steps(self) -> Floats:
+        """The ends of the intervals, (K,)."""
+        return self.edges[1:]
+
+    def objective(self, targets: Floats, device: torch.device) -> Objective:
+        """The discrete likelihood of each bag."""
+        event = torch.from_numpy(targets[:, 0] > 0).to(device)
+        intervals = torch.from_numpy(interval_of(targets[:, 1], self.edges)).to(device)
+        base = torch.from_numpy(self.base.astype(np.float32)).to(device)
+        return lambda logits, rows: discrete_losses(
+            full(logits) + base, intervals[list(rows)], event[list(rows)]
+        )
+
+    def predictions(self, logits: Floats) -> Floats:
+        """Risk (n,): minus the expected number of intervals survived."""
+        return np.asarray(-self.survived(logits).sum(axis=1))
+
+    def fuse(self, logits: Floats) -> Floats:
+        """Logits (K,) of the mean survival over logits (k, K)."""
+        survived = np.cumsum(-np.logaddexp(0, logits + self.base), axis=1)  # in logarithms
+        mean = np.logaddexp.reduce(survived, axis=0) - math.log(len(logits))
+        # log(1 - hazard), which is below 0 but for rounding
+        step = np.minimum(np.diff(mean, prepend=0), -np.finfo(np.float64).tiny)
+        return np.asarray(np.log(-np.expm1(step)) - step - self.base)
+
+    def survived(self, logits: Floats) -> Floats:
+        """Share without an event at each of `steps`, (n, K)."""
+        return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits + self.base), axis=1)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The head as JSON values."""
+        return {"edges": self.edges.tolist(), "base": self.base.tolist()}
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> Self:
+        """The head in `values`, from which its numbers are taken."""
+        edges, base = _rising(values.pop("edges")), np.array(values.pop("base"), np.float64)
+        if base.shape != (len(edges) - 1,) or not np.isfinite(base).all():
+            raise ValueError("base does not fit edges")
+        return cls(edges=edges, base=base)
+
+
+def interval_of(time: Floats, edges: Floats) -> NDArray[np.int64]:
+    """The interval between `edges` that each time lies in; the last one for times beyond it."""
+    place = np.searchsorted(edges, time, side="right") - 1
+    return np.clip(place, 0, len(edges) - 2).astype(np.int64)
+
+
+def _rising(values: Any) -> Floats:
+    array = np.array(values, np.float64)
+    fits = array.ndim == 1 and len(array) and np.isfinite(array).all()
+    if not (fits and (np.diff(array) >= 0).all()):
+        raise ValueError("times or hazards make no sense")
+    return array
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MILSurvival(MILEstimator[SurvivalHead]):
+class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
     """Multiple-instance survival model of bags of embeddings, with scikit-survival's conventions.
 
     `y` is a structured array (event, time), as ``sksurv.util.Surv`` makes it, or an array (n, 2) of
@@ -288,8 +352,8 @@ class MILSurvival(MILEstimator[SurvivalHead]):
     _noun: ClassVar[str] = "survival"
     _head_type: ClassVar[type[Any]] = SurvivalHead
 
-    def _new_head(self, labels: Survival) -> SurvivalHead:
-        return SurvivalHead.of(labels, loss=self.loss, intervals=self.intervals)
+    def _new_head(self, labels: Survival) -> CoxHead | DiscreteHead:
+        return CoxHead() if self.loss == "cox" else DiscreteHead.of(labels, self.intervals)
 
     def _settings(self) -> Settings:
         records.require(self, "loss", self.loss in ("cox", "nll"), '"cox" or "nll"')
@@ -300,28 +364,32 @@ class MILSurvival(MILEstimator[SurvivalHead]):
     def _adopt(self, trainer: BagTrainer) -> int:
         best = super()._adopt(trainer)
         data, model = trainer.train, self._batched()
-        if self._head.edges is None:
-            risk = np.array([model.logits(data[i])[0] for i in range(len(data))])
-            self._head = self._head.with_baseline(risk, data.targets)
+        if isinstance(self._head, CoxHead):
+            logits = np.stack([model.logits(data[i]) for i in range(len(data))])
+            self._head = self._head.with_baseline(logits, data.targets)
         return best
 
     def predict(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
-        """The risk of each bag, float64 (n,): larger for an earlier event; the scale is arbitrary.
+        """The risk of each bag, float64 (n,): larger for an earlier event.
 
-        A bag without tiles gets the risk of a network that sees nothing (0), with a warning. The
-        sign is that of the hazard, and never fitted to the data.
+        With "cox" it is the log hazard above the mean of the training, with "nll" minus the
+        expected number of intervals survived. A bag without tiles says nothing: its risk is that of
+        the mean, with a warning. The sign is that of the hazard, and never fitted to the data.
         """
-        self._require_fitted()
-        return self._head.risk(self._predict_logits(X, "their risk is that of logits 0")[0])
+        logits = self._logits(X)
+        return self._head.predictions(logits)
 
     def predict_survival_function(
         self,
         X: Sequence[BagLike],  # noqa: N803
     ) -> list[SurvivalFunction]:
-        """The share without an event over time, a step function for each bag."""
-        self._require_fitted()
-        logits = self._predict_logits(X, "their survival is that of logits 0")[0]
-        return self._head.functions(logits)
+        """The share without an event over time, a step function for each bag; see `predict`."""
+        logits, head = self._logits(X), self._head
+        return [SurvivalFunction(head.steps, row) for row in head.survived(logits)]
+
+    def _logits(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
+        logits, empty = self._predict_logits(X, "their prediction is that of the mean of training")
+        return np.where(empty[:, None], self._head.center, logits)
 
     def score(
         self,

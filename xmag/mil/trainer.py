@@ -3,13 +3,16 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xmag import records
 from xmag.errors import ModelError
 from xmag.mil.bags import BagDataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
@@ -30,6 +33,21 @@ class Settings:
     lr: float
     weight_decay: float
     max_tiles: int | None
+
+    @classmethod
+    def of(cls, estimator: Any) -> Self:
+        """The settings that an estimator has; InputError for one out of its range."""
+        for name in ("epochs", "patience", "batch_size", "max_tiles"):
+            value = getattr(estimator, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            fits = (whole and value >= 1) or (name == "max_tiles" and value is None)
+            records.require(estimator, name, fits, "an int from 1 on")
+        for name, least in (("lr", "above 0"), ("weight_decay", "from 0 on")):
+            value = getattr(estimator, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            fits = number and (0 < value < math.inf or (value == 0 and least == "from 0 on"))
+            records.require(estimator, name, fits, f"a number {least}")
+        return cls(**{item.name: getattr(estimator, item.name) for item in fields(cls)})
 
 
 class BagTrainer(Loop[list[int]]):

@@ -141,11 +141,11 @@ class TransMIL(Aggregator):
         tokens = tokens + self.layers[0](self.norms[0](tokens))[0]
         tokens = self.positions(tokens, side)
         change, attended = self.layers[1](self.norms[1](tokens))
-        logits = self.head(self.final_norm(tokens + change)[:, 0])
+        pooled = self.final_norm(tokens + change)[:, 0]
         attention = torch.zeros(mask.shape, dtype=attended.dtype, device=attended.device)
         if count:
             attention[mask] = _of_tiles(attended.mean(dim=0)[1:], count)
-        return MILOutput(logits=logits, attention=attention)
+        return MILOutput(logits=self.head(pooled), attention=attention, pooled=pooled)
 
 
 def _of_tiles(attended: Tensor, count: int) -> Tensor:
