@@ -106,11 +106,8 @@ class Head(Protocol):
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
         """The losses of a training set with these targets."""
 
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What is predicted of logits (n, C), row by row, (n, ...): of which a mean makes sense.
-
-        Probabilities, values, or risks (n,).
-        """
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
 
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
@@ -167,9 +164,21 @@ class ClassHead:
         logs: NDArray[np.float64] = torch.from_numpy(logits).log_softmax(dim=1).numpy()
         return logs
 
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The probability of each class, (n, C)."""
-        return np.exp(self.log_probabilities(logits))
+    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The logarithm of the mean probability of each class, (C,), over logits (k, C)."""
+        logs = self.log_probabilities(logits)
+        return np.asarray(np.logaddexp.reduce(logs, axis=0) - math.log(len(logs)))
+
+    def calibration(
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
+        """What a temperature divides, here log-probabilities (n, C), and the log losses of it."""
+        labels = torch.from_numpy(targets)
+        return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
+
+    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+        """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
+        return logits / temperature
 
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
@@ -202,6 +211,12 @@ class ClassHead:
         if (prior < 0).any() or not math.isclose(prior.sum(), 1, abs_tol=1e-6):
             raise ValueError("class_prior does not fit")
         return cls(classes=classes, prior=prior)
+
+
+def mean_logits(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The logits (C,) of the mean of the probabilities that sigmoids make of logits (k, C)."""
+    has, lacks = (-np.logaddexp(0, sign * logits) for sign in (-1, 1))
+    return np.asarray(np.logaddexp.reduce(has, axis=0) - np.logaddexp.reduce(lacks, axis=0))
 
 
 def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:

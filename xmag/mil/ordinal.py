@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from xmag.errors import InputError, ModelError
 from xmag.metrics import balanced_accuracy, quadratic_kappa
-from xmag.mil.heads import ClassHead, Objective, distinct, hashables, indices
+from xmag.mil.heads import ClassHead, Objective, distinct, hashables, indices, mean_logits
 from xmag.mil.pooling import full
 
 
@@ -102,6 +102,18 @@ class OrdinalHead(ClassHead):
     def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
         return np.asarray(ordinal_log_probabilities(torch.from_numpy(logits)).numpy())
+
+    fuse = staticmethod(mean_logits)
+
+    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+        """The logits (n, C - 1) of calibrated probabilities; the most probable class is the same.
+
+        Logits themselves, divided, would move the most probable class to the outer ones.
+        """
+        logs = self.log_probabilities(logits) / temperature
+        up_to = np.logaddexp.accumulate(logs, axis=1)[:, :-1]
+        above = np.logaddexp.accumulate(logs[:, ::-1], axis=1)[:, -2::-1]
+        return np.asarray(above - up_to)
 
     def metrics(
         self,

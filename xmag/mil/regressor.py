@@ -104,6 +104,11 @@ class RegressionHead:
         known = torch.from_numpy(targets).to(device)
         return lambda logits, rows: squared_errors(full(logits), known[list(rows)])
 
+    @staticmethod
+    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean of standardised predictions, (T,), over logits (k, T)."""
+        return np.asarray(logits.mean(axis=0))
+
     def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """The predicted numbers in units of the targets, (n, T)."""
         return self.mean + logits * self.scale
