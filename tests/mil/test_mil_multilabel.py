@@ -46,6 +46,17 @@ def test_the_loss_is_the_cross_entropy_written_out(balanced):
     assert torch.autograd.gradcheck(lambda x: objective(x, range(5)), logits[:5])
 
 
+def test_several_slides_have_the_mean_of_their_probabilities():
+    head, logits = LabelsHead.of(Y), 3 * np.random.default_rng(0).normal(size=(5, 3))
+    expected = (1 / (1 + np.exp(-logits))).mean(axis=0)
+    found = np.exp(head.log_probabilities(head.fuse(logits)[None]))[0]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    divided, losses = head.calibration(logits, Y[:5])
+    p = 1 / (1 + np.exp(-logits / 2))
+    expected = -np.where(Y[:5], np.log(p), np.log(1 - p)).mean(axis=1)
+    np.testing.assert_allclose(losses(torch.from_numpy(divided / 2)), expected, atol=1e-12)
+
+
 def test_planted_labels_are_found_each():
     train, test = outcome_cohort(200, seed=0), outcome_cohort(300, seed=1)
     small = {"embed_dim": 32, "attention_dim": 16}

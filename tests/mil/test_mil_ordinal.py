@@ -46,11 +46,32 @@ def test_probabilities_are_differences_of_cumulative_ones(seed):
     ends = np.ones((len(above), 1))
     expected = np.hstack([ends, above]) - np.hstack([above, 0 * ends])
     head = OrdinalHead(classes=[0, 1, 2, 3], prior=np.full(4, 0.25))
-    np.testing.assert_allclose(head.predictions(logits.detach().numpy()), expected, atol=1e-12)
+    found = np.exp(head.log_probabilities(logits.detach().numpy()))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
     labels = np.random.default_rng(seed).integers(0, 4, 20)
     losses = head.objective(labels, torch.device("cpu"))(logits, range(20))
     written_out = -np.log(expected[np.arange(20), labels])
     np.testing.assert_allclose(losses.detach(), written_out, atol=1e-9)
+
+
+def test_several_slides_have_the_mean_of_their_probabilities():
+    logits = falling(5).detach().numpy()
+    head = OrdinalHead(classes=[0, 1, 2, 3], prior=np.full(4, 0.25))
+    expected = np.exp(head.log_probabilities(logits)).mean(axis=0)
+    found = np.exp(head.log_probabilities(head.fuse(logits)[None]))[0]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_a_temperature_divides_log_probabilities_and_changes_no_decision(temperature):
+    logits = falling(6).detach().numpy()
+    head = OrdinalHead(classes=[0, 1, 2, 3], prior=np.full(4, 0.25))
+    logs = head.log_probabilities(logits)
+    expected = np.exp(logs / temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    found = np.exp(head.log_probabilities(head.tempered(logits, temperature)))
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    np.testing.assert_array_equal(found.argmax(axis=1), logs.argmax(axis=1))
 
 
 def test_the_gradient_is_a_finite_difference():

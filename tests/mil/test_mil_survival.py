@@ -249,6 +249,17 @@ def test_higher_risk_is_lower_survival(cohort, loss):
         functions[0](functions[0].domain[1] * 2)
 
 
+def test_several_slides_have_the_mean_of_their_predictions(cohort):
+    bags, y = cohort
+    logits = 2 * np.random.default_rng(0).normal(size=(5, 4))
+    head = DiscreteHead.of(SurvivalHead.read(y, 100, "y"), intervals=4)
+    expected = head.survived(logits).mean(axis=0)
+    np.testing.assert_allclose(head.survived(head.fuse(logits)[None])[0], expected, atol=1e-12)
+    cox = _model(epochs=1).fit(bags[:40], y[:40], validation=None)._head
+    expected = cox.predictions(logits[:, :1]).mean()
+    assert cox.predictions(cox.fuse(logits[:, :1])[None])[0] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("loss", ["cox", "nll"])
 def test_a_saved_model_is_the_same(cohort, tmp_path, loss):
     bags, y = cohort

@@ -262,12 +262,12 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         if isinstance(head, LabelsHead):
             return None
         balanced = self.sampling == "balanced"
-        counts = np.bincount(train.targets, minlength=head.outputs)
-        drawn = np.ones(head.outputs) if balanced else counts.astype(np.float64)
+        counts = np.bincount(train.targets, minlength=len(head.classes))
+        drawn = np.ones(len(head.classes)) if balanced else counts.astype(np.float64)
         weights = class_weights(self.class_weight, head.classes, drawn)
         train.weights = weights[train.targets]
         if check is not None:
-            counts = np.bincount(check.targets, minlength=head.outputs)
+            counts = np.bincount(check.targets, minlength=len(head.classes))
             if missing := [repr(head.classes[i]) for i in np.flatnonzero(counts == 0)]:
                 warnings.warn(
                     f"no bag to validate with is of the class {', '.join(missing)}, so the epoch to"

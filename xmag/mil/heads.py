@@ -109,12 +109,6 @@ class Head(Protocol):
     def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
 
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What is predicted of logits (n, C), row by row, (n, ...): of which a mean makes sense.
-
-        Probabilities, values, or risks (n,).
-        """
-
     def metrics(
         self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
     ) -> dict[str, float | None]:
@@ -186,10 +180,6 @@ class ClassHead:
         """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
         return logits / temperature
 
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The probability of each class, (n, C)."""
-        return np.exp(self.log_probabilities(logits))
-
     def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
         return indices(labels, self.classes, what)
@@ -221,6 +211,12 @@ class ClassHead:
         if (prior < 0).any() or not math.isclose(prior.sum(), 1, abs_tol=1e-6):
             raise ValueError("class_prior does not fit")
         return cls(classes=classes, prior=prior)
+
+
+def mean_logits(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The logits (C,) of the mean of the probabilities that sigmoids make of logits (k, C)."""
+    has, lacks = (-np.logaddexp(0, sign * logits) for sign in (-1, 1))
+    return np.asarray(np.logaddexp.reduce(has, axis=0) - np.logaddexp.reduce(lacks, axis=0))
 
 
 def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from xmag.errors import InputError
 from xmag.metrics import auroc
-from xmag.mil.heads import Objective
+from xmag.mil.heads import Objective, mean_logits
 from xmag.mil.pooling import full
 
 
@@ -115,29 +115,21 @@ class LabelsHead:
         """Logarithm of the probability of each label, (n, L), finite where it rounds to 0."""
         return -np.logaddexp(0, -logits)
 
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The probability of each label, (n, L)."""
-        return np.exp(self.log_probabilities(logits))
-
-    @staticmethod
-    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The log odds of the mean probability of each label, (L,), over logits (k, L)."""
-        has, lacks = (-np.logaddexp.reduce(-np.logaddexp(0, s * logits), axis=0) for s in (-1, 1))
-        return np.asarray(lacks - has)
+    fuse = staticmethod(mean_logits)
 
     @staticmethod
     def calibration(
         logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
-        """What a temperature divides, here logits (n, L), and the log losses of it, over labels."""
-        known = torch.from_numpy(targets).double()
+        """What a temperature divides, here logits (n, L), and the log losses of it."""
+        labels = torch.from_numpy(targets)
         return logits, lambda scaled: functional.binary_cross_entropy_with_logits(
-            scaled, known, reduction="none"
+            scaled, labels.to(scaled.dtype), reduction="none"
         ).mean(dim=1)
 
     @staticmethod
     def tempered(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-        """The logits (n, L) of calibrated probabilities; those above 0.5 stay so."""
+        """The logits (n, L) of calibrated probabilities; each stays on its side of 0.5."""
         return logits / temperature
 
     def metrics(

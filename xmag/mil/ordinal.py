@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from xmag.errors import InputError, ModelError
 from xmag.metrics import balanced_accuracy, quadratic_kappa
-from xmag.mil.heads import ClassHead, Objective, distinct, hashables, indices
+from xmag.mil.heads import ClassHead, Objective, distinct, hashables, indices, mean_logits
 from xmag.mil.pooling import full
 
 
@@ -57,17 +57,6 @@ def ordinal_log_probabilities(logits: Tensor) -> Tensor:
     fall = (upper - lower).clamp(max=-torch.finfo(logits.dtype).eps)
     both = functional.logsigmoid(lower) + functional.logsigmoid(-upper)
     return both + torch.log(-torch.expm1(fall))
-
-
-def cumulative_logits(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logits (..., K) of more than each class, from log-probabilities (..., K + 1) up to a term.
-
-    The inverse of `ordinal_log_probabilities`.
-    """
-    below = np.logaddexp.accumulate(logs, axis=-1)[..., :-1]
-    above = np.logaddexp.accumulate(logs[..., ::-1], axis=-1)[..., -2::-1]
-    # They fall, but for rounding.
-    return np.minimum.accumulate(above - below, axis=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,16 +103,17 @@ class OrdinalHead(ClassHead):
         """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
         return np.asarray(ordinal_log_probabilities(torch.from_numpy(logits)).numpy())
 
-    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Logits (K,) of the mean probability of each class over logits (k, K)."""
-        return cumulative_logits(ClassHead.fuse(self, logits))
+    fuse = staticmethod(mean_logits)
 
     def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-        """Logits (n, K) of calibrated probabilities: of log-probabilities over a temperature.
+        """The logits (n, C - 1) of calibrated probabilities; the most probable class is the same.
 
-        Logits over a temperature would move the most probable class to the ends.
+        Logits themselves, divided, would move the most probable class to the outer ones.
         """
-        return cumulative_logits(self.log_probabilities(logits) / temperature)
+        logs = self.log_probabilities(logits) / temperature
+        up_to = np.logaddexp.accumulate(logs, axis=1)[:, :-1]
+        above = np.logaddexp.accumulate(logs[:, ::-1], axis=1)[:, -2::-1]
+        return np.minimum.accumulate(above - up_to, axis=1)  # they fall, but for rounding
 
     def metrics(
         self,

@@ -210,7 +210,8 @@ class CoxHead(SurvivalHead):
         risk: Floats = logits[:, 0] - self.center
         return risk
 
-    def fuse(self, logits: Floats) -> Floats:
+    @staticmethod
+    def fuse(logits: Floats) -> Floats:
         """The mean log hazard, (1,), over logits (k, 1)."""
         return np.asarray(logits.mean(axis=0))
 
@@ -292,17 +293,19 @@ class DiscreteHead(SurvivalHead):
         """Risk (n,): minus the expected number of intervals survived."""
         return np.asarray(-self.survived(logits).sum(axis=1))
 
+    def survived(self, logits: Floats) -> Floats:
+        """Share without an event at each of `steps`, (n, K)."""
+        return np.asarray(np.exp(self._log_survived(logits)))
+
+    def _log_survived(self, logits: Floats) -> Floats:
+        return np.asarray(np.cumsum(-np.logaddexp(0, logits + self.base), axis=1))
+
     def fuse(self, logits: Floats) -> Floats:
         """Logits (K,) of the mean survival over logits (k, K)."""
-        survived = np.cumsum(-np.logaddexp(0, logits + self.base), axis=1)  # in logarithms
-        mean = np.logaddexp.reduce(survived, axis=0) - math.log(len(logits))
+        mean = np.logaddexp.reduce(self._log_survived(logits), axis=0) - math.log(len(logits))
         # log(1 - hazard), which is below 0 but for rounding
         step = np.minimum(np.diff(mean, prepend=0), -np.finfo(np.float64).tiny)
         return np.asarray(np.log(-np.expm1(step)) - step - self.base)
-
-    def survived(self, logits: Floats) -> Floats:
-        """Share without an event at each of `steps`, (n, K)."""
-        return np.asarray(np.exp(np.cumsum(-np.logaddexp(0, logits + self.base), axis=1)))
 
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values."""
