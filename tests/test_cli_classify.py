@@ -141,7 +141,7 @@ def test_evaluate_of_an_external_cohort_trains_nothing(cohort, classifier, tmp_p
         ("slide,label,patients\na/1.svs,x,p\n", "'patients'; did you mean 'patient'"),
         ("slide,label,patient\na/1.svs,x,p\na/2.svs,X,q\n", "the labels 'x' and 'X'"),
         ("slide,label,patient\na/1.svs,x,A  1\na/2.svs,y,a 1\n", "the patients 'A 1' and 'a 1'"),
-        ("slide,label,patient\na/1.svs,1,p\na/2.svs,0.5,q\n", "MILRegressor.*later release"),
+        ("slide,label,patient\na/1.svs,1,p\na/2.svs,0.5,q\n", "there is --task regression"),
         ("slide,label,patient\na/99.svs,x,p\n", "extract them first: xmag extract"),
         ("slide,label,patient\na/1.svs,x,p\nb/a/1.svs,y,q\n", "expected each slide once"),
         ("slide,label,patient,features\na/1.svs,x,p,no.h5\n", "which 'c.csv' names for 'a/1.svs'"),
@@ -308,7 +308,8 @@ def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path
     from xmag.slide import Slide
 
     with Slide(on_slides / "0.svs") as slide:
-        expected = np.asarray(draw.heatmap(slide, attention), int)
+        caption = f"predicted: {printed[0].removeprefix('0.svs: ')}"
+        expected = np.asarray(draw.heatmap(slide, attention, caption=caption), int)
     with Image.open(tmp_path / "x.png") as image:
         assert np.abs(np.asarray(image, int) - expected).max() <= 1
 
