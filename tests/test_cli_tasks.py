@@ -6,12 +6,24 @@ import re
 import numpy as np
 import pytest
 
+from xmag import evaluate
 from xmag.bag import FeatureBag
 from xmag.cli import main
 from xmag.cli.table import Target, read_table
+from xmag.evaluate import Folds, Report
 from xmag.mil import MILClassifier, MILRegressor, MILSurvival
 
 SLIDES = 24
+
+with_cases = pytest.mark.skipif(
+    "fusion" not in MILClassifier().get_params(), reason="cases come with another branch"
+)
+with_tasks = pytest.mark.skipif(
+    not hasattr(Folds, "from_table"), reason="reports of all tasks come with another branch"
+)
+with_ordinal = pytest.mark.skipif(
+    "ordinal" not in MILClassifier().get_params(), reason="ordinal comes with another branch"
+)
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +351,145 @@ def test_the_table_of_folds_has_folds_of_its_own(folder, tmp_path, capsys):
     args = ("-o", tmp_path, "--folds-table", tmp_path / "f.tsv", "--folds", 3)
     assert run("evaluate", folder, *args) == 2
     assert "leave out --folds" in capsys.readouterr().err
+
+
+def known(folder, task):
+    """y of each slide, and the patients."""
+    rows = rows_of(folder / "cohort.csv")
+    patients = [row["patient"] for row in rows]
+    if task == "regression":
+        return column(rows, "TMB"), patients
+    if task == "numbers":
+        return np.stack([column(rows, "TMB"), column(rows, "purity")], axis=1), patients
+    pairs = zip(column(rows, "event"), column(rows, "time"), strict=True)
+    return np.array([*pairs], dtype=[("event", bool), ("time", float)]), patients
+
+
+KINDS = {"regression": MILRegressor, "numbers": MILRegressor, "survival": MILSurvival}
+
+
+@with_cases
+@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize("name", TASKS)
+def test_by_patient_the_estimator_is_that_of_cases(folder, tmp_path, capsys, name, fusion):
+    y, patients = known(folder, name)
+    expected = KINDS[name](epochs=3, random_state=2, progress=False, fusion=fusion)
+    expected.fit(cases_of(folder), y[::2], groups=patients[::2])
+    args = ("-o", tmp_path / "m", "--epochs", 3, "--seed", 2, "--by", "patient")
+    assert run("train", folder, *args, "--fusion", fusion, *TASKS[name]) == 0
+    assert "trained   on 12 patients with 24 slides: " in capsys.readouterr().out
+    out = tmp_path / "p.csv"
+    args = ("--classifier", tmp_path / "m", "-o", out, "--by", "patient")
+    assert run("predict", folder, *args) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("p1 (2.svs, 3.svs): ")
+    assert printed[-1] == f"12 patients; see {out}"
+    rows = rows_of(out)
+    assert [row["patient"] for row in rows] == patients[::2]
+    assert rows[1]["slides"] == "2.svs; 3.svs"
+    columns = {"survival": ["risk"], "regression": ["prediction"]}
+    columns = columns.get(name, ["prediction TMB", "prediction purity"])
+    found = np.stack([column(rows, c) for c in columns], axis=1)
+    wanted = expected.predict(cases_of(folder)).reshape(12, -1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@with_cases
+@with_tasks
+@pytest.mark.filterwarnings("ignore:epoch 1 of 3 is kept:xmag.errors.XmagWarning")
+@pytest.mark.parametrize("name", TASKS)
+def test_evaluate_saves_the_report_that_python_makes(folder, tmp_path, capsys, name):
+    y, patients = known(folder, name)
+    estimator = KINDS[name](epochs=3, random_state=0)
+    names = {} if name == "survival" else {"classes": TASKS[name][3:]}
+    expected = evaluate.cross_validate(
+        estimator, cases_of(folder), y[::2], groups=patients[::2], folds=2, **names
+    )
+    args = ("-o", tmp_path, "--folds", 2, "--epochs", 3, "--by", "patient")
+    assert run("evaluate", folder, *args, *TASKS[name]) == 0
+    assert str(expected) in capsys.readouterr().out
+    found = Report.load(tmp_path)
+    assert found.results == expected.results
+    assert found.task == ("survival" if name == "survival" else "regression")
+    assert any(path.suffix == ".png" for path in tmp_path.iterdir())
+
+
+@with_tasks
+@pytest.mark.parametrize("name", TASKS)
+def test_evaluate_tests_what_was_saved_on_the_columns_of_its_training(
+    trained, tmp_path, capsys, name
+):
+    args = ("-o", tmp_path / "out", "--classifier", trained / name)
+    assert run("evaluate", trained, *args) == 0
+    y, patients = known(trained, name)
+    loaded = KINDS[name].load(trained / name)
+    names = {} if name == "survival" else {"classes": TASKS[name][3:]}
+    expected = evaluate.external(loaded, {"cohort": (bags_of(trained), y, patients)}, **names)
+    assert Report.load(tmp_path / "out").results == expected.results
+    other = ["--time", "months"] if name == "survival" else ["--label", "stage"]
+    assert run("evaluate", trained, *args, *other) == 2
+    assert f"expected the column {other[1]!r} too" in capsys.readouterr().err
+    assert run("evaluate", trained, *args, "--label" if name == "survival" else "--time", "x") == 2
+
+
+@with_tasks
+@pytest.mark.parametrize("by", ["slide", "patient"])
+def test_folds_are_those_of_a_table(folder, tmp_path, by):
+    lines = [["slide_id", "case_id", "fold_0", "fold_1"]]
+    for number in range(SLIDES):
+        sides = ["test", "train"] if number < SLIDES // 2 else ["train", "test"]
+        lines.append([f"{number}.svs", f"p{number // 2}", *sides])
+    (tmp_path / "f.tsv").write_text("\n".join("\t".join(line) for line in lines))
+    args = ("-o", tmp_path / "out", "--folds-table", tmp_path / "f.tsv", "--by", by)
+    if by == "patient" and "fusion" not in MILClassifier().get_params():
+        pytest.skip("cases come with another branch")
+    assert run("evaluate", folder, *args, "--epochs", 2) == 0
+    half = SLIDES // 2 if by == "slide" else SLIDES // 4
+    tests = [split.test for split in Report.load(tmp_path / "out").folds.splits]
+    assert tests == [tuple(range(half)), tuple(range(half, 2 * half))]
+
+
+@with_ordinal
+@pytest.mark.parametrize(
+    ("flags", "classes"),
+    [
+        (["--label", "grade", "--ordinal"], [0, 1, 2, 3]),
+        (["--ordinal", "b", "a"], ["b", "a"]),
+    ],
+)
+def test_ordinal_classes_have_the_order_of_numbers_or_the_one_given(
+    folder, tmp_path, flags, classes
+):
+    assert run("train", folder, "-o", tmp_path / "m", "--epochs", 2, *flags) == 0
+    loaded = MILClassifier.load(tmp_path / "m")
+    assert loaded.classes_.tolist() == classes
+    assert loaded.get_params()["ordinal"] in (True, classes)
+    if hasattr(Folds, "from_table"):
+        args = ("-o", tmp_path / "out", "--epochs", 2, "--folds", 2)
+        assert run("evaluate", folder, *args, *flags) == 0
+        assert [*Report.load(tmp_path / "out").classes] == classes
+        args = ("-o", tmp_path / "out", "--classifier", tmp_path / "m")
+        assert run("evaluate", folder, *args) == 0
+
+
+@with_ordinal
+def test_several_columns_of_classes_are_labels_of_their_own(folder, tmp_path, capsys):
+    flags = ["--label", "msi", "her2"]
+    assert run("train", folder, "-o", tmp_path / "m", "--epochs", 3, *flags) == 0
+    assert "slides of 12 patients: msi 12, her2 12" in capsys.readouterr().out
+    out = tmp_path / "p.csv"
+    assert run("predict", folder, "--classifier", tmp_path / "m", "-o", out) == 0
+    rows = rows_of(out)
+    names = ["prediction msi", "probability msi", "prediction her2", "probability her2"]
+    assert [*rows[0]] == ["slide", *names]
+    loaded = MILClassifier.load(tmp_path / "m")
+    found = np.stack([column(rows, name) for name in names[1::2]], axis=1)
+    np.testing.assert_allclose(found, loaded.predict_proba(bags_of(folder)), atol=1e-6)
+    found = np.stack([column(rows, name) for name in names[::2]], axis=1)
+    np.testing.assert_array_equal(found, loaded.predict(bags_of(folder)))
+    said = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"0\.svs: msi [01] \(0\.\d+\), her2 [01] \(0\.\d+\)", said)
+    if hasattr(Folds, "from_table"):
+        args = ("-o", tmp_path / "out", "--epochs", 2, "--folds", 2)
+        assert run("evaluate", folder, *args, *flags) == 0
+        assert Report.load(tmp_path / "out").classes == ("msi", "her2")

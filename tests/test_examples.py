@@ -72,3 +72,28 @@ def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
         "02-heatmap.png", "02-gallery.png", "02.geojson",
     }  # fmt: skip
     assert "02.svs: tumour" in printed
+
+
+def test_survival_of_patients_with_its_report_and_heatmaps(tmp_path: Path) -> None:
+    if "fusion" not in xmag.MILSurvival().get_params():
+        pytest.skip("cases come with another branch")
+    make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path, "--survival"]
+    subprocess.run([*make, "--slides", "24", "--size", "2300", "1900"], check=True, timeout=800)
+    rows = (tmp_path / "cohort.csv").read_text().splitlines()
+    assert rows[0] == "slide,time,event,log_hazard,patient"
+    assert len(rows) == 25
+    printed = _run(
+        "survival_cohort.py", tmp_path / "cohort.csv", tmp_path / "out", "--folds", "3",
+        "--epochs", "20",
+    )  # fmt: skip
+    assert "| Harrell's C " in printed
+    assert "Harrell's C of the truth itself: 0." in printed
+    report = xmag.evaluate.Report.load(tmp_path / "out" / "evaluation")
+    assert len(report.results[0].rows) == 12
+    assert (tmp_path / "out" / "evaluation" / "kaplan-meier.png").is_file()
+    pictures = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".png"]
+    assert len(pictures) == 4  # two patients, two slides each
+    loaded = xmag.MILSurvival.load(tmp_path / "out" / "model")
+    files = [tmp_path / "out" / "features" / f"{number:02}.h5" for number in range(24)]
+    risks = loaded.predict([files[first : first + 2] for first in range(0, 24, 2)])
+    assert f"risk {max(risks):.2f}" in printed

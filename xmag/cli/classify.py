@@ -174,14 +174,25 @@ def evaluate(
             groups=table.patients,
             random_state=random_state,
             **splits,
+            **_classes(target, options),
         )
     else:
         cohort = (table.features, _own_labels(saved[0], table), table.patients)
-        report = evaluation.external(saved[0], {csv.stem: cohort}, random_state=random_state)
+        report = evaluation.external(
+            saved[0], {csv.stem: cohort}, random_state=random_state, **_classes(target, options)
+        )
     report.save(out)
     write(sys.stdout, str(report))
     write(sys.stdout, f"see {Path(out) / 'report.json'}, and the pictures beside it")
     return ALL_DONE
+
+
+def _classes(target: Target, options: dict[str, Any]) -> dict[str, Any]:
+    """The order of classes, or the names of several labels or of numbers, for an evaluation."""
+    if isinstance(order := options.get("ordinal"), list):
+        return {"classes": order, "ordered": True}
+    named = target.task == "regression" or (len(target.columns) > 1 and target.task != "survival")
+    return {"classes": target.columns} if named else {}
 
 
 def _tested(classifier: str, options: dict[str, Any]) -> tuple[Estimator, Target]:

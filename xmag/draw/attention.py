@@ -266,7 +266,8 @@ def _legend(attention: "Attention", case: Sequence["Attention"]) -> list[Key]:
         if len(case) > 1:
             own = float(attention.scores.sum(dtype=np.float64)) / total
             tiles = len(attention) / len(scores)
-            keys.append(Key(text=f"this slide has {tiles:.0%} of the tiles and {own:.0%} of it"))
+            text = f"this slide has {tiles:.0%} of the tiles, {own:.0%} of the weight"
+            keys.append(Key(text=text))
     return keys
 
 
