@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from xmag.cli.table import Target
 from xmag.errors import InputError
 from xmag.mil import MILClassifier, MILRegressor, MILSurvival
+from xmag.mil.estimator import MILEstimator
 
-Estimator = MILClassifier | MILRegressor | MILSurvival
+Estimator = MILEstimator[Any]
 
 
 def load_estimator(path: str) -> Estimator:
@@ -50,6 +51,7 @@ def predictions(
     if isinstance(estimator, MILRegressor):
         table = estimator.predict(cases).reshape(len(cases), -1)
         return _of_numbers(table, _named(target, table.shape[1]))
+    assert isinstance(estimator, MILClassifier)  # there is no other
     probabilities = estimator.predict_proba(cases)
     if estimator.predict([]).ndim > 1:
         return _of_labels(probabilities, _named(target, probabilities.shape[1]))
