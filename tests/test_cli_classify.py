@@ -20,7 +20,8 @@ from xmag.encoder import load_model
 from xmag.evaluate import Report
 from xmag.extract import extract_features
 from xmag.finetune import Settings, finetune_slides
-from xmag.mil import MILClassifier
+from xmag.mil import MILClassifier, MILRegressor, MILSurvival
+from xmag.slide import Slide
 
 
 def write_cohort(folder, *, patients=10, seed=0):
@@ -141,7 +142,7 @@ def test_evaluate_of_an_external_cohort_trains_nothing(cohort, classifier, tmp_p
         ("slide,label,patients\na/1.svs,x,p\n", "'patients'; did you mean 'patient'"),
         ("slide,label,patient\na/1.svs,x,p\na/2.svs,X,q\n", "the labels 'x' and 'X'"),
         ("slide,label,patient\na/1.svs,x,A  1\na/2.svs,y,a 1\n", "the patients 'A 1' and 'a 1'"),
-        ("slide,label,patient\na/1.svs,1,p\na/2.svs,0.5,q\n", "MILRegressor is for continuous"),
+        ("slide,label,patient\na/1.svs,1,p\na/2.svs,0.5,q\n", "there is --task regression"),
         ("slide,label,patient\na/99.svs,x,p\n", "extract them first: xmag extract"),
         ("slide,label,patient\na/1.svs,x,p\nb/a/1.svs,y,q\n", "expected each slide once"),
         ("slide,label,patient,features\na/1.svs,x,p,no.h5\n", "which 'c.csv' names for 'a/1.svs'"),
@@ -305,12 +306,77 @@ def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path
     found = json.loads((tmp_path / "x.geojson").read_text())
     weights = [f["properties"]["measurements"]["Attention"] for f in found["features"]]
     np.testing.assert_allclose(weights, attention.scores, rtol=1e-3)
-    from xmag.slide import Slide
-
     with Slide(on_slides / "0.svs") as slide:
-        expected = np.asarray(draw.heatmap(slide, attention), int)
+        caption = f"predicted: {printed[0].removeprefix('0.svs: ')}"
+        expected = np.asarray(draw.heatmap(slide, attention, caption=caption), int)
     with Image.open(tmp_path / "x.png") as image:
         assert np.abs(np.asarray(image, int) - expected).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def models(on_slides):
+    """Models of numbers and of survival, on the features of the slides."""
+    bags = [FeatureBag.load(on_slides / "features" / f"{number}.h5") for number in range(2)]
+    for kind, y in ((MILRegressor, [1.5, 3.0]), (MILSurvival, [(1, 2.0), (1, 5.0)])):
+        model = kind(epochs=1, random_state=0, progress=False)
+        model.fit(bags, np.array(y), groups=["p", "q"], validation=None)
+        model.save(on_slides / kind.__name__)
+    return on_slides
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(MILRegressor, r"-?\d[.\de-]*"), (MILSurvival, r"risk -?[\d.]+, survival [\d.]+ at 1.2, .*")],
+)
+def test_heatmap_shows_the_attention_of_every_task(models, tmp_path, capsys, kind, words):
+    args = ["heatmap", models / "0.svs", "--classifier", models / kind.__name__]
+    args += ["--features", models / "features", "-o", tmp_path / "x.png"]  # a folder serves, too
+    assert main([*map(str, args)]) == 0
+    said = capsys.readouterr().out.splitlines()[0].removeprefix("0.svs: ")
+    assert re.fullmatch(words, said)
+    attention = kind.load(models / kind.__name__).attention(models / "features" / "0.h5")
+    with Slide(models / "0.svs") as slide, Image.open(tmp_path / "x.png") as image:
+        expected = draw.heatmap(slide, attention, caption=f"predicted: {said}")
+        assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_heatmaps_of_the_slides_of_a_patient_have_one_scale(models, tmp_path, capsys):
+    slides = [models / f"{number}.svs" for number in range(2)]
+    args = ["heatmap", *slides, "--classifier", models / "MILSurvival", "--geojson", "--gallery"]
+    assert main([*map(str, args), "--features", str(models / "features"), f"-o{tmp_path}"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("0.svs, 1.svs: risk ")
+    names = [f"{n}{end}" for n in "01" for end in ("-heatmap.png", "-gallery.png", ".geojson")]
+    assert said[1:] == [f"written   {tmp_path / name}" for name in names]
+    loaded = MILSurvival.load(models / "MILSurvival")
+    case = loaded.attention([models / "features" / f"{number}.h5" for number in range(2)])
+    caption = f"predicted: {said[0].removeprefix('0.svs, 1.svs: ')}"
+    for path, attention in zip(slides, case, strict=True):
+        with Slide(path) as slide, Image.open(tmp_path / f"{path.stem}-heatmap.png") as image:
+            expected = draw.heatmap(slide, attention, case=case, caption=caption)
+            assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+        found = json.loads((tmp_path / f"{path.stem}.geojson").read_text())
+        assert found == json.loads(json.dumps(draw.attention_geojson(attention, case=case)))
+
+
+@pytest.mark.parametrize(
+    ("slides", "flags", "message"),
+    [
+        ("01", ["-o", "x.png"], "each slide has a picture; give a folder"),
+        ("01", ["--features", "{}/features/0.h5"], "give the folder that xmag extract wrote to"),
+        ("00", [], "two of the slides are called alike"),
+        ("0", ["--features", "{}"], "extract them first: xmag extract"),
+    ],
+)
+def test_slides_and_files_that_do_not_fit_are_status_2(
+    models, tmp_path, monkeypatch, capsys, slides, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    args = ["heatmap", *(str(models / f"{number}.svs") for number in slides)]
+    args += ["--classifier", str(models / "MILSurvival"), *(flag.format(models) for flag in flags)]
+    assert main(args) == 2
+    assert message in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_heatmap_of_given_features_needs_no_encoder(on_slides, tmp_path, monkeypatch, capsys):

@@ -102,6 +102,67 @@ def test_the_legend_tells_unequal_weights_from_equal_ones():
     assert (flat[1200:] != sharp[1200:]).any()
 
 
+def case_of_two(seed=5):
+    """Attention of two slides of one case: weights that sum to 1 together."""
+    one, other = some_attention(seed=seed), some_attention(20, seed=seed + 1)
+    weights = np.random.default_rng(seed).dirichlet(np.ones(32)).astype(np.float32)
+    return [replace(one, scores=weights[:12]), replace(other, scores=weights[12:])]
+
+
+def test_the_slides_of_a_case_have_one_scale():
+    case = case_of_two()
+    every = np.concatenate([each.scores for each in case])
+    ranks = 100 * (rankdata(every) - 1) / 31
+    for attention, own in zip(case, (ranks[:12], ranks[12:]), strict=True):
+        found = draw.attention_geojson(attention, case=case)["features"]
+        shown = [feature["properties"]["measurements"]["Attention rank"] for feature in found]
+        np.testing.assert_allclose(shown, own, atol=0.01)
+        slide = noise_slide()
+        picture = np.asarray(draw.heatmap(slide, attention, case=case, max_px=800), float)
+        grey = 0.8 * np.asarray(slide.thumbnail(max_px=800).convert("L"), float) + 0.2 * 255
+        for (x, y), colour in zip(attention.coords // 2, colours(own), strict=True):
+            window = slice(y, y + 100), slice(x, x + 100)
+            expected = 0.4 * grey[window][..., None] + 0.6 * colour
+            assert np.abs(picture[window] - expected).max() <= 1.5
+        edge = np.asarray(draw.gallery(slide, attention, case=case, count=1, tile_px=64))[70, 10]
+        assert edge.tolist() == colours(own.max()).tolist()
+
+
+def test_a_case_of_one_slide_is_drawn_as_the_slide():
+    slide, attention = noise_slide(), some_attention()
+    for function in (draw.heatmap, draw.gallery):
+        alone, case = function(slide, attention), function(slide, attention, case=[attention])
+        np.testing.assert_array_equal(np.asarray(alone), np.asarray(case))
+    assert draw.attention_geojson(attention, case=[attention]) == draw.attention_geojson(attention)
+
+
+def test_attention_of_another_case_is_refused():
+    for function in (
+        lambda a, c: draw.heatmap(noise_slide(), a, case=c),
+        lambda a, c: draw.gallery(noise_slide(), a, case=c),
+        lambda a, c: draw.attention_geojson(a, case=c),
+    ):
+        with pytest.raises(InputError, match="none of the 2 of case="):
+            function(some_attention(), case_of_two())
+        one, other = case_of_two()
+        broken = replace(other, scores=np.full(20, np.nan, np.float32))
+        with pytest.raises(InputError, match="one finite number for each tile"):
+            function(one, [one, broken])
+
+
+def test_a_caption_has_a_line_of_its_own():
+    slide, attention = noise_slide(), some_attention()
+    without = draw.heatmap(slide, attention, max_px=600)
+    with_one = draw.heatmap(slide, attention, caption="predicted µ: 3.2 " * 40, max_px=600)
+    assert with_one.width == without.width
+    added = with_one.height - without.height
+    assert 15 <= added <= 40
+    tall, short = np.asarray(with_one), np.asarray(without)
+    text = tall[450 + 30 : 450 + 30 + added]  # below the slide's name
+    assert (text < 128).any()
+    np.testing.assert_array_equal(tall[-60:], short[-60:])
+
+
 def test_the_gallery_shows_the_tiles_with_most_attention_first():
     slide, attention = noise_slide(), some_attention()
     picture = np.asarray(draw.gallery(slide, attention, count=4, tile_px=100), int)

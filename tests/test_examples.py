@@ -96,3 +96,26 @@ def test_without_scanpy_the_example_says_what_to_install(tmp_path: Path) -> None
     )
     assert found.returncode == 1
     assert 'pip install "xmag[anndata]" scanpy igraph' in found.stderr
+
+
+def test_survival_of_patients_with_its_report_and_heatmaps(tmp_path: Path) -> None:
+    make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path, "--survival"]
+    subprocess.run([*make, "--slides", "16", "--size", "2300", "1900"], check=True, timeout=800)
+    rows = (tmp_path / "cohort.csv").read_text().splitlines()
+    assert rows[0] == "slide,time,event,log_hazard,patient"
+    assert len(rows) == 17
+    printed = _run(
+        "survival_cohort.py", tmp_path / "cohort.csv", tmp_path / "out", "--folds", "2",
+        "--epochs", "20",
+    )  # fmt: skip
+    assert "| Harrell's C " in printed
+    assert "Harrell's C of the truth itself: 0." in printed
+    report = xmag.evaluate.Report.load(tmp_path / "out" / "evaluation")
+    assert len(report.results[0].rows) == 8
+    assert (tmp_path / "out" / "evaluation" / "kaplan-meier.png").is_file()
+    pictures = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".png"]
+    assert len(pictures) == 4  # two patients, two slides each
+    loaded = xmag.MILSurvival.load(tmp_path / "out" / "model")
+    files = [tmp_path / "out" / "features" / f"{number:02}.h5" for number in range(16)]
+    risks = loaded.predict([files[first : first + 2] for first in range(0, 16, 2)])
+    assert f"risk {max(risks):.2f}" in printed

@@ -36,7 +36,7 @@ MODULES = {
     "finetune": set(),
     "geometry": {"TileSpec"},
     "metrics": set(),
-    "mil": {"Attention", "MILClassifier"},
+    "mil": {"Attention", "MILClassifier", "MILRegressor", "MILSurvival"},
     "plan": {"TilePlan", "plan_tiles"},
     "provenance": {"Provenance"},
     "slide": {"Slide"},

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from xmag.extract import extract_features
     from xmag.geometry import TileSpec
-    from xmag.mil import Attention, MILClassifier
+    from xmag.mil import Attention, MILClassifier, MILRegressor, MILSurvival
     from xmag.plan import TilePlan, plan_tiles
     from xmag.provenance import Provenance
     from xmag.slide import Slide
@@ -64,6 +64,8 @@ __all__ = [
     "HubError",
     "InputError",
     "MILClassifier",
+    "MILRegressor",
+    "MILSurvival",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
@@ -105,7 +107,7 @@ _NAMES_OF_MODULE = {
     "finetune": (),
     "geometry": ("TileSpec",),
     "metrics": (),
-    "mil": ("Attention", "MILClassifier"),
+    "mil": ("Attention", "MILClassifier", "MILRegressor", "MILSurvival"),
     "plan": ("TilePlan", "plan_tiles"),
     "provenance": ("Provenance",),
     "slide": ("Slide",),

@@ -421,3 +421,11 @@ def test_a_validation_split_without_a_class_is_a_warning() -> None:
     labels = ["a"] * 6 + ["b"] * 5 + ["rare"]
     with pytest.warns(XmagWarning, match="no bag to validate with is of the class 'rare'"):
         tiny().fit(COHORT.bags, labels, groups=COHORT.patients)
+
+
+def test_a_stratum_without_any_bag_does_not_count():
+    """As in a cohort where nobody is censored."""
+    unit, labels = np.arange(20) // 2, np.ones(20, np.int64)
+    for seed in range(5):
+        held = held_out(unit, labels, 0.2, np.random.default_rng(seed))
+        assert np.count_nonzero(held) == 4

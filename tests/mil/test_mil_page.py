@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xmag.mil import AGGREGATORS, MILClassifier, aggregator, aggregator_config
+from xmag.mil import AGGREGATORS, aggregator, aggregator_config
 
 _PAGE = (Path(__file__).parents[2] / "docs" / "mil.md").read_text(encoding="utf-8")
 
@@ -37,10 +37,6 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {path.name for path in tmp_path.iterdir()} == {"classifier", "own"}
 
 
-@pytest.mark.skipif(
-    not hasattr(MILClassifier, "novelty") or not hasattr(MILClassifier, "ordinal"),
-    reason="cases, confidence and ordered classes are not there yet",
-)
 def test_the_answers_of_the_page_run() -> None:
     blocks = _blocks(_QUESTIONS)
     assert len(blocks) == 11

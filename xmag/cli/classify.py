@@ -1,83 +1,135 @@
-"""The commands around a classifier: train, predict, evaluate, heatmap."""
+"""The commands around an estimator of any task: train, predict, evaluate, heatmap."""
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.cli.console import ALL_DONE, counted, write
-from xmag.cli.table import Table, read_table
+from xmag.cli.predictions import Estimator, predictions
+from xmag.cli.table import By, Table, Target, features_in, read_table
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError
 from xmag.extract import extract_features
 from xmag.files import atomic_path, csv_text, make_folder, write_text
 from xmag.hub.registry import DEFAULT_MODEL, MINI
-from xmag.mil import MILClassifier
+from xmag.mil import MILClassifier, MILRegressor, MILSurvival, load_estimator
 from xmag.slide import Slide
 
+_ESTIMATORS: dict[str, type[Estimator]] = {
+    "classification": MILClassifier,
+    "regression": MILRegressor,
+    "survival": MILSurvival,
+}
+_TASK_OF = {
+    "ordinal": "classification",
+    "time": "survival",
+    "event": "survival",
+    "loss": "survival",
+}
+"""Tasks of the flags that belong to one alone."""
 _SEEN = {
     "validation_loss": "validation loss",
     "validation_auroc": "AUROC",
     "validation_balanced_accuracy": "balanced accuracy",
+    "validation_quadratic_kappa": "quadratic kappa",
+    "validation_r2": "R²",
+    "validation_concordance": "C",
 }
 
 
 def train(
-    csv: Path, out: str, *, features: str | None = None, random_state: int = 0, **options: Any
+    csv: Path,
+    out: str,
+    *,
+    features: str | None = None,
+    by: By = "slide",
+    random_state: int = 0,
+    **options: Any,
 ) -> int:
-    """Train a classifier, with these options of `MILClassifier`, and save it."""
-    table = read_table(csv, features)
-    classifier = MILClassifier(random_state=random_state, **options)
-    classifier.fit(table.features, table.labels, groups=table.patients)
-    classifier.save(out)
-    epochs = classifier.history_
-    best = next(row for row in epochs if row["epoch"] == classifier.best_epoch_)
+    """Train an estimator, with these options of its class, and save it."""
+    target, options = _target_of(options)
+    table = read_table(csv, features, target=target, by=by)
+    estimator = _ESTIMATORS[target.task](random_state=random_state, **options)
+    estimator.fit(table.features, table.y, groups=table.patients)
+    estimator.save(out)
+    target.save(out)
+    epochs = estimator.history_
+    best = next(row for row in epochs if row["epoch"] == estimator.best_epoch_)
     seen = [f"{text} {best[k]:.3f}" for k, text in _SEEN.items() if best.get(k) is not None]
-    each = ", ".join(f"{c} {table.labels.count(c)}" for c in sorted({*table.labels}))
-    write(
-        sys.stdout,
-        f"trained   on {len(table.slides):,} slides of {len({*table.patients}):,} patients: {each}",
-    )
+    slides, patients = sum(map(len, table.slides)), len({*table.patients})
+    cohort = f"{slides:,} slides of {patients:,} patients"
+    if by == "patient":
+        cohort = f"{patients:,} patients with {slides:,} slides"
+    write(sys.stdout, f"trained   on {cohort}: {target.summary(table.values)}")
     write(sys.stdout, f"kept      epoch {best['epoch']} of {len(epochs)}: {', '.join(seen)}")
     write(sys.stdout, f"written   {out}")
     return ALL_DONE
 
 
+def _target_of(options: dict[str, Any]) -> tuple[Target, dict[str, Any]]:
+    """The target that flags describe, and the other options, which are the estimator's.
+
+    Raises InputError for a flag of another task.
+    """
+    rest = dict(options)
+    task = rest.pop("task", "classification")
+    for name, of in _TASK_OF.items():
+        if name in rest and task != of:
+            raise InputError(f"--{name} is for --task {of}, but the task is {task}; leave it out")
+    if task == "survival" and "label" in rest:
+        raise InputError("--label is not for --task survival; name its columns: --event, --time")
+    columns = rest.pop("label", ["label"])
+    if task == "survival":
+        columns = [rest.pop("event", "event"), rest.pop("time", "time")]
+    ordered = rest.pop("ordinal", None)
+    if ordered is not None:
+        if len(columns) > 1:
+            raise InputError(f"--ordinal is for one column, but --label has {', '.join(columns)}")
+        rest["ordinal"] = ordered or True  # the order of names, or that of numbers
+    return Target(task=task, columns=tuple(columns), ordinal=ordered == []), rest
+
+
 def predict(
-    inputs: list[Path], classifier: str, *, features: str | None = None, out: str | None = None
+    inputs: list[Path],
+    classifier: str,
+    *,
+    features: str | None = None,
+    by: By = "slide",
+    times: list[float] | None = None,
+    out: str | None = None,
 ) -> int:
-    """Predict the slides of one CSV, or those whose feature files are given."""
+    """Predict the cases of one CSV, or the slides whose feature files are given."""
     tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     if tables and len(inputs) > 1:
         raise InputError(f"{tables[0]} is given beside other files; expected one CSV, or features")
     if tables:
-        table = read_table(tables[0], features, labelled=False)
-        slides, files = table.slides, table.features
-    elif features is not None:
-        raise InputError("--features goes with a CSV; feature files are given as they are")
+        table = read_table(tables[0], features, by=by)
+    elif features is not None or by == "patient":
+        flag = "--by patient" if features is None else "--features"
+        raise InputError(f"{flag} goes with a CSV; feature files are given as they are")
     else:
-        slides, files = [path.name for path in inputs], inputs
-    loaded = MILClassifier.load(classifier)
-    probabilities = loaded.predict_proba(files)
-    classes = [str(label) for label in loaded.classes_.tolist()]
+        table = Table.of_files(inputs)
+    loaded = load_estimator(classifier)
+    found = predictions(loaded, table.features, target=Target.load(classifier), times=times)
     if out is not None:
-        rows = [["slide", "prediction", *(f"probability {label}" for label in classes)]]
-        for slide, row in zip(slides, probabilities, strict=True):
-            rows.append([slide, classes[row.argmax()], *(f"{p:.6f}" for p in row)])
+        rows = [[*(["patient", "slides"] if by == "patient" else ["slide"]), *found.columns]]
+        for case, (slides, *values) in enumerate(
+            zip(table.slides, *found.columns.values(), strict=True)
+        ):
+            who = [table.patients[case]] if by == "patient" else []
+            rows.append([*who, "; ".join(slides), *values])
         write_text(out, csv_text(rows))
-    for slide, row in zip(slides, probabilities, strict=True):
-        write(sys.stdout, f"{slide}: {_said(classes, row)}")
+    for case, words in enumerate(found.words):
+        write(sys.stdout, f"{table.name(case)}: {words}")
     if out is not None:
-        write(sys.stdout, f"{counted(len(slides), 'slide')}; see {out}")
+        write(sys.stdout, f"{counted(len(found.words), by)}; see {out}")
     return ALL_DONE
-
-
-def _said(classes: list[Any], probabilities: Any) -> str:
-    """A prediction in words: the class, and the probability of each."""
-    each = ", ".join(f"{c} {p:.3f}" for c, p in zip(classes, probabilities, strict=True))
-    return f"{classes[probabilities.argmax()]} ({each})"
 
 
 def evaluate(
@@ -86,55 +138,89 @@ def evaluate(
     *,
     features: str | None = None,
     classifier: str | None = None,
+    by: By = "slide",
     folds: int | None = None,
     repeats: int | None = None,
+    folds_table: Path | None = None,
     random_state: int = 0,
     **options: Any,
 ) -> int:
-    """Cross-validate, with these options of `MILClassifier`, or test one; save the report."""
-    given = {"folds": folds, "repeats": repeats}
+    """Cross-validate, with these options of an estimator, or test one; save the report."""
+    given = {"folds": folds, "repeats": repeats, "folds_table": folds_table}
     splits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-    if classifier is not None and splits:
+    of_training = [*splits, *(options.keys() & {"task", "fusion", "loss", "ordinal"})]
+    if classifier is not None and of_training:
         raise InputError(
-            "--folds and --repeats are for cross-validation, but --classifier tests one that is"
-            " trained; leave one of them out"
+            "--folds and --repeats are for cross-validation, as are --folds-table, --task,"
+            " --fusion, --loss and --ordinal, but --classifier tests one that is trained; leave"
+            f" out {', '.join(f'--{name}'.replace('_', '-') for name in sorted(of_training))}"
         )
-    table = read_table(csv, features)
+    saved = None if classifier is None else _tested(classifier, options)
+    target, options = _target_of(options) if saved is None else (saved[1], {})
+    table = read_table(csv, features, target=target, by=by)
     from xmag import evaluate as evaluation  # needs the extra
 
     make_folder(out)  # before training, so that one that cannot be written to fails early
-    if classifier is None:
+    if saved is None:
+        if folds_table is not None:
+            if len(splits) > 1:
+                raise InputError("--folds-table has folds of its own; leave out --folds, --repeats")
+            folded = evaluation.Folds.from_table(folds_table, table.ids, groups=table.patients)
+            splits = {"folds": folded}
         report = evaluation.cross_validate(
-            MILClassifier(random_state=random_state, **options),
+            _ESTIMATORS[target.task](random_state=random_state, **options),
             table.features,
-            table.labels,
+            table.y,
             groups=table.patients,
             random_state=random_state,
             **splits,
+            **_classes(target, options),
         )
     else:
-        loaded = MILClassifier.load(classifier)
-        cohort = (table.features, _own_labels(loaded, table), table.patients)
-        report = evaluation.external(loaded, {csv.stem: cohort}, random_state=random_state)
+        cohort = (table.features, _own_labels(saved[0], table), table.patients)
+        report = evaluation.external(
+            saved[0], {csv.stem: cohort}, random_state=random_state, **_classes(target, options)
+        )
     report.save(out)
     write(sys.stdout, str(report))
-    write(sys.stdout, f"see {Path(out) / 'report.json'}, roc.png and confusion.png")
+    write(sys.stdout, f"see {Path(out) / 'report.json'}, and the pictures beside it")
     return ALL_DONE
 
 
-def _own_labels(classifier: MILClassifier, table: Table) -> list[Any]:
+def _classes(target: Target, options: dict[str, Any]) -> dict[str, Any]:
+    """The order of classes, or the names of several labels or of numbers, for an evaluation."""
+    if isinstance(order := options.get("ordinal"), list):
+        return {"classes": order, "ordered": True}
+    named = target.task == "regression" or (len(target.columns) > 1 and target.task != "survival")
+    return {"classes": target.columns} if named else {}
+
+
+def _tested(classifier: str, options: dict[str, Any]) -> tuple[Estimator, Target]:
+    """A saved estimator, and the target it was trained for, with the columns of the options."""
+    loaded = load_estimator(classifier)
+    task = next(task for task, kind in _ESTIMATORS.items() if isinstance(loaded, kind))
+    columns = {name: of for name, of in options.items() if name in ("label", "time", "event")}
+    named, _ = _target_of({**columns, "task": task})
+    saved = Target.load(classifier)
+    return loaded, named if saved is None or columns else saved
+
+
+def _own_labels(estimator: Estimator, table: Table) -> Any:
     """The labels as the classifier has them: one trained in Python may have numbers."""
-    own = {str(label): label for label in classifier.classes_.tolist()}
-    if unknown := sorted({*table.labels} - {*own}):
+    if not isinstance(estimator, MILClassifier) or isinstance(table.y, np.ndarray):
+        return table.y
+    own = {str(label): label for label in estimator.classes_.tolist()}
+    known = [str(label) for label in table.y]
+    if unknown := sorted({*known} - {*own}):
         raise InputError(
             f"the cohort has the label {unknown[0]!r}, but the classifier knows {sorted(own)};"
             " expected the same names: change the CSV"
         )
-    return [own[label] for label in table.labels]
+    return [own[label] for label in known]
 
 
 def heatmap(
-    slide: str,
+    slides: list[str],
     classifier: str,
     *,
     features: str | None = None,
@@ -144,41 +230,82 @@ def heatmap(
     geojson: bool = False,
     mpp: float | None = None,
 ) -> int:
-    """Draw the attention of a classifier over a slide."""
+    """Draw the attention of an estimator over a slide, or over those of one case."""
     if features is not None and model is not None:
         raise InputError("--features and --model are given; leave one of them out")
-    loaded = MILClassifier.load(classifier)
-    path = Path(f"{Path(slide).stem}-heatmap.png" if out is None else out)
-    stem = path.stem.removesuffix("-heatmap")
-    with Slide(slide, mpp=mpp) as opened:
+    loaded = load_estimator(classifier)
+    paths = _pictures(slides, out)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Slide(slide, mpp=mpp)) for slide in slides]
         if features is None:
-            bag = extract_features(opened, model=_encoder(loaded, classifier, model))
+            encoder = _encoder(loaded, classifier, model)
+            bags = [extract_features(slide, model=encoder) for slide in opened]
         else:
-            bag = FeatureBag.load(features).on(opened)
-        attention = loaded.attention(bag)
-        pictures = {path: draw.heatmap(opened, attention)}
-        if gallery:
-            pictures[path.with_name(f"{stem}-gallery.png")] = draw.gallery(opened, attention)
-    written = [*pictures]
-    for file, picture in pictures.items():
-        with atomic_path(file) as temporary:
-            picture.save(temporary, format="PNG")
-    if geojson:
-        written.append(path.with_name(f"{stem}.geojson"))
-        write_text(written[-1], json.dumps(draw.attention_geojson(attention)))
-    said = _said(loaded.classes_.tolist(), loaded.predict_proba([bag])[0])
-    write(sys.stdout, f"{opened.name}: {said}")
+            files = _features_of(slides, Path(features))
+            bags = [FeatureBag.load(f).on(slide) for f, slide in zip(files, opened, strict=True)]
+        bag_or_bags = bags if len(bags) > 1 else bags[0]
+        found = loaded.attention(bag_or_bags)
+        case = found if isinstance(found, list) else [found]
+        (words,) = predictions(loaded, [bag_or_bags], target=Target.load(classifier)).words
+        written: list[Path] = []
+        for path, slide, attention in zip(paths, opened, case, strict=True):
+            stem = path.stem.removesuffix("-heatmap")
+            caption = f"predicted: {words}"
+            pictures = {path: draw.heatmap(slide, attention, case=case, caption=caption)}
+            if gallery:
+                name = path.with_name(f"{stem}-gallery.png")
+                pictures[name] = draw.gallery(slide, attention, case=case)
+            for file, picture in pictures.items():
+                with atomic_path(file) as temporary:
+                    picture.save(temporary, format="PNG")
+            written += pictures
+            if geojson:
+                written.append(path.with_name(f"{stem}.geojson"))
+                write_text(written[-1], json.dumps(draw.attention_geojson(attention, case=case)))
+    write(sys.stdout, f"{', '.join(slide.name for slide in opened)}: {words}")
     for file in written:
         write(sys.stdout, f"written   {file}")
     return ALL_DONE
 
 
-def _encoder(classifier: MILClassifier, folder: str, model: str | None) -> Encoder:
-    """The encoder whose features the classifier takes, in the precision that it takes.
+def _pictures(slides: list[str], out: str | None) -> list[Path]:
+    """The file of each slide's picture: `out` itself, or below it for several slides."""
+    names = [f"{Path(slide).stem}-heatmap.png" for slide in slides]
+    if len(slides) == 1:
+        return [Path(names[0] if out is None else out)]
+    if len({*names}) < len(names):
+        raise InputError(f"two of the slides are called alike: {', '.join(slides)}; rename one")
+    if out is not None and Path(out).suffix.lower() == ".png":
+        raise InputError(f"--out is {out!r}, but each slide has a picture; give a folder")
+    if out is not None:
+        make_folder(out)
+    return [Path(out or ".", name) for name in names]
+
+
+def _features_of(slides: list[str], features: Path) -> list[Path]:
+    """The features of each slide: the file given, or those in the folder given."""
+    if not features.is_dir():
+        if len(slides) > 1:
+            raise InputError(
+                f"--features is {str(features)!r}, but there are {len(slides)} slides; give the"
+                " folder that xmag extract wrote to"
+            )
+        return [features]
+    found = {slide: features_in(features, slide) for slide in slides}
+    if missing := [slide for slide, file in found.items() if file is None]:
+        raise InputError(
+            f"{str(features)!r} has no features of {missing[0]!r}; extract them first: xmag"
+            f" extract {missing[0]} -o {features}"
+        )
+    return [file for file in found.values() if file is not None]
+
+
+def _encoder(estimator: Estimator, folder: str, model: str | None) -> Encoder:
+    """The encoder whose features the estimator takes, in the precision that it takes.
 
     That is known for certain by its weights alone; any other is refused when its bag is used.
     """
-    wanted = classifier.fingerprint_ or {}
+    wanted = estimator.fingerprint_ or {}
     dtype = "float32" if wanted.get("dtype_class") == "fp32" else "auto"
     if model is not None:
         return load_model(model, dtype=dtype)

@@ -105,8 +105,27 @@ _MPP = _flag(
     "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
 )
 _COHORT = (
-    _flag("csv", "columns: slide, label, patient", "CSV", type=Path),
+    _flag("csv", "columns: slide, patient, and what is to be predicted", "CSV", type=Path),
     _flag("--features", _OF_EXTRACT, "DIR"),
+    _flag(
+        "--task",
+        "classification (default), regression or survival",
+        choices=("classification", "regression", "survival"),
+    ),
+    _flag(
+        "--label",
+        "the column of labels (default: label), or of numbers; several are as many"
+        " numbers to predict, or labels that are 0 or 1",
+        "COLUMN",
+        nargs="+",
+    ),
+    _flag("--time", "survival: the column of times (default: time)", "COLUMN"),
+    _flag("--event", "survival: the column of events, 0 or 1 (default: event)", "COLUMN"),
+)
+_BY = _flag(
+    "--by",
+    "what is a case: each slide (default), or all slides of a patient together",
+    choices=("slide", "patient"),
 )
 _CLASSIFIER = _flag("--classifier", "of xmag train", "MODEL", required=True)
 _TRAINING = (
@@ -115,6 +134,12 @@ _TRAINING = (
         "--epochs", "at most; training stops where validation gets no better (default: 100)", "N",
         type=int,
     ),
+    _flag("--fusion", "slides of a patient: one bag (early, default), or a mean of predictions",
+          choices=("early", "late")),
+    _flag("--loss", "survival: Cox's partial likelihood (default), or hazards of intervals",
+          choices=("cox", "nll")),
+    _flag("--ordinal", "classes have an order: that of these labels, or without any, of numbers",
+          "LABEL", nargs="*"),
     _flag("--seed", "of all draws (default: 0)", "N", type=int, dest="random_state"),
 )  # fmt: skip
 
@@ -164,55 +189,68 @@ examples:
         _flag("-o --out", "default: demo", "DIR"),
         _MPP,
     )),
-    "train": _Command("classify", "train a classifier on the features of slides", (
+    "train": _Command("classify", "train a classifier, or for another task", (
         *_COHORT,
+        _BY,
         _flag("-o --out", "the folder to write", "MODEL", required=True),
         *_TRAINING,
     ), """\
-CSV has the columns slide, label and patient. A fifth of the patients is held out to choose the
-epoch whose weights are kept; xmag evaluate tells how good such a classifier is.
+CSV has the columns slide and patient, and label, or for survival event and time. A fifth of the
+patients is held out to choose the epoch whose weights are kept; xmag evaluate tells how good such
+a classifier is.
 
-example:
+examples:
   xmag train cohort.csv --features features -o classifier
+  xmag train cohort.csv --features features -o model --task survival --by patient
+  xmag train cohort.csv --features features -o model --task regression --label tmb purity
 """),
-    "predict": _Command("classify", "predict the labels of slides from their features", (
+    "predict": _Command("classify", "predict slides or patients from their features", (
         _flag("inputs", "a CSV with a column slide, or feature files", "CSV|FILE", nargs="+",
               type=Path),
         _flag("--features", _OF_EXTRACT, "DIR"),
         _CLASSIFIER,
+        _BY,
+        _flag("--times", "survival: when (default: at quarters of the training's times)", "T",
+              nargs="+", type=float),
         _flag("-o --out", "also write the predictions there", "CSV"),
     )),
     "evaluate": _Command("classify", "cross-validate, or test a classifier on an external cohort", (
         *_COHORT,
+        _BY,
         _flag("-o --out", "where to write", "FOLDER", required=True),
         _flag("--folds", "default: 5", "N", type=int),
         _flag("--repeats", "default: 1", "N", type=int),
+        _flag("--folds-table", "a table of given splits instead", "FILE", type=Path),
         _flag("--classifier", "test this one instead of training others", "MODEL"),
         *_TRAINING,
     ), """\
-CSV has the columns slide, label and patient; no patient is in two folds. FOLDER gets report.json,
-roc.png and confusion.png. With --classifier, the cohort is an external one: nothing is trained.
+CSV has the columns of xmag train; no patient is in two folds. FOLDER gets report.json and pictures.
+With --classifier, the cohort is an external one: nothing is trained, and the task is that of MODEL.
 
 examples:
   xmag evaluate cohort.csv --features features -o evaluation
+  xmag evaluate cohort.csv --features features -o evaluation --task survival --by patient
   xmag evaluate other.csv --features others --classifier classifier -o external
 """),
     "heatmap": _Command("classify", "draw what a classifier looked at on a slide", (
-        _SLIDE,
+        _flag("slides", "a slide file; several are those of one patient", "SLIDE", nargs="+"),
         _CLASSIFIER,
-        _flag("--features", "the features of the slide", "FILE"),
-        _flag("-o --out", "default: the slide's name with -heatmap.png", "PNG"),
+        _flag("--features", "the features of the slide, or a folder of xmag extract", "FILE|DIR"),
+        _flag("-o --out", "default: the slide's name with -heatmap.png; of several, a folder",
+              "PNG|DIR"),
         _flag("--model", "the encoder, where there are no features", "NAME"),
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
         _MPP,
     ), """\
-Without --features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with
+MODEL may be of any task. Several slides are one case: their colours have one scale. Without
+--features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with
 xmag-mini if MODEL was trained on its features, or else with that of --model.
 
 examples:
   xmag heatmap slide.svs --classifier classifier --features features/slide.h5
   xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
+  xmag heatmap block-a.svs block-b.svs --classifier classifier --features features -o pictures
 """),
     "distill": _Command(
         "distill", "train an encoder to see at one scale what another sees at a finer one", (

@@ -1,63 +1,248 @@
-"""A cohort as a table: slides, labels and patients from a CSV, and the feature file of each."""
+"""A cohort as a table: cases, what is known of them, and patients from a CSV; feature files."""
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any, Literal, Self
 
+import numpy as np
+
+from xmag import records
 from xmag.errors import InputError
-from xmag.files import Row, read_csv
-from xmag.metrics.labels import CONTINUOUS
+from xmag.files import Row, read_csv, write_text
+
+Task = Literal["classification", "regression", "survival"]
+By = Literal["slide", "patient"]
+Value = tuple[str | float, ...]
+"""What a row says of its case, by the columns of a target."""
 
 _SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
+_TARGET_NAME = "target.json"
+_FORMAT = records.Format(
+    name="xmag.Target", version=1, writer="xmag train", remedy="train again, or remove the file"
+)
+_TRUTHS = {"1": 1, "true": 1, "1.0": 1, "0": 0, "false": 0, "0.0": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target(records.Record):
+    """The columns of what is predicted, by the task: labels, numbers, or an event and its time.
+
+    Several columns of a classification are labels of their own (0 or 1); `ordinal` classes are
+    whole numbers.
+    """
+
+    task: Task = "classification"
+    columns: tuple[str, ...] = ("label",)
+    ordinal: bool = False
+
+    def save(self, folder: str) -> None:
+        """Write it into the folder of an estimator, for the commands that use that."""
+        text = _FORMAT.dumps(self.to_dict(), indent=2)
+        write_text(Path(folder) / _TARGET_NAME, text + "\n")
+
+    @classmethod
+    def load(cls, folder: str) -> Self | None:
+        """The target of an estimator that `xmag train` wrote; None for one trained in Python."""
+        path = Path(folder) / _TARGET_NAME
+        return cls.from_dict(_FORMAT.load(path)) if path.is_file() else None
+
+    def value(self, row: Row) -> Value:
+        """What a row says of its case; InputError, which names its line, where it makes no sense.
+
+        With several numbers, one that is missing is NaN.
+        """
+        if self.task == "survival":
+            event, time = self.columns
+            found = _number(row, time)
+            if found < 0:
+                raise _strange(row, time, "a time from 0 on")
+            return _truth(row, event), found
+        if self.task == "regression":
+            several = len(self.columns) > 1
+            numbers = [_number(row, c) if row.get(c) or not several else math.nan
+                       for c in self.columns]  # fmt: skip
+            if all(map(math.isnan, numbers)):
+                raise InputError(
+                    f"line {row.line} of {row.table!r} has none of {', '.join(self.columns)};"
+                    " expected a number in one of them or more: fill it in, or remove the line"
+                )
+            return tuple(numbers)
+        if len(self.columns) > 1:
+            return tuple(_truth(row, column) for column in self.columns)
+        (column,) = self.columns
+        if self.ordinal and not _number(row, column).is_integer():
+            raise _strange(row, column, "a whole number, as --ordinal orders classes by it")
+        return (_number(row, column),) if self.ordinal else (row.required(column),)
+
+    def array(self, values: Sequence[Value]) -> Any:
+        """What `fit` takes for y: a list of labels, an array of numbers, or (event, time)."""
+        if self.task == "survival":
+            return np.array(values, dtype=[("event", np.bool_), ("time", np.float64)])
+        if len(self.columns) > 1:
+            return np.array(values, np.float64 if self.task == "regression" else np.int64)
+        if self.task == "regression":
+            return np.array([number for (number,) in values], np.float64)
+        return [int(label) if self.ordinal else label for (label,) in values]
+
+    def summary(self, values: Sequence[Value]) -> str:
+        """What is known of the cases, in words: how many are of each class, or what they span."""
+        table = list(zip(*values, strict=True))
+        if self.task == "survival":
+            return f"{sum(table[0]):,} events, {_span('time', table[1])}"
+        if self.task == "regression":
+            return ", ".join(map(_span, self.columns, table))
+        if len(self.columns) > 1:
+            return ", ".join(f"{c} {sum(v)}" for c, v in zip(self.columns, table, strict=True))
+        labels = self.array(values)
+        return ", ".join(f"{label} {labels.count(label)}" for label in sorted({*labels}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The rows of a cohort. `labels` and `patients` are empty where they were not asked for."""
+    """The cases of a cohort: slides, or patients with theirs.
 
-    slides: list[str]
-    features: list[Path]
-    labels: list[str]
+    `slides` are those of each case, and `features` their files: one, or a list by patient. `ids`
+    are what other tables call the cases: the patient, or the slide or its id.
+    `values` are what is known of each case, and `y` the same as `fit` takes it; these and
+    `patients` are empty where they were not asked for.
+    """
+
+    slides: list[tuple[str, ...]]
+    features: list[Any]
+    ids: list[str]
+    values: list[Value]
+    y: Any
     patients: list[str]
 
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Self:
+        """The table of slides of which the files of features are known alone."""
+        names = [path.name for path in files]
+        slides: list[tuple[str, ...]] = [(name,) for name in names]
+        return cls(slides=slides, features=[*files], ids=names, values=[], y=[], patients=[])
 
-def read_table(path: Path, features: str | None, *, labelled: bool = True) -> Table:
+    def name(self, case: int) -> str:
+        """The name of a case: its slide, or its patient and the slides."""
+        slides = ", ".join(self.slides[case])
+        by_patient = isinstance(self.features[case], list)
+        return f"{self.patients[case]} ({slides})" if by_patient else slides
+
+
+def read_table(
+    path: Path, features: str | None, *, target: Target | None = None, by: By = "slide"
+) -> Table:
     """The cohort that a CSV lists, each slide with the file of its features.
 
     The file is the one in the column `features`, or that which `xmag extract` wrote for the slide
-    into the folder `features`. Raises InputError for a CSV that makes no sense and for a slide
-    without features.
+    into the folder `features`. Without a `target`, nothing needs to be known of the slides. By
+    "patient", the slides of a patient are one case. Raises InputError for a CSV that makes no
+    sense, a slide without features, and a patient of whom two rows say different things.
     """
-    wanted = ("slide", "label", "patient") if labelled else ("slide",)
+    columns = () if target is None else tuple(map(_as_header, target.columns))
+    with_patients = target is not None or by == "patient"
+    wanted = ("slide", *columns, *(("patient",) if with_patients else ()))
+    if twice := [name for name in wanted if wanted.count(name) > 1]:
+        raise InputError(f"the column {twice[0]!r} is named twice; expected another one")
     rows = read_csv(path, required=wanted, optional=("features", "id"))
     if not rows:
         raise InputError(f"the CSV file {path.name!r} has no rows; expected one for each slide")
-    content = {name: [row.required(name) for row in rows] for name in wanted}
-    for name in wanted[1:]:
-        _refuse_alike(content[name], name, path)
-    labels = content.get("label", [])
-    _refuse_numbers(labels, path)
-    folder = None if features is None else Path(features)
-    if folder is not None and not folder.is_dir():
-        raise InputError(
-            f"there is no folder {str(folder)!r}; give --features the folder that xmag extract"
-            " wrote to"
-        )
-    slide_of: dict[Path, str] = {}
-    for row, slide in zip(rows, content["slide"], strict=True):
-        file = _features_of(row, path, folder)
-        if file in slide_of:  # they would be in two folds
-            raise InputError(
-                f"{path.name!r} has {slide_of[file]!r} and {slide!r}, which both have the features"
-                f" {str(file)!r}; expected each slide once. Name files in a column 'features'"
-            )
-        slide_of[file] = slide
+    slides = [row.required("slide") for row in rows]
+    ids = [row.get("id") or row.required("slide") for row in rows]
+    values: list[Value] = []
+    if target is not None:
+        read = Target(task=target.task, columns=columns, ordinal=target.ordinal)
+        values = [read.value(row) for row in rows]
+    patients = [row.required("patient") for row in rows] if with_patients else []
+    _refuse_alike(patients, "patient", path)
+    if target is not None and target.task == "classification" and len(columns) == 1:
+        labels = [str(label) for (label,) in values]
+        _refuse_alike(labels, columns[0], path)
+        if not target.ordinal:
+            _refuse_numbers(labels, path)
+    files = _files_of(rows, path, None if features is None else Path(features))
+    together: dict[str | int, list[int]] = {}
+    for place in range(len(rows)):
+        together.setdefault(patients[place] if by == "patient" else place, []).append(place)
+    cases = [*together.values()]
+    for places in cases if values else ():
+        _refuse_contradictions([rows[n] for n in places], columns, [values[n] for n in places])
+    values = [values[places[0]] for places in cases] if values else []
     return Table(
-        slides=content["slide"],
-        features=[*slide_of],
-        labels=labels,
-        patients=content.get("patient", []),
+        slides=[tuple(slides[n] for n in places) for places in cases],
+        features=[[files[n] for n in places] for places in cases] if by == "patient" else files,
+        ids=[*dict.fromkeys(patients)] if by == "patient" else ids,
+        values=values,
+        y=[] if target is None else target.array(values),
+        patients=[patients[places[0]] for places in cases] if with_patients else [],
+    )
+
+
+def features_in(folder: Path, slide: str, own: str = "") -> Path | None:
+    """The features that `xmag extract` wrote for a slide into a folder; None where there are none.
+
+    They are called as the id that the slide has of its `own`, or as the end of its path.
+    """
+    for stem in _stems(slide, own):
+        for suffix in _SUFFIXES:
+            candidate = folder / f"{stem}{suffix}"
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _as_header(column: str) -> str:
+    """The name of a column as `read_csv` has it."""
+    return column.strip().casefold()
+
+
+def _strange(row: Row, column: str, expected: str) -> InputError:
+    return InputError(
+        f"line {row.line} of {row.table!r} has {row.get(column)!r} as its {column}; expected"
+        f" {expected}"
+    )
+
+
+def _number(row: Row, column: str) -> float:
+    text = row.required(column)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise _strange(row, column, "a number, with a decimal point")
+    return number
+
+
+def _truth(row: Row, column: str) -> int:
+    found = _TRUTHS.get(row.required(column).casefold())
+    if found is None:
+        raise _strange(row, column, "1 or true where it is so (it happened), else 0 or false")
+    return found
+
+
+def _span(name: str, numbers: Sequence[Any]) -> str:
+    known = [number for number in numbers if not math.isnan(number)]
+    missing = len(numbers) - len(known)
+    ends = f"{min(known):g} to {max(known):g}" if known else "unknown"
+    return f"{name} {ends}" + (f" ({missing:,} missing)" if missing and known else "")
+
+
+def _refuse_contradictions(
+    rows: Sequence[Row], columns: Sequence[str], values: Sequence[Value]
+) -> None:
+    """Raise InputError for rows of one patient that do not say the same."""
+    if len({str(value) for value in values}) == 1:  # as text, NaN equals itself
+        return
+    lines = ", ".join(str(row.line) for row in rows[:8])
+    first, other = values[0], next(v for v in values if str(v) != str(values[0]))
+    said = (" ".join(f"{c} {v}" for c, v in zip(columns, v, strict=True)) for v in (first, other))
+    raise InputError(
+        f"lines {lines} of {rows[0].table!r} are of the patient {rows[0].get('patient')!r}, who is"
+        f" one case with --by patient, and say {' and '.join(said)}; expected the same of each:"
+        " correct them, or leave out --by patient"
     )
 
 
@@ -85,18 +270,38 @@ def _refuse_numbers(labels: Sequence[str], path: Path) -> None:
     if broken:
         raise InputError(
             f"the labels of {path.name!r} are numbers, such as {broken[0]}, which is not whole:"
-            f" {CONTINUOUS}. Where they are names of classes, write them as words: grade 1.5"
+            " each different number would become a class of its own. For numbers there is --task"
+            " regression; where they are names of classes, write them as words: grade 1.5"
         )
+
+
+def _files_of(rows: Sequence[Row], path: Path, folder: Path | None) -> list[Path]:
+    """The file of each row's features; InputError where two have the same."""
+    if folder is not None and not folder.is_dir():
+        raise InputError(
+            f"there is no folder {str(folder)!r}; give --features the folder that xmag extract"
+            " wrote to"
+        )
+    slide_of: dict[Path, str] = {}
+    for row in rows:
+        file, slide = _features_of(row, path, folder), row.required("slide")
+        if file in slide_of:  # they would be in two folds
+            raise InputError(
+                f"{path.name!r} has {slide_of[file]!r} and {slide!r}, which both have the features"
+                f" {str(file)!r}; expected each slide once. Name files in a column 'features'"
+            )
+        slide_of[file] = slide
+    return [*slide_of]
 
 
 def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
     slide = row.required("slide")
     if own := row.get("features"):
-        found = (path.parent if folder is None else folder) / own
-        if found.is_file():
-            return found
+        named = (path.parent if folder is None else folder) / own
+        if named.is_file():
+            return named
         raise InputError(
-            f"there is no file {str(found)!r}, which {path.name!r} names for {slide!r};"
+            f"there is no file {str(named)!r}, which {path.name!r} names for {slide!r};"
             f" its column 'features' is relative to the folder of"
             f" {'the CSV' if folder is None else '--features'}"
         )
@@ -105,26 +310,23 @@ def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
             f"{path.name!r} names no file of features for {slide!r}; give --features, the folder"
             " that xmag extract wrote to, or fill in a column 'features'"
         )
-    for stem in _stems(row):
-        for suffix in _SUFFIXES:
-            candidate = folder / f"{stem}{suffix}"
-            if candidate.is_file():
-                return candidate
+    if found := features_in(folder, slide, row.get("id")):
+        return found
     raise InputError(
         f"{str(folder)!r} has no features of {slide!r}; extract them first: xmag extract"
         f" {path} -o {folder}"
     )
 
 
-def _stems(row: Row) -> list[str]:
+def _stems(slide: str, own: str) -> list[str]:
     """Names under which `extract_cohort` may have put a slide: id or end of path, longest first.
 
     How much of the path it kept depends on what it was given. A slide may also be named alone,
     without the suffix of its file.
     """
-    if own := row.get("id"):
+    if own:
         return [own]
-    slide = PurePath(row.required("slide").replace("\\", "/"))
-    parts = [part for part in slide.parts if part not in (slide.anchor, "..")]
+    path = PurePath(slide.replace("\\", "/"))
+    parts = [part for part in path.parts if part not in (path.anchor, "..")]
     ends = [PurePath(*parts[first:]) for first in range(len(parts))]
     return [str(stem) for end in ends for stem in (end.with_name(end.stem), end)]

@@ -1,4 +1,4 @@
-"""Pictures of a slide: tissue and tiles, embeddings as colours, attention of a classifier.
+"""Pictures of a slide: tissue and tiles, embeddings as colours, attention of a MIL model.
 
 Every function returns an image, or GeoJSON, and writes nothing.
 """

@@ -1,6 +1,11 @@
-"""Attention of a classifier: a heatmap over the slide, the tiles with the most, and GeoJSON."""
+"""Attention of a MIL model: a heatmap over the slide, the tiles with the most, and GeoJSON.
+
+Of a case of several slides each has a picture of its own: ``case=`` is the attention of all of
+them, so that a colour means the same on each.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,39 +47,61 @@ _VIRIDIS = np.array(
 """Every sixteenth colour of matplotlib's viridis (CC0), whose lightness rises evenly."""
 
 
-def heatmap(slide: Slide, attention: "Attention", *, max_px: int = 1600) -> Image.Image:
+def heatmap(
+    slide: Slide,
+    attention: "Attention",
+    *,
+    case: Sequence["Attention"] = (),
+    caption: str = "",
+    max_px: int = 1600,
+) -> Image.Image:
     """The slide in grey with each tile coloured by its attention, as an RGB image.
 
     Colour is the rank of a tile among those of the slide, from 0 (least) to 100 (most), along
     viridis: it shows which tiles got more than others on this slide, and the colours of two slides
-    cannot be compared. How unequal the weights are stands in the legend, as the share that the top
-    tenth of the tiles holds. Where tiles overlap, the mean of their ranks is shown. Raises BagError
-    where the attention does not say where its tiles lie, and InputError where it belongs to another
-    canvas. Other scores are drawn as
-    ``Attention(scores=..., coords=bag.coords, tiles=bag.tiles, kind="custom")``.
+    cannot be compared, unless they are of one `case`: then the rank is that among the tiles of all
+    its slides. How unequal the weights are stands in the legend, as the share that the top tenth of
+    the tiles holds. Where tiles overlap, the mean of their ranks is shown.
+
+    Args:
+        slide: The slide that the bag was made from.
+        attention: Of a model of any task: ``attention(bag)``, or one of ``attention([bags])``.
+            Other scores are drawn as
+            ``Attention(scores=..., coords=bag.coords, tiles=bag.tiles, kind="custom")``.
+        case: All that ``attention([bags])`` gave; `attention` is one of them.
+        caption: A line below the slide's name, such as what was predicted.
+        max_px: The longer side of the picture.
+
+    Raises BagError where the attention does not say where its tiles lie, and InputError where it
+    belongs to another canvas or is not one of the `case`.
     """
     coords, tiles = _placed(attention)
     require_canvas(slide, tiles, _WHOSE)
-    ranks = percentiles(attention.scores)[:, None]
+    ranks = _ranks(attention, case)[:, None]
     image, mean, covered = mean_on_grey(slide, ranks, coords, tiles, max_px)
     grey = np.asarray(image)
     tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
     picture = Image.fromarray(np.where(covered, np.rint(tinted), grey).astype(np.uint8))
-    keys = [*_legend(attention.scores), *overlap_key(coords, tiles, "rank")]
-    return framed(picture, slide, keys)
+    keys = [*_legend(attention, case), *overlap_key(coords, tiles, "rank")]
+    return framed(picture, slide, keys, caption=caption)
 
 
 def gallery(
-    slide: Slide, attention: "Attention", *, count: int = 12, tile_px: int = 192
+    slide: Slide,
+    attention: "Attention",
+    *,
+    case: Sequence["Attention"] = (),
+    count: int = 12,
+    tile_px: int = 192,
 ) -> Image.Image:
     """The `count` tiles with the most attention, the first at the top left, as an RGB image.
 
     Each is read from the slide as it was for the encoder: `attention.tiles.size_px` px at
     `attention.tiles.mpp` µm/px; then it is shown with `tile_px` px a side. Below it stand its rank,
-    its score, how many times the mean of all tiles that is, and its place in level-0 px. The border
-    has the colour that the tile has in `heatmap`. Fewer tiles than `count` are all shown. Raises
-    what `heatmap` raises, InputError for a `count` or `tile_px` that makes no sense, and what
-    `Slide.read_region` raises.
+    its score, how many times the mean of all tiles (of all slides of the `case`) that is, and its
+    place in level-0 px. The border has the colour that the tile has in `heatmap`. Fewer tiles than
+    `count` are all shown. Raises what `heatmap` raises, InputError for a `count` or `tile_px` that
+    makes no sense, and what `Slide.read_region` raises.
     """
     coords, tiles = _placed(attention)
     require_canvas(slide, tiles, _WHOSE)
@@ -93,8 +120,9 @@ def gallery(
     top, side_um = _top(len(order), len(coords)), tiles.size_px * tiles.mpp
     title = f"{plain(slide.name)}: {top} of {side_um:.0f} um a side"
     draw.text((_GAP_PX, line_px), title, INK, font, anchor="lm")
-    borders = colours(percentiles(attention.scores))
-    mean = float(attention.scores.mean()) if len(coords) else 0.0
+    borders = colours(_ranks(attention, case))
+    every = _scores(attention, case)
+    mean = float(every.mean()) if len(every) else 0.0
     mpp = tiles.mpp * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
     for place, row in enumerate(order):
         x, y = _GAP_PX + place % columns * across, 2 * line_px + place // columns * down
@@ -112,16 +140,19 @@ def gallery(
     return page
 
 
-def attention_geojson(attention: "Attention") -> dict[str, Any]:
+def attention_geojson(
+    attention: "Attention", *, case: Sequence["Attention"] = ()
+) -> dict[str, Any]:
     """The tiles with their attention as a GeoJSON FeatureCollection in level-0 px, for QuPath.
 
     Each tile is a detection, in the order of the bag, with the measurements "Attention" (its score)
-    and "Attention rank" (0 to 100 among the tiles of the slide), by which QuPath's measurement maps
-    colour it. It is classified by its rank: "Attention rank 90-100" and so on, in the colours of
-    `heatmap`. Raises BagError where the attention does not say where its tiles lie.
+    and "Attention rank" (0 to 100 among the tiles of the slide, or of its `case`), by which
+    QuPath's measurement maps colour it. It is classified by its rank: "Attention rank 90-100" and
+    so on, in the colours of `heatmap`. Raises BagError where the attention does not say where its
+    tiles lie, and InputError where it is not one of the `case`.
     """
     coords, tiles = _placed(attention)
-    ranks = percentiles(attention.scores)
+    ranks = _ranks(attention, case)
     kinds = [
         {
             "name": f"Attention rank {low}-{high}",
@@ -171,8 +202,7 @@ def colours(percent: NDArray[np.float64]) -> NDArray[np.uint8]:
 def _placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
     """The corners of the tiles and their geometry.
 
-    Raises BagError where the bag did not know them, and InputError for scores that are not one
-    finite number for each tile.
+    Raises BagError where the bag did not know them, and InputError as `_require_scores`.
     """
     coords, tiles = attention.coords, attention.tiles
     if coords is None or tiles is None:
@@ -183,19 +213,48 @@ def _placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
             " software give what it lacks: FeatureBag(bag.features, coords, tiles=), or for STAMP's"
             " FeatureBag.load(path).on(slide)"
         )
-    if attention.scores.shape != (len(coords),) or not np.isfinite(attention.scores).all():
-        raise InputError(
-            f"the attention has scores of shape {attention.scores.shape} for {len(coords)} tiles;"
-            " expected one finite number for each tile"
-        )
+    _require_scores(attention.scores, len(coords))
     return coords, tiles
 
 
-def _legend(scores: NDArray[np.float32]) -> list[Key]:
-    if not len(scores):
+def _require_scores(scores: NDArray[np.float32], count: int) -> None:
+    """Raise InputError for scores that are not one finite number for each tile."""
+    if scores.shape != (count,) or not np.isfinite(scores).all():
+        raise InputError(
+            f"the attention has scores of shape {scores.shape} for {count} tiles; expected one"
+            " finite number for each tile"
+        )
+
+
+def _scores(attention: "Attention", case: Sequence["Attention"]) -> NDArray[np.float32]:
+    """The scores of all tiles of the case, or of the slide alone where none is given."""
+    return np.concatenate([each.scores for each in case or (attention,)])
+
+
+def _ranks(attention: "Attention", case: Sequence["Attention"]) -> NDArray[np.float64]:
+    """Percentiles of the slide's tiles among those of the case, or of the slide alone.
+
+    Raises InputError where the attention is not one of the case.
+    """
+    slides = list(case or (attention,))
+    for each in slides:
+        _require_scores(each.scores, len(each))
+    if attention not in slides:  # compared by identity
+        raise InputError(
+            f"the attention is none of the {len(slides)} of case=; expected those that one call of"
+            " attention([bags]) gave, of which the attention is one"
+        )
+    first = sum(len(each) for each in slides[: slides.index(attention)])
+    return percentiles(_scores(attention, case))[first : first + len(attention)]
+
+
+def _legend(attention: "Attention", case: Sequence["Attention"]) -> list[Key]:
+    scores = _scores(attention, case)
+    if not len(attention):
         return [Key(text="no tiles")]
     ramp = tuple(tuple(c) for c in colours(np.linspace(0, 100, 64)).tolist())
-    keys = [Key(text="rank of attention among the tiles, 0 to 100", line=FAINT, fills=ramp)]
+    among = f"the tiles of the {len(case)} slides" if len(case) > 1 else "the tiles"
+    keys = [Key(text=f"rank of attention among {among}, 0 to 100", line=FAINT, fills=ramp)]
     top = math.ceil(_TOP_SHARE * len(scores))
     total = float(scores.sum(dtype=np.float64))
     if total > 0 and scores.min() >= 0:
@@ -204,6 +263,11 @@ def _legend(scores: NDArray[np.float32]) -> list[Key]:
             f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
         )
         keys.append(Key(text=held))
+        if len(case) > 1:
+            own = float(attention.scores.sum(dtype=np.float64)) / total
+            tiles = len(attention) / len(scores)
+            text = f"this slide has {tiles:.0%} of the tiles, {own:.0%} of the weight"
+            keys.append(Key(text=text))
     return keys
 
 

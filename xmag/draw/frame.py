@@ -4,7 +4,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,25 +93,29 @@ def require_canvas(slide: Canvas, tiles: TileGeometry, whose: str) -> None:
         )
 
 
-def framed(picture: Image.Image, slide: Pictured, keys: Sequence[Key]) -> Image.Image:
-    """The picture above a strip with the slide's name and scale, a scale bar and the legend."""
+def framed(
+    picture: Image.Image, slide: Pictured, keys: Sequence[Key], *, caption: str = ""
+) -> Image.Image:
+    """The picture above a strip with the slide's name and scale, a scale bar and the legend.
+
+    A `caption` has a line of its own below the name.
+    """
     width = max(picture.width, _LEAST_WIDTH_PX)
     text_px = max(13, round(width / 80))
     font = ImageFont.load_default(text_px)
     margin, line_px = text_px, round(1.9 * text_px)
-    page = Image.new("RGB", (width, picture.height + margin + line_px * (2 + len(keys))), "white")
+    page = Image.new("RGB", (width, picture.height + margin + line_px * (3 + len(keys))), "white")
     page.paste(picture)
     draw = ImageDraw.Draw(page)
     y = picture.height + margin // 2 + line_px // 2
     scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
     title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
-    name, room = plain(slide.name), width - 3 * margin - font.getlength(title)
-    kept = len(name)
-    while kept > 8 and font.getlength(name) > room:  # its middle is left out
-        kept -= 1
-        name = f"{plain(slide.name)[: kept // 2]}...{plain(slide.name)[-(kept - kept // 2) :]}"
+    name = _fitted(slide.name, font, width - 3 * margin - font.getlength(title))
     draw.text((margin, y), name, INK, font, anchor="lm")
     draw.text((width - margin, y), title, FAINT, font, anchor="rm")
+    if caption:
+        y += line_px
+        draw.text((margin, y), _fitted(caption, font, width - 2 * margin), INK, font, anchor="lm")
 
     x, y = margin + 5 * text_px, y + line_px
     if slide.mpp is not None:
@@ -141,6 +145,16 @@ def framed(picture: Image.Image, slide: Pictured, keys: Sequence[Key]) -> Image.
         draw.text((x + text_at, y), key.text, INK, font, anchor="lm")
         x += length
     return page.crop((0, 0, width, y - line_px // 2 + line_px + margin - margin // 2))
+
+
+def _fitted(text: str, font: Any, room: float) -> str:
+    """The text in ASCII, its middle left out where it is longer than `room` px."""
+    whole = fitted = plain(text)
+    kept = len(whole)
+    while kept > 8 and font.getlength(fitted) > room:
+        kept -= 1
+        fitted = f"{whole[: kept // 2]}...{whole[-(kept - kept // 2) :]}"
+    return fitted
 
 
 def _scale_bar(width_um: float, width_px: int) -> tuple[float, int]:

@@ -95,7 +95,7 @@ class MILEstimator(Estimator, Generic[H]):
     def fit(
         self,
         X: Sequence[BagLike],  # noqa: N803
-        y: Sequence[Any],
+        y: Any,
         *,
         groups: Sequence[Any] | None = None,
         validation: float | tuple[Any, ...] | None = 0.2,
@@ -194,7 +194,7 @@ class MILEstimator(Estimator, Generic[H]):
     def calibrate(
         self,
         X: Sequence[BagLike],  # noqa: N803
-        y: Sequence[Any],
+        y: Any,
         *,
         groups: Sequence[Any] | None = None,
     ) -> Self:

@@ -73,9 +73,11 @@ def held_out(
     nearer to `fraction`; the last unit of a class always stays to be trained on. Of several such
     orders the one that comes nearest counts. Raises InputError where nothing can be held out.
     """
-    number, classes = int(unit.max()) + 1, int(labels.max()) + 1
-    counts = np.zeros((number, classes))
-    np.add.at(counts, (unit, labels), 1)
+    # Classes without any bag (nobody is censored) are none to hold out of.
+    present, codes = np.unique(labels, return_inverse=True)
+    number = int(unit.max()) + 1
+    counts = np.zeros((number, len(present)))
+    np.add.at(counts, (unit, codes), 1)
     tried = [_greedy(counts, fraction, rng.permutation(number)) for _ in range(_ORDERS)]
     total = counts.sum(axis=0)
     taken = min(tried, key=lambda t: _distance(counts[t].sum(axis=0) / total, fraction))
