@@ -1,5 +1,6 @@
 """Pictures of survival, numbers, labels and calibration: what is drawn is what was computed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from support.cohorts import cohort
 
 from xmag.errors import InputError
 from xmag.evaluate import (
+    Estimate,
     Report,
     calibration_figure,
     confusion_figure,
@@ -69,6 +71,31 @@ def test_curves_of_risk_groups_are_those_of_lifelines(survival: Report) -> None:
     assert p is not None
     expected = "log-rank p < 0.001" if p < 0.001 else f"log-rank p = {p:.3f}"
     assert legend.get_title().get_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "cell", "title"),
+    [
+        (3e-9, "< 0.001", "log-rank p < 0.001"),
+        (0.00096, "< 0.001", "log-rank p < 0.001"),
+        (0.0012, "0.001", "log-rank p = 0.001"),
+        (0.4, "0.400", "log-rank p = 0.400"),
+        (None, "–", ""),
+    ],
+)
+def test_tables_and_pictures_show_the_same_p(
+    survival: Report, p: float | None, cell: str, title: str
+) -> None:
+    (result,) = survival.results
+    result = replace(result, estimates={**result.estimates, "log_rank": Estimate(value=p)})
+    report = replace(survival, results=(result,))
+    (row,) = [line for line in report.table().splitlines() if "log-rank" in line]
+    assert [text.strip() for text in row.split("|")[2:4]] == [cell, "–"]
+    other = replace(result, tested_on="another")
+    several = replace(survival, results=(result, other))
+    assert [row.split("|")[-2].strip() for row in several.table().splitlines()[2:]] == [cell] * 2
+    assert f"| {cell} " in several.table("log_rank")
+    assert kaplan_meier_figure(report).axes[0].get_legend().get_title().get_text() == title
 
 
 def test_numbers_at_risk_stand_under_the_ticks(survival: Report) -> None:

@@ -75,6 +75,21 @@ def test_a_column_of_folds_names_the_fold_that_tests_a_case(tmp_path: Path) -> N
     assert {split.repeat for split in folds.splits} == {0}
 
 
+@pytest.mark.parametrize(
+    ("values", "tested", "message"),
+    [
+        (("train", "test", "train"), "test", r"holds \['test', 'train'\]; .* call it fold_0"),
+        (("0", "1", "0"), "val", "tested is 'val'"),
+    ],
+)
+def test_a_column_of_folds_is_none_of_sides(
+    values: tuple[str, ...], tested: Any, message: str, tmp_path: Path
+) -> None:
+    path = _table(tmp_path, zip("abc", values, strict=True), ("slide", "fold"), "folds.csv")
+    with pytest.raises(InputError, match=message):
+        Folds.from_table(path, list("abc"), tested=tested)
+
+
 def test_missing_values_leave_a_case_out_of_a_split(tmp_path: Path) -> None:
     rows = [("P5", "P5-a", "wild", "", "train", "nan"), *_ROWS]
     folds = Folds.from_table(_table(tmp_path, rows), ["P5-a", *_SLIDES])

@@ -11,8 +11,11 @@ from sklearn import metrics as sk
 from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sksurv import metrics as sksurv_metrics
 from sksurv.linear_model import CoxPHSurvivalAnalysis, IPCRidge
 from sksurv.svm import FastSurvivalSVM
@@ -255,8 +258,10 @@ def test_the_sign_of_the_risk_is_that_of_the_estimator() -> None:
 
 
 def test_models_that_predict_the_time_say_so_themselves() -> None:
-    report = cross_validate(IPCRidge(), _X, _SURVIVAL, **_FEW)
-    assert (report.estimate("harrell_c").value or 0) > 0.6
+    searched = GridSearchCV(IPCRidge(), {"alpha": [0.1, 1]}, cv=2)
+    for model in (IPCRidge(), make_pipeline(StandardScaler(), IPCRidge()), searched):
+        report = cross_validate(model, _X, _SURVIVAL, **_FEW)
+        assert (report.estimate("harrell_c").value or 0) > 0.6
 
 
 def test_the_interval_is_that_of_the_metrics_module() -> None:
@@ -319,6 +324,8 @@ def test_cohorts_side_by_side(model: Any, y: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     across.save(tmp_path)
     assert Report.load(tmp_path) == across
+    # Two slides a patient: the test takes them for two patients.
+    assert ("The log-rank test takes each case" in str(across)) == (across.task == "survival")
     model.fit(*cohorts["A"][:2])
     alone = external(model, {"B": cohorts["B"]}, resamples=10)
     fitted = across.results[1]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from xmag.errors import InputError
 from xmag.evaluate.extra import optional
-from xmag.evaluate.results import Result, Sampling, cases_of
+from xmag.evaluate.results import Result, Sampling, cases_of, shown_p
 from xmag.metrics.bootstrap import TASKS, Floats, Outcomes, resampled
 from xmag.metrics.ranking import mean_roc
 from xmag.metrics.survival import Survival, kaplan_meier
@@ -106,9 +106,9 @@ def scatter_figure(report: "Report") -> "Figure":
 def kaplan_meier_figure(report: "Report") -> "Figure":
     """Figure of Kaplan-Meier curves of the cases of low and of high risk, a panel for each result.
 
-    Groups are cut at the median risk of the cases that were fitted on. Bands are pointwise 95%
-    intervals, ticks are censored cases, and p is the log-rank test's; below are the numbers at
-    risk. Raises InputError for other tasks than survival, and MissingExtraError without matplotlib.
+    Groups are cut at the median risk of the cases that were fitted on, or of the cohort where those
+    are not known. Bands are pointwise 95% intervals, ticks are censored cases, and p is the
+    log-rank test's; below are the numbers at risk. Raises InputError for other tasks than survival, and MissingExtraError without matplotlib.
     """
     _require(report, "Kaplan-Meier curve", "survival")
     figure, panels = _panels(report, side_in=4.8)
@@ -362,7 +362,7 @@ def _draw_kaplan_meier(axes: "Axes", result: Result) -> None:
     _label(axes, "time", "share without an event")
     axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(-0.01, 1.02), xticks=ticks)
     p = result.estimates["log_rank"].value
-    title = "" if p is None else f"log-rank p {'< 0.001' if p < 1e-3 else f'= {p:.3f}'}"
+    title = "" if p is None else f"log-rank p {'' if p < 1e-3 else '= '}{shown_p(p)}"
     _legend(axes, lines, texts, title, "best")
 
 

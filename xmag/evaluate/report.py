@@ -20,7 +20,7 @@ from xmag.evaluate.pictures import (
     roc_figure,
     scatter_figure,
 )
-from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval
+from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval, shown_p
 from xmag.metrics.bootstrap import TASKS, Interval
 
 
@@ -101,11 +101,12 @@ class Report:
             known = " known" if self.task == "regression" else ""
             patients = len(np.unique(result.patients))
             notes.insert(0, f"{result.cases:,} cases of {patients:,} patients: {listed}{known}.")
-            if self.task == "survival" and patients < result.cases:
-                notes.append(
-                    "The log-rank test takes each case for a patient of its own; for an honest p,"
-                    " give one case for each patient."
-                )
+        sizes = [(r.cases, len(np.unique(r.patients))) for r in self.results]
+        if self.task == "survival" and any(patients < cases for cases, patients in sizes):
+            notes.append(
+                "The log-rank test takes each case for a patient of its own; for an honest p, give"
+                " one case for each patient."
+            )
         tables = [self.table()]
         if self.task in ("multilabel", "regression"):
             tables += [_markdown(rows) for rows in map(self._of_each, self.results) if rows]
@@ -150,16 +151,16 @@ class Report:
         names = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
         titles = [self._title(name) for name in names]
         if len(self.results) == 1:
-            estimates = [self.results[0].estimates[name] for name in names]
             rows = [["metric", "value", f"{self._percent} interval"]]
-            for title, estimate in zip(titles, estimates, strict=True):
-                rows.append([title, shown(estimate.value), shown_interval(estimate.interval)])
+            for title, name in zip(titles, names, strict=True):
+                interval = self.results[0].estimates[name].interval
+                rows.append([title, self._value(self.results[0], name), shown_interval(interval)])
             return _markdown(rows)
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
             own = " (cross-validated)" if result.trained_on == result.tested_on else ""
             sizes = f"{result.cases:,}", f"{len(np.unique(result.patients)):,}"
-            values = [str(result.estimates[name]) for name in names]
+            values = [self._cell(result, name) for name in names]
             rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
@@ -226,6 +227,15 @@ class Report:
         several = self.task == "regression" and len(self.classes) > 1
         return f"{title}, mean over targets" if several else title
 
+    def _value(self, result: Result, metric: str) -> str:
+        value = result.estimates[metric].value
+        return shown_p(value) if TASKS[self.task][metric].is_test else shown(value)
+
+    def _cell(self, result: Result, metric: str) -> str:
+        """A value with its interval, where it has one."""
+        interval, value = result.estimates[metric].interval, self._value(result, metric)
+        return value if interval is None else f"{value} ({shown_interval(interval)})"
+
     def _of_each(self, result: Result) -> list[list[str]]:
         """The table of each label or target of a result; no rows where there is one."""
         if not result.of_each:
@@ -242,7 +252,7 @@ class Report:
         self._require(metric)
         trained = dict.fromkeys(result.trained_on for result in self.results)
         tested = dict.fromkeys(result.tested_on for result in self.results)
-        cells = {(r.trained_on, r.tested_on): str(r.estimates[metric]) for r in self.results}
+        cells = {(r.trained_on, r.tested_on): self._cell(r, metric) for r in self.results}
         rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
         rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
         return _markdown(rows)

@@ -53,6 +53,11 @@ def shown(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.3g}"
 
 
+def shown_p(p: float | None) -> str:
+    """A p-value as text: three decimals, and below 0.001 no more than that."""
+    return "< 0.001" if p is not None and p < 1e-3 else shown(p)
+
+
 def shown_interval(interval: Interval | None) -> str:
     """An interval as text; a dash where there is none."""
     if interval is None:

@@ -53,6 +53,12 @@ def table_pairs(
     else:
         folds = np.array([row["fold"] for row in found])
         kept = {name for name in folds.tolist() if not is_missing(name)}
+        if kept & {*_SIDES} or tested != "test":
+            seen = f"tested is {tested!r}" if tested != "test" else f"it holds {sorted(kept)}"
+            raise InputError(
+                f"the column fold of {path.name!r} is for the fold that tests each case, such as 0"
+                f" to 4, but {seen}; where each case is of train, val or test, call it fold_0"
+            )
         columns = sorted(kept, key=lambda name: (len(name), name))  # 10 comes after 9
         pairs = [
             (np.flatnonzero(np.isin(folds, [*kept - {name}])), np.flatnonzero(folds == name))

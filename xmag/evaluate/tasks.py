@@ -343,7 +343,8 @@ class SurvivalTime(Task):
 def _risks(estimator: Any, x: Any, n: int, name: str) -> NDArray[np.float64]:
     """Risks (n,): what is predicted, or minus that of scikit-survival's models of the time."""
     found = finite(estimator.predict(x), (n,), name)
-    return found if getattr(estimator, "_predict_risk_score", True) else -found
+    own = getattr(estimator, "best_estimator_", estimator)  # of a GridSearchCV
+    return found if getattr(own, "_predict_risk_score", True) else -found
 
 
 def _brier_parts(estimator: Any, x: Any, seen: Survival, train: Survival) -> NDArray[np.float64]:
