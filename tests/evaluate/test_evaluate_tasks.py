@@ -411,6 +411,10 @@ def test_folds_may_be_given() -> None:
     by_patient = Folds.by_patient(_PATIENTS, folds=4, repeats=2, random_state=3)
     assert len(by_patient) == 8
     assert by_patient == Folds.by_patient(_PATIENTS, folds=4, repeats=2, random_state=3)
+    with pytest.raises(InputError, match="random_state is -1"):
+        Folds.by_patient(_PATIENTS, random_state=-1)
+    with pytest.raises(InputError, match="strata has 3 entries for 120 cases"):
+        Folds.by_patient(_PATIENTS, strata=[0, 1, 1])
 
 
 def test_repeats_are_averaged_and_a_case_has_the_risk_group_of_most() -> None:

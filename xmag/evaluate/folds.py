@@ -15,7 +15,7 @@ from xmag import files, records
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.extra import optional
 from xmag.evaluate.tables import table_pairs
-from xmag.metrics.labels import Labels, as_labels, encode, refuse_continuous
+from xmag.metrics.labels import Labels, as_labels, encode, numbered, refuse_continuous
 
 _FORMAT = records.Format(
     name="xmag.Folds", version=1, writer="Folds.save", remedy="give a file that xmag saved"
@@ -101,9 +101,8 @@ class Folds:
         patients = np.arange(len(codes))
         if groups is not None:
             patients = _sorted_codes(as_labels(groups, "groups", n=len(codes)))
-        if not isinstance(random_state, Integral) or random_state < 0:
-            raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
-        _check_counts(labels, codes, patients, folds=folds, repeats=repeats)
+        _check_options(folds, repeats, random_state)
+        _check_counts(labels, codes, patients, folds=folds)
         return cls._shuffled(
             codes,
             None if groups is None else patients,
@@ -117,7 +116,7 @@ class Folds:
         cls,
         groups: Labels,
         *,
-        strata: ArrayLike | None = None,
+        strata: Labels | None = None,
         folds: int = 5,
         repeats: int = 1,
         random_state: int = 0,
@@ -127,14 +126,11 @@ class Folds:
         `strata`, whole numbers (n,), are spread over the folds as evenly as patients allow, such as
         whether there was an event. Raises InputError for fewer patients than folds.
         """
-        patients = encode(listed := as_labels(groups, "groups"), dict.fromkeys(listed))
+        patients = numbered(groups, len(groups), "groups")
         codes = np.zeros(len(patients), np.int64)
         if strata is not None:
-            codes = np.unique(np.asarray(strata), return_inverse=True)[1]
-        if folds < 2 or repeats < 1:
-            raise InputError(
-                f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1"
-            )
+            codes = _sorted_codes(as_labels(strata, "strata", n=len(patients)))
+        _check_options(folds, repeats, random_state)
         if (number := len(np.unique(patients))) < folds:
             raise InputError(
                 f"there are {number} patients for {folds} folds; give folds={max(number, 2)} or"
@@ -174,14 +170,12 @@ class Folds:
 
         Raises InputError for fewer than two of them.
         """
-        listed = as_labels(groups, "groups")
-        found = tuple(dict.fromkeys(listed))
-        if len(found) < 2:
-            raise InputError(f"groups has {len(found)} different patients; expected at least two")
-        patients = encode(listed, found)
+        patients = numbered(groups, len(groups), "groups")
+        if (number := len(set(patients.tolist()))) < 2:
+            raise InputError(f"groups has {number} different patients; expected at least two")
         pairs = [
             (np.flatnonzero(patients != one), np.flatnonzero(patients == one))
-            for one in range(len(found))
+            for one in range(number)
         ]
         return cls.from_pairs(pairs, samples=len(patients))
 
@@ -273,16 +267,16 @@ def _split(train: NDArray[Any], test: NDArray[Any], repeat: int) -> Split:
     return Split(train=tuple(train.tolist()), test=tuple(test.tolist()), repeat=repeat)
 
 
-def _check_counts(
-    labels: Sequence[Any],
-    codes: NDArray[np.int64],
-    patients: NDArray[np.int64],
-    *,
-    folds: int,
-    repeats: int,
-) -> None:
+def _check_options(folds: int, repeats: int, random_state: int) -> None:
     if folds < 2 or repeats < 1:
         raise InputError(f"folds={folds}, repeats={repeats}; expected at least 2 and at least 1")
+    if not isinstance(random_state, Integral) or random_state < 0:
+        raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
+
+
+def _check_counts(
+    labels: Sequence[Any], codes: NDArray[np.int64], patients: NDArray[np.int64], *, folds: int
+) -> None:
     names = dict(zip(codes.tolist(), labels, strict=True))
     if len(names) < 2:
         raise InputError(
