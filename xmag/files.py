@@ -326,16 +326,19 @@ class Row:
         )
 
 
-def read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
+def read_csv(
+    path: Path, *, required: Sequence[str] = (), optional: Sequence[str] = ()
+) -> list[Row]:
     """The rows of a CSV file in UTF-8; names of columns are stripped and casefolded.
 
-    Blank rows are left out. Raises InputError for a file that cannot be read or is no CSV, a
+    A file whose name ends in ``.tsv`` has tabs in place of commas. Blank rows are left out. Raises InputError for a file that cannot be read or is no CSV, a
     required column that is not there, one that is there twice, one that looks like a misspelt
     column, and a row with more values than there are columns.
     """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
             columns = [name.strip().casefold() for name in next(reader, [])]
             _check_columns(columns, path.name, required, optional)
             return list(_rows(reader, columns, path.name))

@@ -162,9 +162,19 @@ def test_a_patient_on_both_sides_of_a_column_of_folds_is_refused(tmp_path: Path)
         Folds.from_table(path, list("abc"))
 
 
+def test_tables_are_read_as_those_of_the_commands_are(tmp_path: Path) -> None:
+    path = _table(tmp_path, [("a", "0"), ("b", "1")], (" Slide", "FOLD"), "folds.csv")
+    folds = Folds.from_table(path, ["a", "b"])
+    assert [split.test for split in folds.splits] == [(0,), (1,)]
+    assert Folds.from_table(path, ["a", "b"], id_column="Slide ") == folds
+    path.write_text("slide,fold\na,0\nb, c,1\n")
+    with pytest.raises(InputError, match=r"line 3 of 'folds\.csv' has 3 values for 2 columns"):
+        Folds.from_table(path, ["a", "b"])
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.tsv' cannot be read"):
         Folds.from_table(tmp_path / "none.tsv", ["a"])
     (tmp_path / "bad.csv").write_bytes(b"slide,fold\n\xff\xfe,1\n")
-    with pytest.raises(InputError, match=r"bad\.csv' cannot be read"):
+    with pytest.raises(InputError, match=r"bad\.csv' is no text in UTF-8"):
         Folds.from_table(tmp_path / "bad.csv", ["a"])

@@ -1,7 +1,5 @@
 """Splits in tables: Patho-Bench's TSV files, and CSV files with a column of folds."""
 
-import csv
-import os
 import re
 import warnings
 from collections.abc import Hashable, Sequence
@@ -11,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import InputError, XmagWarning
-from xmag.files import is_missing
+from xmag.files import Row, read_csv
 from xmag.metrics.labels import Labels, as_labels
 
 _IDS = ("slide_id", "slide", "case_id", "patient", "id")
 _PATIENTS = ("case_id", "patient")
 _SIDES = ("train", "val", "test")
 
-Row = dict[str, str]
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -28,31 +25,33 @@ def table_pairs(
     """The splits in a table, each as (rows to fit on, rows to test on) of `ids`."""
     if tested not in ("test", "val"):
         raise InputError(f"tested is {tested!r}; expected 'test' or 'val'")
-    rows = _read(path)
+    if not (rows := read_csv(path)):
+        raise InputError(f"the table {path.name!r} has no rows; expected one for each case")
+    there = list(rows[0].values)
     names = [str(one) for one in as_labels(ids, "ids")]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"ids has {twice!r} twice; expected each case once")
     column = _id_column(path, rows, names, id_column)
     columns = sorted(
-        (name for name in rows[0] if re.fullmatch(r"fold_\d+", name)),
+        (name for name in there if re.fullmatch(r"fold_\d+", name)),
         key=lambda name: int(name.removeprefix("fold_")),
     )
-    if not columns and "fold" not in rows[0]:
+    if not columns and "fold" not in there:
         raise InputError(
-            f"{path.name!r} has the columns {list(rows[0])}; expected fold_0, fold_1, ... with"
+            f"{path.name!r} has the columns {there}; expected fold_0, fold_1, ... with"
             " train, val or test, or a column fold with the fold that tests each case"
         )
     found = _of_ids(path, rows, names, column, columns or ["fold"])
     patients = [] if groups is None else [as_labels(groups, "groups", n=len(names))]
-    own = next((name for name in _PATIENTS if name in rows[0] and name != column), None)
+    own = next((name for name in _PATIENTS if name in there and name != column), None)
     if own is not None:
-        patients.append([row[own] or None for row in found])
+        patients.append([row.get(own) or None for row in found])
     if columns:
         pairs = [_sides(path, found, fold, tested=tested) for fold in columns]
     else:
-        folds = np.array([row["fold"] for row in found])
-        kept = {name for name in folds.tolist() if not is_missing(name)}
+        folds = np.array([row.get("fold") for row in found])
+        kept = {*folds.tolist()} - {""}
         if kept & {*_SIDES} or tested != "test":
             seen = f"tested is {tested!r}" if tested != "test" else f"it holds {sorted(kept)}"
             raise InputError(
@@ -70,40 +69,21 @@ def table_pairs(
     return pairs
 
 
-def _read(path: Path) -> list[Row]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            rows = [
-                {name.strip(): (value or "").strip() for name, value in row.items() if name}
-                for row in reader
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"the table {os.fspath(path)!r} cannot be read ({error}); expected a CSV file in UTF-8,"
-            " or a TSV file whose name ends in .tsv"
-        ) from error
-    if not rows:
-        raise InputError(f"the table {path.name!r} has no rows; expected one for each case")
-    return rows
-
-
 def _id_column(path: Path, rows: list[Row], ids: Sequence[str], given: str | None) -> str:
+    columns = list(rows[0].values)
     if given is not None:
-        if given not in rows[0]:
-            raise InputError(
-                f"{path.name!r} has no column {given!r}; expected one of {list(rows[0])}"
-            )
-        return given
-    there = [name for name in _IDS if name in rows[0]]
+        if (name := given.strip().casefold()) not in columns:
+            raise InputError(f"{path.name!r} has no column {given!r}; expected one of {columns}")
+        return name
+    there = [name for name in _IDS if name in columns]
     for name in there:
-        if {row[name] for row in rows} & set(ids):
+        if {row.get(name) for row in rows} & set(ids):
             return name
     raise InputError(
-        f"no id, such as {ids[0]!r}, is in {there or list(rows[0])} of {path.name!r}; give ids as"
-        f" they stand there ({rows[0][there[0]]!r}), or id_column="
+        f"no id, such as {ids[0]!r}, is in {there} of {path.name!r}; give ids as they stand there"
+        f" ({rows[0].get(there[0])!r}), or id_column="
         if there
-        else f"{path.name!r} has the columns {list(rows[0])}; say which one has the ids: id_column="
+        else f"{path.name!r} has the columns {columns}; say which one has the ids: id_column="
     )
 
 
@@ -113,11 +93,12 @@ def _of_ids(
     """The row of each id; of several rows (slides of a patient), which have to agree, the first."""
     found: dict[str, Row] = {}
     for row in rows:
-        first = found.setdefault(row[column], row)
-        if differs := [name for name in folds if first[name] != row[name]]:
+        first = found.setdefault(row.get(column), row)
+        if differs := [name for name in folds if first.get(name) != row.get(name)]:
             raise InputError(
-                f"rows of {column} {row[column]!r} in {path.name!r} differ in {differs[0]}:"
-                f" {first[differs[0]]!r} and {row[differs[0]]!r}; expected one side for all of them"
+                f"rows of {column} {row.get(column)!r} in {path.name!r} differ in {differs[0]}:"
+                f" {first.get(differs[0])!r} and {row.get(differs[0])!r}; expected one side for all"
+                " of them"
             )
     if missing := [one for one in ids if one not in found]:
         raise InputError(
@@ -135,12 +116,12 @@ def _of_ids(
 
 
 def _sides(path: Path, rows: list[Row], fold: str, *, tested: str) -> Pair:
-    sides = [row[fold] for row in rows]
+    sides = [row.get(fold) for row in rows]
     for side, row in zip(sides, rows, strict=True):
-        if side not in _SIDES and not is_missing(side):
+        if side not in (*_SIDES, ""):
             raise InputError(
-                f"{fold} of {path.name!r} holds {side!r} ({next(iter(row.values()))!r}); expected"
-                " train, val, test, or nothing"
+                f"{fold} of {path.name!r} holds {side!r} (line {row.line}); expected train, val,"
+                " test, or nothing"
             )
     fitted = ("train", "val") if tested == "test" else ("train",)
     train, test = (np.flatnonzero(np.isin(sides, names)) for names in (fitted, (tested,)))
