@@ -327,6 +327,8 @@ def test_classifiers_are_as_before(folder, tmp_path):
         ["--ordinal"],
         ["--folds-table", "f.tsv"],
         ["--loss", "nll"],
+        ["--aggregator", "mean"],
+        ["--epochs", "3"],
     ],
 )
 def test_a_trained_model_takes_no_options_of_training(trained, tmp_path, capsys, flags):
@@ -335,6 +337,28 @@ def test_a_trained_model_takes_no_options_of_training(trained, tmp_path, capsys,
     said = capsys.readouterr().err
     assert "--classifier tests one that is trained; leave out" in said
     assert said.rstrip().endswith(f"leave out {flags[0]}")
+
+
+def test_columns_that_are_not_named_stay_those_of_the_training(folder, tmp_path):
+    text = (folder / "cohort.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace(",time,event,", ",months,dead,"))
+    (tmp_path / "b.csv").write_text(text.replace(",time,event,", ",OS,dead,"))
+    survival = ["--task", "survival", "--time", "months", "--event", "dead"]
+    rows = [line.split(",") for line in text.splitlines()]
+    grades = [*rows[0], "grade 2"], *([*row, f"{row[-1]}.0"] for row in rows[1:])
+    (tmp_path / "c.csv").write_text("\n".join(map(",".join, grades)))
+    for train, test, flags, other in (
+        ("a.csv", "b.csv", survival, ["--time", "OS"]),
+        ("c.csv", "c.csv", ["--label", "grade", "--ordinal"], ["--label", "grade 2"]),
+    ):
+        out, features = tmp_path / flags[1], ["--features", str(folder / "features")]
+        args = ["train", tmp_path / train, *features, "-o", out, "--epochs", 2, *flags]
+        assert main([*map(str, args)]) == 0
+        for name, more in ((train, []), (test, other)):
+            args = ["evaluate", tmp_path / name, *features, "-o", out / name, "--classifier", out]
+            assert main([*map(str, args), *more]) == 0
+        one, two = (Report.load(out / name).results[0].scores for name in (train, test))
+        np.testing.assert_array_equal(one, two)
 
 
 def test_the_table_of_folds_has_folds_of_its_own(folder, tmp_path, capsys):

@@ -58,3 +58,10 @@ def test_the_page_names_all_metrics_probes_and_functions() -> None:
     assert {"LinearProbe", "NearestNeighbours", "SimpleShot", "Folds", "Report"} <= named
     for name in known:
         assert name in metrics.__all__
+
+
+def test_every_table_of_the_pages_has_a_head() -> None:
+    for page in sorted(_PAGE.parent.glob("*.md")):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            assert re.match(r"\|.*\n\|[-:| ]+\|\n", table), (page.name, table)

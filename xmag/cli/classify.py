@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,12 @@ def evaluate(
     """Cross-validate, with these options of an estimator, or test one; save the report."""
     given = {"folds": folds, "repeats": repeats, "folds_table": folds_table}
     splits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-    of_training = [*splits, *(options.keys() & {"task", "fusion", "loss", "ordinal"})]
+    of_training = {*splits, *options} - {"label", "time", "event"}
     if classifier is not None and of_training:
+        flags = ", ".join(f"--{name}".replace("_", "-") for name in sorted(of_training))
         raise InputError(
-            "--folds and --repeats are for cross-validation, as are --folds-table, --task,"
-            " --fusion, --loss and --ordinal, but --classifier tests one that is trained; leave"
-            f" out {', '.join(f'--{name}'.replace('_', '-') for name in sorted(of_training))}"
+            "--folds and --repeats are for cross-validation, and other flags for training, but"
+            f" --classifier tests one that is trained; leave out {flags}"
         )
     saved = None if classifier is None else _tested(classifier, options)
     target, options = _target_of(options) if saved is None else (saved[1], {})
@@ -199,10 +200,13 @@ def _tested(classifier: str, options: dict[str, Any]) -> tuple[Estimator, Target
     """A saved estimator, and the target it was trained for, with the columns of the options."""
     loaded = load_estimator(classifier)
     task = next(task for task, kind in _ESTIMATORS.items() if isinstance(loaded, kind))
-    columns = {name: of for name, of in options.items() if name in ("label", "time", "event")}
-    named, _ = _target_of({**columns, "task": task})
     saved = Target.load(classifier)
-    return loaded, named if saved is None or columns else saved
+    known: dict[str, Any] = {}
+    if saved is not None:
+        event, time = saved.columns if task == "survival" else ("", "")
+        known = {"event": event, "time": time} if event else {"label": saved.columns}
+    target, _ = _target_of({**known, **options, "task": task})
+    return loaded, target if saved is None else replace(saved, columns=target.columns)
 
 
 def _own_labels(estimator: Estimator, table: Table) -> Any:
