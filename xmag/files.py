@@ -331,9 +331,10 @@ def read_csv(
 ) -> list[Row]:
     """The rows of a CSV file in UTF-8; names of columns are stripped and casefolded.
 
-    A file whose name ends in ``.tsv`` has tabs in place of commas. Blank rows are left out. Raises InputError for a file that cannot be read or is no CSV, a
-    required column that is not there, one that is there twice, one that looks like a misspelt
-    column, and a row with more values than there are columns.
+    A file whose name ends in ``.tsv`` has tabs in place of commas. Blank rows are left out. Raises
+    InputError for a file that cannot be read or is no CSV, a required column that is not there, one
+    that is there twice, one that looks like a misspelt column, and a row with more values than
+    there are columns.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:

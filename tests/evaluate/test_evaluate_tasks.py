@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lifelines.statistics import multivariate_logrank_test
+from scipy import stats
 from sklearn import metrics as sk
 from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -298,6 +299,26 @@ def test_intervals_equal_those_of_drawing_rows_one_by_one(
         rows = np.concatenate([np.flatnonzero(one == _PATIENTS) for one in draw])
         values.append(function(truth[rows], hats[rows]))
     assert list(found) == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("metric", "by"),
+    [("pearson", stats.pearsonr), ("spearman", stats.spearmanr), ("r2", sk.r2_score)],
+)
+def test_draws_of_one_number_have_no_correlation_and_no_r2_and_are_drawn_again(
+    metric: str, by: Any
+) -> None:
+    # A mean of several 0.23 may be another number, and their variance 1e-34.
+    truth, hats = np.array([0.23, 0.23, 0.23, 0.23, 0.3]), np.array([0.2, 0.3, 0.1, 0.1, 0.5])
+    found = metrics.interval(getattr(metrics, metric), truth, hats, resamples=300)
+    rng, values = np.random.default_rng(0), list[float]()
+    while len(values) < 300:
+        for rows in rng.integers(5, size=(300, 5)):
+            if len({*truth[rows]}) > 1 and len({*hats[rows]}) > 1:
+                values.append(float(np.ravel(by(truth[rows], hats[rows]))[0]))
+    assert list(found) == pytest.approx(np.quantile(values[:300], (0.025, 0.975)), abs=1e-9)
+    with pytest.raises(InputError, match="is one number"):
+        getattr(metrics, metric)([0.23] * 5, hats)
 
 
 def _shares(seed: int) -> tuple[Any, Any, Any]:

@@ -108,7 +108,8 @@ def kaplan_meier_figure(report: "Report") -> "Figure":
 
     Groups are cut at the median risk of the cases that were fitted on, or of the cohort where those
     are not known. Bands are pointwise 95% intervals, ticks are censored cases, and p is the
-    log-rank test's; below are the numbers at risk. Raises InputError for other tasks than survival, and MissingExtraError without matplotlib.
+    log-rank test's; below are the numbers at risk. Raises InputError for other tasks than survival,
+    and MissingExtraError without matplotlib.
     """
     _require(report, "Kaplan-Meier curve", "survival")
     figure, panels = _panels(report, side_in=4.8)
