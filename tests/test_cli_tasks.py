@@ -9,7 +9,8 @@ import pytest
 from xmag import evaluate
 from xmag.bag import FeatureBag
 from xmag.cli import main
-from xmag.cli.table import Target, read_table
+from xmag.cli.table import read_table
+from xmag.cli.tasks import Target
 from xmag.evaluate import Report
 from xmag.mil import MILClassifier, MILRegressor, MILSurvival
 

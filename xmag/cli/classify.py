@@ -3,7 +3,6 @@
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,24 @@ import numpy as np
 from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.cli.console import ALL_DONE, counted, write
-from xmag.cli.predictions import Estimator, predictions
-from xmag.cli.table import By, Table, Target, features_in, read_table
+from xmag.cli.table import By, Table, features_in, read_table
+from xmag.cli.tasks import (
+    ESTIMATORS,
+    Estimator,
+    Target,
+    classes_of,
+    predictions,
+    saved_target,
+    target_of,
+)
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError
 from xmag.extract import extract_features
 from xmag.files import atomic_path, csv_text, make_folder, write_text
 from xmag.hub.registry import DEFAULT_MODEL, MINI
-from xmag.mil import MILClassifier, MILRegressor, MILSurvival, load_estimator
+from xmag.mil import MILClassifier, load_estimator
 from xmag.slide import Slide
 
-_ESTIMATORS: dict[str, type[Estimator]] = {
-    "classification": MILClassifier,
-    "regression": MILRegressor,
-    "survival": MILSurvival,
-}
-_TASK_OF = {
-    "ordinal": "classification",
-    "time": "survival",
-    "event": "survival",
-    "loss": "survival",
-}
-"""Tasks of the flags that belong to one alone."""
 _SEEN = {
     "validation_loss": "validation loss",
     "validation_auroc": "AUROC",
@@ -54,9 +49,9 @@ def train(
     **options: Any,
 ) -> int:
     """Train an estimator, with these options of its class, and save it."""
-    target, options = _target_of(options)
+    target, options = target_of(options)
     table = read_table(csv, features, target=target, by=by)
-    estimator = _ESTIMATORS[target.task](random_state=random_state, **options)
+    estimator = ESTIMATORS[target.task](random_state=random_state, **options)
     estimator.fit(table.features, table.y, groups=table.patients)
     estimator.save(out)
     target.save(out)
@@ -71,29 +66,6 @@ def train(
     write(sys.stdout, f"kept      epoch {best['epoch']} of {len(epochs)}: {', '.join(seen)}")
     write(sys.stdout, f"written   {out}")
     return ALL_DONE
-
-
-def _target_of(options: dict[str, Any]) -> tuple[Target, dict[str, Any]]:
-    """The target that flags describe, and the other options, which are the estimator's.
-
-    Raises InputError for a flag of another task.
-    """
-    rest = dict(options)
-    task = rest.pop("task", "classification")
-    for name, of in _TASK_OF.items():
-        if name in rest and task != of:
-            raise InputError(f"--{name} is for --task {of}, but the task is {task}; leave it out")
-    if task == "survival" and "label" in rest:
-        raise InputError("--label is not for --task survival; name its columns: --event, --time")
-    columns = rest.pop("label", ["label"])
-    if task == "survival":
-        columns = [rest.pop("event", "event"), rest.pop("time", "time")]
-    ordered = rest.pop("ordinal", None)
-    if ordered is not None:
-        if len(columns) > 1:
-            raise InputError(f"--ordinal is for one column, but --label has {', '.join(columns)}")
-        rest["ordinal"] = ordered or True  # the order of names, or that of numbers
-    return Target(task=task, columns=tuple(columns), ordinal=ordered == []), rest
 
 
 def predict(
@@ -156,8 +128,8 @@ def evaluate(
             "--folds and --repeats are for cross-validation, and other flags for training, but"
             f" --classifier tests one that is trained; leave out {flags}"
         )
-    saved = None if classifier is None else _tested(classifier, options)
-    target, options = _target_of(options) if saved is None else (saved[1], {})
+    saved = None if classifier is None else saved_target(classifier, options)
+    target, options = target_of(options) if saved is None else (saved[1], {})
     table = read_table(csv, features, target=target, by=by)
     from xmag import evaluate as evaluation  # needs the extra
 
@@ -169,44 +141,23 @@ def evaluate(
             folded = evaluation.Folds.from_table(folds_table, table.ids, groups=table.patients)
             splits = {"folds": folded}
         report = evaluation.cross_validate(
-            _ESTIMATORS[target.task](random_state=random_state, **options),
+            ESTIMATORS[target.task](random_state=random_state, **options),
             table.features,
             table.y,
             groups=table.patients,
             random_state=random_state,
             **splits,
-            **_classes(target, options),
+            **classes_of(target, options),
         )
     else:
         cohort = (table.features, _own_labels(saved[0], table), table.patients)
         report = evaluation.external(
-            saved[0], {csv.stem: cohort}, random_state=random_state, **_classes(target, options)
+            saved[0], {csv.stem: cohort}, random_state=random_state, **classes_of(target, options)
         )
     report.save(out)
     write(sys.stdout, str(report))
     write(sys.stdout, f"see {Path(out) / 'report.json'}, and the pictures beside it")
     return ALL_DONE
-
-
-def _classes(target: Target, options: dict[str, Any]) -> dict[str, Any]:
-    """The order of classes, or the names of several labels or of numbers, for an evaluation."""
-    if isinstance(order := options.get("ordinal"), list):
-        return {"classes": order, "ordered": True}
-    named = target.task == "regression" or (len(target.columns) > 1 and target.task != "survival")
-    return {"classes": target.columns} if named else {}
-
-
-def _tested(classifier: str, options: dict[str, Any]) -> tuple[Estimator, Target]:
-    """A saved estimator, and the target it was trained for, with the columns of the options."""
-    loaded = load_estimator(classifier)
-    task = next(task for task, kind in _ESTIMATORS.items() if isinstance(loaded, kind))
-    saved = Target.load(classifier)
-    known: dict[str, Any] = {}
-    if saved is not None:
-        event, time = saved.columns if task == "survival" else ("", "")
-        known = {"event": event, "time": time} if event else {"label": saved.columns}
-    target, _ = _target_of({**known, **options, "task": task})
-    return loaded, target if saved is None else replace(saved, columns=target.columns)
 
 
 def _own_labels(estimator: Estimator, table: Table) -> Any:

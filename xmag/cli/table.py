@@ -1,103 +1,18 @@
 """A cohort as a table: cases, what is known of them, and patients from a CSV; feature files."""
 
-import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, Self
 
-import numpy as np
-
-from xmag import records
+from xmag.cli.tasks import Target, Value
 from xmag.errors import InputError
-from xmag.files import Row, read_csv, write_text
+from xmag.files import Row, read_csv
 
-Task = Literal["classification", "regression", "survival"]
 By = Literal["slide", "patient"]
-Value = tuple[str | float, ...]
-"""What a row says of its case, by the columns of a target."""
 
 _SUFFIXES = (".h5", ".safetensors", ".pt", ".npz")
-_TARGET_NAME = "target.json"
-_FORMAT = records.Format(
-    name="xmag.Target", version=1, writer="xmag train", remedy="train again, or remove the file"
-)
-_TRUTHS = {"1": 1, "true": 1, "1.0": 1, "0": 0, "false": 0, "0.0": 0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target(records.Record):
-    """The columns of what is predicted, by the task: labels, numbers, or an event and its time.
-
-    Several columns of a classification are labels of their own (0 or 1); `ordinal` classes are
-    whole numbers.
-    """
-
-    task: Task = "classification"
-    columns: tuple[str, ...] = ("label",)
-    ordinal: bool = False
-
-    def save(self, folder: str) -> None:
-        """Write it into the folder of an estimator, for the commands that use that."""
-        text = _FORMAT.dumps(self.to_dict(), indent=2)
-        write_text(Path(folder) / _TARGET_NAME, text + "\n")
-
-    @classmethod
-    def load(cls, folder: str) -> Self | None:
-        """The target of an estimator that `xmag train` wrote; None for one trained in Python."""
-        path = Path(folder) / _TARGET_NAME
-        return cls.from_dict(_FORMAT.load(path)) if path.is_file() else None
-
-    def value(self, row: Row) -> Value:
-        """What a row says of its case; InputError, which names its line, where it makes no sense.
-
-        With several numbers, one that is missing is NaN.
-        """
-        if self.task == "survival":
-            event, time = self.columns
-            found = _number(row, time)
-            if found < 0:
-                raise _strange(row, time, "a time from 0 on")
-            return _truth(row, event), found
-        if self.task == "regression":
-            several = len(self.columns) > 1
-            numbers = [_number(row, c) if row.get(c) or not several else math.nan
-                       for c in self.columns]  # fmt: skip
-            if all(map(math.isnan, numbers)):
-                raise InputError(
-                    f"line {row.line} of {row.table!r} has none of {', '.join(self.columns)};"
-                    " expected a number in one of them or more: fill it in, or remove the line"
-                )
-            return tuple(numbers)
-        if len(self.columns) > 1:
-            return tuple(_truth(row, column) for column in self.columns)
-        (column,) = self.columns
-        if self.ordinal and not _number(row, column).is_integer():
-            raise _strange(row, column, "a whole number, as --ordinal orders classes by it")
-        return (_number(row, column),) if self.ordinal else (row.required(column),)
-
-    def array(self, values: Sequence[Value]) -> Any:
-        """What `fit` takes for y: a list of labels, an array of numbers, or (event, time)."""
-        if self.task == "survival":
-            return np.array(values, dtype=[("event", np.bool_), ("time", np.float64)])
-        if len(self.columns) > 1:
-            return np.array(values, np.float64 if self.task == "regression" else np.int64)
-        if self.task == "regression":
-            return np.array([number for (number,) in values], np.float64)
-        return [int(label) if self.ordinal else label for (label,) in values]
-
-    def summary(self, values: Sequence[Value]) -> str:
-        """What is known of the cases, in words: how many are of each class, or what they span."""
-        table = list(zip(*values, strict=True))
-        if self.task == "survival":
-            return f"{sum(table[0]):,} events, {_span('time', table[1])}"
-        if self.task == "regression":
-            return ", ".join(map(_span, self.columns, table))
-        if len(self.columns) > 1:
-            return ", ".join(f"{c} {sum(v)}" for c, v in zip(self.columns, table, strict=True))
-        labels = self.array(values)
-        return ", ".join(f"{label} {labels.count(label)}" for label in sorted({*labels}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +68,7 @@ def read_table(
     ids = [row.get("id") or row.required("slide") for row in rows]
     values: list[Value] = []
     if target is not None:
-        read = Target(task=target.task, columns=columns, ordinal=target.ordinal)
-        values = [read.value(row) for row in rows]
+        values = [replace(target, columns=columns).value(row) for row in rows]
     patients = [row.required("patient") for row in rows] if with_patients else []
     _refuse_alike(patients, "patient", path)
     if target is not None and target.task == "classification" and len(columns) == 1:
@@ -196,38 +110,6 @@ def features_in(folder: Path, slide: str, own: str = "") -> Path | None:
 def _as_header(column: str) -> str:
     """The name of a column as `read_csv` has it."""
     return column.strip().casefold()
-
-
-def _strange(row: Row, column: str, expected: str) -> InputError:
-    return InputError(
-        f"line {row.line} of {row.table!r} has {row.get(column)!r} as its {column}; expected"
-        f" {expected}"
-    )
-
-
-def _number(row: Row, column: str) -> float:
-    text = row.required(column)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise _strange(row, column, "a number, with a decimal point")
-    return number
-
-
-def _truth(row: Row, column: str) -> int:
-    found = _TRUTHS.get(row.required(column).casefold())
-    if found is None:
-        raise _strange(row, column, "1 or true where it is so (it happened), else 0 or false")
-    return found
-
-
-def _span(name: str, numbers: Sequence[Any]) -> str:
-    known = [number for number in numbers if not math.isnan(number)]
-    missing = len(numbers) - len(known)
-    ends = f"{min(known):g} to {max(known):g}" if known else "unknown"
-    return f"{name} {ends}" + (f" ({missing:,} missing)" if missing and known else "")
 
 
 def _refuse_contradictions(
