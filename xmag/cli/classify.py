@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.cli.console import ALL_DONE, counted, write
@@ -17,6 +15,7 @@ from xmag.cli.tasks import (
     Estimator,
     Target,
     classes_of,
+    own_labels,
     predictions,
     saved_target,
     target_of,
@@ -26,7 +25,7 @@ from xmag.errors import InputError
 from xmag.extract import extract_features
 from xmag.files import atomic_path, csv_text, make_folder, write_text
 from xmag.hub.registry import DEFAULT_MODEL, MINI
-from xmag.mil import MILClassifier, load_estimator
+from xmag.mil import load_estimator
 from xmag.slide import Slide
 
 _SEEN = {
@@ -150,7 +149,7 @@ def evaluate(
             **classes_of(target, options),
         )
     else:
-        cohort = (table.features, _own_labels(saved[0], table), table.patients)
+        cohort = (table.features, own_labels(saved[0], table.y), table.patients)
         report = evaluation.external(
             saved[0], {csv.stem: cohort}, random_state=random_state, **classes_of(target, options)
         )
@@ -158,20 +157,6 @@ def evaluate(
     write(sys.stdout, str(report))
     write(sys.stdout, f"see {Path(out) / 'report.json'}, and the pictures beside it")
     return ALL_DONE
-
-
-def _own_labels(estimator: Estimator, table: Table) -> Any:
-    """The labels as the classifier has them: one trained in Python may have numbers."""
-    if not isinstance(estimator, MILClassifier) or isinstance(table.y, np.ndarray):
-        return table.y
-    own = {str(label): label for label in estimator.classes_.tolist()}
-    known = [str(label) for label in table.y]
-    if unknown := sorted({*known} - {*own}):
-        raise InputError(
-            f"the cohort has the label {unknown[0]!r}, but the classifier knows {sorted(own)};"
-            " expected the same names: change the CSV"
-        )
-    return [own[label] for label in known]
 
 
 def heatmap(

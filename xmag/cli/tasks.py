@@ -188,6 +188,20 @@ def classes_of(target: Target, options: dict[str, Any]) -> dict[str, Any]:
     return {"classes": target.columns} if named else {}
 
 
+def own_labels(estimator: Estimator, y: Any) -> Any:
+    """The labels as the classifier has them: one trained in Python may have numbers."""
+    if not isinstance(estimator, MILClassifier) or isinstance(y, np.ndarray):
+        return y
+    own = {str(label): label for label in estimator.classes_.tolist()}
+    known = [str(label) for label in y]
+    if unknown := sorted({*known} - {*own}):
+        raise InputError(
+            f"the cohort has the label {unknown[0]!r}, but the classifier knows {sorted(own)};"
+            " expected the same names: change the CSV"
+        )
+    return [own[label] for label in known]
+
+
 class Predictions(NamedTuple):
     """Predictions of cases: columns of text by their names, and each case in words."""
 

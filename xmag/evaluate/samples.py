@@ -17,8 +17,8 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.evaluate.tasks import Classification, SurvivalTime, Task
-from xmag.metrics.labels import Labels, as_labels, class_order
+from xmag.evaluate.tasks import Classification, Task
+from xmag.metrics.labels import Labels, as_labels
 
 OnIdentical = Literal["raise", "warn"]
 
@@ -200,16 +200,7 @@ def agreed_classes(
         raise InputError(
             "ordered=True needs the order of the classes, lowest first; give classes=[...]"
         )
-    if not isinstance(parts[0].task, Classification):
-        return _columns(parts, classes)
-    order = class_order([label for part in parts for label in part.y], classes, name="y")
-    for part in parts:
-        if len(set(part.y)) < 2:
-            raise InputError(
-                f"{part.name} has one class only: all {len(part)} cases are {part.y[0]!r}; expected"
-                " cases of at least two classes"
-            )
-    return order
+    return parts[0].task.order(parts, classes)
 
 
 def _names_of(y: Any) -> tuple[Hashable, ...] | None:
@@ -218,28 +209,6 @@ def _names_of(y: Any) -> tuple[Hashable, ...] | None:
     if found is None and isinstance(getattr(y, "name", None), str):
         found = [y.name]
     return None if found is None else tuple(found)
-
-
-def _columns(parts: Sequence[Samples], names: Labels | None) -> tuple[Hashable, ...]:
-    """The names of what the columns of the truth are: targets, labels, or whether censored."""
-    if isinstance(parts[0].task, SurvivalTime):
-        if names is not None:
-            raise InputError("classes is given, but there are none in survival; leave it out")
-        return ("censored", "event")
-    counts = {part.name: 1 if part.y.ndim == 1 else part.y.shape[1] for part in parts}
-    count = counts[parts[0].name]
-    if set(counts.values()) != {count}:
-        raise InputError(f"y has as many columns as {counts}; expected the same in all cohorts")
-    if names is None:
-        default = ("y",) if count == 1 else tuple(range(count))
-        named = parts[0].columns or ()
-        return named if len(named) == count else default
-    found = tuple(as_labels(names, "classes"))
-    if not len(set(found)) == len(found) == count:
-        raise InputError(
-            f"classes is {found}, but y has {count} columns; expected a different name for each"
-        )
-    return found
 
 
 def digests(x: Any) -> NDArray[np.object_]:

@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,16 +10,12 @@ from numpy.typing import NDArray
 
 from xmag.errors import InputError, not_fitted
 from xmag.evaluate.folds import Folds
-from xmag.metrics.labels import Labels, as_labels, as_scores, encode, refuse_continuous
-from xmag.metrics.survival import (
-    Survival,
-    as_survival,
-    brier_errors,
-    censoring_weights,
-)
+from xmag.metrics.labels import Labels, as_labels, as_scores, class_order, encode, refuse_continuous
+from xmag.metrics.survival import Survival, as_survival, brier_errors, censoring_weights
 
 if TYPE_CHECKING:
     from xmag.evaluate.samples import Samples
+    from xmag.evaluate.validation import Fitted
 
 Order = tuple[Hashable, ...]
 Predictions = Mapping[str, NDArray[Any]]
@@ -52,6 +47,22 @@ class Task(ABC):
         patients = range(len(y)) if groups is None else groups
         return Folds.by_patient(patients, strata=self.strata(y, folds), folds=folds, **options)
 
+    def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:
+        """Names of targets or labels: as given, or of the columns of a table, or their numbers."""
+        counts = {part.name: 1 if part.y.ndim == 1 else part.y.shape[1] for part in parts}
+        count = counts[parts[0].name]
+        if set(counts.values()) != {count}:
+            raise InputError(f"y has as many columns as {counts}; expected the same in all cohorts")
+        if names is None:
+            named = parts[0].columns or ()
+            return named if len(named) == count else ("y",) if count == 1 else tuple(range(count))
+        found = tuple(as_labels(names, "classes"))
+        if not len(set(found)) == len(found) == count:
+            raise InputError(
+                f"classes is {found}, but y has {count} columns; expected a different name for each"
+            )
+        return found
+
     @abstractmethod
     def lacking(self, y: Any, order: Order) -> str | None:
         """Why these cases cannot be fitted on; None where they can."""
@@ -77,29 +88,6 @@ class Task(ABC):
         """What a fitted estimator says of cases `x` of the cohort `name`, checked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """A fitted estimator.
-
-    Attributes:
-        estimator: The estimator.
-        task: Its task.
-        order: The order of classes, labels or targets.
-        by_place: Whether the classes of the estimator are indices in `order`.
-        known: What the task keeps of the cases that it was fitted on; None where not known.
-    """
-
-    estimator: Any
-    task: Task
-    order: Order
-    by_place: bool = False
-    known: Any = None
-
-    def predict(self, data: "Samples") -> Predictions:
-        """Predictions of these cases, arrays by their name in a Result; InputError if wrong."""
-        return self.task.predict(self, data.x, data.y, data.name)
-
-
 class Classification(Task):
     """One of several classes, ordered or not."""
 
@@ -115,6 +103,17 @@ class Classification(Task):
     def folds(self, y: Any, groups: Labels | None, folds: int, **options: int) -> Folds:
         """Stratified by class."""
         return Folds.stratified(y, groups=groups, folds=folds, **options)
+
+    def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:
+        """The order of classes: as given, or sorted; InputError for a part of one class."""
+        order = class_order([label for part in parts for label in part.y], names, name="y")
+        for part in parts:
+            if len(set(part.y)) < 2:
+                raise InputError(
+                    f"{part.name} has one class only: all {len(part)} cases are {part.y[0]!r};"
+                    " expected cases of at least two classes"
+                )
+        return order
 
     def lacking(self, y: Any, order: Order) -> str | None:
         """A class of `order` has no case."""
@@ -135,7 +134,7 @@ class Classification(Task):
         """Indices in `order`, (n,)."""
         return encode(y, order)
 
-    def predict(self, fitted: Fitted, x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
         """Scores (n, C) and predicted classes (n,).
 
         Raises InputError for scores of the wrong shape or not finite, and for classes that the
@@ -205,7 +204,7 @@ class MultiLabel(Task):
         """The labels, (n, L)."""
         return np.asarray(y, np.int64)
 
-    def predict(self, fitted: Fitted, x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
         """Scores (n, L) and decisions (n, L), 0 or 1; scikit-learn's lists of (n, 2) are read."""
         estimator, order = fitted.estimator, fitted.order
         found = estimator.predict_proba(x)
@@ -275,7 +274,7 @@ class Regression(Task):
         """The numbers, (n, T)."""
         return _table(y)
 
-    def predict(self, fitted: Fitted, x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
         """Predicted numbers (n, T)."""
         shape = (len(y), len(fitted.order))
         found = _table(np.asarray(fitted.estimator.predict(x)))
@@ -303,6 +302,12 @@ class SurvivalTime(Task):
         """Whether there was an event."""
         return as_survival(y).event.astype(np.int64)
 
+    def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:  # noqa: ARG002
+        """What a case may be; InputError for names of classes."""
+        if names is not None:
+            raise InputError("classes is given, but there are none in survival; leave it out")
+        return ("censored", "event")
+
     def lacking(self, y: Any, order: Order) -> str | None:  # noqa: ARG002
         """Nobody has an event."""
         if as_survival(y).event.any():
@@ -314,7 +319,7 @@ class SurvivalTime(Task):
         seen = as_survival(y)
         return np.stack([seen.event, seen.time], axis=1).astype(np.float64)
 
-    def predict(self, fitted: Fitted, x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
         """Risks (n, 1), risk groups, and what compares them with the cases fitted on.
 
         Where those are not known, the groups are cut at the median of these cases, and the

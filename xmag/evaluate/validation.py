@@ -6,6 +6,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,7 +26,6 @@ from xmag.evaluate.samples import (
     warn_without_groups,
 )
 from xmag.evaluate.tasks import (
-    Fitted,
     Order,
     Predictions,
     Task,
@@ -35,6 +35,29 @@ from xmag.evaluate.tasks import (
     task_of,
 )
 from xmag.metrics.labels import Labels, encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A fitted estimator.
+
+    Attributes:
+        estimator: The estimator.
+        task: Its task.
+        order: The order of classes, labels or targets.
+        by_place: Whether the classes of the estimator are indices in `order`.
+        known: What the task keeps of the cases that it was fitted on; None where not known.
+    """
+
+    estimator: Any
+    task: Task
+    order: Order
+    by_place: bool = False
+    known: Any = None
+
+    def predict(self, data: Samples) -> Predictions:
+        """Predictions of these cases, arrays by their name in a Result; InputError if wrong."""
+        return self.task.predict(self, data.x, data.y, data.name)
 
 
 def cross_validate(
