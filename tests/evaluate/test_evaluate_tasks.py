@@ -280,6 +280,17 @@ def test_the_interval_is_that_of_the_metrics_module() -> None:
     assert report.estimate("r2").interval == expected
 
 
+@pytest.mark.parametrize("metric", [metrics.auroc, sk.roc_auc_score])
+def test_an_interval_within_folds_is_refused_where_it_would_compare_all(metric: Any) -> None:
+    within = np.arange(_N) % 5
+    with pytest.raises(InputError, match=r"called for each draw without it; .* auroc_ovr"):
+        metrics.interval(metric, _LABELS[:, 0], _X[:, 0], within=within, resamples=5)
+    found = metrics.interval(
+        metrics.auroc_ovr, _LABELS[:, 0], _X[:, 0], within=within, groups=_PATIENTS, resamples=5
+    )
+    assert metrics.auroc(_LABELS[:, 0], _X[:, 0], within=within) in found
+
+
 @pytest.mark.parametrize(
     ("metric", "truth", "hats"),
     [

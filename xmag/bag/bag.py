@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xmag import records
 from xmag.bag.exports import (
+    Canvas,
     MicrometreTiles,
     Pictured,
     read_foreign,
@@ -51,22 +52,6 @@ _OUR_SUFFIXES = (".h5", ".safetensors")
 _EXPORT_SUFFIXES = {"clam": ".pt", "stamp": ".h5"}
 
 Layout = Literal["clam", "stamp"]
-
-
-class Canvas(Protocol):
-    """Protocol of a slide for `FeatureBag.on`: its name, size and scale."""
-
-    @property
-    def name(self) -> str:
-        """Base name of the file."""
-
-    @property
-    def dimensions(self) -> tuple[int, int]:
-        """(width, height) in level-0 px."""
-
-    @property
-    def mpp(self) -> float | None:
-        """The µm/px of level 0; None where nobody knows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

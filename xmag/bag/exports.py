@@ -13,8 +13,9 @@ from xmag.bag.formats import Content, ForeignBagError
 from xmag.errors import BagError, InputError, MissingExtraError
 from xmag.geometry import TileGeometry
 
-if TYPE_CHECKING:  # extras
+if TYPE_CHECKING:  # extras, and Pillow
     from anndata import AnnData
+    from PIL.Image import Image
     from wsidata import WSIData
 
 _THUMBNAIL_PX = 1024
@@ -38,8 +39,8 @@ class MicrometreTiles:
     size_px: int | None
 
 
-class Pictured(Protocol):
-    """Protocol of a slide for `FeatureBag.to_anndata`: its name, size and thumbnail."""
+class Canvas(Protocol):
+    """Protocol of a slide for `FeatureBag.on`: its name, size and scale."""
 
     @property
     def name(self) -> str:
@@ -49,8 +50,16 @@ class Pictured(Protocol):
     def dimensions(self) -> tuple[int, int]:
         """(width, height) in level-0 px."""
 
-    def thumbnail(self, *, max_px: int) -> Any:
-        """The whole slide as an image, of PIL or an array (h, w, 3)."""
+    @property
+    def mpp(self) -> float | None:
+        """The µm/px of level 0; None where nobody knows."""
+
+
+class Pictured(Canvas, Protocol):
+    """Protocol of a slide to draw: a Slide, or the facts kept of one that is not open here."""
+
+    def thumbnail(self, *, max_px: int) -> "Image":
+        """The whole slide, with at most `max_px` px on its longer side."""
 
 
 def to_anndata(

@@ -4,13 +4,13 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from xmag.bag import Canvas
+from xmag.bag import Canvas, Pictured
 from xmag.errors import InputError
 from xmag.geometry import TileGeometry
 
@@ -21,14 +21,6 @@ FAINT: Rgb = (105, 105, 105)
 
 _LEAST_WIDTH_PX = 560
 """Least width of a picture: narrower ones are padded, so that the text below them fits."""
-
-
-class Pictured(Canvas, Protocol):
-    """Protocol of a slide to draw: a Slide, or the facts kept of one that is not open here."""
-
-    def thumbnail(self, *, max_px: int) -> Image.Image:
-        """The whole slide, with at most `max_px` px on its longer side."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

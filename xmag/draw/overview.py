@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from xmag.bag import FeatureBag, placed
+from xmag.bag import FeatureBag, Pictured, placed
 from xmag.draw.frame import (
     FAINT,
     Key,
-    Pictured,
     Rgb,
     box_of,
     framed,

@@ -285,13 +285,20 @@ def interval(
     `metric` is one of this module (`y_true` and `y_hat` are then what it takes: labels and labels
     or scores, numbers, times and risks), computed for all resamples at once; or any function
     ``metric(y_true, y_hat)`` of a list of labels and an array, called for each resample, with
-    ``classes=`` if they are given. `groups` names the patient
-    of each case; None makes each case its own. `within` is that of `auroc_ovr`. Raises InputError
-    for operands that the metric does not take, fewer than two groups, and a metric that is almost
-    never defined. Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
+    ``classes=`` if they are given. `groups` names the patient of each case; None makes each case
+    its own. With `within`, AUROC, C and correlations compare only cases where it is equal. Raises
+    InputError for operands that the metric does not take, fewer than two groups, and a metric that
+    is almost never defined. Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
+    section 13.3.
     """
     more = (m for table in TASKS.values() for m in table.values() if m.read is not None)
     known = next((m for m in (*METRICS.values(), *more) if m.function is metric), None)
+    if known is None and within is not None:
+        raise InputError(
+            f"within is given, but {getattr(metric, '__name__', metric)} is called for each draw"
+            " without it; leave it out, or take a metric that compares cases within (of two"
+            " classes, auroc_ovr is the AUROC of the second)"
+        )
     if known is None:
         truth = as_labels(y_true, "y_true")
         codes = numbered(truth, len(truth), "y_true")
