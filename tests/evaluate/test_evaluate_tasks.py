@@ -417,6 +417,8 @@ def test_mil_estimators_serve_and_settings_say_how_they_were_made() -> None:
         (_COX, _NUMBERS, {}, "events of the cohort: y hold"),
         (_COX, Surv.from_arrays([False] * _N, range(_N)), {}, "no case to fit on has an event"),
         (_COX, _SURVIVAL, {"classes": ["a", "b"]}, "there are none in survival"),
+        (_COX, _SURVIVAL, {"ordered": True}, "ordered=True is for classes, .* survival; leave it"),
+        (LinearRegression(), _NUMBERS, {"ordered": True, "classes": "ab"}, "is regression"),
         (_COX, _SURVIVAL, {"folds": 61}, "60 patients for 61 folds"),
         (GaussianNB(), _LABELS * 0, {}, "all cases to fit on have 0 of label 0"),
         (LogisticRegression(), _NUMBERS, {}, r"has shape \(120, 2\)"),

@@ -194,13 +194,16 @@ def agreed_classes(
     """The order of classes of all parts; the names of labels or targets, for such a task.
 
     Raises InputError for an unknown label, a part of one class, and where the order is needed
-    (`ordered`) and not given.
+    (`ordered`) and not given, or there is none.
     """
+    task = parts[0].task
+    if ordered and task.name != "classification":
+        raise InputError(f"ordered=True is for classes, but the task is {task.name}; leave it out")
     if ordered and classes is None:
         raise InputError(
             "ordered=True needs the order of the classes, lowest first; give classes=[...]"
         )
-    return parts[0].task.order(parts, classes)
+    return task.order(parts, classes)
 
 
 def _names_of(y: Any) -> tuple[Hashable, ...] | None:

@@ -423,7 +423,10 @@ def finite(found: Any, shape: tuple[int, ...], name: str) -> NDArray[np.float64]
     """Numbers of a shape, float64; InputError for another one, and what is not finite."""
     array = np.asarray(found, dtype=np.float64)
     if array.shape != shape:
-        raise InputError(f"{name} have shape {array.shape}; expected {shape}")
+        raise InputError(
+            f"{name} have shape {array.shape}; expected {shape}: an estimator of that task, and"
+            " fitted on as many labels or targets"
+        )
     if bad := int((~np.isfinite(array)).sum()):
         raise InputError(f"{name} hold {bad} values that are not finite; expected numbers")
     return array
