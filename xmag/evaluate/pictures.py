@@ -8,8 +8,9 @@ Neither pyplot, nor a global backend, nor rcParams are touched.
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from xmag.evaluate.report import Report
+
+_Draw = Callable[["Axes", Result], None]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colour-blind safe palette of Okabe and Ito, without its yellow, which is faint on white."""
@@ -50,11 +53,7 @@ def roc_figure(report: "Report") -> "Figure":
     without matplotlib.
     """
     _require(report, "ROC curve", "classification", "multilabel")
-    figure, panels = _panels(report, side_in=4.4)
-    for axes, result in zip(panels, report.results, strict=True):
-        _draw_roc(axes, result, report)
-        _entitle(axes, report, result)
-    return figure
+    return _figure(report, partial(_draw_roc, sampling=report.sampling), side_in=4.4)
 
 
 def confusion_figure(report: "Report") -> "Figure":
@@ -65,11 +64,7 @@ def confusion_figure(report: "Report") -> "Figure":
     MissingExtraError without matplotlib.
     """
     _require(report, "confusion matrix", "classification")
-    figure, panels = _panels(report, side_in=2.4 + 0.62 * min(len(report.classes), 20))
-    for axes, result in zip(panels, report.results, strict=True):
-        _draw_confusion(axes, result)
-        _entitle(axes, report, result)
-    return figure
+    return _figure(report, _draw_confusion, side_in=2.4 + 0.62 * min(len(report.classes), 20))
 
 
 def calibration_figure(report: "Report") -> "Figure":
@@ -80,11 +75,7 @@ def calibration_figure(report: "Report") -> "Figure":
     its own. On the diagonal, probabilities are what they say. Classes are as in `roc_figure`.
     """
     _require(report, "calibration curve", "classification", "multilabel")
-    figure, panels = _panels(report, side_in=4.4)
-    for axes, result in zip(panels, report.results, strict=True):
-        _draw_calibration(axes, result)
-        _entitle(axes, report, result)
-    return figure
+    return _figure(report, _draw_calibration, side_in=4.4)
 
 
 def scatter_figure(report: "Report") -> "Figure":
@@ -94,13 +85,8 @@ def scatter_figure(report: "Report") -> "Figure":
     MissingExtraError without matplotlib.
     """
     _require(report, "scatter of numbers", "regression")
-    each = len(report.classes)
-    figure, panels = _panels(report, side_in=4.2, high=0.9 if each > 1 else 1, each=each)
-    places = [(result, n) for result in report.results for n in range(len(report.classes))]
-    for axes, (result, place) in zip(panels, places, strict=True):
-        _draw_scatter(axes, result, place)
-        _entitle(axes, report, result)
-    return figure
+    draws = [partial(_draw_scatter, place=place) for place in range(len(report.classes))]
+    return _figure(report, *draws, side_in=4.2, high=0.9 if len(draws) > 1 else 1)
 
 
 def kaplan_meier_figure(report: "Report") -> "Figure":
@@ -112,11 +98,7 @@ def kaplan_meier_figure(report: "Report") -> "Figure":
     and MissingExtraError without matplotlib.
     """
     _require(report, "Kaplan-Meier curve", "survival")
-    figure, panels = _panels(report, side_in=4.8)
-    for axes, result in zip(panels, report.results, strict=True):
-        _draw_kaplan_meier(axes, result)
-        _entitle(axes, report, result)
-    return figure
+    return _figure(report, _draw_kaplan_meier, side_in=4.8)
 
 
 def as_png(figure: "Figure") -> bytes:
@@ -177,10 +159,9 @@ def _require(report: "Report", what: str, *tasks: str) -> None:
         )
 
 
-def _panels(
-    report: "Report", *, side_in: float, each: int = 1, high: float = 1.0
-) -> tuple["Figure", list["Axes"]]:
-    """A figure and its panels, `each` of them for each result, `high` times as high as wide."""
+def _figure(report: "Report", *draws: _Draw, side_in: float, high: float = 1.0) -> "Figure":
+    """A figure with a panel of each of `draws` for each result, `high` times as high as wide."""
+    each = len(draws)
     number = len(report.results) * each
     trained = len({result.trained_on for result in report.results})
     columns = min(number, _MOST_COLUMNS)
@@ -204,17 +185,22 @@ def _panels(
         for spine in axes.spines.values():
             spine.set_color(_FAINT)
     _write(figure.suptitle, _title(report, figure.get_figwidth()), fontsize=10.5, color=_INK)
-    return figure, panels
+    drawn = [(result, draw) for result in report.results for draw in draws]
+    for axes, (result, draw) in zip(panels, drawn, strict=True):
+        draw(axes, result)
+        _entitle(axes, report, result)
+    made: Figure = figure
+    return made
 
 
-def _draw_roc(axes: "Axes", result: Result, report: "Report") -> None:
+def _draw_roc(axes: "Axes", result: Result, *, sampling: Sampling) -> None:
     axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
     counts = result.counts()
     places = _curves(result)
     lines, texts = [], []
     for drawn, place in enumerate(places):
         estimate = result.class_aurocs[place]
-        curve = curve_of(result, place, sampling=report.sampling)
+        curve = curve_of(result, place, sampling=sampling)
         if curve is None:
             continue
         colour, dash = _look(drawn)
@@ -224,11 +210,11 @@ def _draw_roc(axes: "Axes", result: Result, report: "Report") -> None:
                 curve.band_fpr, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0
             )
         lines += axes.plot(curve.fpr, curve.tpr, color=colour, linewidth=1.6, linestyle=dash)
-        name = _shortened(str(report.classes[place]), 18)
+        name = _shortened(str(result.classes[place]), 18)
         texts.append(f"{name} (n = {counts[place]:,}): {estimate}")
     _label(axes, "false positive rate", "true positive rate")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    percent = f"{100 * report.sampling.level:.4g}%"
+    percent = f"{100 * sampling.level:.4g}%"
     _legend(axes, lines, texts, f"AUROC ({percent} interval)", "lower right")
 
 
@@ -306,7 +292,7 @@ def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
     return middle - spread, middle + spread
 
 
-def _draw_scatter(axes: "Axes", result: Result, place: int) -> None:
+def _draw_scatter(axes: "Axes", result: Result, *, place: int) -> None:
     truth, predicted = result.truth[:, place], result.predicted[:, place]
     known = ~np.isnan(truth)
     truth, predicted = truth[known], predicted[known]
