@@ -18,7 +18,7 @@ from xmag.geometry import TileSpec
 from xmag.hub.registry import ModelConfig
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
-from xmag.tissue import TissueMask
+from xmag.tissue import TissueMask, find_tissue
 
 SPEC = TileSpec(size_px=56)
 EXACT = TileSpec(size_px=56, mpp_tolerance=0)
@@ -321,3 +321,21 @@ def test_features_of_the_finer_tiles_are_those_of_a_second_encoder():
     assert bag.provenance.record["scale"]["effective_mpp"] == 0.5
     with pytest.raises(InputError, match="the plan is for"):
         extract_features(slide, model=second, plan=plan)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "mpp"), [("cmu-1-small-region", None), ("tcga-cr-7395-01a-01-ts1", 0.25)]
+)
+def test_finer_tiles_of_real_slides_are_their_regions_and_average_to_the_tile(shared, name, mpp):
+    with Slide(shared / "slides" / f"{name}.svs", mpp=mpp) as slide:
+        plan = plan_tiles(slide, TileSpec(), tissue=find_tissue(slide))
+        closer = plan.zoom(np.arange(len(plan)), mpp=0.5)
+        (_, tiles), (coords, finer) = read_all(slide, plan), read_all(slide, closer)
+        for corner, tile in list(zip(coords, finer, strict=True))[::7]:
+            region = slide.read_region(tuple(corner.tolist()), (224, 224), mpp=closer.tiles.mpp)
+            assert np.array_equal(tile, region)
+    for row, tile in enumerate(tiles):
+        own = finer[closer.parent == row].reshape(4, 4, 224, 224, 3).swapaxes(1, 2)
+        mean = own.reshape(224, 4, 224, 4, 3).mean(axis=(1, 3))
+        assert np.abs(tile - mean).mean() < 1  # decoded at 1/4: rounded in between
