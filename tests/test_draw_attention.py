@@ -11,9 +11,10 @@ from support.fake_reader import FakeTileReader
 
 from xmag import draw
 from xmag.draw.attention import colours, percentiles
-from xmag.errors import BagError, InputError
-from xmag.geometry import TileGeometry, polygons_from_geojson
+from xmag.errors import BagError, InputError, SlideScaleError
+from xmag.geometry import TileGeometry, TileSpec, polygons_from_geojson
 from xmag.mil import Attention
+from xmag.plan import plan_tiles
 from xmag.slide import Slide
 
 SIDE = 200
@@ -196,6 +197,45 @@ def test_a_gallery_without_tiles_is_a_title():
     picture = draw.gallery(noise_slide(), attention_of([], []))
     assert isinstance(picture, Image.Image)
     assert picture.height < 100
+
+
+@pytest.mark.parametrize("tile_px", [None, 160])
+def test_a_gallery_at_a_finer_scale_shows_the_same_fields_with_all_their_px(tile_px):
+    slide, attention = noise_slide(), some_attention()
+    page = draw.gallery(slide, attention, count=4, tile_px=tile_px, mpp=1.0)
+    side = tile_px or 200  # of 100 px at 2 µm/px
+    finest = slide.read_region((0, 0), slide.dimensions)
+    best = np.argsort(-attention.scores)[:3]
+    for place, row in enumerate(best):
+        x, y = attention.coords[row]
+        expected = Image.fromarray(finest[y : y + SIDE, x : x + SIDE])
+        expected = expected.resize((side, side), Image.Resampling.LANCZOS)
+        left = 10 + place % 3 * (side + 10)  # three a row, with a gap of 10 px
+        top = round(1.5 * max(12, side // 14)) * 2
+        shown = np.asarray(page)[top : top + side, left : left + side]
+        assert np.array_equal(shown[3:-3, 3:-3], np.asarray(expected)[3:-3, 3:-3])
+    plain = draw.gallery(slide, attention, count=4, tile_px=side)
+    assert plain.size == page.size
+    assert (np.asarray(plain)[:36] != np.asarray(page)[:36]).any()  # the title says the scale
+
+
+@pytest.mark.parametrize(
+    ("mpp", "error"), [(2.0, InputError), (1.3, InputError), (0.5, SlideScaleError)]
+)
+def test_a_gallery_at_a_scale_that_cannot_be_had_is_refused(mpp, error):
+    with pytest.raises(error):
+        draw.gallery(noise_slide(), some_attention(), mpp=mpp)
+
+
+def test_tiles_whose_corners_are_rounded_over_the_border_are_shown():
+    pixels = np.random.default_rng(0).integers(0, 256, (2222, 500, 3), np.uint8)
+    slide = Slide.from_reader(FakeTileReader(pixels, mpp=0.275), name="a.svs")
+    plan = plan_tiles(slide, TileSpec(size_px=56))
+    scores = np.arange(len(plan), dtype=np.float32)
+    attention = Attention(scores=scores, coords=plan.coords, kind="custom", tiles=plan.tiles)
+    assert (plan.coords + plan.tiles.side_level0 > slide.dimensions).any()
+    for mpp in (None, 0.5):
+        assert draw.gallery(slide, attention, count=len(plan), mpp=mpp).height > 600
 
 
 def test_geojson_has_the_tiles_as_detections_in_level_0_px():

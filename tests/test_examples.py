@@ -75,6 +75,31 @@ def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
     assert "02.svs: tumour" in printed
 
 
+def test_a_closer_look_by_a_second_encoder(tmp_path: Path) -> None:
+    make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path]
+    subprocess.run([*make, "--slides", "8", "--size", "2700", "2300"], check=True, timeout=800)
+    printed = _run(
+        "closer_look.py", tmp_path / "cohort.csv", tmp_path / "out", "--tiles", "3",
+        "--epochs", "5",
+    )  # fmt: skip
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "features", "random-encoder", "closer", "classifier",
+    }  # fmt: skip
+    assert "slides/03.svs: 3 of " in printed
+    every = xmag.FeatureBag.load(tmp_path / "out" / "features" / "03.h5")
+    bag = xmag.FeatureBag.load(tmp_path / "out" / "closer" / "03.h5")
+    plan = xmag.TilePlan.from_json((tmp_path / "out" / "closer" / "03.json").read_text())
+    assert bag.features.shape == (48, 64)
+    assert plan.coords.tolist() == bag.coords.tolist()
+    # 448 µm are 896 px of 0.5 µm; each tile lies in the one that it is said to lie in.
+    inside = bag.coords - every.coords[plan.parent]
+    assert sorted(map(tuple, inside.tolist())) == sorted(
+        (x, y) for x in range(0, 896, 224) for y in range(0, 896, 224) for _ in range(3)
+    )
+    loaded = xmag.MILClassifier.load(tmp_path / "out" / "classifier")
+    assert f"slides/03.svs: {loaded.predict([bag])[0]}" in printed
+
+
 def test_tiles_in_scanpy(tmp_path: Path) -> None:
     for package in ("scanpy", "igraph", "anndata"):
         reason = "examples/to_scanpy.py is run in an environment of its own, with scanpy and igraph"

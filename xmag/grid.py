@@ -37,10 +37,11 @@ class Axis:
     `corners` are the first edges of the windows, to the nearest px, and `fits` says which windows
     lie wholly on the slide. `begins` is where that part of each window begins which no column (row)
     before the last covers, if the last is shifted; elsewhere it is `corners`. `is_narrow` says that
-    this part is too narrow for a tile.
+    this part is too narrow for a tile. `exact` are the corners before they were rounded.
     """
 
     corners: NDArray[np.int64]
+    exact: _Floats
     fits: NDArray[np.bool_]
     begins: _Floats
     is_narrow: NDArray[np.bool_]
@@ -70,23 +71,28 @@ def axes_of(
 def _axis(tiles: TileGeometry, size: int, end: float, border: Border) -> Axis:
     px0 = tiles.mpp / tiles.level0_mpp
     side, stride = tiles.size_px * px0, (tiles.size_px - tiles.overlap_px) * px0
-    begins = np.arange(np.ceil(size / stride - _SLACK_PX)) * stride
-    fits = begins + side <= end + _SLACK_PX
-    corners = np.floor(begins + 0.5).astype(np.int64)
+    exact = stride * np.arange(np.ceil(size / stride - _SLACK_PX), dtype=np.float64)
+    fits = exact + side <= end + _SLACK_PX
+    corners = rounded(exact)
     # The rounding of a corner and that of the side may add up to a px.
     corners[fits] = np.minimum(corners[fits], size - tiles.size_level0)
     inside = int(np.count_nonzero(fits))
-    is_narrow = np.zeros(len(begins), np.bool_)
+    is_narrow = np.zeros(len(corners), np.bool_)
     begins = corners.astype(np.float64)
     if border == "shift" and 0 < inside < len(begins):
-        last = min(int(np.floor(end - side + 0.5)), size - tiles.size_level0)
+        last = min(int(rounded(end - side)), size - tiles.size_level0)
         covered = corners[inside - 1] + side
         kept = inside + (last > corners[inside - 1])
-        corners, begins = corners[:kept], begins[:kept]
+        corners, exact, begins = corners[:kept], exact[:kept], begins[:kept]
         fits, is_narrow = np.ones(kept, np.bool_), is_narrow[:kept]
-        corners[inside:], begins[inside:] = last, covered
+        corners[inside:], exact[inside:], begins[inside:] = last, end - side, covered
         is_narrow[inside:] = last + side - covered <= side * _NARROWEST + _SLACK_PX
-    return Axis(corners=corners, fits=fits, begins=begins, is_narrow=is_narrow)
+    return Axis(corners=corners, exact=exact, fits=fits, begins=begins, is_narrow=is_narrow)
+
+
+def rounded(exact: Any) -> NDArray[np.int64]:
+    """Places in level-0 px, rounded to the nearest whole one, halves up."""
+    return np.asarray(np.floor(exact + 0.5), np.int64)
 
 
 def letters_of(

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +11,32 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from xmag import records
 from xmag.errors import InputError, XmagWarning
-from xmag.geometry import Polygon, ReadScale, TileGeometry, TileSpec, polygons_from_geojson
-from xmag.grid import BORDER, PIECE, ROI, TILE, TISSUE, Border, axes_of, letters_of, tissue_under
+from xmag.geometry import (
+    Polygon,
+    ReadScale,
+    TileGeometry,
+    TileSpec,
+    choose_scale,
+    polygons_from_geojson,
+)
+from xmag.grid import (
+    BORDER,
+    PIECE,
+    ROI,
+    TILE,
+    TISSUE,
+    Border,
+    axes_of,
+    letters_of,
+    rounded,
+    tissue_under,
+)
 from xmag.slide import Slide
+from xmag.slide.reader import Level
 from xmag.tissue import TissueMask
 
 Coords = NDArray[np.int64]
@@ -23,13 +44,16 @@ Coords = NDArray[np.int64]
 
 _KEPT = TILE + PIECE
 _DAMAGED = "d"
+_ELSEWHERE = "."
+"""A cell of a zoomed plan that lies under none of the chosen tiles."""
 REASONS = {BORDER: "border", ROI: "roi", TISSUE: "tissue", _DAMAGED: "damaged"}
 """Reasons that a grid cell is no tile, by the character that stands for it in `cells`."""
 
 _FORMAT = records.Format(
-    version=2,
+    version=3,
     writer="TilePlan.to_json",
     remedy="make the plan again with plan_tiles",
+    migrations={2: dict},  # it lacked what `zoom` needs
 )
 
 _ENOUGH = 0.9
@@ -50,6 +74,11 @@ class TilePlan:
     read at which reduction, `tiles` where the tiles lie, `options` what the plan was made with,
     `tissue` the tissue it is to cover, in the region of interest (None: not known), and `slide`
     which content it belongs to (None: any).
+
+    A plan that `zoom` made has a ``#`` for each cell under the chosen tiles of another plan, and a
+    ``.`` everywhere else. `parent`, int64 (N,), is the number in that plan of the tile under which
+    each tile lies; None in a plan of `plan_tiles`. `unrounded` holds the exact `columns` and
+    `rows`, and `levels` those of the slide: tiles of another scale may be read from another one.
     """
 
     spec: TileSpec
@@ -61,6 +90,9 @@ class TilePlan:
     options: Mapping[str, Any]
     tissue: TissueMask | None = field(default=None, compare=False)
     slide: Mapping[str, Any] | None = None
+    levels: tuple[Level, ...] = ()
+    unrounded: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    parent: NDArray[np.int64] | None = field(default=None, compare=False)
 
     @cached_property
     def coords(self) -> Coords:
@@ -119,9 +151,7 @@ class TilePlan:
     def _corners(self, letters: str) -> Coords:
         rows, columns = self._places(letters).T
         x, y = np.array(self.columns, np.int64)[columns], np.array(self.rows, np.int64)[rows]
-        corners = np.stack([x, y], axis=1)
-        corners.setflags(write=False)
-        return corners
+        return _frozen(np.stack([x, y], axis=1))
 
     def _places(self, letters: str) -> NDArray[np.intp]:
         """(row, column) of the cells with one of these letters, row by row."""
@@ -133,27 +163,95 @@ class TilePlan:
         grid = [list(row) for row in self.cells]
         for row, column in self._places(_KEPT)[damaged].tolist():
             grid[row][column] = _DAMAGED
-        return replace(self, cells=tuple("".join(row) for row in grid))
+        parent = None if self.parent is None else _frozen(self.parent[~damaged])
+        return replace(self, cells=tuple("".join(row) for row in grid), parent=parent)
+
+    def zoom(self, rows: ArrayLike, *, mpp: float) -> "TilePlan":
+        """The plan of the finer tiles under chosen ones: a closer look at these.
+
+        The µm/px of the finer tiles is the exact one of these, `tiles.mpp`, divided by the whole
+        number k that comes nearest to `mpp`, so that k x k of them fill each chosen tile, and
+        corners are rounded from its unrounded one. All k x k are there, whatever tissue they hold.
+        They come row by row as in any plan, and `parent` says where each belongs:
+        ``closer.parent == row`` are those under one tile, ``attention.scores[closer.parent]``
+        gives each the score of its tile. Where chosen tiles overlap, as at the border or with
+        `overlap`, so do the finer ones, and those at the same place are all there, once for each
+        tile they are under. A zoomed plan can be zoomed again.
+
+        Args:
+            rows: The chosen tiles: their numbers in the plan, in any order and once each however
+                often they are given, or bool (N,).
+            mpp: µm/px of the finer tiles, which are as many px wide as these and read with the same
+                tolerance and kernel: ``plan.spec`` with another `mpp` is the spec of the result.
+
+        Raises:
+            InputError: `rows` are no tiles of the plan; `mpp` is not finer, or none of the scales
+                that a whole number gives is within the tolerance of the spec; or the plan comes
+                from a file of an earlier version.
+            SlideScaleError: The slide has no level that fine; none is ever upsampled.
+        """
+        if not self.levels:
+            raise InputError(
+                "the plan was written by an earlier version and does not say which levels its slide"
+                " has; make it again with plan_tiles"
+            )
+        k = divisor(self.tiles.mpp, mpp, self.spec.mpp_tolerance)
+        # Exact, as a level within the tolerance would not fill the tile.
+        exact = replace(self.spec, mpp=self.tiles.mpp / k, mpp_tolerance=0)
+        mpps = [self.tiles.level0_mpp * level.downsample for level in self.levels]
+        scale = choose_scale(mpps, [level.reductions for level in self.levels], exact)
+        side = self.tiles.side_level0 / k
+        tiles = replace(self.tiles, mpp=scale.mpp, size_level0=round(side), overlap_px=0)
+        x, y = (np.add.outer(axis, np.arange(k) * side).ravel() for axis in self.unrounded)
+        # The rounding of a corner and that of the side may add up to a px.
+        last = np.subtract(tiles.level0_size, tiles.size_level0)
+        chosen = _chosen(rows, len(self))
+        parent = np.full((len(self.rows), len(self.columns)), -1)
+        parent[tuple(self._places(_KEPT)[chosen].T)] = chosen
+        parent = parent.repeat(k, axis=0).repeat(k, axis=1)
+        return replace(
+            self,
+            spec=replace(self.spec, mpp=mpp),
+            scale=scale,
+            tiles=tiles,
+            columns=tuple(np.minimum(rounded(x), last[0]).tolist()),
+            rows=tuple(np.minimum(rounded(y), last[1]).tolist()),
+            cells=tuple("".join(row) for row in np.where(parent < 0, _ELSEWHERE, TILE)),
+            options={**self.options, "zoomed_from_mpp": self.spec.mpp},
+            unrounded=(tuple(x.tolist()), tuple(y.tolist())),
+            parent=_frozen(parent[parent >= 0]),
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""
         fields = records.plain(replace(self, tissue=None))
         fields["tissue"] = None if self.tissue is None else self.tissue.to_dict()
+        fields["parent"] = None if self.parent is None else self.parent.tolist()
         return _FORMAT.dumps(fields, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "TilePlan":
         """The plan that `to_json` wrote. Raises InputError where the text holds none.
 
-        Plans of version 1 do not say which tissue they are to cover, and have to be made again.
+        Plans of version 1 do not say which tissue they are to cover, and have to be made again;
+        those of version 2 can be read, but not zoomed.
         """
         fields = _FORMAT.loads(text, "the tile plan")
         with _FORMAT.reading("the tile plan"):
             tissue = fields.get("tissue")
             fields["tissue"] = None if tissue is None else TissueMask.from_dict(tissue)
+            if (parent := fields.get("parent")) is not None:
+                fields["parent"] = _frozen(np.array(parent, np.int64))
             plan = records.from_dict(cls, fields)
             if [len(row) for row in plan.cells] != [len(plan.columns)] * len(plan.rows):
                 raise ValueError("its cells are not as many as its columns and rows")
+            if plan.parent is not None and plan.parent.shape != (len(plan),):
+                raise ValueError("its parents are not as many as its tiles")
+            if plan.levels and tuple(map(len, plan.unrounded)) != (
+                len(plan.columns),
+                len(plan.rows),
+            ):
+                raise ValueError("its unrounded columns and rows are not as many as the others")
         return plan
 
 
@@ -219,17 +317,19 @@ def plan_tiles(
         tissue = tissue.within(polygons)
     axes = axes_of(tiles, scale, level, border)
     cells = letters_of(axes, tiles, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
-    columns, rows = (tuple(axis.corners.tolist()) for axis in axes)
+    columns, rows = axes
     return TilePlan(
         spec=spec,
         scale=scale,
         tiles=tiles,
-        columns=columns,
-        rows=rows,
+        columns=tuple(columns.corners.tolist()),
+        rows=tuple(rows.corners.tolist()),
         cells=cells,
         options=options,
         tissue=tissue,
         slide=slide.fingerprint,
+        levels=slide.reader.levels,
+        unrounded=(tuple(columns.exact.tolist()), tuple(rows.exact.tolist())),
     )
 
 
@@ -263,7 +363,12 @@ def plan_options(
 
 
 def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
-    """Warn where the tiles of the slide `name` cover less than 0.9 of its tissue, and say why."""
+    """Warn where the tiles of the slide `name` cover less than 0.9 of its tissue, and say why.
+
+    Those of a zoomed plan were chosen, and are not to cover it.
+    """
+    if plan.parent is not None:
+        return
     tissue, lost = plan.tissue, plan.uncovered_mm2
     whole = 0.0 if tissue is None else tissue.area_mm2 + lost["too_small"]
     if tissue is None or plan.covered_mm2 >= _ENOUGH * whole:
@@ -291,6 +396,39 @@ def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
         XmagWarning,
         stacklevel=3,
     )
+
+
+def divisor(tiles_mpp: float, mpp: float, tolerance: float) -> int:
+    """The whole number, 2 or more, by which tiles of `tiles_mpp` µm/px become such of `mpp`.
+
+    Raises InputError where none makes it, within the relative `tolerance`.
+    """
+    ratio = tiles_mpp / mpp if mpp > 0 else math.inf
+    number = round(ratio) if math.isfinite(ratio) else 0
+    if number < 2 or abs(ratio / number - 1) > max(tolerance, 1e-6) + 1e-12:
+        raise InputError(
+            f"mpp is {mpp!r}; expected the {tiles_mpp:.4g} µm/px of the tiles divided by a whole"
+            f" number from 2 on, within {tolerance:.0%}: {tiles_mpp / 2:.4g}, {tiles_mpp / 3:.4g},"
+            f" {tiles_mpp / 4:.4g} and so on"
+        )
+    return number
+
+
+def _chosen(rows: ArrayLike, count: int) -> NDArray[np.int64]:
+    """The numbers of the tiles that `rows` choose of so many, in order; InputError for others."""
+    index = np.asarray(rows)
+    try:
+        return np.unique(np.arange(count)[index if index.size else index.astype(np.int64)])
+    except IndexError as error:
+        raise InputError(
+            f"rows are {reprlib.repr(rows)}; expected numbers of tiles of the plan, which has"
+            f" {count}, or True or False for each"
+        ) from error
+
+
+def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    array.setflags(write=False)
+    return array
 
 
 def _digest(polygons: Sequence[Polygon]) -> str:

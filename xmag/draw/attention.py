@@ -23,7 +23,8 @@ from xmag.draw.frame import (
     require_canvas,
 )
 from xmag.errors import BagError, InputError
-from xmag.geometry import TileGeometry
+from xmag.geometry import TileGeometry, TileSpec
+from xmag.plan import divisor
 from xmag.slide import Slide
 
 if TYPE_CHECKING:  # pictures are drawn without torch
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # pictures are drawn without torch
 _TOP_SHARE = 0.1
 _OPACITY = 0.6
 _GAP_PX = 10
+_LEAST_TILE_PX = 64
+_GALLERY_TILE_PX = 192
+"""Side of a tile in a gallery where the caller does not say."""
 _WHOSE = "the features were"
 _RANKS = ((0, 50), (50, 75), (75, 90), (90, 100))
 """Classes of tiles in GeoJSON by the rank of their attention, in percent: from, up to."""
@@ -92,20 +96,28 @@ def gallery(
     *,
     case: Sequence["Attention"] = (),
     count: int = 12,
-    tile_px: int = 192,
+    tile_px: int | None = None,
+    mpp: float | None = None,
 ) -> Image.Image:
     """The `count` tiles with the most attention, the first at the top left, as an RGB image.
 
     Each is read from the slide as it was for the encoder: `attention.tiles.size_px` px at
-    `attention.tiles.mpp` µm/px; then it is shown with `tile_px` px a side. Below it stand its rank,
-    its score, how many times the mean of all tiles (of all slides of the `case`) that is, and its
-    place in level-0 px. The border has the colour that the tile has in `heatmap`. Fewer tiles than
-    `count` are all shown. Raises what `heatmap` raises, InputError for a `count` or `tile_px` that
-    makes no sense, and what `Slide.read_region` raises.
+    `attention.tiles.mpp` µm/px; then it is shown with `tile_px` px a side, by default 192. With
+    `mpp` it is the same field, read at that finer scale, as `TilePlan.zoom` has it: the tile's own
+    µm/px divided by a whole number; and by default it is shown with all px that this gives, 896 for
+    a tile of 224 px at 2.0 µm/px that is read at 0.5. Below it stand its rank, its score, how many
+    times the mean of all tiles (of all slides of the `case`) that is, and its place in level-0 px.
+    The border has the colour that the tile has in `heatmap`. Fewer tiles than `count` are all
+    shown. Raises what `heatmap` raises, InputError for a `count`, `tile_px` or `mpp` that makes no
+    sense, and what `Slide.read_region` raises: SlideScaleError where the slide is not that fine.
     """
     coords, tiles = _placed(attention)
     require_canvas(slide, tiles, _WHOSE)
-    for name, value, least in (("count", count, 1), ("tile_px", tile_px, 64)):
+    finer = 1 if mpp is None else divisor(tiles.mpp, mpp, TileSpec().mpp_tolerance)
+    size_px = finer * tiles.size_px
+    if tile_px is None:
+        tile_px = _GALLERY_TILE_PX if mpp is None else max(size_px, _LEAST_TILE_PX)
+    for name, value, least in (("count", count, 1), ("tile_px", tile_px, _LEAST_TILE_PX)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} is {value!r}; expected an int from {least} on")
     order = np.argsort(-attention.scores, kind="stable")[:count]
@@ -119,15 +131,20 @@ def gallery(
     draw = ImageDraw.Draw(page)
     top, side_um = _top(len(order), len(coords)), tiles.size_px * tiles.mpp
     title = f"{plain(slide.name)}: {top} of {side_um:.0f} um a side"
+    if mpp is not None:
+        title += f", at {tiles.mpp / finer:.3g} um/px"
     draw.text((_GAP_PX, line_px), title, INK, font, anchor="lm")
     borders = colours(_ranks(attention, case))
     every = _scores(attention, case)
     mean = float(every.mean()) if len(every) else 0.0
-    mpp = tiles.mpp * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
+    read_mpp = tiles.mpp / finer * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
+    # The corner of a tile at the border may be rounded over it, by half a px.
+    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
     for place, row in enumerate(order):
         x, y = _GAP_PX + place % columns * across, 2 * line_px + place // columns * down
         corner_x, corner_y = coords[row].tolist()
-        pixels = slide.read_region((corner_x, corner_y), (tiles.size_px, tiles.size_px), mpp=mpp)
+        corner = np.minimum(coords[row], last)
+        pixels = slide.read_region(tuple(corner), (size_px, size_px), mpp=read_mpp)
         tile = Image.fromarray(pixels).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
         page.paste(tile, (x, y))
         edge = tuple(borders[row].tolist())
