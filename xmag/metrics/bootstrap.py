@@ -145,13 +145,9 @@ def _number(
         total, mass = np.zeros(len(weights)), np.zeros(len(weights))
         for rows in (np.flatnonzero(known & (strata == one)) for one in np.unique(strata[known])):
             own = weights[:, rows]
-            # One case, or a constant, has no correlation, where rounding would make one.
-            few = (own > 0).sum(1) < 2 if compares else np.zeros(len(own), bool)
-            if not compares or (np.ptp(truth[rows]) > 0 and np.ptp(hats[rows]) > 0):
-                found = values(truth[rows], hats[rows], own)
-                found = np.where(few, np.nan, found)
-                total += np.where(np.isnan(found), 0, found * own.sum(1))
-                mass += np.where(np.isnan(found), 0, own.sum(1))
+            found = values(truth[rows], hats[rows], own)
+            total += np.where(np.isnan(found), 0, found * own.sum(1))
+            mass += np.where(np.isnan(found), 0, own.sum(1))
         return np.asarray(np.divide(total, mass, out=np.full(len(total), np.nan), where=mass > 0))
 
     needs = "two different known values and predictions" if compares else "two different values"
