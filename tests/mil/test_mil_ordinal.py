@@ -168,6 +168,13 @@ def test_text_has_the_order_that_is_given(tmp_path):
         tiny(ordinal="low").fit(TINY.bags, y, validation=None)
 
 
+def test_numbers_have_their_order_whatever_their_types():
+    fitted = tiny().fit(
+        TINY.bags, [float(g) if g == 2 else int(g) for g in GRADES], validation=None
+    )
+    assert fitted.classes_.tolist() == [0, 1, 2, 3]
+
+
 def test_a_bag_without_tiles_has_the_frequencies_of_the_training():
     fitted = tiny().fit(TINY.bags, GRADES, validation=None)
     with pytest.warns(XmagWarning, match="no tiles"):

@@ -79,7 +79,9 @@ class OrdinalHead(ClassHead):
             classes = hashables(order, count=len(order), what="ordinal")
             if len(distinct(classes)) != len(classes):
                 raise InputError(f"ordinal is {classes}; expected each class once")
-        elif not all(isinstance(label, bool | int | float) for label in classes):
+        elif all(isinstance(label, bool | int | float) for label in classes):
+            classes = sorted(classes)  # type: ignore[type-var]  # `distinct` goes by type first
+        else:
             raise InputError(
                 f"the classes are {classes}, whose order is not known; expected numbers, or give"
                 " the order from lowest to highest: ordinal=[...]"
