@@ -278,6 +278,21 @@ def test_an_unknown_fusion_is_refused() -> None:
     with pytest.raises(InputError, match=r"fusion is 'middle'; expected \"early\""):
         fitted(fusion="middle")
 
+    with pytest.raises(InputError, match=r"fusion is 'middle'"):
+        MILClassifier.from_module(Own(True), classes=[0, 1], in_dim=4, fusion="middle")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_another_fusion_is_that_of_the_next_fit(fusion: str, tmp_path: Path) -> None:
+    """A temperature that was fitted to the one would be wrong for the other."""
+    model = fitted(fusion=fusion)
+    before = model.predict_proba(CASES)
+    model.set_params(fusion=FUSIONS[fusion == FUSIONS[0]])
+    np.testing.assert_array_equal(model.predict_proba(CASES), before)
+    model.save(tmp_path)
+    again = MILClassifier.load(tmp_path, device="cpu")
+    np.testing.assert_array_equal(again.predict_proba(CASES), before)
+
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_fusion_is_saved(fusion: str, tmp_path: Path) -> None:

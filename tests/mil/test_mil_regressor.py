@@ -135,6 +135,24 @@ def test_targets_that_make_no_sense_are_refused(y, words):
         tiny().fit(TINY.bags, y, validation=None)
 
 
+def test_validation_is_by_what_is_known_alone():
+    y = np.full(40, np.nan)
+    y[:12] = TINY.number[:12]
+    check = (TINY.bags[30:], np.where(np.arange(10) < 5, TINY.number[30:], np.nan), range(30, 40))
+    found = tiny().fit(TINY.bags[:30], y[:30], groups=range(30), validation=check)
+    expected = tiny().fit(
+        TINY.bags[:30], y[:30], groups=range(30), validation=tuple(part[:5] for part in check)
+    )
+    losses = [[epoch["validation_loss"] for epoch in one.history_] for one in (found, expected)]
+    np.testing.assert_allclose(*losses)
+    for seed in range(8):  # some of those with a value are held out, by chance or not
+        tiny(random_state=seed).fit(TINY.bags, y, groups=range(40))
+    with pytest.raises(InputError, match="none of the 10 bags to validate with has a known target"):
+        tiny().fit(
+            TINY.bags[:30], y[:30], groups=range(30), validation=(check[0], y[30:], check[2])
+        )
+
+
 def test_scikit_learn_takes_it():
     assert is_regressor(tiny())
     assert clone(tiny(lr=0.5)).get_params() == tiny(lr=0.5).get_params()

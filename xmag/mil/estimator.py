@@ -72,6 +72,7 @@ class MILEstimator(Estimator, Generic[H]):
     _head: H = field(init=False)
     _device: torch.device = field(init=False)
     _known: Known = field(init=False)
+    _fusion: Fusion = field(init=False)
 
     _noun: ClassVar[str] = "estimator"
     _head_type: ClassVar[type[Any]]
@@ -335,7 +336,7 @@ class MILEstimator(Estimator, Generic[H]):
         params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
         if not isinstance(params["random_state"], int):
             params["random_state"] = None  # a generator: where it stood is not known any more
-        return params
+        return {**params, "fusion": self._fusion}
 
     @classmethod
     def _params_from_json(cls, params: dict[str, Any]) -> dict[str, Any]:
@@ -343,9 +344,12 @@ class MILEstimator(Estimator, Generic[H]):
 
     def _settings(self) -> Settings:
         """The checked training settings; InputError for a parameter out of its range."""
+        self._require_fusion()
+        return Settings.of(self)
+
+    def _require_fusion(self) -> None:
         fits = self.fusion in ("early", "late")
         records.require(self, "fusion", fits, '"early" (one bag of all) or "late" (a mean of each)')
-        return Settings.of(self)
 
     def _datasets(
         self,
@@ -410,7 +414,8 @@ class MILEstimator(Estimator, Generic[H]):
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
-        self._head, self._device, self._known = head, device, Known()
+        self._require_fusion()
+        self._head, self._device, self._known, self._fusion = head, device, Known(), self.fusion
         self.__dict__.pop("temperature_", None)
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
@@ -447,7 +452,7 @@ class MILEstimator(Estimator, Generic[H]):
         return Bags(X).each(model.pooled, of_empty, width=model.width(origin[0]), origin=origin)
 
     def _of_cases(self) -> CaseAggregator:
-        return CaseAggregator(model=self._batched(), fusion=self.fusion, fuse=self._head.fuse)
+        return CaseAggregator(model=self._batched(), fusion=self._fusion, fuse=self._head.fuse)
 
     def _batched(self) -> BatchedAggregator:
         return BatchedAggregator(self.aggregator_, self._device, outputs=self._head.outputs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xmag.errors import InputError
 from xmag.metrics import regression
-from xmag.mil.bags import BagLike
+from xmag.mil.bags import BagDataset, BagLike
 from xmag.mil.estimator import MILEstimator
 from xmag.mil.heads import Objective
 from xmag.mil.pooling import full
@@ -93,11 +93,11 @@ class RegressionHead:
             raise InputError(f"no bag with tiles has a known value of target {column} of y")
 
     def strata(self, targets: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Quarters of the first target; bags where it is missing are of the lowest."""
-        first = np.nan_to_num(targets[:, 0], nan=-np.inf)
-        order = np.argsort(np.argsort(first, kind="stable"), kind="stable")
-        quarters: NDArray[np.int64] = order * _STRATA // len(first)
-        return quarters
+        """Quarters of the known values of the first target; a fifth where it is missing."""
+        known = int((~np.isnan(targets[:, 0])).sum())
+        # NaN comes last.
+        order = np.argsort(np.argsort(targets[:, 0], kind="stable"), kind="stable")
+        return np.minimum(order * _STRATA // max(known, 1), _STRATA).astype(np.int64)
 
     def objective(self, targets: NDArray[np.float32], device: torch.device) -> Objective:
         """Mean squared error over the known targets of each bag."""
@@ -173,6 +173,22 @@ class MILRegressor(MILEstimator[RegressionHead]):
 
     def _new_head(self, labels: NDArray[np.float64]) -> RegressionHead:
         return RegressionHead.of(labels)
+
+    def _balance(
+        self,
+        head: RegressionHead,  # noqa: ARG002
+        train: BagDataset,  # noqa: ARG002
+        check: BagDataset | None,
+    ) -> None:
+        if check is None:
+            return
+        known = ~np.isnan(check.targets).all(axis=1)
+        if not known.any():
+            raise InputError(
+                f"none of the {len(check)} bags to validate with has a known target; give others,"
+                " more patients, or validation=None"
+            )
+        check.weights = known.astype(np.float64)  # the loss of the others is 0
 
     def predict(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
         """The predicted numbers, float64 (n,) or (n, T), as y was given.

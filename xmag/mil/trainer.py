@@ -83,7 +83,7 @@ class BagTrainer(Loop[list[int]]):
         self.settings, self.sampler = settings, sampler
         self.history: list[Epoch] = []
         self._rng, self._loss_sum = rng, 0.0
-        self._objective = head.objective(train.targets, model.device)
+        self.objective = head.objective(train.targets, model.device)
         self._scaler = torch.amp.GradScaler("cuda", enabled=model.dtype == torch.float16)
 
     def steps(self, epoch: int) -> list[list[int]]:  # noqa: ARG002
@@ -108,7 +108,7 @@ class BagTrainer(Loop[list[int]]):
                 here = None if labels is None else labels[part.rows]
                 weight, rows = weights[part.rows], [batch[row] for row in part.rows]
                 output = model(part, here)
-                loss = weighted_loss(output, self._objective(output.logits, rows), weight)
+                loss = weighted_loss(output, self.objective(output.logits, rows), weight)
                 # The parts of a batch add up to the loss that it has as a whole.
                 loss = loss * (weight.sum() / weights.sum())
                 torch.autograd.backward(scaler.scale(loss))
