@@ -148,8 +148,8 @@ class MILEstimator(Estimator, Generic[H]):
                     self._adopt(trainer)
                     self._known = known
                     stop.add_note(
-                        f"The {self._noun} keeps the weights of epoch {self.best_epoch_}, the best"
-                        f" of {len(self.history_)}."
+                        f"The {type(self).__name__} keeps the weights of epoch"
+                        f" {self.best_epoch_}, the best of {len(self.history_)}."
                     )
                 raise
             best = self._adopt(trainer)
@@ -252,8 +252,8 @@ class MILEstimator(Estimator, Generic[H]):
         self._require_fitted()
         if self._known.novelty is None:
             raise InputError(
-                f"this {self._noun} cannot tell what is novel; expected one that was fitted to"
-                f" {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
+                f"this {type(self).__name__} cannot tell what is novel; expected one that was"
+                f" fitted to {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
             )
         width = self.n_features_in_
         means, empty = Bags(X).each(
@@ -262,10 +262,11 @@ class MILEstimator(Estimator, Generic[H]):
         return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to the folder `path`: classifier.safetensors and classifier.json, without pickle.
+        """Save to the folder `path`, as safetensors and JSON, without pickle.
 
-        Raises OutputError where it cannot be written, or a label or parameter is not what JSON can
-        hold. A module of your own has to be given again to `load`.
+        A MILClassifier's files are classifier.safetensors and classifier.json; the others' begin
+        with regressor and survival. Raises OutputError where they cannot be written, or a label or
+        parameter is not what JSON can hold. A module of your own has to be given again to `load`.
         """
         self._require_fitted()
         known = type(self.aggregator_) in AGGREGATORS.values()
