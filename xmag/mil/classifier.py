@@ -13,6 +13,7 @@ from torch import nn
 from xmag import records
 from xmag.devices import resolve_device
 from xmag.errors import InputError, XmagWarning
+from xmag.metrics.labels import class_array
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.bags import BagDataset, BagLike
 from xmag.mil.estimator import MILEstimator
@@ -20,7 +21,6 @@ from xmag.mil.heads import (
     ClassHead,
     ClassWeight,
     Sampling,
-    class_array,
     class_weights,
     distinct,
     hashables,
@@ -49,9 +49,10 @@ class ClassifierHead:
     @staticmethod
     def from_json(values: dict[str, Any]) -> ClassHead | LabelsHead:
         """The head in `values`, which name it unless it is that of classes without an order."""
-        kinds = {"classes": ClassHead, "ordinal": OrdinalHead, "labels": LabelsHead}
-        kind: type[ClassHead | LabelsHead] = kinds[values.pop("head", "classes")]
-        return kind.from_json(values)
+        kinds: dict[str, type[ClassHead] | type[LabelsHead]] = {
+            "classes": ClassHead, "ordinal": OrdinalHead, "labels": LabelsHead
+        }  # fmt: skip
+        return kinds[values.pop("head", "classes")].from_json(values)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

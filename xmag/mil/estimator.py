@@ -132,6 +132,8 @@ class MILEstimator(Estimator, Generic[H]):
         seed = seed_of(self.random_state)
         rng = np.random.default_rng(seed)
         head, data, train, check = self._datasets(X, y, groups, validation, rng)
+        if check is not None:
+            check.weights = head.validation_weights(check.targets)
         strata = self._balance(head, train, check)
         known = Known.of(data, check, rng=np.random.default_rng([seed, 1]))
         with seeded(seed, device), own_torch(device):

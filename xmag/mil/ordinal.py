@@ -66,7 +66,6 @@ class OrdinalHead(ClassHead):
     has_labels: ClassVar[bool] = False  # an auxiliary loss would be of classes without an order
     last_layer: ClassVar[type[nn.Module]] = OrderedLinear
     metric_names: ClassVar[tuple[str, ...]] = (
-        "validation_loss",
         "validation_quadratic_kappa",
         "validation_balanced_accuracy",
     )
@@ -118,17 +117,13 @@ class OrdinalHead(ClassHead):
         return np.minimum.accumulate(above - up_to, axis=1)  # they fall, but for rounding
 
     def metrics(
-        self,
-        logits: NDArray[np.float64],
-        targets: NDArray[np.int64],
-        weights: NDArray[np.float64],
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> dict[str, float | None]:
-        """Validation loss, weighted by `weights`, and metrics of the most probable class."""
-        logs, every = self.log_probabilities(logits), range(len(self.classes))
-        losses, chosen = -logs[np.arange(len(targets)), targets], logs.argmax(axis=1)
+        """Validation metrics of the most probable class."""
+        chosen = self.log_probabilities(logits).argmax(axis=1)
+        every = range(len(self.classes))
         several = len({*targets.tolist(), *chosen.tolist()}) > 1
         return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
             "validation_quadratic_kappa": (
                 quadratic_kappa(targets, chosen, classes=every) if several else None
             ),

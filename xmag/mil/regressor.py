@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmag.errors import InputError
 from xmag.metrics import regression
-from xmag.mil.bags import BagDataset, BagLike
+from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Objective
+from xmag.mil.heads import Head, Objective
 from xmag.mil.pooling import full
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _STRATA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RegressionHead:
+class RegressionHead(Head):
     """Regression head: squared error of standardised targets, missing ones left out.
 
     `mean` and `scale` (T,) are those of the targets of the training; `flat` says that they were
@@ -35,9 +35,7 @@ class RegressionHead:
     scale: NDArray[np.float64]
     flat: bool
 
-    has_labels: ClassVar[bool] = False
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_r2")
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_r2",)
 
     @property
     def outputs(self) -> int:
@@ -99,6 +97,16 @@ class RegressionHead:
         order = np.argsort(np.argsort(targets[:, 0], kind="stable"), kind="stable")
         return np.minimum(order * _STRATA // max(known, 1), _STRATA).astype(np.int64)
 
+    def validation_weights(self, targets: NDArray[np.float32]) -> NDArray[np.float64]:
+        """1 where a target is known, and 0 where the loss is 0 for want of one."""
+        known = np.asarray(~np.isnan(targets).all(axis=1))
+        if not known.any():
+            raise InputError(
+                f"none of the {len(known)} bags to validate with has a known target; give others,"
+                " more patients, or validation=None"
+            )
+        return known.astype(np.float64)
+
     def objective(self, targets: NDArray[np.float32], device: torch.device) -> Objective:
         """Mean squared error over the known targets of each bag."""
         known = torch.from_numpy(targets).to(device)
@@ -114,24 +122,11 @@ class RegressionHead:
         return self.mean + logits * self.scale
 
     def metrics(
-        self,
-        logits: NDArray[np.float64],
-        targets: NDArray[np.float32],
-        weights: NDArray[np.float64],
+        self, logits: NDArray[np.float64], targets: NDArray[np.float32]
     ) -> dict[str, float | None]:
-        """Validation loss, and R² as a mean over targets; None where one is constant."""
-        losses = squared_errors(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
-        values = []
-        for column in range(self.outputs):
-            known = ~np.isnan(targets[:, column])
-            truth = targets[known, column].astype(np.float64)
-            one = np.ones((1, len(truth)))
-            values.append(float(regression.r2s(truth, logits[known, column], one)[0]))
-        r2 = float(np.mean(values))
-        return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
-            "validation_r2": r2 if np.isfinite(r2) else None,
-        }
+        """Validation R², a mean over targets; None where one is constant."""
+        r2 = _mean_r2(targets.astype(np.float64), logits, np.ones(len(targets)))
+        return {"validation_r2": r2 if np.isfinite(r2) else None}
 
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values."""
@@ -157,6 +152,17 @@ def squared_errors(predicted: Tensor, targets: Tensor) -> Tensor:
     return (errors * known).sum(1) / known.sum(1).clamp(min=1)
 
 
+def _mean_r2(
+    truth: NDArray[np.float64], predicted: NDArray[np.float64], weights: NDArray[np.float64]
+) -> float:
+    """Mean of R² over the columns of known truth (n, T); NaN where one is constant."""
+    values = []
+    for column, guess in zip(truth.T, predicted.T, strict=True):
+        known = ~np.isnan(column)
+        values.append(regression.r2s(column[known], guess[known], weights[None, known])[0])
+    return float(np.mean(values))
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class MILRegressor(MILEstimator[RegressionHead]):
     """Multiple-instance regressor of bags of embeddings, with scikit-learn's conventions.
@@ -173,22 +179,6 @@ class MILRegressor(MILEstimator[RegressionHead]):
 
     def _new_head(self, labels: NDArray[np.float64]) -> RegressionHead:
         return RegressionHead.of(labels)
-
-    def _balance(
-        self,
-        head: RegressionHead,  # noqa: ARG002
-        train: BagDataset,  # noqa: ARG002
-        check: BagDataset | None,
-    ) -> None:
-        if check is None:
-            return
-        known = ~np.isnan(check.targets).all(axis=1)
-        if not known.any():
-            raise InputError(
-                f"none of the {len(check)} bags to validate with has a known target; give others,"
-                " more patients, or validation=None"
-            )
-        check.weights = known.astype(np.float64)  # the loss of the others is 0
 
     def predict(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
         """The predicted numbers, float64 (n,) or (n, T), as y was given.
@@ -218,13 +208,8 @@ class MILRegressor(MILEstimator[RegressionHead]):
                 " same"
             )
         weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight)
-        values = []
-        for column, guess in zip(
-            truth.reshape(len(truth), -1).T, predicted.reshape(len(truth), -1).T, strict=True
-        ):
-            known = ~np.isnan(column)
-            values.append(regression.r2s(column[known], guess[known], weights[None, known])[0])
-        found = float(np.mean(values))
+        table, guesses = (values.reshape(len(truth), -1) for values in (truth, predicted))
+        found = _mean_r2(table, guesses, weights)
         if not np.isfinite(found):
             raise InputError("R² does not exist where the known truth is one number only")
         return found

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from xmag import records
 from xmag.errors import BagError, InputError
 from xmag.metrics.survival import Survival, as_survival, concordances, harrell_c
-from xmag.mil.bags import BagDataset, BagLike
+from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Objective
+from xmag.mil.heads import Head, Objective
 from xmag.mil.pooling import full
 from xmag.mil.trainer import BagTrainer, Settings
 
@@ -27,7 +27,6 @@ Loss = Literal["cox", "nll"]
 Floats = NDArray[np.float64]
 
 _LEAST_EVENTS = 2
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,12 +119,10 @@ def discrete_losses(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
     return -(before + own.gather(1, interval[:, None])[:, 0])
 
 
-class SurvivalHead:
+class SurvivalHead(Head):
     """Base of survival heads: labels, and their checks."""
 
-    has_labels: ClassVar[bool] = False
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_concordance")
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_concordance",)
 
     @staticmethod
     def read(values: Any, count: int, what: str) -> Survival:
@@ -155,20 +152,20 @@ class SurvivalHead:
         """Whether there was an event."""
         return targets[:, 0].astype(np.int64)
 
-    def metrics(self, logits: Floats, targets: Floats, weights: Floats) -> dict[str, float | None]:
-        """Validation loss, and Harrell's C; None where no two cases can be compared."""
-        seen = Survival(event=targets[:, 0] > 0, time=targets[:, 1])
-        # A loss of its own for these cases, whose risk set is the validation set.
-        losses = self.objective(targets, _CPU)(torch.from_numpy(logits), range(len(targets)))
-        found = float(concordances(seen, self.predictions(logits))[0])
-        return {
-            "validation_loss": float((weights * losses.numpy()).sum() / weights.sum()),
-            "validation_concordance": None if math.isnan(found) else found,
-        }
+    def validation_weights(self, targets: Floats) -> Floats:
+        """All 1; InputError where there is no event."""
+        if not targets[:, 0].any():
+            raise InputError(
+                f"none of the {len(targets)} bags to validate with has an event; give others, more"
+                " patients, or validation=None"
+            )
+        return np.ones(len(targets))
 
-    def objective(self, targets: Floats, device: torch.device) -> Objective:
-        """The losses of a training set with these targets."""
-        raise NotImplementedError
+    def metrics(self, logits: Floats, targets: Floats) -> dict[str, float | None]:
+        """Validation concordance, Harrell's C; None where no two cases can be compared."""
+        seen = Survival(event=targets[:, 0] > 0, time=targets[:, 1])
+        found = float(concordances(seen, self.predictions(logits))[0])
+        return {"validation_concordance": None if math.isnan(found) else found}
 
     def predictions(self, logits: Floats) -> Floats:
         """Risk (n,): larger for an earlier event."""
@@ -363,18 +360,6 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         whole = isinstance(self.intervals, int | np.integer) and self.intervals is not True
         records.require(self, "intervals", whole and self.intervals >= 2, "an int from 2 on")
         return super()._settings()
-
-    def _balance(
-        self,
-        head: CoxHead | DiscreteHead,  # noqa: ARG002
-        train: BagDataset,  # noqa: ARG002
-        check: BagDataset | None,
-    ) -> None:
-        if check is not None and not check.targets[:, 0].any():
-            raise InputError(
-                f"none of the {len(check)} bags to validate with has an event; give others, more"
-                " patients, or validation=None"
-            )
 
     def _adopt(self, trainer: BagTrainer) -> int:
         best = super()._adopt(trainer)

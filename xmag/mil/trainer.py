@@ -146,17 +146,19 @@ class BagTrainer(Loop[list[int]]):
     def _validate(self) -> dict[str, float | None]:
         data = self.validation
         if data is None:
-            return dict.fromkeys(self.head.metric_names)
+            return dict.fromkeys(("validation_loss", *self.head.metric_names))
         self.module.eval()
         exact = BatchedAggregator(self.module, self.model.device, outputs=self.model.outputs)
         logits = np.stack([exact.logits(data[index]) for index in range(len(data))])
-        found = self.head.metrics(logits, data.targets, data.weights)
-        loss = found["validation_loss"]
-        if loss is None or not math.isfinite(loss):
+        # An objective of these bags alone: the risk set of a survival loss is the validation set.
+        objective = self.head.objective(data.targets, torch.device("cpu"))
+        losses = objective(torch.from_numpy(logits), range(len(data))).numpy()
+        loss = float((data.weights * losses).sum() / data.weights.sum())
+        if not math.isfinite(loss):
             raise ModelError(
                 f"the validation loss became {loss}; try a smaller lr than {self.settings.lr}"
             )
-        return found
+        return {"validation_loss": loss, **self.head.metrics(logits, data.targets)}
 
     def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         most = self.settings.max_tiles
