@@ -259,6 +259,7 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
         ({"aggregator": ["abmil"]}, "is damaged"),
         ({"params": {"epochs": 3, "shell": "x"}}, r"parameters \['shell'\].*upgrade"),
         ({"params": []}, "is damaged"),
+        ({"params": {"fusion": "middle"}}, r"fusion is 'middle'.*is damaged"),
         ({"fingerprint": [1]}, "is damaged"),
         ({"history": 3}, "is damaged"),
         ({"weights_sha256": None}, "does not belong"),
@@ -344,10 +345,18 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     file = tmp_path / "classifier.json"
     values = json.loads(file.read_text())
     assert "head" not in values
-    del values["params"]["ordinal"]
+    for name in ("ordinal", "fusion"):
+        del values["params"][name]
+    del values["temperature"]
     file.write_text(json.dumps(values))
+    tensors = load_file(tmp_path / "classifier.safetensors")
+    of_confidence = [name for name in tensors if name.startswith("xmag.confidence.")]
+    assert of_confidence
+    rewrite(tmp_path, {name: tensors[name] for name in tensors if name not in of_confidence})
     again = MILClassifier.load(tmp_path, device="cpu")
-    assert again.ordinal is False
+    assert (again.ordinal, again.fusion) == (False, "early")
+    with pytest.raises(InputError, match="cannot tell what is novel"):
+        again.novelty(COHORT.bags)
     np.testing.assert_array_equal(
         again.predict_proba(COHORT.bags), classifier.predict_proba(COHORT.bags)
     )

@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from xmag.mil.bags import (
     Bags,
     Fusion,
     SingleBag,
+    TrainedOrigin,
     is_list,
     mean_of,
     read_dataset,
+    require_trained_origin,
 )
 from xmag.mil.batches import BagSampler, BatchedAggregator, CaseAggregator
-from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature, read_temperature
+from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature
 from xmag.mil.heads import Head
 from xmag.mil.params import Estimator, seed_of
 from xmag.mil.pooling import Attention
@@ -35,6 +37,9 @@ from xmag.mil.trainer import BagTrainer, Epoch, Settings
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, read_validation, warn_without_groups
+
+if TYPE_CHECKING:
+    from sklearn.utils import Tags
 
 H = TypeVar("H", bound=Head)
 
@@ -177,7 +182,7 @@ class MILEstimator(Estimator, Generic[H]):
         (mean, max).
         """
         self._require_fitted()
-        bags = Bags([case], what="bag").read_matching(0, (self.n_features_in_, self.fingerprint_))
+        bags = Bags([case], what="bag").read_matching(0, self._origin)
         scores = self._of_cases().attention([bag.features for bag in bags])
         kind = getattr(self.aggregator_, "attention_kind", None) or "custom"
         found = [
@@ -192,7 +197,12 @@ class MILEstimator(Estimator, Generic[H]):
         With fusion="late" it is the mean of those of the bags. A case without tiles gives zeros,
         with a warning. Raises InputError for a module of your own whose MILOutput has no `pooled`.
         """
-        return self._vectors(X, "their vector is 0")[0].astype(np.float32)
+        self._require_fitted()
+        model, origin = self._of_cases(), self._origin
+        vectors, _ = Bags(X).each(
+            model.pooled, "their vector is 0", width=model.width(origin[0]), origin=origin
+        )
+        return vectors.astype(np.float32)
 
     def calibrate(
         self,
@@ -225,7 +235,7 @@ class MILEstimator(Estimator, Generic[H]):
         cases = Bags(X, least=1)
         targets = self._head.encode(self._head_type.read(y, len(cases), "y"), "y")
         data = read_dataset(cases, targets, groups)
-        data.require_origin((self.n_features_in_, self.fingerprint_))
+        require_trained_origin(data.first, data.origin, self._origin)
         self._known.require_new(data)
         if not len(data):
             raise InputError("no case to calibrate with has any tile; give others")
@@ -257,9 +267,8 @@ class MILEstimator(Estimator, Generic[H]):
                 f"this {type(self).__name__} cannot tell what is novel; expected one that was"
                 f" fitted to {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
             )
-        width = self.n_features_in_
         means, empty = Bags(X).each(
-            mean_of, "their novelty is 100", width=width, origin=(width, self.fingerprint_)
+            mean_of, "their novelty is 100", width=self.n_features_in_, origin=self._origin
         )
         return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
@@ -280,10 +289,9 @@ class MILEstimator(Estimator, Generic[H]):
             params=self._params_to_json(),
             best_epoch=self.best_epoch_,
             history=self.history_,
+            temperature=getattr(self, "temperature_", None),
         )
         values = {**self._head.to_json(), **saved.to_dict()}
-        if hasattr(self, "temperature_"):
-            values["temperature"] = self.temperature_
         state = {**self.aggregator_.state_dict(), **self._known.to_tensors()}
         self._folder(path).write(values, state, saved.aggregator_class)
 
@@ -305,29 +313,30 @@ class MILEstimator(Estimator, Generic[H]):
         folder = cls._folder(path)
         values, state = folder.read()
         with folder.format.reading(str(folder.description)):
-            temperature = read_temperature(values.pop("temperature", None))
             head: H = cls._head_type.from_json(values)
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
+            if unknown := sorted(set(params) - set(cls._defaults())):
+                raise ModelError(
+                    f"{os.fspath(path)} has the parameters {unknown}, which this xmag does not"
+                    " know; upgrade it: pip install --upgrade xmag"
+                )
+            loaded = cls(**params, device=device)
+            loaded._require_fusion()
         known = Known.from_tensors(state)
         module = rebuilt(saved, state, copy.deepcopy(aggregator), head=head)
-        params["aggregator"] = aggregator
         if saved.aggregator is not None:
-            params["aggregator"] = saved.aggregator["name"]
-            params["aggregator_options"] = dict(saved.aggregator["options"])
-        if unknown := sorted(set(params) - set(cls._defaults())):
-            raise ModelError(
-                f"{os.fspath(path)} has the parameters {unknown}, which this xmag does not know;"
-                " upgrade it: pip install --upgrade xmag"
-            )
-        loaded = cls(**params, device=device)
+            loaded.aggregator = saved.aggregator["name"]
+            loaded.aggregator_options = dict(saved.aggregator["options"])
+        elif aggregator is not None:
+            loaded.aggregator = aggregator
         loaded._set_fitted(
             module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
             history=saved.history, best_epoch=saved.best_epoch,
         )  # fmt: skip
         loaded._known = known
-        if temperature is not None:
-            loaded.temperature_ = temperature
+        if saved.temperature is not None:
+            loaded.temperature_ = saved.temperature
         return loaded
 
     @classmethod
@@ -437,22 +446,15 @@ class MILEstimator(Estimator, Generic[H]):
         self._require_fitted()
         logits, empty = Bags(X).each(
             self._of_cases().logits, of_empty,
-            width=self._head.outputs, origin=(self.n_features_in_, self.fingerprint_),
+            width=self._head.outputs, origin=self._origin,
         )  # fmt: skip
         if hasattr(self, "temperature_"):
             logits = cast(Any, self._head).tempered(logits, self.temperature_)
         return logits, empty
 
-    def _vectors(
-        self,
-        X: Any,  # noqa: N803
-        of_empty: str,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """The pooled vectors of cases (n, E), and the mask of those without tiles, bool (n,)."""
-        self._require_fitted()
-        model = self._of_cases()
-        origin = self.n_features_in_, self.fingerprint_
-        return Bags(X).each(model.pooled, of_empty, width=model.width(origin[0]), origin=origin)
+    @property
+    def _origin(self) -> TrainedOrigin:
+        return self.n_features_in_, self.fingerprint_
 
     def _of_cases(self) -> CaseAggregator:
         return CaseAggregator(model=self._batched(), fusion=self._fusion, fuse=self._head.fuse)
@@ -469,6 +471,15 @@ class MILEstimator(Estimator, Generic[H]):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "aggregator_")
+
+    def __sklearn_tags__(self) -> "Tags":
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type=getattr(self, "_estimator_type", None),
+            target_tags=TargetTags(required=True),
+            input_tags=InputTags(two_d_array=False),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle may be opened where there is no GPU.

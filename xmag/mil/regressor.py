@@ -215,11 +215,8 @@ class MILRegressor(MILEstimator[RegressionHead]):
         return found
 
     def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import InputTags, RegressorTags, Tags, TargetTags
+        from sklearn.utils import RegressorTags
 
-        return Tags(
-            estimator_type="regressor",
-            target_tags=TargetTags(required=True, multi_output=True),
-            regressor_tags=RegressorTags(),
-            input_tags=InputTags(two_d_array=False),
-        )
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags, tags.target_tags.multi_output = RegressorTags(), True
+        return tags

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from xmag.mil.estimator import MILEstimator
 from xmag.mil.heads import Head, Objective
 from xmag.mil.pooling import full
 from xmag.mil.trainer import BagTrainer, Settings
-
-if TYPE_CHECKING:
-    from sklearn.utils import Tags
 
 Loss = Literal["cox", "nll"]
 Floats = NDArray[np.float64]
@@ -409,12 +406,3 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         if math.isnan(found):
             raise InputError("no two cases with a weight can be compared; give more cases")
         return found
-
-    def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type=None,
-            target_tags=TargetTags(required=True),
-            input_tags=InputTags(two_d_array=False),
-        )
