@@ -137,6 +137,15 @@ def test_late_fusion_is_the_mean_of_the_slides_predictions(kind, y, params) -> N
         np.testing.assert_allclose(model.predict_survival_function(CASES[2:3])[0].y, mean)
 
 
+@pytest.mark.parametrize("kind", [MILClassifier, MILRegressor, MILSurvival])
+@pytest.mark.parametrize("weights", [[1, 2], [-1] * 12, [np.nan] * 12])
+def test_weights_of_a_score_are_one_for_each_case(kind, weights) -> None:
+    y = times() if kind is MILSurvival else np.arange(12) % 2
+    model = kind(epochs=1, device="cpu", random_state=0).fit(CASES[:12], y[:12], validation=None)
+    with pytest.raises(InputError, match="sample_weight has shape"):
+        model.score(CASES[:12], y[:12], sample_weight=weights)
+
+
 def test_late_fusion_trains_on_slides_with_the_label_of_their_case() -> None:
     data = read_dataset(Bags(CASES), np.arange(12), PATIENTS, fusion="late")
     assert sorted(data.targets.tolist()) == sorted(i for i in range(12) for _ in CASES[i])

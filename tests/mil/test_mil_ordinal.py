@@ -12,7 +12,7 @@ from support.mil_cohort import outcome_cohort
 from torch import nn
 
 from xmag.errors import InputError, ModelError, XmagWarning
-from xmag.mil import AGGREGATORS, MILClassifier, MILOutput, OrderedLinear
+from xmag.mil import AGGREGATORS, MILClassifier, MILOutput, OrderedLinear, aggregator
 from xmag.mil.ordinal import OrdinalHead, ordinal_log_probabilities
 
 SMALL = {
@@ -208,6 +208,9 @@ def test_a_module_of_ones_own_ends_in_ordered_logits():
         Own(OrderedLinear(4, 3)), classes=[0, 1, 2, 3], in_dim=4, device="cpu", ordinal=True
     )
     np.testing.assert_allclose(made.predict_proba(TINY.bags).sum(axis=1), 1)
+    unordered = aggregator("mean", in_dim=4, classes=3)  # could be saved, and not loaded
+    with pytest.raises(InputError, match="ends in a Linear; expected OrderedLinear"):
+        MILClassifier.from_module(unordered, classes=[0, 1, 2, 3], in_dim=4, ordinal=True)
 
 
 def test_scikit_learn_takes_it():

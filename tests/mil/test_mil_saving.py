@@ -174,6 +174,13 @@ def test_a_classifier_around_a_module_trained_elsewhere(tmp_path: Path) -> None:
         MILClassifier.from_module(module, classes=["a", "b", "a"], in_dim=4)
 
 
+@pytest.mark.parametrize("prior", [[0.2, 0.3, 0.5], [0.5, 0.6]])
+def test_frequencies_of_other_classes_are_refused(prior: list) -> None:
+    module = aggregator("mean", in_dim=4, classes=2)
+    with pytest.raises(InputError, match="expected 2 that sum to 1"):
+        MILClassifier.from_module(module, classes=[0, 1], in_dim=4, class_prior=prior)
+
+
 def test_what_is_not_fitted_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not fitted; call fit"):
         MILClassifier().save(tmp_path)

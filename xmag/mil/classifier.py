@@ -21,6 +21,7 @@ from xmag.mil.heads import (
     ClassHead,
     ClassWeight,
     Sampling,
+    case_weights,
     class_weights,
     distinct,
     hashables,
@@ -194,7 +195,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         else:
             classes = head.classes
             right = [classes[i] == label for i, label in zip(chosen, labels, strict=True)]
-        return float(np.average(right, weights=sample_weight))
+        return float(np.average(right, weights=case_weights(sample_weight, len(chosen))))
 
     @classmethod
     def from_module(
@@ -226,7 +227,14 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         fitted = cls(aggregator=module, device=device, **params)
         kind = ClassHead if fitted.ordinal is False else OrdinalHead
         head = kind(classes=given, prior=np.asarray(prior, dtype=np.float64))
+        if head.prior.shape != (len(given),) or not np.isclose(head.prior.sum(), 1):
+            raise InputError(f"class_prior is {prior}; expected {len(given)} that sum to 1")
         if type(module) in AGGREGATORS.values():
+            if not isinstance(module.head, head.last_layer):
+                raise InputError(
+                    f"the module ends in a {type(module.head).__name__}; expected"
+                    f" {head.last_layer.__name__} with ordinal={fitted.ordinal!r}"
+                )
             config = aggregator_config(module)
             fitted.set_params(aggregator=config["name"], aggregator_options=config["options"])
         fitted._set_fitted(module, head, resolve_device(device), in_dim, provenance)

@@ -239,6 +239,17 @@ def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
     return found
 
 
+def case_weights(values: Any, count: int) -> NDArray[np.float64]:
+    """The `sample_weight` of a score, float64 (n,), 1 for None; InputError for anything else."""
+    weights = np.ones(count) if values is None else np.asarray(values, dtype=np.float64)
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise InputError(
+            f"sample_weight has shape {weights.shape} for {count} bags; expected a number from 0 on"
+            " for each"
+        )
+    return weights
+
+
 def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
     """The distinct labels (classes), in order.
 

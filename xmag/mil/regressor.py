@@ -13,7 +13,7 @@ from xmag.errors import InputError
 from xmag.metrics import regression
 from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Head, Objective
+from xmag.mil.heads import Head, Objective, case_weights
 from xmag.mil.pooling import full
 
 if TYPE_CHECKING:
@@ -207,9 +207,8 @@ class MILRegressor(MILEstimator[RegressionHead]):
                 f"y has shape {truth.shape}, and the predictions {predicted.shape}; expected the"
                 " same"
             )
-        weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight)
         table, guesses = (values.reshape(len(truth), -1) for values in (truth, predicted))
-        found = _mean_r2(table, guesses, weights)
+        found = _mean_r2(table, guesses, case_weights(sample_weight, len(truth)))
         if not np.isfinite(found):
             raise InputError("R² does not exist where the known truth is one number only")
         return found

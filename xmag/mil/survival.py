@@ -16,7 +16,7 @@ from xmag.errors import BagError, InputError
 from xmag.metrics.survival import Survival, as_survival, concordances, harrell_c
 from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Head, Objective
+from xmag.mil.heads import Head, Objective, case_weights
 from xmag.mil.pooling import full
 from xmag.mil.trainer import BagTrainer, Settings
 
@@ -402,7 +402,8 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         survival = SurvivalHead.read(y, len(risk), "y")
         if sample_weight is None:
             return harrell_c(survival, risk)
-        found = float(concordances(survival, risk, np.asarray(sample_weight, np.float64)[None])[0])
+        weights = case_weights(sample_weight, len(risk))
+        found = float(concordances(survival, risk, weights[None])[0])
         if math.isnan(found):
             raise InputError("no two cases with a weight can be compared; give more cases")
         return found
