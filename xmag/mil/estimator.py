@@ -125,8 +125,9 @@ class MILEstimator(Estimator, Generic[H]):
                 (X, y) or (X, y, groups); or None, to train for all epochs and keep the last.
 
         Raises:
-            InputError: Labels of one class only, counts that differ, a parameter out of its
-                range, or a patient or features on both sides of a given validation set.
+            InputError: Labels of one class only, targets that are constant, or fewer than two
+                events; counts that differ, a parameter out of its range, or a patient or features
+                on both sides of a given validation set.
             BagError: A bag that cannot be read, of another width, or not finite; it is named.
             MismatchError: Bags that were made with different models or settings.
             ModelError: A loss that is not finite, or a bag too large for the device.

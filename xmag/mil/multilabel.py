@@ -1,7 +1,7 @@
 """Multi-label classification: the head of labels that do not exclude each other."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Self
 
@@ -115,15 +115,12 @@ class LabelsHead(Head):
 
     fuse = staticmethod(mean_logits)
 
-    @staticmethod
     def calibration(
-        logits: NDArray[np.float64], targets: NDArray[np.int64]
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
         """What a temperature divides, here logits (n, L), and the log losses of it."""
-        labels = torch.from_numpy(targets)
-        return logits, lambda scaled: functional.binary_cross_entropy_with_logits(
-            scaled, labels.to(scaled.dtype), reduction="none"
-        ).mean(dim=1)
+        plain, labels = replace(self, balanced=False), torch.from_numpy(targets)
+        return logits, lambda scaled: plain._losses(scaled, labels)
 
     @staticmethod
     def tempered(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
