@@ -17,6 +17,7 @@ from xmag.errors import InputError, ModelError, XmagWarning
 from xmag.metrics.survival import harrell_c
 from xmag.mil import MILRegressor
 from xmag.mil.regressor import RegressionHead, squared_errors
+from xmag.training.splits import held_out
 
 CPU = torch.device("cpu")
 TINY = outcome_cohort(40, seed=3, dim=4, tiles=5, planted=0.2)
@@ -151,6 +152,17 @@ def test_validation_is_by_what_is_known_alone():
         tiny().fit(
             TINY.bags[:30], y[:30], groups=range(30), validation=(check[0], y[30:], check[2])
         )
+
+
+def test_of_a_target_that_is_rarely_known_some_is_trained_on():
+    y = SEVERAL.copy()
+    y[2:, 1] = np.nan
+    head = RegressionHead.of(y)
+    targets = head.encode(y, "y")
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        held = held_out(np.arange(40), head.strata(targets), 0.5, rng)
+        assert not np.isnan(targets[~held, 1]).all()
 
 
 def test_scikit_learn_takes_it():

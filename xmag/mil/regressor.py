@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sklearn.utils import Tags
 
 _STRATA = 4
-"""Quarters of the first target, of each of which a validation set gets its share."""
+"""Quarters of a target, of each of which a validation set gets its share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,10 +91,14 @@ class RegressionHead(Head):
             raise InputError(f"no bag with tiles has a known value of target {column} of y")
 
     def strata(self, targets: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Quarters of the known values of the first target; a fifth where it is missing."""
-        known = int((~np.isnan(targets[:, 0])).sum())
+        """Quarters of the known values of a target; a fifth where it is missing.
+
+        It is the target that is known least often, so that some of it stays to be trained on.
+        """
+        missing = np.isnan(targets).sum(axis=0)
+        rarest, known = targets[:, missing.argmax()], len(targets) - int(missing.max())
         # NaN comes last.
-        order = np.argsort(np.argsort(targets[:, 0], kind="stable"), kind="stable")
+        order = np.argsort(np.argsort(rarest, kind="stable"), kind="stable")
         return np.minimum(order * _STRATA // max(known, 1), _STRATA).astype(np.int64)
 
     def validation_weights(self, targets: NDArray[np.float32]) -> NDArray[np.float64]:
