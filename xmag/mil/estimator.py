@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -38,12 +38,7 @@ from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, read_validation, warn_without_groups
 
-if TYPE_CHECKING:
-    from sklearn.utils import Tags
-
 H = TypeVar("H", bound=Head)
-
-_NOT_SAVED = ("aggregator", "aggregator_options", "device")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -287,7 +282,7 @@ class MILEstimator(Estimator, Generic[H]):
             aggregator_class=type(self.aggregator_).__name__,
             in_dim=self.n_features_in_,
             fingerprint=self.fingerprint_,
-            params=self._params_to_json(),
+            params={**self._params_to_json(), "fusion": self._fusion},
             best_epoch=self.best_epoch_,
             history=self.history_,
             temperature=getattr(self, "temperature_", None),
@@ -343,17 +338,6 @@ class MILEstimator(Estimator, Generic[H]):
     @classmethod
     def _folder(cls, path: str | os.PathLike[str]) -> EstimatorFolder:
         return EstimatorFolder(path, estimator=cls.__name__, noun=cls._noun)
-
-    def _params_to_json(self) -> dict[str, Any]:
-        """The parameters as JSON has them, but for those that are saved otherwise or not at all."""
-        params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
-        if not isinstance(params["random_state"], int):
-            params["random_state"] = None  # a generator: where it stood is not known any more
-        return {**params, "fusion": self._fusion}
-
-    @classmethod
-    def _params_from_json(cls, params: dict[str, Any]) -> dict[str, Any]:
-        return params
 
     def _settings(self) -> Settings:
         """The checked training settings; InputError for a parameter out of its range."""
@@ -473,15 +457,6 @@ class MILEstimator(Estimator, Generic[H]):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "aggregator_")
 
-    def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type=getattr(self, "_estimator_type", None),
-            target_tags=TargetTags(required=True),
-            input_tags=InputTags(two_d_array=False),
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         # A pickle may be opened where there is no GPU.
         state = {name: value for name, value in self.__dict__.items() if name != "_device"}
@@ -498,9 +473,3 @@ class MILEstimator(Estimator, Generic[H]):
             except InputError:
                 self._device = torch.device("cpu")
             self.aggregator_.to(self._device)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value.item() if isinstance(value, np.generic) else value
