@@ -383,6 +383,7 @@ def known(folder, task):
 KINDS = {"regression": MILRegressor, "numbers": MILRegressor, "survival": MILSurvival}
 
 
+@pytest.mark.filterwarnings("ignore:epoch 1 of 3 is kept:xmag.errors.XmagWarning")
 @pytest.mark.parametrize("fusion", ["early", "late"])
 @pytest.mark.parametrize("name", TASKS)
 def test_by_patient_the_estimator_is_that_of_cases(folder, tmp_path, capsys, name, fusion):

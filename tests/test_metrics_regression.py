@@ -54,16 +54,28 @@ def test_weights_are_repeated_cases(name):
         assert value == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("constant", [2.0, 0.1])  # three times 0.1 have another mean, by rounding
 @pytest.mark.parametrize("name", ["r2", "pearson", "spearman"])
-def test_a_constant_truth_has_no_such_value(name):
+def test_a_constant_truth_has_no_such_value(name, constant):
     with pytest.raises(InputError, match="does not exist"):
-        getattr(regression, name)([2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+        getattr(regression, name)([constant] * 3, [1.0, 2.0, 3.0])
 
 
+@pytest.mark.parametrize("constant", [2.0, 0.1])
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
-def test_a_constant_prediction_has_no_correlation(name):
+def test_a_constant_prediction_has_no_correlation(name, constant):
     with pytest.raises(InputError, match="does not exist"):
-        getattr(regression, name)([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
+        getattr(regression, name)([1.0, 2.0, 3.0], [constant] * 3)
+
+
+@pytest.mark.parametrize("name", ["r2", "pearson", "spearman"])
+def test_draws_of_a_constant_have_no_such_value(name):
+    """Of three cases or one: what rounding leaves of their spread is none."""
+    weights = np.array([[1.0, 1, 1, 0], [0, 3, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]])
+    found = getattr(regression, f"{name}s")(
+        np.array([0.1, 0.1, 0.1, 0.7]), np.array([0.3, 0.1, 0.2, 0.9]), weights
+    )
+    assert np.isnan(found).tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

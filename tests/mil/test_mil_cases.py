@@ -137,6 +137,15 @@ def test_late_fusion_is_the_mean_of_the_slides_predictions(kind, y, params) -> N
         np.testing.assert_allclose(model.predict_survival_function(CASES[2:3])[0].y, mean)
 
 
+@pytest.mark.parametrize("kind", [MILClassifier, MILRegressor, MILSurvival])
+@pytest.mark.parametrize("weights", [[1, 2], [-1] * 12, [np.nan] * 12])
+def test_weights_of_a_score_are_one_for_each_case(kind, weights) -> None:
+    y = times() if kind is MILSurvival else np.arange(12) % 2
+    model = kind(epochs=1, device="cpu", random_state=0).fit(CASES[:12], y[:12], validation=None)
+    with pytest.raises(InputError, match="sample_weight has shape"):
+        model.score(CASES[:12], y[:12], sample_weight=weights)
+
+
 def test_late_fusion_trains_on_slides_with_the_label_of_their_case() -> None:
     data = read_dataset(Bags(CASES), np.arange(12), PATIENTS, fusion="late")
     assert sorted(data.targets.tolist()) == sorted(i for i in range(12) for _ in CASES[i])
@@ -277,6 +286,21 @@ def test_lists_of_bags_say_whose_they_are() -> None:
 def test_an_unknown_fusion_is_refused() -> None:
     with pytest.raises(InputError, match=r"fusion is 'middle'; expected \"early\""):
         fitted(fusion="middle")
+
+    with pytest.raises(InputError, match=r"fusion is 'middle'"):
+        MILClassifier.from_module(Own(True), classes=[0, 1], in_dim=4, fusion="middle")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_another_fusion_is_that_of_the_next_fit(fusion: str, tmp_path: Path) -> None:
+    """A temperature that was fitted to the one would be wrong for the other."""
+    model = fitted(fusion=fusion)
+    before = model.predict_proba(CASES)
+    model.set_params(fusion=FUSIONS[fusion == FUSIONS[0]])
+    np.testing.assert_array_equal(model.predict_proba(CASES), before)
+    model.save(tmp_path)
+    again = MILClassifier.load(tmp_path, device="cpu")
+    np.testing.assert_array_equal(again.predict_proba(CASES), before)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -256,7 +256,7 @@ def test_what_was_trained_elsewhere_cannot_tell_its_training() -> None:
     with pytest.warns(XmagWarning) as found:
         model.calibrate(cases, labels)
     assert "nobody knows what this estimator was trained on" in str(found[0].message)
-    with pytest.raises(InputError, match="this classifier cannot tell what is novel"):
+    with pytest.raises(InputError, match="this MILClassifier cannot tell what is novel"):
         model.novelty(cases)
 
 

@@ -15,8 +15,9 @@ from support.mil_cohort import planted_cohort
 from xmag.bag import FeatureBag
 from xmag.errors import BagError, InputError, MismatchError, XmagWarning
 from xmag.geometry import TileGeometry
+from xmag.metrics.labels import class_array
 from xmag.mil import MILClassifier
-from xmag.mil.heads import class_array, ordered
+from xmag.mil.heads import ordered
 from xmag.provenance import Provenance
 from xmag.training.splits import held_out, units
 

@@ -12,7 +12,7 @@ from support.mil_cohort import outcome_cohort
 from torch import nn
 
 from xmag.errors import InputError, ModelError, XmagWarning
-from xmag.mil import AGGREGATORS, MILClassifier, MILOutput, OrderedLinear
+from xmag.mil import AGGREGATORS, MILClassifier, MILOutput, OrderedLinear, aggregator
 from xmag.mil.ordinal import OrdinalHead, ordinal_log_probabilities
 
 SMALL = {
@@ -168,6 +168,13 @@ def test_text_has_the_order_that_is_given(tmp_path):
         tiny(ordinal="low").fit(TINY.bags, y, validation=None)
 
 
+def test_numbers_have_their_order_whatever_their_types():
+    fitted = tiny().fit(
+        TINY.bags, [float(g) if g == 2 else int(g) for g in GRADES], validation=None
+    )
+    assert fitted.classes_.tolist() == [0, 1, 2, 3]
+
+
 def test_a_bag_without_tiles_has_the_frequencies_of_the_training():
     fitted = tiny().fit(TINY.bags, GRADES, validation=None)
     with pytest.warns(XmagWarning, match="no tiles"):
@@ -201,6 +208,9 @@ def test_a_module_of_ones_own_ends_in_ordered_logits():
         Own(OrderedLinear(4, 3)), classes=[0, 1, 2, 3], in_dim=4, device="cpu", ordinal=True
     )
     np.testing.assert_allclose(made.predict_proba(TINY.bags).sum(axis=1), 1)
+    unordered = aggregator("mean", in_dim=4, classes=3)  # could be saved, and not loaded
+    with pytest.raises(InputError, match="ends in a Linear; expected OrderedLinear"):
+        MILClassifier.from_module(unordered, classes=[0, 1, 2, 3], in_dim=4, ordinal=True)
 
 
 def test_scikit_learn_takes_it():

@@ -17,6 +17,7 @@ from xmag.errors import InputError, ModelError, XmagWarning
 from xmag.metrics.survival import harrell_c
 from xmag.mil import MILRegressor
 from xmag.mil.regressor import RegressionHead, squared_errors
+from xmag.training.splits import held_out
 
 CPU = torch.device("cpu")
 TINY = outcome_cohort(40, seed=3, dim=4, tiles=5, planted=0.2)
@@ -133,6 +134,35 @@ def test_a_bag_without_tiles_has_the_mean_of_the_training():
 def test_targets_that_make_no_sense_are_refused(y, words):
     with pytest.raises(InputError, match=words):
         tiny().fit(TINY.bags, y, validation=None)
+
+
+def test_validation_is_by_what_is_known_alone():
+    y = np.full(40, np.nan)
+    y[:12] = TINY.number[:12]
+    check = (TINY.bags[30:], np.where(np.arange(10) < 5, TINY.number[30:], np.nan), range(30, 40))
+    found = tiny().fit(TINY.bags[:30], y[:30], groups=range(30), validation=check)
+    expected = tiny().fit(
+        TINY.bags[:30], y[:30], groups=range(30), validation=tuple(part[:5] for part in check)
+    )
+    losses = [[epoch["validation_loss"] for epoch in one.history_] for one in (found, expected)]
+    np.testing.assert_allclose(*losses)
+    for seed in range(8):  # some of those with a value are held out, by chance or not
+        tiny(random_state=seed).fit(TINY.bags, y, groups=range(40))
+    with pytest.raises(InputError, match="none of the 10 bags to validate with has a known target"):
+        tiny().fit(
+            TINY.bags[:30], y[:30], groups=range(30), validation=(check[0], y[30:], check[2])
+        )
+
+
+def test_of_a_target_that_is_rarely_known_some_is_trained_on():
+    y = SEVERAL.copy()
+    y[2:, 1] = np.nan
+    head = RegressionHead.of(y)
+    targets = head.encode(y, "y")
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        held = held_out(np.arange(40), head.strata(targets), 0.5, rng)
+        assert not np.isnan(targets[~held, 1]).all()
 
 
 def test_scikit_learn_takes_it():

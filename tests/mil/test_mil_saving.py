@@ -174,6 +174,13 @@ def test_a_classifier_around_a_module_trained_elsewhere(tmp_path: Path) -> None:
         MILClassifier.from_module(module, classes=["a", "b", "a"], in_dim=4)
 
 
+@pytest.mark.parametrize("prior", [[0.2, 0.3, 0.5], [0.5, 0.6]])
+def test_frequencies_of_other_classes_are_refused(prior: list) -> None:
+    module = aggregator("mean", in_dim=4, classes=2)
+    with pytest.raises(InputError, match="expected 2 that sum to 1"):
+        MILClassifier.from_module(module, classes=[0, 1], in_dim=4, class_prior=prior)
+
+
 def test_what_is_not_fitted_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not fitted; call fit"):
         MILClassifier().save(tmp_path)
@@ -259,6 +266,7 @@ def test_damage_anywhere_is_noticed_or_harmless(folder: Path, name: str) -> None
         ({"aggregator": ["abmil"]}, "is damaged"),
         ({"params": {"epochs": 3, "shell": "x"}}, r"parameters \['shell'\].*upgrade"),
         ({"params": []}, "is damaged"),
+        ({"params": {"fusion": "middle"}}, r"fusion is 'middle'.*is damaged"),
         ({"fingerprint": [1]}, "is damaged"),
         ({"history": 3}, "is damaged"),
         ({"weights_sha256": None}, "does not belong"),
@@ -344,10 +352,18 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     file = tmp_path / "classifier.json"
     values = json.loads(file.read_text())
     assert "head" not in values
-    del values["params"]["ordinal"]
+    for name in ("ordinal", "fusion"):
+        del values["params"][name]
+    del values["temperature"]
     file.write_text(json.dumps(values))
+    tensors = load_file(tmp_path / "classifier.safetensors")
+    of_confidence = [name for name in tensors if name.startswith("xmag.confidence.")]
+    assert of_confidence
+    rewrite(tmp_path, {name: tensors[name] for name in tensors if name not in of_confidence})
     again = MILClassifier.load(tmp_path, device="cpu")
-    assert again.ordinal is False
+    assert (again.ordinal, again.fusion) == (False, "early")
+    with pytest.raises(InputError, match="cannot tell what is novel"):
+        again.novelty(COHORT.bags)
     np.testing.assert_array_equal(
         again.predict_proba(COHORT.bags), classifier.predict_proba(COHORT.bags)
     )

@@ -27,7 +27,7 @@ from sksurv.nonparametric import kaplan_meier_estimator
 from sksurv.util import Surv
 from support.mil_cohort import outcome_cohort
 
-from xmag.errors import InputError, ModelError, XmagWarning
+from xmag.errors import BagError, InputError, ModelError, XmagWarning
 from xmag.mil import MILSurvival
 from xmag.mil.survival import (
     CoxObjective,
@@ -37,6 +37,7 @@ from xmag.mil.survival import (
     discrete_losses,
     interval_of,
 )
+from xmag.mil.trainer import BagTrainer
 
 CPU = torch.device("cpu")
 
@@ -133,6 +134,7 @@ def test_intervals_hold_as_many_events_each():
     y = Surv.from_arrays(event=np.arange(40) % 2 == 0, time=np.linspace(1, 80, 40))
     labels = SurvivalHead.read(y, 40, "y")
     head = DiscreteHead.of(labels, intervals=4)
+    assert _model(loss="nll", intervals=np.int64(3))._settings().epochs == 40
     counts = np.bincount(interval_of(y["time"][y["event"]], head.edges), minlength=4)
     np.testing.assert_array_equal(counts, 5)
     assert interval_of(np.array([0, 1e9]), head.edges).tolist() == [0, 3]
@@ -260,6 +262,31 @@ def test_several_slides_have_the_mean_of_their_predictions(cohort):
     assert cox.predictions(cox.fuse(logits[:, :1])[None])[0] == pytest.approx(expected)
 
 
+def test_a_file_that_vanishes_in_training_loses_nothing(cohort, tmp_path, monkeypatch):
+    """Not the baseline either, though its risks cannot be computed again."""
+    bags, y = cohort
+    paths = [tmp_path / f"{index}.pt" for index in range(40)]
+    for path, features in zip(paths, bags, strict=False):
+        torch.save(torch.from_numpy(features), path)
+
+    def gone(self, epoch):
+        if epoch == 2:
+            paths[3].unlink()
+        return steps(self, epoch)
+
+    steps = BagTrainer.steps
+    monkeypatch.setattr(BagTrainer, "steps", gone)
+    model = _model()
+    with pytest.raises(BagError, match=r"3\.pt.*there is no file") as stop:
+        model.fit(paths, y[:40], validation=None)
+    assert "keeps the weights of epoch 2" in stop.value.__notes__[0]
+    model.save(tmp_path / "model")
+    again = MILSurvival.load(tmp_path / "model", device="cpu")
+    kaplan_meier = kaplan_meier_estimator(y["event"][:40], y["time"][:40])[1]
+    for function in again.predict_survival_function(bags[:5]):
+        np.testing.assert_allclose(function.y, kaplan_meier, atol=0.2)
+
+
 @pytest.mark.parametrize("loss", ["cox", "nll"])
 def test_a_saved_model_is_the_same(cohort, tmp_path, loss):
     bags, y = cohort
@@ -357,8 +384,9 @@ def test_targets_that_make_no_sense_are_refused(cohort):
     bags, y = cohort
     nobody = y[:20].copy()
     nobody["event"] = False
-    with pytest.raises(InputError, match="0 events among 20 bags"):
-        _model().fit(bags[:20], nobody, groups=range(20))
+    for loss in ("cox", "nll"):
+        with pytest.raises(InputError, match="0 events among 20 bags"):
+            _model(loss=loss).fit(bags[:20], nobody, groups=range(20))
     nobody["event"][0] = True
     with pytest.raises(InputError, match="1 event among 20 bags"):
         _model().fit(bags[:20], nobody, groups=range(20))
@@ -368,10 +396,12 @@ def test_targets_that_make_no_sense_are_refused(cohort):
     swapped = np.column_stack([y["time"], y["event"]])[:20]
     with pytest.raises(InputError, match="first column is the event"):
         _model().fit(bags[:20], swapped, groups=range(20))
+    untrained = _model()
     with pytest.raises(InputError, match="to validate with has an event"):
-        _model(epochs=1).fit(
+        untrained.fit(
             bags[:20], y[:20], groups=range(20), validation=(bags[20:24], nobody[:4], range(20, 24))
         )
+    assert not hasattr(untrained, "history_")
 
 
 def test_one_event_after_another_is_all_that_counts():

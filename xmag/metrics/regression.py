@@ -48,7 +48,7 @@ def r2s(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
     error = weights @ (truth - predicted) ** 2
     mean = _ratio(weights @ truth, weights.sum(1))
     spread = (weights * (truth - mean[:, None]) ** 2).sum(1)
-    return np.where(_is_constant(truth, weights), np.nan, 1 - _ratio(error, spread))
+    return np.where(_varies(truth, weights), 1 - _ratio(error, spread), np.nan)
 
 
 def maes(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
@@ -72,17 +72,19 @@ def spearmans(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
 
 
 def _correlations(a: Floats, b: Floats, weights: Floats) -> Floats:
-    constant = _is_constant(a, weights) | _is_constant(b, weights)
     total = weights.sum(1, keepdims=True)
+    both = _varies(a, weights) & _varies(b, weights)
     a, b = (values - _ratio((weights * values).sum(1, keepdims=True), total) for values in (a, b))
     covariance, of_a, of_b = ((weights * p).sum(1) for p in (a * b, a * a, b * b))
-    return np.where(constant, np.nan, np.clip(_ratio(covariance, np.sqrt(of_a * of_b)), -1, 1))
+    found = np.clip(_ratio(covariance, np.sqrt(of_a * of_b)), -1, 1)
+    return np.where(both, found, np.nan)
 
 
-def _is_constant(values: Floats, weights: Floats) -> NDArray[np.bool_]:
-    """Whether all values with a weight are equal, (R,): rounding makes a variance of them."""
-    least, most = (np.where(weights > 0, values, end) for end in (np.inf, -np.inf))
-    return np.asarray(least.min(1) >= most.max(1))
+def _varies(values: Floats, weights: Floats) -> NDArray[np.bool_]:
+    """Whether values (..., n) differ in the cases with a weight: in a sum, rounding would, (R,)."""
+    highest = np.where(weights > 0, values, -np.inf).max(axis=1, initial=-np.inf)
+    lowest = np.where(weights > 0, values, np.inf).min(axis=1, initial=np.inf)
+    return np.asarray(highest > lowest)
 
 
 def _ranks(values: Floats, weights: Floats) -> Floats:

@@ -262,10 +262,6 @@ class BagDataset:
             self, rows=self.rows[mask], targets=self.targets[mask], weights=self.weights[mask]
         )
 
-    def require_origin(self, origin: TrainedOrigin) -> None:
-        """Raise where the bags have not the width and fingerprint of the training."""
-        require_trained_origin(self.first, self.origin, origin)
-
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
         require_same_origin(

@@ -13,6 +13,7 @@ from torch import nn
 from xmag import records
 from xmag.devices import resolve_device
 from xmag.errors import InputError, XmagWarning
+from xmag.metrics.labels import class_array
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.bags import BagDataset, BagLike
 from xmag.mil.estimator import MILEstimator
@@ -20,7 +21,7 @@ from xmag.mil.heads import (
     ClassHead,
     ClassWeight,
     Sampling,
-    class_array,
+    case_weights,
     class_weights,
     distinct,
     hashables,
@@ -49,9 +50,10 @@ class ClassifierHead:
     @staticmethod
     def from_json(values: dict[str, Any]) -> ClassHead | LabelsHead:
         """The head in `values`, which name it unless it is that of classes without an order."""
-        kinds = {"classes": ClassHead, "ordinal": OrdinalHead, "labels": LabelsHead}
-        kind: type[ClassHead | LabelsHead] = kinds[values.pop("head", "classes")]
-        return kind.from_json(values)
+        kinds: dict[str, type[ClassHead] | type[LabelsHead]] = {
+            "classes": ClassHead, "ordinal": OrdinalHead, "labels": LabelsHead
+        }  # fmt: skip
+        return kinds[values.pop("head", "classes")].from_json(values)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -193,7 +195,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         else:
             classes = head.classes
             right = [classes[i] == label for i, label in zip(chosen, labels, strict=True)]
-        return float(np.average(right, weights=sample_weight))
+        return float(np.average(right, weights=case_weights(sample_weight, len(chosen))))
 
     @classmethod
     def from_module(
@@ -225,7 +227,14 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         fitted = cls(aggregator=module, device=device, **params)
         kind = ClassHead if fitted.ordinal is False else OrdinalHead
         head = kind(classes=given, prior=np.asarray(prior, dtype=np.float64))
+        if head.prior.shape != (len(given),) or not np.isclose(head.prior.sum(), 1):
+            raise InputError(f"class_prior is {prior}; expected {len(given)} that sum to 1")
         if type(module) in AGGREGATORS.values():
+            if not isinstance(module.head, head.last_layer):
+                raise InputError(
+                    f"the module ends in a {type(module.head).__name__}; expected"
+                    f" {head.last_layer.__name__} with ordinal={fitted.ordinal!r}"
+                )
             config = aggregator_config(module)
             fitted.set_params(aggregator=config["name"], aggregator_options=config["options"])
         fitted._set_fitted(module, head, resolve_device(device), in_dim, provenance)
@@ -300,11 +309,8 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         return params
 
     def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+        from sklearn.utils import ClassifierTags
 
-        return Tags(
-            estimator_type="classifier",
-            target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(multi_label=True),
-            input_tags=InputTags(two_d_array=False),
-        )
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags = ClassifierTags(multi_label=True)
+        return tags

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -53,13 +53,6 @@ def fit_temperature(logits: Floats, losses: Callable[[Tensor], Tensor]) -> float
             stacklevel=3,
         )
     return math.exp(-(low + high) / 2)
-
-
-def read_temperature(value: Any) -> float | None:
-    """A temperature as a file has it, None where there is none; ValueError for anything else."""
-    if value is None or (isinstance(value, float) and 0 < value < math.inf):
-        return value
-    raise ValueError(f"temperature is {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -21,12 +21,14 @@ from xmag.mil.bags import (
     Bags,
     Fusion,
     SingleBag,
+    TrainedOrigin,
     is_list,
     mean_of,
     read_dataset,
+    require_trained_origin,
 )
 from xmag.mil.batches import BagSampler, BatchedAggregator, CaseAggregator
-from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature, read_temperature
+from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature
 from xmag.mil.heads import Head
 from xmag.mil.params import Estimator, seed_of
 from xmag.mil.pooling import Attention
@@ -37,8 +39,6 @@ from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, read_validation, warn_without_groups
 
 H = TypeVar("H", bound=Head)
-
-_NOT_SAVED = ("aggregator", "aggregator_options", "device")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -72,6 +72,7 @@ class MILEstimator(Estimator, Generic[H]):
     _head: H = field(init=False)
     _device: torch.device = field(init=False)
     _known: Known = field(init=False)
+    _fusion: Fusion = field(init=False)
 
     _noun: ClassVar[str] = "estimator"
     _head_type: ClassVar[type[Any]]
@@ -119,8 +120,9 @@ class MILEstimator(Estimator, Generic[H]):
                 (X, y) or (X, y, groups); or None, to train for all epochs and keep the last.
 
         Raises:
-            InputError: Labels of one class only, counts that differ, a parameter out of its
-                range, or a patient or features on both sides of a given validation set.
+            InputError: Labels of one class only, targets that are constant, or fewer than two
+                events; counts that differ, a parameter out of its range, or a patient or features
+                on both sides of a given validation set.
             BagError: A bag that cannot be read, of another width, or not finite; it is named.
             MismatchError: Bags that were made with different models or settings.
             ModelError: A loss that is not finite, or a bag too large for the device.
@@ -131,6 +133,8 @@ class MILEstimator(Estimator, Generic[H]):
         seed = seed_of(self.random_state)
         rng = np.random.default_rng(seed)
         head, data, train, check = self._datasets(X, y, groups, validation, rng)
+        if check is not None:
+            check.weights = head.validation_weights(check.targets)
         strata = self._balance(head, train, check)
         known = Known.of(data, check, rng=np.random.default_rng([seed, 1]))
         with seeded(seed, device), own_torch(device):
@@ -147,8 +151,8 @@ class MILEstimator(Estimator, Generic[H]):
                     self._adopt(trainer)
                     self._known = known
                     stop.add_note(
-                        f"The {self._noun} keeps the weights of epoch {self.best_epoch_}, the best"
-                        f" of {len(self.history_)}."
+                        f"The {type(self).__name__} keeps the weights of epoch"
+                        f" {self.best_epoch_}, the best of {len(self.history_)}."
                     )
                 raise
             best = self._adopt(trainer)
@@ -174,7 +178,7 @@ class MILEstimator(Estimator, Generic[H]):
         (mean, max).
         """
         self._require_fitted()
-        bags = Bags([case], what="bag").read_matching(0, (self.n_features_in_, self.fingerprint_))
+        bags = Bags([case], what="bag").read_matching(0, self._origin)
         scores = self._of_cases().attention([bag.features for bag in bags])
         kind = getattr(self.aggregator_, "attention_kind", None) or "custom"
         found = [
@@ -189,7 +193,12 @@ class MILEstimator(Estimator, Generic[H]):
         With fusion="late" it is the mean of those of the bags. A case without tiles gives zeros,
         with a warning. Raises InputError for a module of your own whose MILOutput has no `pooled`.
         """
-        return self._vectors(X, "their vector is 0")[0].astype(np.float32)
+        self._require_fitted()
+        model, origin = self._of_cases(), self._origin
+        vectors, _ = Bags(X).each(
+            model.pooled, "their vector is 0", width=model.width(origin[0]), origin=origin
+        )
+        return vectors.astype(np.float32)
 
     def calibrate(
         self,
@@ -222,7 +231,7 @@ class MILEstimator(Estimator, Generic[H]):
         cases = Bags(X, least=1)
         targets = self._head.encode(self._head_type.read(y, len(cases), "y"), "y")
         data = read_dataset(cases, targets, groups)
-        data.require_origin((self.n_features_in_, self.fingerprint_))
+        require_trained_origin(data.first, data.origin, self._origin)
         self._known.require_new(data)
         if not len(data):
             raise InputError("no case to calibrate with has any tile; give others")
@@ -251,20 +260,20 @@ class MILEstimator(Estimator, Generic[H]):
         self._require_fitted()
         if self._known.novelty is None:
             raise InputError(
-                f"this {self._noun} cannot tell what is novel; expected one that was fitted to"
-                f" {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
+                f"this {type(self).__name__} cannot tell what is novel; expected one that was"
+                f" fitted to {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
             )
-        width = self.n_features_in_
         means, empty = Bags(X).each(
-            mean_of, "their novelty is 100", width=width, origin=(width, self.fingerprint_)
+            mean_of, "their novelty is 100", width=self.n_features_in_, origin=self._origin
         )
         return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to the folder `path`: classifier.safetensors and classifier.json, without pickle.
+        """Save to the folder `path`, as safetensors and JSON, without pickle.
 
-        Raises OutputError where it cannot be written, or a label or parameter is not what JSON can
-        hold. A module of your own has to be given again to `load`.
+        A MILClassifier's files are classifier.safetensors and classifier.json; the others' begin
+        with regressor and survival. Raises OutputError where they cannot be written, or a label or
+        parameter is not what JSON can hold. A module of your own has to be given again to `load`.
         """
         self._require_fitted()
         known = type(self.aggregator_) in AGGREGATORS.values()
@@ -273,13 +282,12 @@ class MILEstimator(Estimator, Generic[H]):
             aggregator_class=type(self.aggregator_).__name__,
             in_dim=self.n_features_in_,
             fingerprint=self.fingerprint_,
-            params=self._params_to_json(),
+            params={**self._params_to_json(), "fusion": self._fusion},
             best_epoch=self.best_epoch_,
             history=self.history_,
+            temperature=getattr(self, "temperature_", None),
         )
         values = {**self._head.to_json(), **saved.to_dict()}
-        if hasattr(self, "temperature_"):
-            values["temperature"] = self.temperature_
         state = {**self.aggregator_.state_dict(), **self._known.to_tensors()}
         self._folder(path).write(values, state, saved.aggregator_class)
 
@@ -301,51 +309,44 @@ class MILEstimator(Estimator, Generic[H]):
         folder = cls._folder(path)
         values, state = folder.read()
         with folder.format.reading(str(folder.description)):
-            temperature = read_temperature(values.pop("temperature", None))
             head: H = cls._head_type.from_json(values)
             saved = records.from_dict(Saved, values)
             params = cls._params_from_json(saved.params)
+            if unknown := sorted(set(params) - set(cls._defaults())):
+                raise ModelError(
+                    f"{os.fspath(path)} has the parameters {unknown}, which this xmag does not"
+                    " know; upgrade it: pip install --upgrade xmag"
+                )
+            loaded = cls(**params, device=device)
+            loaded._require_fusion()
         known = Known.from_tensors(state)
         module = rebuilt(saved, state, copy.deepcopy(aggregator), head=head)
-        params["aggregator"] = aggregator
         if saved.aggregator is not None:
-            params["aggregator"] = saved.aggregator["name"]
-            params["aggregator_options"] = dict(saved.aggregator["options"])
-        if unknown := sorted(set(params) - set(cls._defaults())):
-            raise ModelError(
-                f"{os.fspath(path)} has the parameters {unknown}, which this xmag does not know;"
-                " upgrade it: pip install --upgrade xmag"
-            )
-        loaded = cls(**params, device=device)
+            loaded.aggregator = saved.aggregator["name"]
+            loaded.aggregator_options = dict(saved.aggregator["options"])
+        elif aggregator is not None:
+            loaded.aggregator = aggregator
         loaded._set_fitted(
             module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
             history=saved.history, best_epoch=saved.best_epoch,
         )  # fmt: skip
         loaded._known = known
-        if temperature is not None:
-            loaded.temperature_ = temperature
+        if saved.temperature is not None:
+            loaded.temperature_ = saved.temperature
         return loaded
 
     @classmethod
     def _folder(cls, path: str | os.PathLike[str]) -> EstimatorFolder:
         return EstimatorFolder(path, estimator=cls.__name__, noun=cls._noun)
 
-    def _params_to_json(self) -> dict[str, Any]:
-        """The parameters as JSON has them, but for those that are saved otherwise or not at all."""
-        params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
-        if not isinstance(params["random_state"], int):
-            params["random_state"] = None  # a generator: where it stood is not known any more
-        return params
-
-    @classmethod
-    def _params_from_json(cls, params: dict[str, Any]) -> dict[str, Any]:
-        return params
-
     def _settings(self) -> Settings:
         """The checked training settings; InputError for a parameter out of its range."""
+        self._require_fusion()
+        return Settings.of(self)
+
+    def _require_fusion(self) -> None:
         fits = self.fusion in ("early", "late")
         records.require(self, "fusion", fits, '"early" (one bag of all) or "late" (a mean of each)')
-        return Settings.of(self)
 
     def _datasets(
         self,
@@ -410,7 +411,8 @@ class MILEstimator(Estimator, Generic[H]):
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
-        self._head, self._device, self._known = head, device, Known()
+        self._require_fusion()
+        self._head, self._device, self._known, self._fusion = head, device, Known(), self.fusion
         self.__dict__.pop("temperature_", None)
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
@@ -429,25 +431,18 @@ class MILEstimator(Estimator, Generic[H]):
         self._require_fitted()
         logits, empty = Bags(X).each(
             self._of_cases().logits, of_empty,
-            width=self._head.outputs, origin=(self.n_features_in_, self.fingerprint_),
+            width=self._head.outputs, origin=self._origin,
         )  # fmt: skip
         if hasattr(self, "temperature_"):
             logits = cast(Any, self._head).tempered(logits, self.temperature_)
         return logits, empty
 
-    def _vectors(
-        self,
-        X: Any,  # noqa: N803
-        of_empty: str,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """The pooled vectors of cases (n, E), and the mask of those without tiles, bool (n,)."""
-        self._require_fitted()
-        model = self._of_cases()
-        origin = self.n_features_in_, self.fingerprint_
-        return Bags(X).each(model.pooled, of_empty, width=model.width(origin[0]), origin=origin)
+    @property
+    def _origin(self) -> TrainedOrigin:
+        return self.n_features_in_, self.fingerprint_
 
     def _of_cases(self) -> CaseAggregator:
-        return CaseAggregator(model=self._batched(), fusion=self.fusion, fuse=self._head.fuse)
+        return CaseAggregator(model=self._batched(), fusion=self._fusion, fuse=self._head.fuse)
 
     def _batched(self) -> BatchedAggregator:
         return BatchedAggregator(self.aggregator_, self._device, outputs=self._head.outputs)
@@ -478,9 +473,3 @@ class MILEstimator(Estimator, Generic[H]):
             except InputError:
                 self._device = torch.device("cpu")
             self.aggregator_.to(self._device)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value.item() if isinstance(value, np.generic) else value

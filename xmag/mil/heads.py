@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from xmag.errors import InputError, OutputError
 from xmag.metrics import auroc, balanced_accuracy
-from xmag.metrics.labels import as_labels, refuse_continuous
+from xmag.metrics.labels import as_labels, encode, refuse_continuous
 from xmag.mil.pooling import MILOutput, full
 
 ClassWeight = Mapping[Any, float] | Literal["balanced"] | None
@@ -54,10 +54,21 @@ def class_metrics(
 ) -> dict[str, float | None]:
     """Validation metrics of logits (n, C) and class indices (n,), by their names in a history.
 
-    The loss is the cross-entropy, a mean weighted by `weights` (n,). The AUROC is one-vs-rest, of
-    probabilities, a mean over the classes that are present; None where only one is.
+    The loss is the cross-entropy, a mean weighted by `weights` (n,); for others see `ClassHead`.
     """
     losses = class_losses(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
+    loss = float((weights * losses).sum() / weights.sum())
+    return {"validation_loss": loss, **decision_metrics(logits, targets)}
+
+
+def decision_metrics(
+    logits: NDArray[np.float64], targets: NDArray[np.int64]
+) -> dict[str, float | None]:
+    """Validation AUROC and balanced accuracy of logits (n, C) and class indices (n,).
+
+    The AUROC is one-vs-rest, of probabilities, a mean over the classes that are present; None where
+    only one is.
+    """
     probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
     every, present = range(logits.shape[1]), np.unique(targets).tolist()
     areas = [
@@ -67,7 +78,6 @@ def class_metrics(
     ]
     balanced = balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
     return {
-        "validation_loss": float((weights * losses).sum() / weights.sum()),
         "validation_auroc": fmean(areas) if areas else None,
         "validation_balanced_accuracy": balanced,
     }
@@ -80,10 +90,11 @@ Objective = Callable[[Tensor, Sequence[int]], Tensor]
 class Head(Protocol):
     """Protocol of heads: how labels become targets, and what is made of logits."""
 
-    has_labels: ClassVar[bool]
+    has_labels: ClassVar[bool] = False
     """Whether targets are class indices, which an aggregator may use."""
     metric_names: ClassVar[tuple[str, ...]]
-    last_layer: ClassVar[type[nn.Module]]
+    """Names of validation metrics in a history, beside the loss."""
+    last_layer: ClassVar[type[nn.Module]] = nn.Linear
     """What xmag's aggregators end in, made of the width and the number of logits."""
 
     @property
@@ -103,23 +114,27 @@ class Head(Protocol):
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """Strata of bags, int64 (n,), of which a validation set gets its share."""
 
+    def validation_weights(self, targets: NDArray[Any]) -> NDArray[np.float64]:
+        """Weights of bags in the validation loss, (n,); InputError where nothing validates."""
+        return np.ones(len(targets))
+
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
-        """The losses of a training set with these targets."""
+        """The losses of a set of bags with these targets."""
 
     def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
 
     def metrics(
-        self, logits: NDArray[np.float64], targets: NDArray[Any], weights: NDArray[np.float64]
+        self, logits: NDArray[np.float64], targets: NDArray[Any]
     ) -> dict[str, float | None]:
-        """Validation loss and metrics of logits (n, C), by `metric_names`."""
+        """Validation metrics of logits (n, C), by `metric_names`; None where one has no value."""
 
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values, from which `from_json` takes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ClassHead:
+class ClassHead(Head):
     """Classification head: softmax over classes, cross-entropy, AUROC and balanced accuracy.
 
     `prior` is the frequency of each class among the labels, (C,).
@@ -129,13 +144,8 @@ class ClassHead:
     prior: NDArray[np.float64]
 
     has_labels: ClassVar[bool] = True
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metrics = staticmethod(class_metrics)
-    metric_names: ClassVar[tuple[str, ...]] = (
-        "validation_loss",
-        "validation_auroc",
-        "validation_balanced_accuracy",
-    )
+    metrics = staticmethod(decision_metrics)
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_auroc", "validation_balanced_accuracy")
 
     @classmethod
     def of(cls, labels: Sequence[Hashable]) -> Self:
@@ -229,6 +239,17 @@ def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
     return found
 
 
+def case_weights(values: Any, count: int) -> NDArray[np.float64]:
+    """The `sample_weight` of a score, float64 (n,), 1 for None; InputError for anything else."""
+    weights = np.ones(count) if values is None else np.asarray(values, dtype=np.float64)
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise InputError(
+            f"sample_weight has shape {weights.shape} for {count} bags; expected a number from 0 on"
+            " for each"
+        )
+    return weights
+
+
 def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
     """The distinct labels (classes), in order.
 
@@ -264,30 +285,18 @@ def ordered(classes: list[Any]) -> list[Hashable]:
     return sorted(classes, key=lambda value: (type(value).__name__, repr(value)))
 
 
-def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
-    """The classes as an array (C,) from which each comes back unchanged."""
-    if all(type(value) in _PLAIN.values() for value in classes):
-        array = np.array(classes)
-        if [(type(v), v) for v in array.tolist()] == [(type(v), v) for v in classes]:
-            return array
-    array = np.empty(len(classes), dtype=object)
-    for index, value in enumerate(classes):
-        array[index] = value
-    return array
-
-
 def indices(
     labels: Sequence[Hashable], classes: Sequence[Hashable], what: str
 ) -> NDArray[np.int64]:
     """The class index of each label, int64 (n,); InputError for an unknown label."""
-    place = {label: index for index, label in enumerate(classes)}
+    known = set(classes)
     for index, label in enumerate(labels):
-        if label not in place:
+        if label not in known:
             raise InputError(
                 f"{what}[{index}] is {label!r}; expected one of the classes that were trained:"
                 f" {list(classes)}"
             )
-    return np.array([place[label] for label in labels], dtype=np.int64)
+    return encode(labels, classes)
 
 
 def class_weights(

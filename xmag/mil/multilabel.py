@@ -1,24 +1,24 @@
 """Multi-label classification: the head of labels that do not exclude each other."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from xmag.errors import InputError
 from xmag.metrics import auroc
-from xmag.mil.heads import Objective, mean_logits
+from xmag.mil.heads import Head, Objective, mean_logits
 from xmag.mil.pooling import full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LabelsHead:
+class LabelsHead(Head):
     """Head of labels that do not exclude each other: a sigmoid and binary cross-entropy for each.
 
     `prior` (L,) is how frequent each label is. With `balanced`, bags with a label and those without
@@ -28,9 +28,7 @@ class LabelsHead:
     prior: NDArray[np.float64]
     balanced: bool = False
 
-    has_labels: ClassVar[bool] = False
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_auroc")
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_auroc",)
 
     @classmethod
     def of(cls, labels: NDArray[np.int64], *, balanced: bool = False) -> Self:
@@ -117,15 +115,12 @@ class LabelsHead:
 
     fuse = staticmethod(mean_logits)
 
-    @staticmethod
     def calibration(
-        logits: NDArray[np.float64], targets: NDArray[np.int64]
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
         """What a temperature divides, here logits (n, L), and the log losses of it."""
-        labels = torch.from_numpy(targets)
-        return logits, lambda scaled: functional.binary_cross_entropy_with_logits(
-            scaled, labels.to(scaled.dtype), reduction="none"
-        ).mean(dim=1)
+        plain, labels = replace(self, balanced=False), torch.from_numpy(targets)
+        return logits, lambda scaled: plain._losses(scaled, labels)
 
     @staticmethod
     def tempered(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
@@ -133,22 +128,15 @@ class LabelsHead:
         return logits / temperature
 
     def metrics(
-        self,
-        logits: NDArray[np.float64],
-        targets: NDArray[np.int64],
-        weights: NDArray[np.float64],
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> dict[str, float | None]:
-        """Validation loss, and AUROC as a mean over labels; None where none has both 0 and 1."""
-        losses = self._losses(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
+        """Validation AUROC, a mean over labels; None where none has both 0 and 1."""
         areas = [
             auroc(truth, scores, classes=(0, 1))
             for truth, scores in zip(targets.T, logits.T, strict=True)
             if len(set(truth.tolist())) > 1
         ]
-        return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
-            "validation_auroc": fmean(areas) if areas else None,
-        }
+        return {"validation_auroc": fmean(areas) if areas else None}
 
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values."""

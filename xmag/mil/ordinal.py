@@ -66,7 +66,6 @@ class OrdinalHead(ClassHead):
     has_labels: ClassVar[bool] = False  # an auxiliary loss would be of classes without an order
     last_layer: ClassVar[type[nn.Module]] = OrderedLinear
     metric_names: ClassVar[tuple[str, ...]] = (
-        "validation_loss",
         "validation_quadratic_kappa",
         "validation_balanced_accuracy",
     )
@@ -79,7 +78,9 @@ class OrdinalHead(ClassHead):
             classes = hashables(order, count=len(order), what="ordinal")
             if len(distinct(classes)) != len(classes):
                 raise InputError(f"ordinal is {classes}; expected each class once")
-        elif not all(isinstance(label, bool | int | float) for label in classes):
+        elif all(isinstance(label, bool | int | float) for label in classes):
+            classes = sorted(classes)  # type: ignore[type-var]  # `distinct` goes by type first
+        else:
             raise InputError(
                 f"the classes are {classes}, whose order is not known; expected numbers, or give"
                 " the order from lowest to highest: ordinal=[...]"
@@ -116,17 +117,13 @@ class OrdinalHead(ClassHead):
         return np.minimum.accumulate(above - up_to, axis=1)  # they fall, but for rounding
 
     def metrics(
-        self,
-        logits: NDArray[np.float64],
-        targets: NDArray[np.int64],
-        weights: NDArray[np.float64],
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> dict[str, float | None]:
-        """Validation loss, weighted by `weights`, and metrics of the most probable class."""
-        logs, every = self.log_probabilities(logits), range(len(self.classes))
-        losses, chosen = -logs[np.arange(len(targets)), targets], logs.argmax(axis=1)
+        """Validation metrics of the most probable class."""
+        chosen = self.log_probabilities(logits).argmax(axis=1)
+        every = range(len(self.classes))
         several = len({*targets.tolist(), *chosen.tolist()}) > 1
         return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
             "validation_quadratic_kappa": (
                 quadratic_kappa(targets, chosen, classes=every) if several else None
             ),

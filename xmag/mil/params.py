@@ -1,4 +1,4 @@
-"""scikit-learn's interface of estimators: parameters by the constructor, routing, random_state.
+"""scikit-learn's interface of estimators: parameters and their JSON, tags, routing, random_state.
 
 scikit-learn is imported only where it calls itself, and is loaded by then: see
 https://scikit-learn.org/stable/developers/develop.html.
@@ -9,12 +9,15 @@ import inspect
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 
 from xmag.errors import InputError
 
 if TYPE_CHECKING:
+    from sklearn.utils import Tags
     from sklearn.utils.metadata_routing import MetadataRequest
 
+_NOT_SAVED = ("aggregator", "aggregator_options", "device")
 _UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.metadata_routing
 
 
@@ -49,6 +52,17 @@ class Estimator:
             if type(getattr(self, name)) is not type(default) or getattr(self, name) != default
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _params_to_json(self) -> dict[str, Any]:
+        """The parameters as JSON has them, but for those that are saved otherwise or not at all."""
+        params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
+        if not isinstance(params["random_state"], int):
+            params["random_state"] = None  # a generator: where it stood is not known any more
+        return params
+
+    @classmethod
+    def _params_from_json(cls, params: dict[str, Any]) -> dict[str, Any]:
+        return params
 
     def set_fit_request(
         self, *, groups: bool | str | None = _UNCHANGED, validation: bool | str | None = _UNCHANGED
@@ -91,6 +105,15 @@ class Estimator:
         request.score.add_request(param="sample_weight", alias=None)
         return request
 
+    def __sklearn_tags__(self) -> "Tags":
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type=getattr(self, "_estimator_type", None),
+            target_tags=TargetTags(required=True),
+            input_tags=InputTags(two_d_array=False),
+        )
+
 
 def seed_of(random_state: Any) -> int:
     """The seed for a `random_state=` argument: the int itself, or a draw from a generator.
@@ -111,3 +134,9 @@ def seed_of(random_state: Any) -> int:
         f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
         " NumPy"
     )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value.item() if isinstance(value, np.generic) else value

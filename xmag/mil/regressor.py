@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmag.errors import InputError
 from xmag.metrics import regression
 from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Objective
+from xmag.mil.heads import Head, Objective, case_weights
 from xmag.mil.pooling import full
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
 
 _STRATA = 4
-"""Quarters of the first target, of each of which a validation set gets its share."""
+"""Quarters of a target, of each of which a validation set gets its share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RegressionHead:
+class RegressionHead(Head):
     """Regression head: squared error of standardised targets, missing ones left out.
 
     `mean` and `scale` (T,) are those of the targets of the training; `flat` says that they were
@@ -35,9 +35,7 @@ class RegressionHead:
     scale: NDArray[np.float64]
     flat: bool
 
-    has_labels: ClassVar[bool] = False
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_r2")
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_r2",)
 
     @property
     def outputs(self) -> int:
@@ -93,11 +91,25 @@ class RegressionHead:
             raise InputError(f"no bag with tiles has a known value of target {column} of y")
 
     def strata(self, targets: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Quarters of the first target; bags where it is missing are of the lowest."""
-        first = np.nan_to_num(targets[:, 0], nan=-np.inf)
-        order = np.argsort(np.argsort(first, kind="stable"), kind="stable")
-        quarters: NDArray[np.int64] = order * _STRATA // len(first)
-        return quarters
+        """Quarters of the known values of a target; a fifth where it is missing.
+
+        It is the target that is known least often, so that some of it stays to be trained on.
+        """
+        missing = np.isnan(targets).sum(axis=0)
+        rarest, known = targets[:, missing.argmax()], len(targets) - int(missing.max())
+        # NaN comes last.
+        order = np.argsort(np.argsort(rarest, kind="stable"), kind="stable")
+        return np.minimum(order * _STRATA // max(known, 1), _STRATA).astype(np.int64)
+
+    def validation_weights(self, targets: NDArray[np.float32]) -> NDArray[np.float64]:
+        """1 where a target is known, and 0 where the loss is 0 for want of one."""
+        known = np.asarray(~np.isnan(targets).all(axis=1))
+        if not known.any():
+            raise InputError(
+                f"none of the {len(known)} bags to validate with has a known target; give others,"
+                " more patients, or validation=None"
+            )
+        return known.astype(np.float64)
 
     def objective(self, targets: NDArray[np.float32], device: torch.device) -> Objective:
         """Mean squared error over the known targets of each bag."""
@@ -114,24 +126,11 @@ class RegressionHead:
         return self.mean + logits * self.scale
 
     def metrics(
-        self,
-        logits: NDArray[np.float64],
-        targets: NDArray[np.float32],
-        weights: NDArray[np.float64],
+        self, logits: NDArray[np.float64], targets: NDArray[np.float32]
     ) -> dict[str, float | None]:
-        """Validation loss, and R² as a mean over targets; None where one is constant."""
-        losses = squared_errors(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
-        values = []
-        for column in range(self.outputs):
-            known = ~np.isnan(targets[:, column])
-            truth = targets[known, column].astype(np.float64)
-            one = np.ones((1, len(truth)))
-            values.append(float(regression.r2s(truth, logits[known, column], one)[0]))
-        r2 = float(np.mean(values))
-        return {
-            "validation_loss": float((weights * losses).sum() / weights.sum()),
-            "validation_r2": r2 if np.isfinite(r2) else None,
-        }
+        """Validation R², a mean over targets; None where one is constant."""
+        r2 = _mean_r2(targets.astype(np.float64), logits, np.ones(len(targets)))
+        return {"validation_r2": r2 if np.isfinite(r2) else None}
 
     def to_json(self) -> dict[str, Any]:
         """The head as JSON values."""
@@ -155,6 +154,17 @@ def squared_errors(predicted: Tensor, targets: Tensor) -> Tensor:
     # NaN is replaced before the difference: 0 * NaN would be the gradient otherwise.
     errors = (predicted - torch.where(known, targets, predicted.detach())) ** 2
     return (errors * known).sum(1) / known.sum(1).clamp(min=1)
+
+
+def _mean_r2(
+    truth: NDArray[np.float64], predicted: NDArray[np.float64], weights: NDArray[np.float64]
+) -> float:
+    """Mean of R² over the columns of known truth (n, T); NaN where one is constant."""
+    values = []
+    for column, guess in zip(truth.T, predicted.T, strict=True):
+        known = ~np.isnan(column)
+        values.append(regression.r2s(column[known], guess[known], weights[None, known])[0])
+    return float(np.mean(values))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -201,24 +211,15 @@ class MILRegressor(MILEstimator[RegressionHead]):
                 f"y has shape {truth.shape}, and the predictions {predicted.shape}; expected the"
                 " same"
             )
-        weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight)
-        values = []
-        for column, guess in zip(
-            truth.reshape(len(truth), -1).T, predicted.reshape(len(truth), -1).T, strict=True
-        ):
-            known = ~np.isnan(column)
-            values.append(regression.r2s(column[known], guess[known], weights[None, known])[0])
-        found = float(np.mean(values))
+        table, guesses = (values.reshape(len(truth), -1) for values in (truth, predicted))
+        found = _mean_r2(table, guesses, case_weights(sample_weight, len(truth)))
         if not np.isfinite(found):
             raise InputError("R² does not exist where the known truth is one number only")
         return found
 
     def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import InputTags, RegressorTags, Tags, TargetTags
+        from sklearn.utils import RegressorTags
 
-        return Tags(
-            estimator_type="regressor",
-            target_tags=TargetTags(required=True, multi_output=True),
-            regressor_tags=RegressorTags(),
-            input_tags=InputTags(two_d_array=False),
-        )
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags, tags.target_tags.multi_output = RegressorTags(), True
+        return tags

@@ -1,6 +1,7 @@
 """Saving and loading of an estimator: a folder with weights in safetensors, the rest in JSON."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,8 +39,11 @@ class Saved(records.Record):
     params: dict[str, Any]
     best_epoch: int | None
     history: list[dict[str, Any]]
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        warm = self.temperature is None or 0 < self.temperature < math.inf
+        records.require(self, "temperature", warm, "a number above 0, or null")
         fits = self.aggregator is None or set(self.aggregator) == {"name", "options"}
         records.require(self, "aggregator", fits, "a name and options, or null")
 

@@ -3,31 +3,27 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from xmag import records
-from xmag.errors import InputError
+from xmag.errors import BagError, InputError
 from xmag.metrics.survival import Survival, as_survival, concordances, harrell_c
 from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
-from xmag.mil.heads import Objective
+from xmag.mil.heads import Head, Objective, case_weights
 from xmag.mil.pooling import full
 from xmag.mil.trainer import BagTrainer, Settings
-
-if TYPE_CHECKING:
-    from sklearn.utils import Tags
 
 Loss = Literal["cox", "nll"]
 Floats = NDArray[np.float64]
 
 _LEAST_EVENTS = 2
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,19 +80,19 @@ class CoxObjective:
     A bag's risk set is the training set, and not its batch, which may have no event at all. The
     risks of bags outside of the batch are those of their last step (0 before the first). The loss
     of a bag has the exact gradient of `cox_loss` by its risk: of its own event, and of all events
-    at whose time it was still at risk.
+    at whose time it was still at risk. `risk` (n,) are those of the last steps.
     """
 
     def __init__(self, event: Tensor, time: Tensor) -> None:
         # On the CPU in double precision: the same on every device, and faster for a cohort.
         self._event, self._time = event, time
-        self._risk = torch.zeros(len(event), dtype=torch.float64)
+        self.risk = torch.zeros(len(event), dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Losses (B,) of the risks (B, 1) of the bags at `rows`."""
         here, risk = list(rows), full(logits)[:, 0]
-        self._risk[here] = risk.detach().cpu().double()
-        every = self._risk.clone().requires_grad_()
+        self.risk[here] = risk.detach().cpu().double()
+        every = self.risk.clone().requires_grad_()
         with torch.enable_grad():
             loss = cox_loss(every, self._event, self._time)
         (slope,) = torch.autograd.grad(loss, every)
@@ -120,12 +116,10 @@ def discrete_losses(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
     return -(before + own.gather(1, interval[:, None])[:, 0])
 
 
-class SurvivalHead:
+class SurvivalHead(Head):
     """Base of survival heads: labels, and their checks."""
 
-    has_labels: ClassVar[bool] = False
-    last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    metric_names: ClassVar[tuple[str, ...]] = ("validation_loss", "validation_concordance")
+    metric_names: ClassVar[tuple[str, ...]] = ("validation_concordance",)
 
     @staticmethod
     def read(values: Any, count: int, what: str) -> Survival:
@@ -149,35 +143,26 @@ class SurvivalHead:
 
     def require_trainable(self, targets: Floats) -> None:
         """Raise InputError for fewer than two events among the bags that have tiles."""
-        if (events := int(targets[:, 0].sum())) < _LEAST_EVENTS:
-            raise InputError(
-                f"y has {events} event{'' if events == 1 else 's'} among {len(targets)} bags with"
-                f" tiles; expected {_LEAST_EVENTS} or more to learn from"
-            )
+        _require_events(targets[:, 0], " with tiles")
 
     def strata(self, targets: Floats) -> NDArray[np.int64]:
         """Whether there was an event."""
         return targets[:, 0].astype(np.int64)
 
-    def metrics(self, logits: Floats, targets: Floats, weights: Floats) -> dict[str, float | None]:
-        """Validation loss, and Harrell's C; None where no two cases can be compared."""
-        seen = Survival(event=targets[:, 0] > 0, time=targets[:, 1])
-        if not seen.event.any():
+    def validation_weights(self, targets: Floats) -> Floats:
+        """All 1; InputError where there is no event."""
+        if not targets[:, 0].any():
             raise InputError(
-                f"none of the {len(seen)} bags to validate with has an event; give others, more"
+                f"none of the {len(targets)} bags to validate with has an event; give others, more"
                 " patients, or validation=None"
             )
-        # A loss of its own for these cases, whose risk set is the validation set.
-        losses = self.objective(targets, _CPU)(torch.from_numpy(logits), range(len(targets)))
-        found = float(concordances(seen, self.predictions(logits))[0])
-        return {
-            "validation_loss": float((weights * losses.numpy()).sum() / weights.sum()),
-            "validation_concordance": None if math.isnan(found) else found,
-        }
+        return np.ones(len(targets))
 
-    def objective(self, targets: Floats, device: torch.device) -> Objective:
-        """The losses of a training set with these targets."""
-        raise NotImplementedError
+    def metrics(self, logits: Floats, targets: Floats) -> dict[str, float | None]:
+        """Validation concordance, Harrell's C; None where no two cases can be compared."""
+        seen = Survival(event=targets[:, 0] > 0, time=targets[:, 1])
+        found = float(concordances(seen, self.predictions(logits))[0])
+        return {"validation_concordance": None if math.isnan(found) else found}
 
     def predictions(self, logits: Floats) -> Floats:
         """Risk (n,): larger for an earlier event."""
@@ -260,6 +245,7 @@ class DiscreteHead(SurvivalHead):
     @classmethod
     def of(cls, labels: Survival, intervals: int) -> Self:
         """The head for training labels, with intervals that have as many events each."""
+        _require_events(labels.event)
         shares = np.linspace(0, 1, intervals + 1)[1:-1]
         inner = np.quantile(labels.time[labels.event], shares)
         edges = np.unique([0.0, *inner, math.nextafter(labels.time.max(), math.inf)])
@@ -320,6 +306,14 @@ class DiscreteHead(SurvivalHead):
         return cls(edges=edges, base=base)
 
 
+def _require_events(event: NDArray[Any], which: str = "") -> None:
+    if (events := int(event.sum())) < _LEAST_EVENTS:
+        raise InputError(
+            f"y has {events} event{'' if events == 1 else 's'} among {len(event)} bags{which};"
+            f" expected {_LEAST_EVENTS} or more to learn from"
+        )
+
+
 def interval_of(time: Floats, edges: Floats) -> NDArray[np.int64]:
     """The interval between `edges` that each time lies in; the last one for times beyond it."""
     place = np.searchsorted(edges, time, side="right") - 1
@@ -360,7 +354,7 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
 
     def _settings(self) -> Settings:
         records.require(self, "loss", self.loss in ("cox", "nll"), '"cox" or "nll"')
-        whole = isinstance(self.intervals, int) and not isinstance(self.intervals, bool)
+        whole = isinstance(self.intervals, int | np.integer) and self.intervals is not True
         records.require(self, "intervals", whole and self.intervals >= 2, "an int from 2 on")
         return super()._settings()
 
@@ -368,7 +362,10 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         best = super()._adopt(trainer)
         data, model = trainer.train, self._batched()
         if isinstance(self._head, CoxHead):
-            logits = np.stack([model.logits(data[i]) for i in range(len(data))])
+            try:
+                logits = np.stack([model.logits(data[i]) for i in range(len(data))])
+            except BagError:  # a file is gone, and training ended by it: as each was seen last
+                logits = cast(CoxObjective, trainer.objective).risk[:, None].numpy()
             self._head = self._head.with_baseline(logits, data.targets)
         return best
 
@@ -405,16 +402,8 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         survival = SurvivalHead.read(y, len(risk), "y")
         if sample_weight is None:
             return harrell_c(survival, risk)
-        found = float(concordances(survival, risk, np.asarray(sample_weight, np.float64)[None])[0])
+        weights = case_weights(sample_weight, len(risk))
+        found = float(concordances(survival, risk, weights[None])[0])
         if math.isnan(found):
             raise InputError("no two cases with a weight can be compared; give more cases")
         return found
-
-    def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type=None,
-            target_tags=TargetTags(required=True),
-            input_tags=InputTags(two_d_array=False),
-        )

@@ -83,7 +83,7 @@ class BagTrainer(Loop[list[int]]):
         self.settings, self.sampler = settings, sampler
         self.history: list[Epoch] = []
         self._rng, self._loss_sum = rng, 0.0
-        self._objective = head.objective(train.targets, model.device)
+        self.objective = head.objective(train.targets, model.device)
         self._scaler = torch.amp.GradScaler("cuda", enabled=model.dtype == torch.float16)
 
     def steps(self, epoch: int) -> list[list[int]]:  # noqa: ARG002
@@ -108,7 +108,7 @@ class BagTrainer(Loop[list[int]]):
                 here = None if labels is None else labels[part.rows]
                 weight, rows = weights[part.rows], [batch[row] for row in part.rows]
                 output = model(part, here)
-                loss = weighted_loss(output, self._objective(output.logits, rows), weight)
+                loss = weighted_loss(output, self.objective(output.logits, rows), weight)
                 # The parts of a batch add up to the loss that it has as a whole.
                 loss = loss * (weight.sum() / weights.sum())
                 torch.autograd.backward(scaler.scale(loss))
@@ -146,17 +146,19 @@ class BagTrainer(Loop[list[int]]):
     def _validate(self) -> dict[str, float | None]:
         data = self.validation
         if data is None:
-            return dict.fromkeys(self.head.metric_names)
+            return dict.fromkeys(("validation_loss", *self.head.metric_names))
         self.module.eval()
         exact = BatchedAggregator(self.module, self.model.device, outputs=self.model.outputs)
         logits = np.stack([exact.logits(data[index]) for index in range(len(data))])
-        found = self.head.metrics(logits, data.targets, data.weights)
-        loss = found["validation_loss"]
-        if loss is None or not math.isfinite(loss):
+        # An objective of these bags alone: the risk set of a survival loss is the validation set.
+        objective = self.head.objective(data.targets, torch.device("cpu"))
+        losses = objective(torch.from_numpy(logits), range(len(data))).numpy()
+        loss = float((data.weights * losses).sum() / data.weights.sum())
+        if not math.isfinite(loss):
             raise ModelError(
                 f"the validation loss became {loss}; try a smaller lr than {self.settings.lr}"
             )
-        return found
+        return {"validation_loss": loss, **self.head.metrics(logits, data.targets)}
 
     def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         most = self.settings.max_tiles
