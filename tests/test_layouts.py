@@ -96,9 +96,8 @@ def test_a_vit_of_transformers_loads_and_computes_the_same(saved: str, tmp_path:
     config = transformers.ViTConfig(**size, intermediate_size=96, image_size=64, patch_size=16)
     model = transformers.ViTModel(config).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():  # at their start the blocks do nothing
-            if "weight" in key and parameter.ndim == 2:
-                parameter.mul_(8)
+        for parameter in model.parameters():  # at their start blocks and norms do next to nothing
+            parameter.mul_(8 if parameter.ndim == 2 else 1).add_(0.2 * torch.randn(parameter.shape))
     model.save_pretrained(tmp_path)
     if saved == "state dict":  # by its names in memory, which need not be those on disk
         (tmp_path / "model.safetensors").unlink()
