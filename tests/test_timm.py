@@ -140,7 +140,7 @@ def test_a_vit_s_16_on_a_gpu_equals_that_of_timm(tmp_path: Path) -> None:
     cosine = torch.nn.functional.cosine_similarity(half.embed(tiles).cpu(), expected)
     assert cosine.min() > 0.99
     streamed = [x for _, x in half.embed_stream([(torch.zeros(5, 2).long().numpy(), tiles)])]
-    assert torch.equal(torch.from_numpy(streamed[0]), half.embed(tiles).cpu())
+    assert (torch.from_numpy(streamed[0]) - half.embed(tiles).cpu()).abs().max() < 1e-3
 
 
 @needs_timm
