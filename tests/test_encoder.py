@@ -26,8 +26,10 @@ from support.models import (
 import xmag.encoder
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import InputError, ModelError, OutputError, WeightsError, XmagWarning
+from xmag.extract import fingerprint_of
 from xmag.geometry import TileSpec
 from xmag.hub.registry import MINI_WEIGHTS, ModelConfig
+from xmag.provenance import Provenance
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,27 @@ def test_an_embedding_is_the_normalised_class_token(encoder: Encoder) -> None:
         patches - tokens[:, 5:]
     ).abs().max() < 1e-5  # the class token and 4 registers come first
     assert (again - embedded).abs().max() < 1e-5
+
+
+def test_an_encoder_pools_as_its_configuration_says(encoder: Encoder, tmp_path: Path) -> None:
+    pooled = random_encoder(replace(TINY_REGISTERS, pooling="token+mean"))
+    tiles = random_tiles(3)
+    token, patches = encoder.embed_tokens(tiles)
+    expected = torch.cat((token, patches.mean(1)), 1)
+    assert pooled.embed_dim == 64
+    assert (pooled.embed(tiles) - expected).abs().max() < 1e-5
+    assert torch.equal(pooled.embed_tokens(tiles)[0], token)
+    assert pooled.embed(tiles[:0]).shape == (0, 64)
+    pooled.save(tmp_path)
+    again = load_model(tmp_path, device="cpu")
+    assert (again.pooling, again.embed_dim) == ("token+mean", 64)
+
+
+def test_embeddings_pooled_otherwise_are_not_mixed(encoder: Encoder) -> None:
+    pooled = random_encoder(replace(TINY_REGISTERS, pooling="mean"))
+    token, mean = (Provenance(fingerprint_of(e, {}, None), {}) for e in (encoder, pooled))
+    assert "pooling" not in token.fingerprint  # as it was before there was another
+    assert token.differences(mean) == ["pooling: 'mean' there, nothing here"]
 
 
 def test_patch_tokens_are_in_the_order_of_the_pixels(encoder: Encoder) -> None:

@@ -20,15 +20,9 @@ from support.models import TINY, random_state
 
 from xmag.encoder import load_model
 from xmag.errors import HubError, InputError, WeightsError
+from xmag.hub.configs import given_config, resolve_config
 from xmag.hub.fetch import locate_model
-from xmag.hub.registry import (
-    DEFAULT_MODEL,
-    KNOWN,
-    SCHEMA,
-    ModelConfig,
-    given_config,
-    resolve_config,
-)
+from xmag.hub.registry import DEFAULT_MODEL, KNOWN, SCHEMA, ModelConfig
 from xmag.vit import CONFIGS
 
 NAME = "someone/tiny"

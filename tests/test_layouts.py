@@ -1,5 +1,6 @@
 """Checkpoints in anyone's layout load to the same parameters, whole or not at all."""
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from support.models import TINY, TINY_REGISTERS, TINY_SWIGLU, random_state, to_h
 from torch import Tensor
 
 from xmag.encoder import load_model
-from xmag.errors import WeightsError
+from xmag.errors import InputError, WeightsError
+from xmag.geometry import TileSpec
 from xmag.hub.layouts import to_vit_state
 from xmag.hub.weights import file_sha256, read_tensors
 from xmag.vit import ViTConfig
@@ -84,6 +86,51 @@ def test_what_transformers_saves_loads_and_computes_the_same(
         assert (encoder.vit(images) - theirs).abs().max() < 1e-4
     assert encoder.provenance["key_layout"] == "huggingface"
     assert encoder.provenance["config_source"] == "read"
+
+
+@pytest.mark.parametrize("saved", ["save_pretrained", "state dict"])
+def test_a_vit_of_transformers_loads_and_computes_the_same(saved: str, tmp_path: Path) -> None:
+    """Without LayerScale, patches of 16 px, and a pooler that no embedding depends on."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**size, intermediate_size=96, image_size=64, patch_size=16)
+    model = transformers.ViTModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at their start blocks and norms do next to nothing
+            parameter.mul_(8 if parameter.ndim == 2 else 1).add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path)
+    if saved == "state dict":  # by its names in memory, which need not be those on disk
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="at which µm/px"):
+        load_model(tmp_path, device="cpu")
+    half = [0.5, 0.25, 0.125]
+    beside = {"do_normalize": True, "image_mean": half, "image_std": half}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(beside))
+    encoder = load_model(tmp_path, tile_spec=TileSpec(mpp=0.5, size_px=96), device="cpu")
+    assert encoder.config.mean == encoder.config.std == tuple(half)
+    assert not encoder.config.vit.layer_scale
+    assert encoder.config.vit.patch_px == 16
+    images = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        theirs = model(images, interpolate_pos_encoding=True).last_hidden_state
+        assert theirs.std() > 0.5
+        assert (encoder.vit(images) - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positions_of_registers_are_added_to_them(dtype: torch.dtype) -> None:
+    """timm without no_embed_class: its table has rows for class, registers and patches."""
+    state = {key: t.to(dtype) for key, t in random_state(TINY_REGISTERS).items()}
+    rows = torch.randn(1, 4, 32).to(dtype)
+    table = state["pos_embed"]
+    timm = to_timm(state, TINY_REGISTERS)
+    timm["pos_embed"] = torch.cat((table[:, :1], rows, table[:, 1:]), dim=1)
+    found = to_vit_state(timm, TINY_REGISTERS, where="test")
+    assert found.layout == "timm"
+    assert torch.equal(found.state["pos_embed"], table.float())
+    expected = state["register_tokens"].float() + rows.float()
+    assert torch.equal(found.state["register_tokens"], expected)
 
 
 def test_a_timm_table_without_class_position_loads_as_one_of_zero() -> None:

@@ -13,7 +13,7 @@ MODULES = {
     "cohort": {"CohortReport", "extract_cohort"},
     "distill": set(),
     "draw": set(),
-    "encoder": {"Encoder", "load_model"},
+    "encoder": {"Encoder", "known_models", "load_model"},
     "errors": {
         "BagError",
         "ClosedSlideError",

@@ -19,7 +19,7 @@ from support.models import (
 from torch import Tensor, nn
 
 from xmag.errors import InputError
-from xmag.vit import CONFIGS, ViT, ViTConfig, empty_vit, interpolate_positions
+from xmag.vit import CONFIGS, Pooling, ViT, ViTConfig, empty_vit, interpolate_positions
 
 TOLERANCE = 1e-4
 
@@ -81,6 +81,29 @@ def test_a_whole_vit_b_equals_that_of_transformers() -> None:
     ours = random_vit(config)(_images(224, 1))
     assert ours.shape == (1, 257, 768)
     assert (ours - theirs).abs().max() < TOLERANCE
+
+
+POOLED = {
+    "plain": TINY_SIZE,
+    "registers": TINY_REGISTERS,
+    "swiglu": FAMILY["swiglu"],
+}
+
+
+@pytest.mark.parametrize("pooling", ["token", "token+mean", "mean"])
+@pytest.mark.parametrize("config", POOLED.values(), ids=POOLED)
+@torch.inference_mode()
+def test_embeddings_are_the_tokens_of_transformers_pooled(
+    config: ViTConfig, pooling: Pooling
+) -> None:
+    tokens = _huggingface(config, random_state(config))(_images()).last_hidden_state
+    token = tokens[:, 0]
+    mean = sum(tokens[:, i] for i in range(1 + config.registers, tokens.shape[1])) / 64
+    expected = {"token": token, "mean": mean, "token+mean": torch.cat((token, mean), 1)}[pooling]
+    pooled = replace(config, pooling=pooling)
+    found = random_vit(pooled).embed(_images())
+    assert found.shape == (2, pooled.embed_dim) == expected.shape
+    assert (found - expected).abs().max() < TOLERANCE
 
 
 def _swap_q_and_v(state: dict[str, Tensor]) -> None:

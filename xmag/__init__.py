@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from xmag import tissue as tissue
     from xmag.bag import FeatureBag
     from xmag.cohort import CohortReport, extract_cohort
-    from xmag.encoder import Encoder, load_model
+    from xmag.encoder import Encoder, known_models, load_model
     from xmag.errors import (
         BagError,
         ClosedSlideError,
@@ -89,6 +89,7 @@ __all__ = [
     "extract_features",
     "find_tissue",
     "finetune",
+    "known_models",
     "load_model",
     "metrics",
     "plan_tiles",
@@ -100,7 +101,7 @@ _NAMES_OF_MODULE = {
     "cohort": ("CohortReport", "extract_cohort"),
     "distill": (),
     "draw": (),
-    "encoder": ("Encoder", "load_model"),
+    "encoder": ("Encoder", "known_models", "load_model"),
     "errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
     "evaluate": (),
     "extract": ("extract_features",),

@@ -242,7 +242,10 @@ def fingerprint_of(
     encoder: TileEncoder, plan_options: Mapping[str, Any], transform: Transform | None
 ) -> dict[str, Any]:
     """Fingerprint that decides whether two bags may be mixed; the region of interest does not."""
-    return mixing_fingerprint(
+    # Embeddings pooled otherwise are others; those of the class token were the only ones before.
+    pooling = getattr(encoder, "pooling", "token")
+    pooled = {} if pooling == "token" else {"pooling": pooling}
+    return pooled | mixing_fingerprint(
         weights_sha256=encoder.provenance["weights_sha256"],
         tile_spec=encoder.tile_spec.to_dict(),
         plan={k: v for k, v in plan_options.items() if k != "roi_sha256"},

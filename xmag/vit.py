@@ -1,8 +1,8 @@
 """The vision transformer: one module for every model that xmag loads, and no I/O.
 
-Covers DINOv2 S, B, L and g with and without registers, UNI2-h, and xmag-mini. Parameter names are
-those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens (class, registers,
-patches), D width, H heads.
+Covers timm's plain ViTs, DINOv2 S, B, L and g with and without registers, UNI2-h, and xmag-mini.
+Parameter names are those of the DINOv2 hub. Shapes in comments: B images, N patches, T tokens
+(class, registers, patches), D width, H heads.
 """
 
 import functools
@@ -21,6 +21,7 @@ from xmag.errors import InputError
 
 PositionRule = Literal["offset", "size", "size_antialias"]
 Mlp = Literal["gelu", "swiglu"]
+Pooling = Literal["token", "token+mean", "mean"]
 
 _MAX_DEPTH = 1_000
 _MAX_SIZE = 1 << 20
@@ -37,7 +38,9 @@ class ViTConfig(records.Record):
     `position_grid` ** 2 rows, one more in front with `class_position`. `position_rule` says how it
     is brought to another grid, always bicubic: "offset" by the scale factor (n + 0.1) / grid
     (DINOv2's hub models without registers), "size" to n (Hugging Face's Dinov2Model),
-    "size_antialias" to n with antialiasing (DINOv2's models with registers, timm).
+    "size_antialias" to n with antialiasing (DINOv2's models with registers, timm). `pooling` makes
+    the embedding of the tokens after the final norm: "token" is the class token, "mean" the mean of
+    the patches (without class and registers), "token+mean" the two, one after the other.
     """
 
     width: int
@@ -51,6 +54,13 @@ class ViTConfig(records.Record):
     class_position: bool = True
     position_rule: PositionRule = "offset"
     eps: float = 1e-6
+    layer_scale: bool = True
+    pooling: Pooling = "token"
+
+    @property
+    def embed_dim(self) -> int:
+        """The length of an embedding: the width, or twice that where "token+mean" is pooled."""
+        return self.width * (2 if self.pooling == "token+mean" else 1)
 
     def __post_init__(self) -> None:
         require = functools.partial(records.require, self)
@@ -59,17 +69,18 @@ class ViTConfig(records.Record):
             most = _MAX_DEPTH if name == "depth" else _MAX_SIZE
             # type and not isinstance: True is an int, and 1, but no size to torch.
             fits = type(value) is int and least <= value <= most
-            kind = "an int from 0" if name == "registers" else "a positive int"
-            require(name, fits, f"{kind}, at most {most}")
-        require("class_position", isinstance(self.class_position, bool), "True or False")
+            least_said = "an int from 0" if name == "registers" else "a positive int"
+            require(name, fits, f"{least_said}, at most {most}")
+        for name in ("class_position", "layer_scale"):
+            require(name, isinstance(getattr(self, name), bool), "True or False")
         is_number = isinstance(self.eps, float) and math.isfinite(self.eps)
         require("eps", is_number and self.eps > 0, "a positive number")
         if self.width % self.heads:
             raise InputError(
                 f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"
             )
-        for name, known in (("mlp", get_args(Mlp)), ("position_rule", get_args(PositionRule))):
-            require(name, getattr(self, name) in known, f"one of {known}")
+        for name, kind in (("mlp", Mlp), ("position_rule", PositionRule), ("pooling", Pooling)):
+            require(name, getattr(self, name) in get_args(kind), f"one of {get_args(kind)}")
 
 
 def _configs() -> dict[str, ViTConfig]:
@@ -180,25 +191,30 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.attn = _Attention(config)
-        self.ls1 = _LayerScale(config)
+        self.ls1 = _LayerScale(config) if config.layer_scale else None
         self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = _SwiGluMlp(config) if config.mlp == "swiglu" else _GeluMlp(config)
-        self.ls2 = _LayerScale(config)
+        self.ls2 = _LayerScale(config) if config.layer_scale else None
 
     def forward(self, x: Tensor, first: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
-        x, first = _add(x[:, :keep], first, self.attn(self.norm1(x), keep), self.ls1.gamma)
-        return _add(x, first, self.mlp(self.norm2(x)), self.ls2.gamma)
+        x, first = _add(x[:, :keep], first, self.attn(self.norm1(x), keep), self.ls1)
+        return _add(x, first, self.mlp(self.norm2(x)), self.ls2)
 
 
-def _add(x: Tensor, first: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum x + gamma * branch, (B, T, D), and that of the class token alone, (B, 1, D).
+def _add(
+    x: Tensor, first: Tensor, branch: Tensor, scale: _LayerScale | None
+) -> tuple[Tensor, Tensor]:
+    """The sum x + scale * branch, (B, T, D), and that of the class token alone, (B, 1, D).
 
     The class token is summed in float32 whatever the dtype of the model: in bfloat16 the rounding
     of its sum is most of the error of an embedding, more than that of all weights. The other
     tokens reach it averaged, their rounding with them, and need no more than half the memory.
     """
-    first = torch.addcmul(first, branch[:, :1], gamma)
-    x = torch.addcmul(x, branch, gamma)  # in one pass over memory
+    if scale is None:
+        first, x = first + branch[:, :1], x + branch
+    else:
+        first = torch.addcmul(first, branch[:, :1], scale.gamma)
+        x = torch.addcmul(x, branch, scale.gamma)  # in one pass over memory
     x[:, :1] = first
     return x, first
 
@@ -262,6 +278,17 @@ class ViT(nn.Module):
         x[:, :1] = first
         scale, shift = self.norm.weight.to(wide), self.norm.bias.to(wide)
         return F.layer_norm(x, self.norm.normalized_shape, scale, shift, self.norm.eps)
+
+    def embed(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The embeddings (B, embed_dim): the tokens of `forward`, pooled as the configuration says.
+
+        Float32 as they are; takes and raises what `forward` does.
+        """
+        if self.config.pooling == "token":
+            return self(images, positions, keep=1)[:, 0]  # type: ignore[no-any-return]
+        tokens = self(images, positions)
+        mean = tokens[:, 1 + self.config.registers :].mean(dim=1)
+        return mean if self.config.pooling == "mean" else torch.cat((tokens[:, 0], mean), dim=1)
 
     def _tokens(self, patches: Tensor, positions: Tensor) -> Tensor:
         count = patches.shape[1]

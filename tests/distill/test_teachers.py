@@ -11,6 +11,7 @@ import torch
 from support.models import TINY, random_encoder, random_tiles, random_vit
 from torch import Tensor, nn
 
+import xmag.hub
 from xmag.distill.teachers import (
     TILE_SPEC,
     OnlineFeatures,
@@ -21,7 +22,9 @@ from xmag.distill.teachers import (
 from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, MissingExtraError, ModelError
 from xmag.geometry import TileSpec
+from xmag.hub.fetch import LocalModel
 from xmag.hub.registry import KNOWN, ModelConfig
+from xmag.hub.weights import file_sha256
 from xmag.vit import CONFIGS, ViTConfig
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None
@@ -181,30 +184,28 @@ def test_without_timm_its_teachers_name_the_installation() -> None:
 @pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
 @pytest.mark.parametrize(("name", "dim"), [("resnet10t", 512), ("vit_tiny_patch16_384", 192)])
 def test_models_of_timm_teach_at_224_px(
-    name: str, dim: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import timm
 
-    create = timm.create_model
-    made: list[nn.Module] = []
-
-    def untrained(name: str, *, pretrained: bool, **options: object) -> nn.Module:
-        assert pretrained
-        torch.manual_seed(0)
-        made.append(create(name, pretrained=False, **options))
-        return made[0]
-
-    monkeypatch.setattr(timm, "create_model", untrained)
     with torch.random.fork_rng():
-        teacher = load_teacher(f"timm:{name}", device="cpu")
-    config = timm.data.resolve_model_data_config(made[0])
+        torch.manual_seed(0)
+        made = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    timm.models.save_for_hf(made, tmp_path, safe_serialization=True)
+    weights = tmp_path / "model.safetensors"
+    located = LocalModel(name=name, weights=weights, config_json=tmp_path / "config.json")
+    monkeypatch.setattr(xmag.hub, "locate_model", lambda name, **_: located)
+    teacher = load_teacher(f"timm:{name}", device="cpu")
+    config = timm.data.resolve_model_data_config(made)
+    if hasattr(made, "set_input_size"):
+        made.set_input_size((224, 224))
     mean, std = (np.array(config[key], np.float32) for key in ("mean", "std"))
     images = torch.from_numpy((TILES.numpy() / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = made[0](images)
+        expected = made(images)
     assert (teacher.name, teacher.dim) == (f"timm:{name}", dim)
     torch.testing.assert_close(teacher.features(TILES), expected, atol=1e-5, rtol=1e-4)
-    assert teacher.identity["weights_sha256"] == module_sha256(made[0])
+    assert teacher.identity["weights_sha256"] == file_sha256(weights)
 
 
 @pytest.mark.gpu

@@ -40,10 +40,10 @@ def random_state(config: ViTConfig, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {key: t.shape for key, t in ViT(config).state_dict().items()}
-    return {key: _random(key, shape, generator) for key, shape in shapes.items()}
+    return {key: random_parameter(key, shape, generator) for key, shape in shapes.items()}
 
 
-def _random(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def random_parameter(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if key.endswith("gamma"):
         return 0.5 + 0.1 * noise

@@ -134,6 +134,10 @@ def pretrained_student(
     HubError or WeightsError where it cannot be read.
     """
     loaded = read_model(name_or_path, config=config, **options)
+    if not isinstance(loaded.config, ModelConfig):
+        raise InputError(
+            f"the student {name_or_path} is a model that timm runs; expected a ViT that xmag runs"
+        )
     model = student_config(loaded.config)
     vit = empty_vit(model.vit)
     vit.load_state_dict(loaded.state, assign=True)

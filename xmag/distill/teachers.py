@@ -7,7 +7,6 @@ Training asks `TeacherFeatures` for those of augmented regions: computed online 
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -17,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xmag.devices import resolve_device, resolve_dtype
 from xmag.distill.views import HIGH_MPP, SIDE, TILE_PX, teacher_tiles
 from xmag.encoder import Encoder, load_model
-from xmag.errors import InputError, MissingExtraError, ModelError
+from xmag.errors import InputError, ModelError
 from xmag.geometry import TileSpec
+from xmag.hub.configs import TIMM
 from xmag.hub.registry import ModelConfig
 from xmag.provenance import dtype_class
 from xmag.training.augmentation import Draws
@@ -30,7 +29,6 @@ from xmag.vit import ViTConfig
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
 """Tile specification of all teachers."""
 
-_TIMM = "timm:"
 _SAME_MPP = 1e-6
 _BATCH_TILES = 256
 """Batch size of a teacher in tiles: enough to fill a GPU."""
@@ -239,12 +237,12 @@ def load_teacher(
         MissingExtraError: timm is asked for and not installed.
         ModelError: The model cannot be loaded.
     """
-    if isinstance(teacher, str) and teacher.startswith(_TIMM):
-        return _timm_teacher(teacher, device=device, dtype=dtype)
     if isinstance(teacher, str | os.PathLike):
+        by_timm = isinstance(teacher, str) and teacher.startswith(TIMM)
         loaded = load_model(
             teacher,
             config=config,
+            tile_spec=TILE_SPEC if by_timm else None,  # nobody else says at which scale it is used
             device=device,
             dtype=dtype,
             revision=revision,
@@ -252,7 +250,7 @@ def load_teacher(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return _encoder_teacher(loaded)
+        return _encoder_teacher(loaded.named(str(teacher)) if by_timm else loaded)
     if isinstance(teacher, Encoder):
         return _encoder_teacher(teacher)
     if isinstance(teacher, Teacher):
@@ -309,50 +307,7 @@ def _encoder_teacher(encoder: Encoder) -> TileTeacher:
             "kind": "encoder",
             "revision": about.get("revision"),
             "weights_sha256": about.get("weights_sha256"),
-            "config": encoder.config.to_dict(),
+            "config": about.get("config") or encoder.config.to_dict(),
             "dtype_class": dtype_class(str(encoder.dtype)),
         },
     )
-
-
-def _timm_teacher(
-    name: str, *, device: str | torch.device, dtype: str | torch.dtype
-) -> TileTeacher:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the teacher {name!r} is a model of timm, which is not installed: run pip install timm"
-        ) from error
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
-    try:
-        model = timm.create_model(name.removeprefix(_TIMM), pretrained=True, num_classes=0).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(
-            f"timm cannot load {name.removeprefix(_TIMM)!r}: {error}. Expected one of"
-            " timm.list_pretrained(), and a network for what is not in its cache"
-        ) from error
-    about = timm.data.resolve_model_data_config(model)
-    if tuple(about["input_size"][1:]) != (TILE_PX, TILE_PX) and hasattr(model, "set_input_size"):
-        model.set_input_size((TILE_PX, TILE_PX))
-    sha256 = module_sha256(model)
-    model = model.to(place, kind).requires_grad_(False)
-    mean = torch.tensor(about["mean"], dtype=torch.float32, device=place).view(3, 1, 1)
-    std = torch.tensor(about["std"], dtype=torch.float32, device=place).view(3, 1, 1)
-
-    def features(tiles: Tensor) -> Tensor:
-        images = (tiles.to(place, torch.float32).permute(0, 3, 1, 2) / 255 - mean) / std
-        with torch.autocast(place.type, enabled=False):
-            return model(images.to(kind)).float()  # type: ignore[no-any-return]
-
-    dim = features(torch.zeros((1, TILE_PX, TILE_PX, 3), dtype=torch.uint8)).shape[-1]
-    identity = {
-        "kind": "timm",
-        "timm": version("timm"),
-        "weights_sha256": sha256,
-        "mean": list(about["mean"]),
-        "std": list(about["std"]),
-        "dtype_class": dtype_class(str(kind)),
-    }
-    return TileTeacher(features, name=name, dim=dim, identity=identity)

@@ -6,5 +6,14 @@
 from xmag.encoder.loading import default_encoder, load_model
 from xmag.encoder.model import Encoder, TileEncoder
 from xmag.encoder.stream import TileStream, pinned
+from xmag.hub.registry import known_models
 
-__all__ = ["Encoder", "TileEncoder", "TileStream", "default_encoder", "load_model", "pinned"]
+__all__ = [
+    "Encoder",
+    "TileEncoder",
+    "TileStream",
+    "default_encoder",
+    "known_models",
+    "load_model",
+    "pinned",
+]

@@ -47,32 +47,47 @@ class TileEncoder(Protocol):
         """The embeddings of uint8 tiles (B, S, S, 3), float32 (B, D)."""
 
 
-class _TileForward(nn.Module):
-    """uint8 tiles (B, S, S, 3) -> tokens after the final norm, float32 (B, T, D)."""
+class Normalised(nn.Module):
+    """Base of a forward pass: normalises uint8 tiles, in float32 whatever the model's dtype."""
 
     scale: Tensor
     shift: Tensor
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        super().__init__()
+        # A rounded mean would shift every tile.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        spread = torch.tensor(std, **kind).view(3, 1, 1)
+        centre = torch.tensor(mean, **kind).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * spread))
+        self.register_buffer("shift", -centre / spread)
+
+    def images(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalised images (B, 3, S, S) of tiles (B, S, S, 3)."""
+        return (tiles.permute(0, 3, 1, 2) * self.scale + self.shift).to(dtype)
+
+
+class _TileForward(Normalised):
+    """uint8 tiles (B, S, S, 3) -> embeddings (B, D), or tokens (B, T, W) after the final norm."""
+
     positions: Tensor
 
     def __init__(
         self, vit: ViT, config: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        super().__init__(config.mean, config.std, device)
         side = config.tile_spec.size_px // config.vit.patch_px
         positions = vit.positions((side, side)).detach()  # from the weights before any rounding
         self.vit = vit.to(device, dtype)
         self.register_buffer("positions", positions.to(device, dtype))
-        # float32 whatever the dtype of the model: a rounded mean would shift every tile.
-        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        std = torch.tensor(config.std, **kind).view(3, 1, 1)
-        mean = torch.tensor(config.mean, **kind).view(3, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std))
-        self.register_buffer("shift", -mean / std)
 
-    def forward(self, tiles: Tensor, keep: int | None = None) -> Tensor:
-        images = tiles.permute(0, 3, 1, 2) * self.scale + self.shift  # (B, 3, S, S)
-        images = images.to(self.positions.dtype)
-        return self.vit(images, self.positions, keep=keep)  # type: ignore[no-any-return]
+    def forward(self, tiles: Tensor, pooled: bool = True) -> Tensor:
+        images = self.images(tiles, self.positions.dtype)
+        if pooled:
+            return self.vit.embed(images, self.positions)
+        return self.vit(images, self.positions)  # type: ignore[no-any-return]
 
 
 class Encoder:
@@ -93,10 +108,12 @@ class Encoder:
         self._device = resolve_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
         self._config = config
+        self._take(_TileForward(vit, config, self._device, self._dtype), provenance)
+
+    def _take(self, forward: nn.Module, provenance: Mapping[str, Any]) -> None:
         self._provenance = MappingProxyType(dict(provenance))
-        self._forward = _TileForward(vit, config, self._device, self._dtype).eval()
-        self._forward.requires_grad_(False)
-        self._run: Callable[[Tensor, int | None], Tensor] = self._forward
+        self._forward = forward.eval().requires_grad_(False)
+        self._run: Callable[[Tensor, bool], Tensor] = self._forward
         self._whole_batch: int | None = None
 
     @property
@@ -107,7 +124,12 @@ class Encoder:
     @property
     def embed_dim(self) -> int:
         """The length D of an embedding."""
-        return self._config.vit.width
+        return self._config.vit.embed_dim
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become an embedding: "token", "token+mean" or "mean"."""
+        return self._config.vit.pooling
 
     @property
     def config(self) -> ModelConfig:
@@ -137,7 +159,7 @@ class Encoder:
     @property
     def vit(self) -> ViT:
         """The frozen ViT, to be copied (copy.deepcopy) by whoever trains it."""
-        return self._forward.vit
+        return self._forward.vit  # type: ignore[return-value] # of the _TileForward
 
     def __repr__(self) -> str:
         return f"Encoder({self._provenance.get('name')!r}, {self._device}, {self._dtype})"
@@ -145,21 +167,22 @@ class Encoder:
     def embed(self, tiles: Tiles) -> Tensor:
         """The embeddings of tiles: float32 (B, D) on the encoder's device.
 
-        An embedding is the class token after the final norm. `tiles` is uint8 (B, S, S, 3) RGB,
-        an array or a tensor on any device; B may be 0. Raises InputError for anything else.
+        An embedding is the class token after the final norm, or what else the configuration's
+        `pooling` says. `tiles` is uint8 (B, S, S, 3) RGB, an array or a tensor on any device; B may
+        be 0. Raises InputError for anything else.
         """
         checked = self._checked(tiles)
-        tokens, _ = self.tokens_in_parts(checked, max(len(checked), 1), keep=1)
-        return tokens[:, 0].clone()  # autograd refuses tensors made in inference mode
+        embedded, _ = self.embed_in_parts(checked, max(len(checked), 1))
+        return embedded.clone()  # autograd refuses tensors made in inference mode
 
     def embed_tokens(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """The embeddings (B, D) and the patch tokens (B, N, D), row by row, float32.
+        """The class tokens (B, W) and the patch tokens (B, N, W), row by row, float32.
 
-        Both after the final norm, on the encoder's device; registers are left out. Takes and
-        raises what `embed` does.
+        Both after the final norm, on the encoder's device; registers are left out. W is the width
+        of the ViT. Takes and raises what `embed` does.
         """
         checked = self._checked(tiles)
-        tokens, _ = self.tokens_in_parts(checked, max(len(checked), 1))
+        tokens, _ = self.embed_in_parts(checked, max(len(checked), 1), pooled=False)
         return tokens[:, 0].clone(), tokens[:, 1 + self._config.vit.registers :].clone()
 
     def embed_stream(
@@ -234,23 +257,22 @@ class Encoder:
         # torch takes neither negative strides nor, without a warning, read-only memory.
         return torch.from_numpy(np.require(tiles, requirements=["C", "W"]))
 
-    def tokens_in_parts(
-        self, tiles: Tensor, limit: int, *, keep: int | None = None
+    def embed_in_parts(
+        self, tiles: Tensor, limit: int, *, pooled: bool = True
     ) -> tuple[Tensor, int]:
-        """The first `keep` tokens of tiles, in parts of `limit`, and the limit that memory allowed.
+        """The embeddings of tiles, made in parts of `limit`, and the limit that memory allowed.
 
         For streams: takes tiles that are checked, and returns what belongs to torch's inference
-        mode, float32 (B, T, D).
+        mode, float32 (B, D), or all tokens (B, T, W) where they are not to be `pooled`.
         """
         if not len(tiles):
-            side = self.tile_spec.size_px // self._config.vit.patch_px
-            shape = (0, keep or 1 + self._config.vit.registers + side**2, self.embed_dim)
+            shape = (0, self.embed_dim) if pooled else (0, *self._token_shape())
             return torch.zeros(shape, dtype=torch.float32, device=self._device), limit
         while True:
             with torch.inference_mode(), full_precision(self._device):
                 try:
                     parts = [
-                        self._run_padded(part.to(self._device, non_blocking=True), keep)
+                        self._run_padded(part.to(self._device, non_blocking=True), pooled)
                         for part in torch.split(tiles, min(limit, self._whole_batch or limit))
                     ]
                     return (parts[0] if len(parts) == 1 else torch.cat(parts)), limit
@@ -265,10 +287,14 @@ class Encoder:
             torch.cuda.empty_cache()
             _logger.warning("%s is out of memory: going on with %d tiles", self._device, limit)
 
-    def _run_padded(self, tiles: Tensor, keep: int | None) -> Tensor:
+    def _token_shape(self) -> tuple[int, int]:
+        vit = self._config.vit
+        return 1 + vit.registers + (self.tile_spec.size_px // vit.patch_px) ** 2, vit.width
+
+    def _run_padded(self, tiles: Tensor, pooled: bool) -> Tensor:
         missing = (self._whole_batch or len(tiles)) - len(tiles)
         if missing <= 0:
-            return self._run(tiles, keep)
+            return self._run(tiles, pooled)
         # What was compiled for one batch size would be compiled again for another.
         padded = nn.functional.pad(tiles, (0, 0, 0, 0, 0, 0, 0, missing))
-        return self._run(padded, keep)[: len(tiles)]
+        return self._run(padded, pooled)[: len(tiles)]

@@ -133,11 +133,11 @@ class TileStream(Generic[Tag]):
         with torch.cuda.device(self._encoder.device), torch.cuda.stream(self._computing):
             # The memory goes back to the copying stream only when this stream is through with it.
             batch.tiles.record_stream(self._computing)
-            tokens, self._limit = self._encoder.tokens_in_parts(
-                batch.tiles[: batch.filled], self._limit, keep=1
+            embedded, self._limit = self._encoder.embed_in_parts(
+                batch.tiles[: batch.filled], self._limit
             )
-            features = _pinned(tokens[:, 0].shape, torch.float32)
-            features.copy_(tokens[:, 0], non_blocking=True)
+            features = _pinned(embedded.shape, torch.float32)
+            features.copy_(embedded, non_blocking=True)
             self._flying.append(_Flying(batch.parts, features, _recorded(self._computing)))
 
     def _land(self, batch: _Flying[Tag]) -> None:

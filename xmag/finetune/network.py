@@ -34,7 +34,7 @@ class TileNetwork(nn.Module):
     def forward(self, tiles: Tensor, draws: Draws | None = None) -> Tensor:
         """Embeddings, float32 (B, D), of uint8 tiles (B, S, S, 3), augmented by `draws`.
 
-        An embedding is the class token after the final norm, as that of `Encoder.embed`.
+        An embedding is that of `Encoder.embed`: the class token, or what else `pooling` says.
         """
         device = self.scale.device
         tiles = tiles.to(device, non_blocking=True)
@@ -43,11 +43,11 @@ class TileNetwork(nn.Module):
                 tiles = augment(tiles, draws, dtype=torch.float32)
             images = (tiles * self.scale + self.shift).permute(0, 3, 1, 2)  # (B, 3, S, S)
             if not self.half_precision:
-                return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
+                return self.vit.embed(images)
         # Without its cache: weights that were cast in a pass without a graph would have none in
         # the next, and each is used once a pass anyway.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            return self.vit(images, keep=1)[:, 0]  # type: ignore[no-any-return]
+            return self.vit.embed(images)
 
 
 class Network(nn.Module):

@@ -10,16 +10,19 @@ from pathlib import Path
 
 from xmag.errors import HubError, InputError, WeightsError
 from xmag.files import refuse_special
-from xmag.hub.registry import KNOWN, MINI, MINI_WEIGHTS
+from xmag.hub.registry import MINI, MINI_WEIGHTS, find_known
 from xmag.urls import shown
 
 _logger = logging.getLogger("xmag.hub")
 
+_HUB_PREFIX = re.compile(r"hf[-_]hub:")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CANONICAL = ("model.safetensors", "pytorch_model.bin")
 _SAFE, _PICKLED = (".safetensors",), (".bin", ".pth", ".pt", ".ckpt")
 _CONFIG = "config.json"
+_BESIDE = (_CONFIG, "preprocessor_config.json")
+"""Files that describe a model; the second is of transformers."""
 _OF_CLASSIFIER = "classifier.safetensors"
 """File that MILClassifier.save writes: never an encoder's weights, but it may lie beside them."""
 
@@ -60,10 +63,19 @@ def locate_model(
         if path.is_file():
             return LocalModel(name=str(path), weights=path)
         return _in_folder(path, name=str(path))
+    if isinstance(name, str):
+        name = _HUB_PREFIX.sub("", name, count=1)  # as timm writes Hub names
+        known = find_known(name)
+        name = name if known is None else known.repo
+        if known is not None and known.unsupported is not None:
+            raise InputError(
+                f"{known.name} is known, and xmag cannot run it: {known.unsupported}. Give an"
+                " object of your own with tile_spec, embed_dim, embed and provenance instead"
+            )
     if not (isinstance(name, str) and _HUB_NAME.fullmatch(name)):
         raise InputError(
             f"{shown(name)!r} is no existing path and no Hub name; expected a checkpoint file,"
-            f' a folder with weights, a name like "owner/model", or "{MINI}"'
+            f' a folder with weights, a name like "owner/model", or one of xmag.known_models()'
         )
     return _from_hub(name, revision, token, cache_dir, offline=local_files_only)
 
@@ -172,12 +184,13 @@ def _fetched(
     listing = HfApi(token=token).model_info(name, revision=revision).siblings or []
     names = [entry.rfilename for entry in listing]
     weights = _choose_weights(names, where=page)
-    terms = KNOWN[name].terms if name in KNOWN else "not known to xmag; read its page"
+    known = find_known(name)
+    terms = known.terms if known else "not known to xmag; read its page"
     _logger.warning("fetching %s; terms of use: %s", page, terms)
     # The weights come last: a snapshot that has them is whole. The first file is asked for by the
     # name of the revision, which huggingface_hub then remembers; the next by its commit.
     folder = cache
-    for file in (_CONFIG, weights) if _CONFIG in names else (weights,):
+    for file in (*(file for file in _BESIDE if file in names), weights):
         got = hf_hub_download(name, file, revision=revision, cache_dir=cache, token=token)
         folder = Path(got).parent
         revision = folder.name

@@ -2,8 +2,9 @@
 
 Three layouts of the same model are known, each under any prefix:
 "dinov2" (facebookresearch/dinov2: blocks.0.attn.qkv, ls1.gamma, mlp.w12, register_tokens),
-"timm" (the same but for reg_token and a packed SwiGLU in mlp.fc1 and mlp.fc2), and
-"huggingface" (encoder.layer.0.attention.attention.query of transformers 4, .q_proj of 5).
+"timm" (the same but for reg_token, positions of registers, and a packed SwiGLU in mlp.fc1 and
+mlp.fc2; a plain ViT has the names of "dinov2"), and "huggingface" (of Dinov2Model and ViTModel:
+encoder.layer.0.attention.attention.query of transformers 4, .q_proj of 5).
 """
 
 import re
@@ -39,11 +40,15 @@ _HUGGINGFACE = _names(
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.qkv[0]."),
     (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.qkv[1]."),
     (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.qkv[2]."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
     (r"\.mlp\.gate_proj\.", ".mlp.w12[0]."),
@@ -67,15 +72,20 @@ class ViTState:
     left_out: tuple[str, ...]
 
 
-def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str) -> ViTState:
+def to_vit_state(
+    tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str, heads: tuple[str, ...] = ()
+) -> ViTState:
     """The state dict of a ViT of this configuration, from a checkpoint in any known layout.
 
     Raises WeightsError that lists every key that is missing, unexpected, misshapen or not finite;
-    nothing is loaded in part. `where` names the checkpoint in messages.
+    nothing is loaded in part. `where` names the checkpoint in messages, `heads` the parts of the
+    model ("head", "pooler") that are left out.
     """
     prefix, anchor = _choose_model(tensors, where)
-    model = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    outside = (key for key in tensors if not key.startswith(prefix))
+    ends = tuple(f"{prefix}{head}." for head in heads)
+    inside = {key for key in tensors if key.startswith(prefix) and not key.startswith(ends)}
+    model = {key.removeprefix(prefix): t for key, t in tensors.items() if key in inside}
+    outside = (key for key in tensors if key not in inside)
     layout = _ANCHORS[anchor]
     if layout == "huggingface":
         state: dict[str, Tensor] = {}
@@ -87,10 +97,7 @@ def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str
         state = _renamed(dinov2, _TIMM + (_TIMM_SWIGLU if config.mlp == "swiglu" else ()))
         layout = "dinov2" if state.keys() == dinov2.keys() else "timm"
     state.pop("mask_token", None)  # of pre-training: no embedding depends on it
-    table, patches = state.get("pos_embed"), config.position_grid**2
-    if config.class_position and table is not None and table.shape[1:2] == (patches,):
-        # timm adds the class position to the token: a row of zeros stands for it.
-        state["pos_embed"] = torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)
+    _settle_positions(state, config)
     _check(state, config, where=where, prefix=prefix, layout=layout)
     return ViTState(
         state={key: t.to(torch.float32, copy=True).contiguous() for key, t in state.items()},
@@ -98,6 +105,21 @@ def to_vit_state(tensors: Mapping[str, Tensor], config: ViTConfig, *, where: str
         prefix=prefix,
         left_out=tuple(sorted({".".join(key.split(".")[:2]) for key in outside})),
     )
+
+
+def _settle_positions(state: dict[str, Tensor], config: ViTConfig) -> None:
+    """Bring a table of positions without the class's, or with the registers', to our rows."""
+    table, patches, registers = state.get("pos_embed"), config.position_grid**2, config.registers
+    if table is None or table.ndim != 3 or not config.class_position:
+        return
+    if table.shape[1] == patches:
+        # timm adds the class position to the token: a row of zeros stands for it.
+        state["pos_embed"] = torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)
+    tokens = state.get("register_tokens")
+    if registers and tokens is not None and table.shape[1] == 1 + registers + patches:
+        # timm without no_embed_class: a register is always at its position, so that they add up.
+        state["register_tokens"] = tokens.float() + table[:, 1 : 1 + registers].float()
+        state["pos_embed"] = torch.cat((table[:, :1], table[:, 1 + registers :]), dim=1)
 
 
 def _choose_model(tensors: Mapping[str, Tensor], where: str) -> tuple[str, str]:
@@ -158,6 +180,11 @@ def _check(
             f" {config.width}, depth {config.depth}, {config.registers} registers and mlp"
             f" {config.mlp!r}. {listed}. Give config= for the model that these weights are of"
         )
+    check_finite(state, where)
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise WeightsError for values that are not finite floating-point numbers."""
     bad = [k for k, t in state.items() if not (t.is_floating_point() and t.isfinite().all())]
     if bad:
         raise WeightsError(
