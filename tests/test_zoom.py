@@ -58,7 +58,9 @@ def exact_corners(plan, slide):
         for at, size, size_px in zip(corner, slide.dimensions, level.size, strict=True):
             whole = size_px // plan.scale.reduction * plan.scale.reduction * level.downsample
             last = min(size, whole) - side  # where a shifted column or row begins
-            exact.append(min(round(at / stride) * stride, last, key=lambda place: abs(place - at)))
+            place = round(at / stride) * stride
+            fits = place <= last + 1e-6 and abs(place - at) <= 0.5 + 1e-6
+            exact.append(place if fits else last)
             assert abs(exact[-1] - at) <= 0.5 + 1e-6
         corners.append(exact)
     return np.array(corners).reshape(-1, 2), side
@@ -98,6 +100,16 @@ def test_halves_of_a_px_do_not_add_up_over_the_border():
     assert closer.tiles.size_level0 == 58
     assert closer.coords.max() == 460 - 58
     assert_nested(closer, plan, slide, 4)
+
+
+def test_a_shifted_row_is_told_from_the_one_that_would_end_half_a_px_outside():
+    slide = slide_of(np.zeros((654, 200, 3), np.uint8), mpp=0.275)
+    plan = plan_tiles(slide, TileSpec(size_px=27), overlap=6)
+    assert plan.rows[-1] == round(654 - 27 * 2 / 0.275)
+    assert plan.unrounded[1][-1] == pytest.approx(
+        654 - 27 * 2 / 0.275
+    )  # and not 3 * 21 * 2 / 0.275
+    assert_nested(plan.zoom(np.arange(len(plan)), mpp=2 / 3), plan, slide, 3)
 
 
 @settings(deadline=None, max_examples=60)
