@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from xmag.errors import InputError, not_fitted
 from xmag.evaluate.folds import Folds
 from xmag.metrics.labels import Labels, as_labels, as_scores, class_order, encode, refuse_continuous
+from xmag.metrics.regression import as_numbers
 from xmag.metrics.survival import Survival, as_survival, brier_errors, censoring_weights
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _BRIER_SHARES = (0.1, 0.9)
 
 
 class Task(ABC):
-    """What is predicted; the metrics of a task are in `xmag.metrics.bootstrap.TASKS`."""
+    """Base of tasks of prediction; their metrics are in `xmag.metrics.bootstrap.TASKS`."""
 
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ("fit", "predict")
@@ -39,7 +40,7 @@ class Task(ABC):
         """Checked `y`: a tuple of labels, or an array (n, ...)."""
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64] | None:  # noqa: ARG002
-        """What is spread evenly over `folds`, (n,); None where nothing is."""
+        """Strata to spread evenly over `folds`, int64 (n,); None where there are none."""
         return None
 
     def folds(self, y: Any, groups: Labels | None, folds: int, **options: int) -> Folds:
@@ -80,12 +81,12 @@ class Task(ABC):
         """The truth as a Result has it."""
 
     def known(self, estimator: Any, x: Any, y: Any) -> Any:  # noqa: ARG002
-        """What predictions need of the cases that the estimator was fitted on."""
+        """Facts of the cases fitted on that predictions need; None by default."""
         return None
 
     @abstractmethod
     def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
-        """What a fitted estimator says of cases `x` of the cohort `name`, checked."""
+        """Checked predictions of a fitted estimator for cases `x` of the cohort `name`."""
 
 
 class Classification(Task):
@@ -229,20 +230,7 @@ class Regression(Task):
 
     def read(self, y: Any, name: str, n: int) -> NDArray[np.float64]:
         """Numbers, float64 (n,) or (n, T), NaN where missing."""
-        try:
-            array = np.asarray(y, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{name} holds values that are no numbers ({error}); expected numbers, NaN for"
-                " missing ones: for classes, give a classifier"
-            ) from None
-        if array.ndim not in (1, 2) or len(array) != n or 0 in array.shape[1:]:
-            raise InputError(
-                f"{name} has shape {array.shape} for {n} cases; expected ({n},) or ({n}, targets)"
-            )
-        if np.isinf(array).any():
-            raise InputError(f"{name} holds infinite values; expected numbers, or NaN if missing")
-        return array
+        return as_numbers(y, n, name, of="cases", classes="give a classifier")
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64] | None:
         """Quarters of a single target; cases without it are spread too."""
@@ -303,7 +291,7 @@ class SurvivalTime(Task):
         return as_survival(y).event.astype(np.int64)
 
     def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:  # noqa: ARG002
-        """What a case may be; InputError for names of classes."""
+        """The possible outcomes of a case; InputError for names of classes."""
         if names is not None:
             raise InputError("classes is given, but there are none in survival; leave it out")
         return ("censored", "event")

@@ -1,6 +1,7 @@
 """Metrics of numbers: R², MAE, RMSE, and Pearson's and Spearman's correlation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,6 +9,27 @@ from numpy.typing import ArrayLike, NDArray
 from xmag.errors import InputError
 
 Floats = NDArray[np.float64]
+
+
+def as_numbers(values: Any, n: int, name: str, *, of: str, classes: str) -> Floats:
+    """Targets of n cases as float64 (n,) or (n, T), NaN where missing; InputError for others.
+
+    `of` is what the cases are called in messages, `classes` what to do where targets are classes.
+    """
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} holds values that are no numbers ({error}); expected numbers, NaN for missing"
+            f" ones: for classes, {classes}"
+        ) from None
+    if array.ndim not in (1, 2) or len(array) != n or 0 in array.shape:
+        raise InputError(
+            f"{name} has shape {array.shape} for {n} {of}; expected ({n},) or ({n}, targets)"
+        )
+    if np.isinf(array).any():
+        raise InputError(f"{name} holds infinite values; expected numbers, or NaN if missing")
+    return array
 
 
 def r2(y_true: ArrayLike, y_pred: ArrayLike) -> float:

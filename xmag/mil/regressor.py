@@ -45,21 +45,9 @@ class RegressionHead(Head):
     @staticmethod
     def read(values: Any, count: int, what: str) -> NDArray[np.float64]:
         """Targets as float64 (n,) or (n, T), NaN where missing; InputError for anything else."""
-        try:
-            array = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{what} holds values that are no numbers ({error}); expected numbers, NaN for"
-                " missing ones: for classes there is MILClassifier"
-            ) from None
-        if array.ndim not in (1, 2) or len(array) != count or 0 in array.shape:
-            raise InputError(
-                f"{what} has shape {array.shape} for {count} bags; expected ({count},) or"
-                f" ({count}, targets)"
-            )
-        if np.isinf(array).any():
-            raise InputError(f"{what} holds infinite values; expected numbers, or NaN if missing")
-        return array
+        return regression.as_numbers(
+            values, count, what, of="bags", classes="there is MILClassifier"
+        )
 
     @classmethod
     def of(cls, labels: NDArray[np.float64]) -> Self:
