@@ -161,7 +161,7 @@ def to_wsidata(
 
 
 def _made_by(tiles: TileGeometry, provenance: str | None) -> dict[str, str]:
-    """What `uns` says of a bag: JSON texts."""
+    """Geometry and provenance of a bag for `uns`, as JSON texts."""
     geometry = {"tiles": json.dumps(tiles.to_dict(), sort_keys=True)}
     return geometry if provenance is None else {**geometry, "provenance": provenance}
 

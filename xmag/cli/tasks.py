@@ -18,7 +18,7 @@ from xmag.mil.estimator import MILEstimator
 Estimator = MILEstimator[Any]
 Task = Literal["classification", "regression", "survival"]
 Value = tuple[str | float, ...]
-"""What a row says of its case, by the columns of a target."""
+"""Values of a row in the columns of a target."""
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "classification": MILClassifier,
@@ -63,7 +63,7 @@ class Target(records.Record):
         return cls.from_dict(_FORMAT.load(path)) if path.is_file() else None
 
     def value(self, row: Row) -> Value:
-        """What a row says of its case; InputError, which names its line, where it makes no sense.
+        """The target's values in a row; InputError, which names its line, where they make no sense.
 
         With several numbers, one that is missing is NaN.
         """
@@ -91,7 +91,7 @@ class Target(records.Record):
         return (_number(row, column),) if self.ordinal else (row.required(column),)
 
     def array(self, values: Sequence[Value]) -> Any:
-        """What `fit` takes for y: a list of labels, an array of numbers, or (event, time)."""
+        """The y of `fit`: a list of labels, an array of numbers, or (event, time)."""
         if self.task == "survival":
             return np.array(values, dtype=[("event", np.bool_), ("time", np.float64)])
         if len(self.columns) > 1:
@@ -101,7 +101,7 @@ class Target(records.Record):
         return [int(label) if self.ordinal else label for (label,) in values]
 
     def summary(self, values: Sequence[Value]) -> str:
-        """What is known of the cases, in words: how many are of each class, or what they span."""
+        """Summary of the cases in words: how many are of each class, or what they span."""
         table = list(zip(*values, strict=True))
         if self.task == "survival":
             return f"{sum(table[0]):,} events, {_span('time', table[1])}"

@@ -114,7 +114,7 @@ class Report:
 
     @property
     def task(self) -> str:
-        """What was predicted: "classification", "multilabel", "regression" or "survival"."""
+        """The task: "classification", "multilabel", "regression" or "survival"."""
         return self.results[0].task
 
     def estimate(

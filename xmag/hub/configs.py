@@ -29,7 +29,7 @@ PREPROCESSOR = "preprocessor_config.json"
 """File beside a config.json of transformers, with the normalisation."""
 
 TIMM = "timm:"
-"""What a name of timm's own models begins with."""
+"""Prefix of the names of timm's own models."""
 
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
@@ -145,7 +145,7 @@ def resolve_config(
 
 
 def timm_values(name: str) -> Mapping[str, Any]:
-    """What timm says of one of its models ("timm:NAME"), as a config.json would have it.
+    """Configuration of a model of timm ("timm:NAME"), as a config.json would have it.
 
     "hf_hub_id" is the repository of its weights. Without timm that alone is known, and only for a
     name with its tag. Raises MissingExtraError, or ModelError for a name that timm does not know.

@@ -103,7 +103,7 @@ class Bags:
         width: int,
         origin: TrainedOrigin,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """What `of` finds of the bags of each case that have tiles, float64 (n, width).
+        """Results of `of` for the bags of each case that have tiles, float64 (n, width).
 
         It is 0 for cases without tiles; these are True in the second array, bool (n,), and a
         warning says what their result is: `of_empty`. Raises as `read_matching`.

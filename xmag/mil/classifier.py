@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class ClassifierHead:
-    """What chooses the head of a classifier: an indicator matrix is of several labels."""
+    """Choice of the head of a classifier: an indicator matrix is of several labels."""
 
     @staticmethod
     def read(values: Any, count: int, what: str) -> list[Hashable] | NDArray[np.int64]:

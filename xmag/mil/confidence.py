@@ -57,7 +57,7 @@ def fit_temperature(logits: Floats, losses: Callable[[Tensor], Tensor]) -> float
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Novelty:
-    """How far vectors lie from those of the training, as a percentile of held-out ones.
+    """Novelty: distance of vectors from those of the training, as a percentile of held-out ones.
 
     Distances are Mahalanobis's, with the covariance shrunk towards a sphere (Ledoit and Wolf 2004),
     as vectors are longer than cohorts are large.
@@ -107,7 +107,7 @@ class Novelty:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Known:
-    """What an estimator keeps of the cases that it was fitted to.
+    """Facts of the cases of a fit that an estimator keeps.
 
     Attributes:
         digests: Of the features of each bag; None where nobody knows.
@@ -121,7 +121,7 @@ class Known:
 
     @classmethod
     def of(cls, data: BagDataset, check: BagDataset | None, *, rng: np.random.Generator) -> Self:
-        """What is known of datasets to train on and to validate with; the novelty of the former."""
+        """Facts of datasets to train on and to validate with, and the novelty of the former."""
         every = [data] if check is None else [data, check]
         groups = [group for part in every for group in part.groups or ()]
         known = cls(
@@ -187,7 +187,7 @@ class Known:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """What `to_tensors` made, taken out of `tensors`; nothing where they hold nothing of it.
+        """The facts that `to_tensors` made, taken out of `tensors`; none where they hold none.
 
         Raises WeightsError for shapes that do not fit.
         """

@@ -243,7 +243,7 @@ class MILEstimator(Estimator, Generic[H]):
         return self
 
     def novelty(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
-        """How unlike those of the training each case is, as a percentile 0 to 100, float64 (n,).
+        """Novelty of each case, unlike those of the training: percentiles 0 to 100, float64 (n,).
 
         It is the share of training cases that lie nearer to the others than this case does, by the
         Mahalanobis distance of the mean of a case's tiles, with shrunk covariance. Each of them was

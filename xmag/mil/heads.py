@@ -95,7 +95,7 @@ class Head(Protocol):
     metric_names: ClassVar[tuple[str, ...]]
     """Names of validation metrics in a history, beside the loss."""
     last_layer: ClassVar[type[nn.Module]] = nn.Linear
-    """What xmag's aggregators end in, made of the width and the number of logits."""
+    """Class of the last layer of xmag's aggregators, of the width and the number of logits."""
 
     @property
     def outputs(self) -> int:
@@ -182,7 +182,7 @@ class ClassHead(Head):
     def calibration(
         self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
-        """What a temperature divides, here log-probabilities (n, C), and the log losses of it."""
+        """Values that a temperature divides, log-probabilities (n, C), and their log losses."""
         labels = torch.from_numpy(targets)
         return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
 

@@ -118,7 +118,7 @@ class LabelsHead(Head):
     def calibration(
         self, logits: NDArray[np.float64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
-        """What a temperature divides, here logits (n, L), and the log losses of it."""
+        """Values that a temperature divides, here logits (n, L), and the log losses of them."""
         plain, labels = replace(self, balanced=False), torch.from_numpy(targets)
         return logits, lambda scaled: plain._losses(scaled, labels)
 
