@@ -321,3 +321,52 @@ def test_what_does_not_fit_is_refused() -> None:
         map_tokens(torch.zeros(1, 16, 8), draw(0, 0, [1], 0))
     none = torch.empty((0, 64, 64, 3), dtype=torch.uint8)
     assert augment(none, draw(0, 0, [], 0)).shape == none.shape
+
+
+STAINED = Augmentation(
+    brightness=0, contrast=0, saturation=0, hue=0, flips=False, stain=0.25, density=0.15
+)
+
+
+def test_stain_and_density_are_factors_of_the_optical_density() -> None:
+    """Beer and Lambert: light falls by a power of ten of the amount of stain."""
+    image = colours_of_tissue()
+    draws = draw(3, 0, range(5), 0, augmentation=STAINED)
+    found = augment(image.expand(5, -1, -1, -1), draws).numpy() / 255
+    density = -np.log10(image.numpy() / 255)
+    for number, gains in enumerate(draws.gains.tolist()):
+        light = 10 ** -(density[0] * np.array(gains))
+        assert np.abs(found[number] - light).max() <= 0.5 / 255 + 1e-6
+    white = torch.full((5, 8, 8, 3), 255, dtype=torch.uint8)
+    assert torch.equal(augment(white, draws), white)
+    assert not augment(0 * white, draws).any()
+
+
+def test_gains_are_drawn_evenly_as_factors_around_one() -> None:
+    gains = draw(0, 0, range(4000), 0, augmentation=replace(STAINED, density=0.0)).gains
+    assert float(gains.min()) >= 1 / 1.25
+    assert float(gains.max()) <= 1.25
+    uniform = torch.linspace(-1, 1, 4000).double()
+    powers = (gains.double().log() / math.log(1.25)).sort(0).values
+    distance = (powers - uniform[:, None]).abs().max(0).values / 2
+    assert float(distance.max()) < 1.95 / math.sqrt(4000)  # Kolmogorov-Smirnov, p = 0.001
+    assert float((torch.corrcoef(gains.T) - torch.eye(3)).abs().max()) < 3.9 / math.sqrt(4000)
+    common = draw(0, 0, range(400), 0, augmentation=replace(STAINED, stain=0.0)).gains
+    assert torch.equal(common[:, 0], common[:, 2])
+    assert float(common.max()) <= 1.15
+    some = draw(0, 0, range(400), 0, augmentation=replace(STAINED, jitter=0.5)).gains
+    assert 140 < int((some == 1).all(1).sum()) < 260
+
+
+def test_stains_leave_the_other_draws_as_they_are() -> None:
+    plain, stained = Augmentation(), Augmentation(stain=0.3, density=0.1)
+    one, other = (draw(1, 2, range(30), 0, augmentation=each) for each in (plain, stained))
+    assert one.gains is None
+    for name in ("flips", "turns", *NAMES):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(other[[4, 2]].gains, other.gains[[4, 2]])
+    images = torch.cat([tissue(seed=seed) for seed in range(30)])
+    alone = [augment(images[i : i + 1], other[[i]]) for i in range(30)]
+    assert torch.equal(augment(images, other), torch.cat(alone))
+    with pytest.raises(InputError, match="stain"):
+        Augmentation(stain=1.5)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from xmag.errors import InputError
 _LUMA = (0.299, 0.587, 0.114)
 """Luma weights of R, G and B (ITU-R BT.601), as in Pillow and torchvision."""
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
-_WORDS = 7
-"""Random 32-bit words of an item and view: flip, turns, each colour change, whether any is made."""
+_WORDS = 11
+"""Random 32-bit words of an item and view: flip, turns, each colour change, whether any is made,
+and the optical density: of R, G and B, and of all three."""
 _PART_PX = 1 << 24
 """Px of a chunk in recolouring: enough to fill a GPU, at 0.3 GB."""
 
@@ -35,10 +37,12 @@ class Augmentation(records.Record):
     an image is mirrored left to right, and upside down, each with probability 1/2. A share `jitter`
     of the images changes in colour: `brightness`, `contrast` and `saturation` are the largest
     relative changes (0.05: factors from 0.95 to 1.05), `hue` the largest turn of the colour circle
-    in whole turns. The default is the one of those tried that trains a student best: predictions
-    of an unseen patient's teacher features by 0.025 of cosine nearer than with `PAPER`, which is
-    what arXiv 2509.23097 trained with, and by 0.04 worse with quarter turns
-    (benchmarks/augmentation.py).
+    in whole turns. `stain` and `density` change the optical density, -log10 of the transmitted
+    light, as more or less of a stain does: each channel's by its own factor, and all channels' by
+    one (0.25: factors from 1 / 1.25 to 1.25); white stays white. The default is the one of those
+    tried that trains a student best: predictions of an unseen patient's teacher features by 0.025
+    of cosine nearer than with `PAPER`, which is what arXiv 2509.23097 trained with, and by 0.04
+    worse with quarter turns (benchmarks/augmentation.py).
     """
 
     flips: bool = True
@@ -48,9 +52,11 @@ class Augmentation(records.Record):
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.05
+    stain: float = 0.0
+    density: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("jitter", *_COLOURS):
+        for name in ("jitter", *_COLOURS, "stain", "density"):
             most = 0.5 if name == "hue" else 1.0
             fits = 0 <= getattr(self, name) <= most
             records.require(self, name, fits, f"a number from 0 to {most:g}")
@@ -68,7 +74,8 @@ class Draws:
 
     An image is mirrored left to right where `flips` is 1, then turned counter-clockwise by `turns`
     quarters; both int64 (B,). `brightness`, `contrast` and `saturation` are factors, `hue` is in
-    turns; float32 (B,).
+    turns; float32 (B,). `gains` are factors of the optical density of R, G and B, float32 (B, 3);
+    None changes none.
     """
 
     flips: Tensor
@@ -77,6 +84,7 @@ class Draws:
     contrast: Tensor
     saturation: Tensor
     hue: Tensor
+    gains: Tensor | None = None
 
     def __len__(self) -> int:
         """The number B of images."""
@@ -86,7 +94,9 @@ class Draws:
         """The draws of some rows (images)."""
         if not isinstance(rows, slice):
             rows = torch.as_tensor(rows)
-        return Draws(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {n: None if p is None else p[rows] for n, p in parts.items()}
+        return Draws(**taken)
 
     def colours(self) -> tuple[Tensor, Tensor]:
         """Colour transform of each image: `matrix` and `pivot`, both float32 (B, 3, 3).
@@ -147,16 +157,29 @@ def draw(
         name: torch.from_numpy(spread[:, i] * getattr(augmentation, name) + (name != "hue")).float()
         for i, name in enumerate(_COLOURS)
     }
+    gains = None
+    if augmentation.stain or augmentation.density:
+        apart = words[:, 7:].astype(np.float64) / 2**31 - 1
+        apart[words[:, 6] / 2**32 >= augmentation.jitter] = 0
+        own, common = (
+            (1 + augmentation.stain) ** apart[:, :3],
+            (1 + augmentation.density) ** apart[:, 3:],
+        )
+        gains = torch.from_numpy(own * common).float()
     return Draws(
-        flips=torch.from_numpy(flips * augmentation.flips), turns=torch.from_numpy(turns), **colours
+        flips=torch.from_numpy(flips * augmentation.flips),
+        turns=torch.from_numpy(turns),
+        gains=gains,
+        **colours,
     )
 
 
 def augment(images: Tensor, draws: Draws, *, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Augment images by `draws`: (B, S, S, 3) of `dtype` from 0 to 255, on the same device.
 
-    `images` is uint8 (B, S, S, 3). Colours are computed in float32 and clipped, and rounded once if
-    `dtype` is uint8. Raises InputError where shapes or numbers do not fit.
+    `images` is uint8 (B, S, S, 3). The optical density is changed first, and rounded; then colours
+    are computed in float32 and clipped, and rounded once if `dtype` is uint8. Raises InputError
+    where shapes or numbers do not fit.
     """
     side = checked_side(images)
     _check_rows(images, draws)
@@ -166,11 +189,14 @@ def augment(images: Tensor, draws: Draws, *, dtype: torch.dtype = torch.uint8) -
         matrix, torch.eye(3, dtype=matrix.dtype).expand_as(matrix)
     )
     colours = [table.to(images.device, non_blocking=True) for table in (matrix, pivot)]
+    stains = None if draws.gains is None else _stain_tables(draws.gains).to(images.device)
     position = draws.flips * 4 + draws.turns
     most = max(1, _PART_PX // side**2)
     for first in range(0, len(images), most):
         part = slice(first, first + most)
         changed = images[part]
+        if stains is not None:
+            changed = _stained(changed, stains[part])
         if recoloured:
             changed = _recoloured(changed, *(table[part] for table in colours), dtype=dtype)
         changed = changed.to(dtype)
@@ -210,6 +236,19 @@ def checked_side(images: Tensor, multiple: int = 1) -> int:
         side = f" with a side that is a multiple of {multiple}" if multiple > 1 else ""
         raise InputError(f"images are {images.dtype} {shape}; expected uint8 (B, S, S, 3){side}")
     return shape[1]
+
+
+def _stain_tables(gains: Tensor) -> Tensor:
+    """Each grey level with its optical density times `gains` (B, 3): uint8 (B, 3, 256)."""
+    light = torch.arange(256, dtype=torch.float64) / 255
+    return (light ** gains[..., None].double() * 255).round().byte()
+
+
+def _stained(images: Tensor, tables: Tensor) -> Tensor:
+    """Images with the px values looked up, on any device the same: uint8 (B, S, S, 3)."""
+    rows = torch.arange(tables.shape[0] * 3, dtype=torch.int32, device=images.device) * 256
+    places = images.to(torch.int32) + rows.view(-1, 1, 1, 3)
+    return tables.flatten().index_select(0, places.flatten()).view(images.shape)
 
 
 def _recoloured(images: Tensor, matrix: Tensor, pivot: Tensor, *, dtype: torch.dtype) -> Tensor:
