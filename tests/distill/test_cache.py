@@ -324,3 +324,27 @@ def test_a_disk_that_takes_no_more_is_an_output_error_and_leaves_no_part(
     assert [path.name for path in tmp_path.iterdir()] == ["targets.begun.json"]
     with cache_features(tmp_path, Memory(), manifest, teacher, settings=LOW) as kept:
         assert torch.equal(kept.features([4]), asked_again(Memory(), [4]))
+
+
+def test_turned_features_are_the_mean_over_the_positions_of_each_tile(
+    tmp_path, manifest, teacher
+) -> None:
+    source, settings = Memory(), CacheSettings(turned=True)
+    with cache_features(tmp_path / "turned", source, manifest, teacher, settings=settings) as kept:
+        assert kept.settings == settings
+        found = kept.features([3, 0])
+    tiles = teacher_tiles(torch.from_numpy(source.pixels[[3, 0]])).numpy()
+    positions = [np.rot90(side, k, (1, 2)) for side in (tiles, tiles[:, ::-1]) for k in range(4)]
+    each = [statistics(torch.from_numpy(p.copy())).numpy() for p in positions]
+    assert np.ptp(each, axis=0).max() > 5  # the corner is another one
+    expected = np.mean(each, axis=0).reshape(2, 16, 9)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=0.05)
+
+
+def test_a_cache_of_plain_features_does_not_serve_for_turned_ones(
+    tmp_path, manifest, teacher
+) -> None:
+    cache_features(tmp_path, Memory(), manifest, teacher).close()
+    turned = CacheSettings(turned=True)
+    with pytest.raises(MismatchError, match="turned"):
+        FeatureCache(tmp_path, manifest=manifest, teacher=teacher, settings=turned)

@@ -87,6 +87,29 @@ def test_the_loss_is_one_of_regions_and_half_of_tiles() -> None:
     assert got["loss"] == pytest.approx(whole, abs=1e-5)
 
 
+def test_quarters_count_as_images_with_the_tiles_that_they_have() -> None:
+    """The loss of a step is the mean over whole views and quarters; a quarter has 2 x 2 blocks."""
+    run, given = trainer(quarters=1, dtype=DOUBLE), views(8, 0)
+    run.module.eval()
+    small = given.quarters(torch.arange(8) % 4)
+    assert small.low.shape[1] == given.low.shape[1] // 2
+    parts = []
+    for part, side in ((given, 4), (small, 2)):
+        images = part.low.permute(0, 3, 1, 2) / 255 - torch.tensor(STUDENT.mean).view(3, 1, 1)
+        images = (images / torch.tensor(STUDENT.std).view(3, 1, 1)).to(DOUBLE)
+        tokens = run.module.vit(images)
+        each = tokens[:, 1:].unflatten(1, (side, 2, side, 2)).mean((2, 4)).flatten(1, 2)
+        target = part.targets[0]
+        region = run.module.global_heads[0](tokens[:, 0])
+        tiles = run.module.local_heads[0](each.flatten(0, 1))
+        parts.append(
+            -F.cosine_similarity(region, target.mean(1)).mean()
+            - 0.5 * F.cosine_similarity(tiles, target.flatten(0, 1)).mean()
+        )
+    got = step(run, given, small)
+    assert got["loss"] == pytest.approx(sum(parts).item() / 2, abs=1e-5)
+
+
 def test_teachers_and_distances_add_up_by_their_weights() -> None:
     dims, teachers = (12, 7), {"a": 1.0, "b": 0.25}
     loss = LossSettings(global_weight=2, local_weight=3, cosine=1, smooth_l1=0.5, relational=4)

@@ -217,3 +217,29 @@ def test_a_uni2_h_on_a_gpu_takes_tiles_from_either_side() -> None:
     on_gpu = teacher.features(TILES.cuda())
     assert (on_gpu.shape, on_gpu.device.type) == ((3, 1536), "cuda")
     assert torch.equal(teacher.features(TILES), on_gpu.cpu())
+
+
+def made_here(*, device: object, dtype: object) -> Teacher:
+    return load_teacher(
+        mean_colours, name="made here", dim=3, identity={"asked": f"{device} {dtype}"}
+    )
+
+
+def test_a_function_by_name_makes_the_teacher() -> None:
+    found = load_teacher(f"python:{__name__}:made_here", device="cpu", dtype="float32")
+    assert (found.name, found.identity["asked"]) == ("made here", "cpu float32")
+    assert torch.equal(found.features(TILES), mean_colours(TILES))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("python:no_such_module:f", "cannot be imported: No module named"),
+        ("python:", "cannot be imported"),
+        ("python:math:no_such_function", "has no function 'no_such_function'"),
+        ("python:math", "expected python:MODULE:FUNCTION"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_teacher(name)

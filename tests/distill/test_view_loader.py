@@ -171,6 +171,39 @@ def test_a_batch_of_damaged_regions_is_empty(
     assert [target.shape for target in found.targets] == [(0, 16, 24)] * 2
 
 
+def test_quarters_of_views_come_with_the_features_of_their_tiles(
+    tmp_path: Path, pixels: np.ndarray, manifest: Manifest
+) -> None:
+    """Each quarter is found in its view, and what the teacher says of its tiles is asked again."""
+    teacher = ColourTeacher(6, size_px=224)
+    settings = Settings(augment=PLACES, train=TrainSettings(batch=3, views=2, quarters=2, seed=5))
+    loader = ViewLoader(
+        ArraySource(pixels), [OnlineFeatures(teacher=teacher)], TileSpec(),
+        training=np.arange(3), settings=settings, ranks=Ranks(), device=CPU,
+    )  # fmt: skip
+    seen: list[set[int]] = [set(), set(), set()]
+    assert loader.count == 2
+    for epoch in range(2):
+        order, _ = loader.sampler.step(epoch)
+        whole, small = loader.batches(epoch, epoch + 1, Stopwatch(CPU))
+        assert whole.low.shape == (6, 224, 224, 3)
+        assert small.low.shape == (12, 112, 112, 3)
+        assert small.targets[0].shape == (12, 4, 6)
+        for at, (low, target) in enumerate(zip(small.low, small.targets[0], strict=True)):
+            view, tiles = whole.low[at % 6], whole.targets[0][at % 6].view(4, 4, 6)
+            corners = [(112 * (n // 2), 112 * (n % 2)) for n in range(4)]
+            places = [
+                n for n, (y, x) in enumerate(corners)
+                if torch.equal(view[y : y + 112, x : x + 112], low)
+            ]  # fmt: skip
+            assert len(places) == 1
+            y, x = (2 * (places[0] // 2), 2 * (places[0] % 2))
+            assert torch.equal(target.view(2, 2, 6), tiles[y : y + 2, x : x + 2])
+            if at % 6 < 3:
+                seen[int(order[at % 6])].add(places[0])
+    assert all(len(places) >= 3 for places in seen)  # two in each epoch, of which one is new
+
+
 def test_teachers_that_do_not_go_together_are_refused(
     tmp_path: Path, pixels: np.ndarray, manifest: Manifest
 ) -> None:

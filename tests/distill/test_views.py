@@ -11,7 +11,7 @@ from support.slides import texture
 from torch import Tensor
 
 from xmag.distill import views
-from xmag.distill.views import LOW_PX, REGION_PX, low_view, teacher_tiles
+from xmag.distill.views import LOW_PX, REGION_PX, low_view, quarters, teacher_tiles
 from xmag.errors import InputError
 from xmag.training.augmentation import PAPER, Draws, augment, draw, map_tokens
 
@@ -165,3 +165,11 @@ def test_colours_and_the_resize_can_change_places() -> None:
     difference = (first.float() - then.float()).abs()
     assert float(difference.mean()) < 0.5
     assert float((difference > 2).float().mean()) < 0.01  # what was clipped before the resize
+
+
+def test_quarters_are_slices_row_by_row() -> None:
+    images = torch.from_numpy(texture(64, 64))[None].expand(4, -1, -1, -1)
+    found = quarters(images, torch.tensor([3, 0, 2, 1]))
+    image = images[0]
+    expected = image[32:, 32:], image[:32, :32], image[32:, :32], image[:32, 32:]
+    assert torch.equal(found, torch.stack(expected))

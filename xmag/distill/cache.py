@@ -62,15 +62,24 @@ _AHEAD = 3
 class CacheSettings:
     """Settings of a feature cache: with `low`, the low views of the regions are cached too.
 
-    They take 150 kB a region, and training then reads no slide.
+    They take 150 kB a region, and training then reads no slide. With `turned` the features of a
+    tile are the mean of those of its eight positions, four turns of it and of its mirror image:
+    right for a student that is shown flips and turns, and eight times the work.
     """
 
     low: bool = False
+    turned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as the fingerprint of a cache has them, plain JSON values."""
         # The rest tells version 1, which had augmented features as well, that these are not.
-        return {"kind": "plain", "variants": 1, "augmentation": None, "seed": None, "low": self.low}
+        kept = {"kind": "plain", "variants": 1, "augmentation": None, "seed": None, "low": self.low}
+        return kept | ({"turned": True} if self.turned else {})
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Self:
+        """The settings that a fingerprint has."""
+        return cls(low=kept["low"], turned=kept.get("turned", False))
 
 
 class FeatureCache:
@@ -103,7 +112,7 @@ class FeatureCache:
         self.folder = Path(folder)
         header = _read_header(self.folder / _DONE, manifest, teacher, settings)
         self.provenance: Provenance = header.provenance
-        self.settings = CacheSettings(low=header.provenance.fingerprint["kept"]["low"])
+        self.settings = CacheSettings.of(header.provenance.fingerprint["kept"])
         self.dim = header.dim
         self.good: NDArray[np.bool_] = np.ones(header.regions, np.bool_)
         self.good[list(header.damaged)] = False
@@ -348,7 +357,7 @@ class _Writer:
         """The features of whole regions, float16 (B, 1, 16, D), and their low views if cached."""
         high = batch.pixels.to(self.device, non_blocking=True)
         wanted = (len(high) * _TILES, self.teacher.dim)
-        found = self.teacher.features(teacher_tiles(high)) if len(high) else torch.empty(wanted)
+        found = self._features(teacher_tiles(high)) if len(high) else torch.empty(wanted)
         if found.shape != wanted:
             raise ModelError(
                 f"{self.teacher.name} returned {tuple(found.shape)} for {wanted[0]} tiles; expected"
@@ -362,6 +371,17 @@ class _Writer:
             )
         features = {"features": half.view(len(high), 1, _TILES, self.teacher.dim)}
         return features | ({"low": low_view(high)} if self.settings.low else {})
+
+    def _features(self, tiles: Tensor) -> Tensor:
+        """The teacher's features of tiles, or the mean over their eight positions."""
+        if not self.settings.turned:
+            return self.teacher.features(tiles)
+        total: Tensor | float = 0.0
+        for mirrored in (tiles, tiles.flip(2)):
+            for turns in range(4):
+                total = total + self.teacher.features(mirrored.rot90(turns, (1, 2)).contiguous())
+        assert isinstance(total, Tensor)
+        return total / 8
 
     def _write_header(self, path: Path, shard_regions: int, damaged: Sequence[int] = ()) -> None:
         fingerprint = _fingerprint(self.manifest, self.teacher.identity, self.settings.to_dict())

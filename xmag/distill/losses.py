@@ -36,20 +36,20 @@ class Projection(NamedTuple):
     """Block means through the local head, float32 (B, 16, Dt)."""
 
 
-def block_means(tokens: Tensor) -> Tensor:
+def block_means(tokens: Tensor, blocks: int = SIDE) -> Tensor:
     """Average-pool patch tokens over 4 x 4 blocks, row by row as the tiles: (B, 16, D).
 
-    `tokens` are the patch tokens (B, n * n, D), row by row. Raises InputError where n is no
-    multiple of 4.
+    `tokens` are the patch tokens (B, n * n, D), row by row; of a quarter of a region there are 2
+    `blocks` a side. Raises InputError where n is no multiple of them.
     """
     side = round(tokens.shape[1] ** 0.5)
-    if side**2 != tokens.shape[1] or side % SIDE:
+    if side**2 != tokens.shape[1] or side % blocks:
         raise InputError(
             f"tokens have shape {tuple(tokens.shape)}; expected (B, n * n, D) with n a multiple of"
-            f" {SIDE}, so that each of the teacher's tiles has a block of tokens"
+            f" {blocks}, so that each of the teacher's tiles has a block of tokens"
         )
-    each, (batch, _, width) = side // SIDE, tokens.shape
-    grid = tokens.reshape(batch, SIDE, each, SIDE, each, width)
+    each, (batch, _, width) = side // blocks, tokens.shape
+    grid = tokens.reshape(batch, blocks, each, blocks, each, width)
     return grid.mean((2, 4)).flatten(1, 2)
 
 

@@ -264,6 +264,7 @@ class _ConfiguredRun:
             teachers.append(kind(teacher=teacher, weight=wanted.weight))
             if wanted.keep != "no":
                 each = _seconds_to_cache(source, teacher, device)
+                each *= 8 if wanted.keep == "turned" else 1
                 cache_seconds += each * len(source) / self.ranks.world
         training, held = split(len(source), self._validation(source.manifest))
         data, trainer = prepare(
@@ -352,7 +353,7 @@ class _ConfiguredRun:
             source,
             source.manifest,
             teacher,
-            settings=CacheSettings(low=wanted.keep_low),
+            settings=CacheSettings(low=wanted.keep_low, turned=wanted.keep == "turned"),
             device=device,
             progress=self.progress,
             ranks=self.ranks,
@@ -374,6 +375,7 @@ class _ConfiguredRun:
         """Description of the run for the summary, line by line."""
         counts, train = manifest.counts(), self.config.train
         training = len(manifest) - held
+        quarters = f" and {train.quarters} quarters of each" if train.quarters else ""
         shared = "" if self.ranks.world == 1 else f", shared by {self.ranks.world} processes"
         return (
             f"slides    {counts['slides']:,} ({counts['empty']:,} more without a region,"
@@ -389,7 +391,7 @@ class _ConfiguredRun:
                 for teacher in teachers
             ),
             f"steps     {train.total_steps(training):,} of {train.batch} regions,"
-            f" {train.views} views each{shared}",
+            f" {train.views} views each{quarters}{shared}",
             f"rate      {train.lr:g} after a warm-up of {train.warmup:.0%}, then half a cosine down"
             f" to {train.floor * train.lr:g}",
         )

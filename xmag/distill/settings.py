@@ -72,11 +72,13 @@ class TrainSettings:
 
     A step is `batch` regions over all GPUs, whatever their number, `micro_batch` of them at once on
     each (by default its whole share); `batch` is thus what an optimizer step averages over, and the
-    number of GPUs changes nothing but the time. The rate rises to `lr` over the fraction `warmup`
-    of all steps, and then decays by half a cosine to the fraction `floor` of it: the `schedule`
-    "cosine", which is the only one. Weight decay is for matrices and tables alone: not for biases,
-    norms and LayerScale. With `ema_ramp` the EMA forgets its start faster: its decay is at most
-    (1 + step) / (10 + step).
+    number of GPUs changes nothing but the time. A region gives `views` augmented views, and of each
+    `quarters` of its four quarters (0 to 4) as smaller views, with the features of their 4 tiles,
+    so that tiles of half the size are no surprise to the student. The rate rises to `lr` over the
+    fraction `warmup` of all steps, and then decays by half a cosine to the fraction `floor` of it:
+    the `schedule` "cosine", which is the only one. Weight decay is for matrices and tables alone:
+    not for biases, norms and LayerScale. With `ema_ramp` the EMA forgets its start faster: its
+    decay is at most (1 + step) / (10 + step).
     """
 
     epochs: float = 10.0
@@ -84,6 +86,7 @@ class TrainSettings:
     batch: int = 48
     micro_batch: int | None = None
     views: int = 2
+    quarters: int = 0
     lr: float = 5e-4
     weight_decay: float = 0.05
     schedule: str = "cosine"
@@ -100,6 +103,7 @@ class TrainSettings:
         _require(self, numbers, lambda x: x > 0, "a positive number")
         optional = ("steps", "micro_batch")
         _require(self, optional, lambda x: x is None or x > 0, "a positive number, or none")
+        _require(self, ("quarters",), lambda x: 0 <= x <= 4, "a number from 0 to 4")
         _require(self, ("weight_decay", "seed"), lambda x: x >= 0, "a number from 0 on")
         _require(self, ("warmup", "floor", "ema"), lambda x: 0 <= x < 1, "a number in [0, 1)")
         if self.schedule == "paper":
@@ -221,8 +225,9 @@ class TeacherConfig:
     """Teacher section: name for `load_teacher`, loss weight, and feature caching.
 
     With `keep` "no" features are computed online for every augmented view, with "plain" those of
-    unaugmented regions are computed once and cached. `keep_low` caches the low views too, so that
-    no slide is read while training.
+    unaugmented regions are computed once and cached, and with "turned" the mean of those of each
+    tile in its eight positions (four turns, and mirrored). `keep_low` caches the low views too, so
+    that no slide is read while training.
     """
 
     REMOVED: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -238,8 +243,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.keep == "augmented":
             raise InputError(f'teachers.keep is "augmented", which is gone: {_NO_AUGMENTED}')
-        fits = ("no", "plain")
-        _require(self, ("keep",), lambda x: x in fits, "one of 'no', 'plain'")
+        fits = ("no", "plain", "turned")
+        _require(self, ("keep",), lambda x: x in fits, "one of 'no', 'plain', 'turned'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

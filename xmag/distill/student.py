@@ -57,7 +57,8 @@ class Student(nn.Module):
                 " patch_px or size_px"
             )
         self.vit = vit
-        self._teachers, self._grid = len(teacher_dims), (side, side)
+        self._teachers = len(teacher_dims)
+        self._patch_px, self._block_px = config.vit.patch_px, config.tile_spec.size_px // SIDE
         self._first_patch = 1 + config.vit.registers
         self.global_heads, self.local_heads = (
             nn.ModuleList(ProjectionHead(config.vit.width, dim) for dim in teacher_dims if wanted)
@@ -72,14 +73,19 @@ class Student(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, low: Tensor) -> list[Projection]:
-        """The projections of uint8 images (B, S, S, 3), one for each teacher; B may be 0."""
+        """The projections of uint8 images (B, S, S, 3), one for each teacher; B may be 0.
+
+        S is that of a region's low view, or half of it: a quarter of a region has 4 tiles.
+        """
+        blocks_a_side = low.shape[1] // self._block_px
+        grid = (low.shape[1] // self._patch_px,) * 2
         # The ViT takes no empty batch; with an image in its place, which is dropped again, a rank
         # with none takes part in what all ranks compute together.
         images = low if len(low) else low.new_zeros((1, *low.shape[1:]))
         images = images.permute(0, 3, 1, 2) * self.scale + self.shift
-        tokens = self.vit(images, self.vit.positions(self._grid))[: len(low)]
+        tokens = self.vit(images, self.vit.positions(grid))[: len(low)]
         region = tokens[:, 0]
-        blocks = block_means(tokens[:, self._first_patch :])
+        blocks = block_means(tokens[:, self._first_patch :], blocks_a_side)
         return [
             Projection(
                 region=self.global_heads[i](region) if self.global_heads else None,

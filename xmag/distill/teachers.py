@@ -5,6 +5,7 @@ Training asks `TeacherFeatures` for those of augmented regions: computed online 
 """
 
 import hashlib
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from xmag.vit import ViTConfig
 
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
 """Tile specification of all teachers."""
+
+PYTHON = "python:"
+"""Prefix of a teacher that a function of the reader's own makes: python:MODULE:FUNCTION."""
 
 _SAME_MPP = 1e-6
 _BATCH_TILES = 256
@@ -218,8 +222,9 @@ def load_teacher(
     Args:
         teacher: A name or path for `load_model` ("MahmoodLab/UNI2-h", whose terms are logged when
             it is fetched; a path); "timm:NAME" for a pretrained model of timm; an Encoder; a
-            Teacher, which is returned as it is; or a function from uint8 tiles (M, 224, 224, 3), on
-            the device where they are, to features (M, dim).
+            Teacher, which is returned as it is; a function from uint8 tiles (M, 224, 224, 3), on
+            the device where they are, to features (M, dim); or "python:MODULE:FUNCTION", which is
+            called with `device` and `dtype` and returns a Teacher.
         device: Device of a model loaded by name.
         dtype: Its compute dtype: "auto" takes bfloat16 on CUDA that has it.
         name: Name of a function in logs and checkpoints.
@@ -237,6 +242,8 @@ def load_teacher(
         MissingExtraError: timm is asked for and not installed.
         ModelError: The model cannot be loaded.
     """
+    if isinstance(teacher, str) and teacher.startswith(PYTHON):
+        teacher = _made_by(teacher)(device=device, dtype=dtype)
     if isinstance(teacher, str | os.PathLike):
         by_timm = isinstance(teacher, str) and teacher.startswith(TIMM)
         loaded = load_model(
@@ -270,6 +277,21 @@ def load_teacher(
     if isinstance(teacher, nn.Module):
         about.setdefault("weights_sha256", module_sha256(teacher))
     return TileTeacher(teacher, name=name, dim=dim, identity={"kind": "function", **about})
+
+
+def _made_by(name: str) -> Callable[..., Any]:
+    """The function that "python:MODULE:FUNCTION" names; InputError where there is none."""
+    module, _, function = name.removeprefix(PYTHON).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"the teacher {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise InputError(
+            f"{module!r} has no function {function!r}; expected python:MODULE:FUNCTION, of a"
+            " function that takes device= and dtype= and returns a Teacher"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def check_tile_spec(spec: TileSpec, name: str) -> None:

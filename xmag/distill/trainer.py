@@ -31,7 +31,7 @@ from xmag.distill.settings import Settings
 from xmag.distill.student import Student
 from xmag.distill.summary import TRAINING, VALIDATION, MetricsLogger
 from xmag.distill.teachers import TeacherFeatures, check_teachers
-from xmag.distill.views import SIDE, low_view
+from xmag.distill.views import SIDE, low_view, quarters
 from xmag.errors import InputError, ModelError
 from xmag.files import make_folder
 from xmag.geometry import TileSpec
@@ -94,12 +94,20 @@ class Stopwatch:
 class Views:
     """Micro-batch: images for the student, and each teacher's targets for them.
 
-    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher. Damaged
-    regions are left out, so that B may be 0.
+    `low` is uint8 (B, S, S, 3), `targets` holds float32 (B, 16, Dt) for each teacher, (B, 4, Dt)
+    for quarters of regions. Damaged regions are left out, so that B may be 0.
     """
 
     low: Tensor
     targets: Sequence[Tensor]
+
+    def quarters(self, corners: Tensor) -> "Views":
+        """The quarter of each image that `corners`, int64 (B,), numbers row by row."""
+        grids = [target.view(len(target), SIDE, SIDE, -1) for target in self.targets]
+        return Views(
+            low=quarters(self.low, corners),
+            targets=[quarters(grid, corners).flatten(1, 2) for grid in grids],
+        )
 
 
 class ViewLoader:
@@ -137,7 +145,7 @@ class ViewLoader:
         self._reads_low = bool(lows) and not self._needs_pixels
         micro_batch = train.micro_batch or train.batch // ranks.world
         self._share = share(ranks.rank, ranks.world, batch=train.batch, micro_batch=micro_batch)
-        self.count = len(self._share)
+        self.count = len(self._share) * (2 if train.quarters else 1)
         slides = source.manifest.places[training, 0] if isinstance(source, SlideRegions) else None
         self.sampler = RegionSampler(training, batch=train.batch, seed=train.seed, sources=slides)
         self._regions = RegionLoader(
@@ -158,7 +166,13 @@ class ViewLoader:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                yield self._augmented(batch, watch)
+                batch = self._available(batch)
+                yield (views := self._augmented(batch, watch))
+                if count := self._settings.train.quarters:
+                    # In turn, so that a region shows all four in as many epochs.
+                    turn = torch.from_numpy(batch.regions + batch.epochs)
+                    turn = turn.repeat(self._settings.train.views)
+                    yield _cat([views.quarters((turn + at) % 4) for at in range(count)])
 
     def plain(self, regions: Numbers) -> Generator[Views]:
         """Views without augmentation of this rank's share of some regions, in batches."""
@@ -189,7 +203,7 @@ class ViewLoader:
 
     def _augmented(self, batch: RegionBatch, watch: Stopwatch) -> Views:
         """Augmented views and targets of a batch, view by view: (views * B, ...)."""
-        batch, train = self._available(batch), self._settings.train
+        train = self._settings.train
         with watch.part("low view and augment"):
             pixels = batch.pixels.to(self.device, non_blocking=True)
             low = pixels if self._reads_low else low_view(pixels)
@@ -349,7 +363,9 @@ class Trainer(Loop[int]):
         Returns the values of `metrics`, still on the device.
         """
         train, watch = self.settings.train, self.watch
-        images = train.batch * train.views  # of all ranks, if none is damaged
+        images = (
+            train.batch * train.views * (1 + train.quarters)
+        )  # of all ranks, if none is damaged
         self.schedule.set_rate(self.optimizer, number)
         self.optimizer.zero_grad(set_to_none=True)
         done = torch.zeros(len(self.metrics), dtype=torch.float32, device=self.device)
@@ -474,8 +490,13 @@ class Trainer(Loop[int]):
         self._logger.add(TRAINING, taken, row)
 
     def _validate(self, taken: int) -> dict[str, float]:
-        assert self._held is not None
-        found = self.validate(self._held)
+        held = self._held
+        assert held is not None
+        found = self.validate(held)
+        if self.settings.train.quarters:
+            corners = torch.arange(len(held.low)) % 4
+            of_quarters = self.validate(held.quarters(corners))
+            found |= {f"quarter/{name}": value for name, value in of_quarters.items()}
         self._logger.add(VALIDATION, taken, found)
         self._logger.flush()
         return found
@@ -527,6 +548,14 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def _joined(parts: Iterable[Views]) -> Views:
     """Batches of views as one, in host memory."""
-    whole = [(views.low.cpu(), *(target.cpu() for target in views.targets)) for views in parts]
-    low, *targets = (torch.cat(column) for column in zip(*whole, strict=True))
+    return _cat(
+        [Views(low=v.low.cpu(), targets=[target.cpu() for target in v.targets]) for v in parts]
+    )
+
+
+def _cat(parts: Sequence[Views]) -> Views:
+    """Views of one size as one batch."""
+    low, *targets = (
+        torch.cat(column) for column in zip(*((v.low, *v.targets) for v in parts), strict=True)
+    )
     return Views(low=low, targets=targets)

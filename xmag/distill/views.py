@@ -62,6 +62,18 @@ def teacher_tiles(high: Tensor) -> Tensor:
     return grid.transpose(2, 3).flatten(0, 2)
 
 
+def quarters(grid: Tensor, corners: Tensor) -> Tensor:
+    """A quarter of each square grid or image: (B, n, n, ...) -> (B, n / 2, n / 2, ...).
+
+    `corners`, int64 (B,), numbers the quarters row by row; n is even.
+    """
+    half, rows = grid.shape[1] // 2, torch.arange(len(grid), device=grid.device)
+    parts = grid.reshape(len(grid), 2, half, 2, half, *grid.shape[3:]).transpose(2, 3)
+    below, right = (corner.to(grid.device) for corner in (corners // 2, corners % 2))
+    result: Tensor = parts[rows, below, right]
+    return result
+
+
 def _lanczos(high: Tensor) -> Tensor:
     """Pillow's Lanczos resize as matrix products: rows, rounded to uint8, then columns."""
     weights = _weights(high.shape[1], high.device)
