@@ -16,6 +16,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -74,6 +75,7 @@ RECIPES = {
     "base": Recipe(),
     "dense": Recipe(caches=("dense",)),
     "both": Recipe(caches=("lite2", "dense")),
+    "longer x 3": Recipe(longer=3),
     "jitter": Recipe(change=augment(**JITTER, stain=0.0, density=0.0)),
     "stain and jitter": Recipe(change=augment(**JITTER)),
     "stain x 2": Recipe(change=augment(stain=0.5, density=0.3, saturation=0.4)),
@@ -85,7 +87,6 @@ RECIPES = {
     "lr 5e-4": Recipe(change=train(lr=5e-4)),
     "decay 0.2": Recipe(change=train(weight_decay=0.2)),
     "relational": Recipe(change=loss(relational=1.0)),
-    "longer x 3": Recipe(longer=3),
     "both, longer x 3": Recipe(caches=("lite2", "dense"), longer=3),
 }
 UNTRAINED = "untrained"
@@ -274,7 +275,13 @@ def run_all(args: argparse.Namespace, tasks: Sequence[Task], deadline: float) ->
                 break
             future = next(as_completed(running))
             task = running.pop(future)
-            result = future.result()
+            try:
+                result = future.result()
+            except Exception as error:
+                print(*task.key(), f"failed: {error!r}", flush=True)
+                if isinstance(error, BrokenProcessPool):
+                    raise
+                continue
             if task.recipe != UNTRAINED:
                 rates = [*rates[-15:], result["seconds_in_all"] / task.steps]
             lines.write(json.dumps(result) + "\n")
@@ -320,8 +327,9 @@ def main() -> None:
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     before = [line["task"] for line in done]
     run_all(args, [task for task in wanted(args) if task.key() not in before], deadline)
-    rows = summary([json.loads(line) for line in path.read_text().splitlines()])
-    text = table(rows)
+    if not (lines := [json.loads(line) for line in path.read_text().splitlines()]):
+        raise SystemExit("no student was trained in the time; give a larger --budget")
+    text = table(summary(lines))
     (args.out / "recipes.md").write_text(text + "\n")
     print(text)
 
