@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every torch reader knows)
 from common import report, usable_cores
 from miniature_data import taught
-from miniature_train import Recipe, order
 from PIL import Image
 from torch import Tensor
 
+from xmag.distill.settings import LossSettings, Settings, TrainSettings
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
 from xmag.distill.views import REGION_PX, SIDE, low_view, teacher_tiles
@@ -42,6 +42,7 @@ from xmag.training.augmentation import NONE, PAPER, augment, draw, map_tokens
 
 IMAGE_MPP, REGION_UM = 0.686, 448
 _GLASS, _LEAST_DARK = 190, 0.4
+RECIPE: dict[str, Any] = {"views": 1, "lr": 1e-3, "ema": 0.998, "warmup": 0.1}
 AUGMENTATIONS = {
     "none": NONE,
     "the paper's": PAPER,
@@ -67,7 +68,7 @@ def main() -> None:
     start = time.perf_counter()
     low, targets, patients = prepared(sorted(args.images.glob("*.jpg")), args.most)
     print(f"{len(low)} regions: {time.perf_counter() - start:.0f} s", flush=True)
-    recipe = Recipe(steps=args.steps, batch=args.batch)
+    recipe = RECIPE | {"steps": args.steps, "batch": args.batch}
     runs = [
         (name, patient, seed)
         for seed in range(args.seeds)
@@ -82,12 +83,8 @@ def main() -> None:
             found[run[0]].append({"left_out": run[1], "seed": run[2], **scores})
             print(*run, scores, flush=True)
     rows = [row(name, found) for name in AUGMENTATIONS]
-    about = {"regions": len(low), "recipe": vars_of(recipe), "runs": found}
+    about = {"regions": len(low), "recipe": recipe, "runs": found}
     report("Augmentation: cosine to the teacher, patient left out", rows, args.json, **about)
-
-
-def vars_of(recipe: Recipe) -> dict[str, Any]:
-    return {name: getattr(recipe, name) for name in recipe.__slots__}
 
 
 def row(name: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -155,16 +152,17 @@ def score(name: str, left_out: str, seed: int) -> dict[str, float]:
     train_low, train_targets = (part[~held].to(device) for part in (low, targets))
     start = fresh_student("xmag_mini", seed=seed)
     student = Student(start.vit, start.config, teacher_dims=[targets.shape[-1]])
+    train = TrainSettings(**recipe, seed=seed)
     trainer = Trainer(
         student,
         teachers={"teacher": 1.0},
-        settings=recipe.settings("global + local", steps=recipe.steps, seed=seed),
-        total_steps=recipe.steps,
+        settings=Settings(loss=LossSettings(centre=True), train=train),
+        total_steps=recipe["steps"],
         ranks=Ranks(),
         device=device,
     )
     began = time.perf_counter()
-    for step, rows in enumerate(order(len(train_low), recipe.batch, recipe.steps, seed)):
+    for step, rows in enumerate(order(len(train_low), recipe["batch"], recipe["steps"], seed)):
         draws = draw(seed, step, rows.tolist(), 0, augmentation=AUGMENTATIONS[name])
         here = rows.to(device)
         grid = (train_targets[here].float() - mean).unflatten(1, (SIDE, SIDE))
@@ -185,6 +183,14 @@ def score(name: str, left_out: str, seed: int) -> dict[str, float]:
         "seconds": time.perf_counter() - began,
         **{level: fmean(values) for level, values in cosines.items()},
     }
+
+
+def order(count: int, batch: int, steps: int, seed: int) -> Tensor:
+    """Rows of each step (steps, batch): epochs, each a permutation, one after the other."""
+    rng = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch // count)
+    rows = torch.cat([torch.randperm(count, generator=rng) for _ in range(epochs)])
+    return rows[: steps * batch].view(steps, batch)
 
 
 if __name__ == "__main__":

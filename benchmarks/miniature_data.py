@@ -1,29 +1,20 @@
-"""The tissue of the miniature: images, regions, their two views, and what the teacher says of them.
+"""The tissue that no student of the miniature sees: images, crops, and the teacher's features."""
 
-Everything is computed once, on one device, and kept as .npy files that every run maps.
-"""
-
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import REGION_PX, SIDE, low_view, teacher_tiles
-from xmag.training.augmentation import NONE, Augmentation, augment, draw
 
-AUGMENTATION = Augmentation(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
-KINDS = ("augmented", "plain")
-"""Whether the teacher saw each region changed, or as it is."""
 _TILES_AT_ONCE = 512
+_CROPS = 5
+Rows = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,23 +46,19 @@ def patient_of(place: str) -> str:
     return f"{first}-{second}" if first == "Case" else first
 
 
-def crops(pixels: Tensor, corners: NDArray[np.int64]) -> Tensor:
-    """The region of each image at its (x, y): uint8 (N, 896, 896, 3)."""
-    places = zip(pixels, corners.tolist(), strict=True)
-    return torch.stack([i[y : y + REGION_PX, x : x + REGION_PX] for i, (x, y) in places])
-
-
-def fixed_corners(size: int, count: int) -> list[tuple[int, int]]:
-    """The centre and the four corners, as many of them as asked for."""
+def fixed_corners(size: int) -> list[tuple[int, int]]:
+    """The centre and the four corners."""
     end = size - REGION_PX
     middle = end // 2
-    return [(middle, middle), (0, 0), (end, end), (end, 0), (0, end)][:count]
+    return [(middle, middle), (0, 0), (end, end), (end, 0), (0, end)]
 
 
-def box_view(high: Tensor) -> Tensor:
-    """Box averages of 4 x 4 px: uint8 (B, 224, 224, 3), near what fast decoding gives."""
-    planes = high.permute(0, 3, 1, 2).float()
-    return avg_pool2d(planes, SIDE).round_().byte().permute(0, 2, 3, 1)
+def crops(pixels: Tensor) -> Tensor:
+    """The fixed regions of each image, uint8 (N * 5, 896, 896, 3), image by image."""
+    corners = fixed_corners(pixels.shape[1])
+    return torch.stack(
+        [image[y : y + REGION_PX, x : x + REGION_PX] for image in pixels for x, y in corners]
+    )
 
 
 @torch.inference_mode()
@@ -80,73 +67,39 @@ def taught(teacher: Teacher, tiles: Tensor) -> Tensor:
     return torch.cat([teacher.features(part).float() for part in tiles.split(_TILES_AT_ONCE)])
 
 
-def prepare(
-    images: Images, teacher: Teacher, out: Path, *, variants: int, count: int, limit_s: float
-) -> dict[str, Any]:
-    """Write the training regions of both kinds and those for evaluation; says what was made.
-
-    A variant is one crop of each image. Where `limit_s` is over, there are fewer of them.
-    """
-    start = time.perf_counter()
-    made: dict[str, Any] = {}
-    _write(out, "evaluation", evaluation_set(images, teacher, count))
-    for kind in KINDS:
-        ends = start + limit_s * (KINDS.index(kind) + 1) / len(KINDS)
-        rounds = []
-        for variant in range(made.get(KINDS[0], variants)):  # as many of both
-            rounds.append(training_round(images, teacher, kind, variant))
-            if time.perf_counter() > ends:
-                break
-        made[kind] = len(rounds)
-        _write(out, kind, {key: np.concatenate([r[key] for r in rounds]) for key in rounds[0]})
-    made["seconds"] = time.perf_counter() - start
-    (out / "prepared.json").write_text(json.dumps(made) + "\n")
-    return made
+def per_image(rows: Tensor | Rows) -> Rows:
+    """The mean over the five crops of each image: (N * 5, D) -> float32 (N, D)."""
+    return np.asarray(rows, np.float32).reshape(-1, _CROPS, rows.shape[-1]).mean(1)
 
 
-def training_round(
-    images: Images, teacher: Teacher, kind: str, variant: int
-) -> dict[str, NDArray[Any]]:
-    """One crop of every image: both low views, and the features of the tiles as float16."""
-    size, number = images.pixels.shape[1], len(images.pixels)
-    rng = np.random.default_rng((11, variant))
-    corners = rng.integers(size - REGION_PX + 1, size=(number, 2))
-    draws = draw(
-        7, variant, range(number), 0, augmentation=AUGMENTATION if kind == "augmented" else NONE
-    )
-    parts = []
-    for rows in torch.arange(number).split(16):
-        high = augment(crops(images.pixels[rows], corners[rows.numpy()]), draws[rows])
-        target = taught(teacher, teacher_tiles(high)).unflatten(0, (-1, SIDE**2))
-        parts.append((low_view(high), box_view(high), target.half()))
-    names = ("lanczos", "box", "target")
-    return {
-        name: torch.cat(column).cpu().numpy()
-        for name, column in zip(names, zip(*parts, strict=True), strict=True)
-    }
+def low_views(images: Images, device: torch.device) -> Tensor:
+    """The low views of all crops: uint8 (N * 5, 224, 224, 3) on the device."""
+    return torch.cat([low_view(crops(some.to(device))) for some in images.pixels.split(4)])
 
 
-def evaluation_set(images: Images, teacher: Teacher, count: int) -> dict[str, NDArray[Any]]:
-    """The fixed crops, image by image: low views, and the teacher at 20x and fed 5x pixels."""
-    columns: dict[str, list[Tensor]] = {"lanczos": [], "target": [], "coarse": []}
-    for corner in fixed_corners(images.pixels.shape[1], count):
-        for pixels in images.pixels.split(16):
-            high = crops(pixels, np.array([corner] * len(pixels)))
-            low = low_view(high)
-            columns["lanczos"].append(low)
-            columns["target"].append(taught(teacher, teacher_tiles(high)).unflatten(0, (-1, 16)))
-            columns["coarse"].append(taught(teacher, low))
-    return {
-        name: torch.cat(parts).unflatten(0, (count, -1)).transpose(0, 1).cpu().numpy()
-        for name, parts in columns.items()
-    }
+def teacher_rows(teacher: Teacher, images: Images, out: Path, device: torch.device) -> list[Rows]:
+    """The teacher's embeddings of images, of tiles at 20x and of the low views; kept in `out`."""
+    out.mkdir(exist_ok=True)
+    paths = []
+    for number, pixels in enumerate(images.pixels.split(4)):
+        paths.append(out / f"teacher-{number:03d}.npz")
+        if paths[-1].exists():
+            continue
+        high = crops(pixels.to(device))
+        fine = taught(teacher, teacher_tiles(high)).unflatten(0, (-1, SIDE**2)).mean(1).cpu()
+        coarse = taught(teacher, low_view(high)).cpu()
+        part = paths[-1].with_suffix(".part.npz")
+        np.savez(part, fine=per_image(fine), coarse=per_image(coarse))
+        part.rename(paths[-1])
+    found = [np.load(path) for path in paths]
+    return [np.concatenate([each[name] for each in found]) for name in ("fine", "coarse")]
 
 
-def _write(out: Path, kind: str, arrays: dict[str, NDArray[Any]]) -> None:
-    for name, array in arrays.items():
-        np.save(out / f"{kind}-{name}.npy", np.ascontiguousarray(array))
-
-
-def kept(out: Path, kind: str, name: str) -> NDArray[Any]:
-    """An array that `prepare` wrote, mapped."""
-    return np.load(out / f"{kind}-{name}.npy", mmap_mode="r")
+def colours(low: Tensor) -> Rows:
+    """Twelve colour statistics: mean and deviation of R, G, B, of hue, saturation and value."""
+    rows = []
+    for view in low.cpu().numpy():
+        hsv = np.asarray(Image.fromarray(view).convert("HSV"))
+        pixels = np.concatenate([view, hsv], axis=-1).reshape(-1, 6).astype(np.float64)
+        rows.append(np.concatenate([pixels.mean(0), pixels.std(0)]))
+    return per_image(np.stack(rows))
