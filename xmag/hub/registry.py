@@ -31,7 +31,7 @@ MINI = "xmag-mini"
 Its model card is docs/models.md. The weights are stored in float16, and computed with in float32.
 """
 MINI_WEIGHTS = Path(__file__).with_name("mini.safetensors")
-MINI_SHA256 = "7c70c6c0caf86dca66cfea67a9de99532cb88ea82f298902753d45ea0f77ac4e"
+MINI_SHA256 = "439e898600a2216bf5882bdb837b824063b8d07be77ef99a47d909f16c9f2fcd"
 
 ENTRY_POINTS = "xmag.models"
 """Entry point group by which other packages add models: a KnownModel, or several."""
@@ -213,7 +213,7 @@ def _models() -> Iterable[KnownModel]:
     )  # fmt: skip
     yield _known(
         MINI, MINI, CONFIGS["xmag_mini"],
-        "Apache-2.0; made from images under CC BY 3.0, see the model card",
+        "Apache-2.0; made from images under CC BY 4.0, BSD-3 and unconfirmed terms: see its card",
         "trained with xmag, for trying things out", mpp=2.0, mpp_source="stated",
     )  # fmt: skip
     yield _known("UNI", "MahmoodLab/UNI", _TIMM_L16, _CC_BY_NC_ND, gated=True)
