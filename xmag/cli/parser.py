@@ -148,7 +148,11 @@ _COMMANDS = {
     "extract": _Command("slides", "extract the features of slides", (
         _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
         _flag("-o --out", "where to write", "DIR", required=True),
-        _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
+        _flag(
+            "--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG); given again, for"
+            " several models of the same tiles, which then have a folder each", "NAME",
+            action="append",
+        ),
         _flag("--format", None, choices=("h5", "safetensors")),
         _flag("--overlay", "also draw tissue and tiles (.png)"),
         _flag(
