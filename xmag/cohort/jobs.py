@@ -103,30 +103,36 @@ def by_model(
 ) -> dict[str, Made]:
     """What is made of one model, under "", or of each of several, under the names of their folders.
 
-    A folder is called as the model, whose last part a file name is made of. Raises InputError for
-    no models, for names that no folder may have, and for two that are alike.
+    Raises InputError for no models, and as `folder_of` does.
     """
     if not isinstance(model, Sequence) or isinstance(model, str):
         return {"": made(model)}
     found: dict[str, Made] = {}
     for one in map(made, model):
-        about = encoder(one)
-        told = str(about.provenance.get("name") or type(about).__name__)
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(told).name).strip(".")
-        if _RESERVED.search(name) or name.lower().endswith(".csv"):
-            raise InputError(
-                f"no folder for the features of {told!r} can be called {name!r} on every system;"
-                " give the model another name: encoder.named('mine')"
-            )
-        if name.casefold() in map(str.casefold, found):
-            raise InputError(
-                f"two models would write to the folder {name!r}; give one of them another name:"
-                " encoder.named('other')"
-            )
-        found[name] = one
+        found[folder_of(encoder(one), found)] = one
     if not found:
         raise InputError("model is an empty list; expected a model, or several")
     return found
+
+
+def folder_of(encoder: TileEncoder, taken: Iterable[str] = ()) -> str:
+    """The name of the folder of a model's features: the last part of its own, as a file name.
+
+    Raises InputError for one that no folder may have, and for one like those that are taken.
+    """
+    told = str(encoder.provenance.get("name") or type(encoder).__name__)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(told).name).strip(".")
+    if _RESERVED.search(name) or name.lower().endswith(".csv"):
+        raise InputError(
+            f"no folder for the features of {told!r} can be called {name!r} on every system;"
+            " give the model another name: encoder.named('mine')"
+        )
+    if name.casefold() in map(str.casefold, taken):
+        raise InputError(
+            f"two models would write to the folder {name!r}; give one of them another name:"
+            " encoder.named('other')"
+        )
+    return name
 
 
 class _Entry(NamedTuple):
