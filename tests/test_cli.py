@@ -67,6 +67,8 @@ def test_flags_of_extract_are_options_of_extract_cohort_and_its_defaults_hold(mo
     assert main(["extract", "a.svs", "b.svs", "-o", "out", *args]) == 0
     assert calls[0] == {"slides": "a.svs", "out": "out"}
     assert calls[1] == {"slides": ["a.svs", "b.svs"], "out": "out", **flags}
+    assert main(["extract", "a.svs", "-o", "out", "--model", "a", "--model", "b"]) == 0
+    assert calls[2]["model"] == ["a", "b"]
 
 
 def test_version_is_that_of_the_package(capsys):

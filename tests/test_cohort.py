@@ -17,6 +17,7 @@ from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
+from xmag.tiles import decoder
 
 
 @pytest.fixture(scope="module")
@@ -439,3 +440,108 @@ def test_coverage_is_in_the_row_of_each_slide_also_when_it_was_there_already(fol
         dropped = run(folder, out, tissue="auto", border="drop", on_mismatch="redo")
     assert dropped[0].coverage < 0.9 < bag.coverage
     assert dropped[0].tiles < done[0].tiles
+
+
+class Dull(ColourEncoder):
+    """Another model of the same tiles; writes into what it is given, and fails as told."""
+
+    embed_dim = 3
+
+    def __init__(self, *, fails_at=0, **options):
+        super().__init__(**{"name": "owner/dull: 1", **options})
+        self.fails_at, self.calls = fails_at, 0
+
+    def embed(self, tiles):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ValueError("not these tiles")
+        found = np.asarray(tiles, np.float32).max(axis=(1, 2))
+        if tiles.flags.writeable:
+            tiles[:] = 0
+        return found
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The slides whose tiles were decoded, in this process."""
+    names, read = [], decoder.read_rows
+
+    def counting(slide, *args, **options):
+        names.append(slide.name)
+        return read(slide, *args, **options)
+
+    monkeypatch.setattr(decoder, "read_rows", counting)
+    return names
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_several_models_write_what_each_writes_alone(folder, out, tmp_path, processes):
+    models = [Dull(), ColourEncoder()]
+    report = run(folder, out, model=models, processes=processes, overlay=True)
+    pairs = [(row.slide, row.model, row.status) for row in report]
+    slides = ["a.svs", "site 1/b.svs", "site 1/ç.svs"]
+    assert pairs == [(s, m, "done") for s in slides for m in ("dull__1", "colours")]
+    assert [row["model"] for row in read_report(out)] == ["dull__1", "colours"] * 3
+    assert report[3].output == "colours/site 1/b.h5"
+    for name, model in zip(("dull__1", "colours"), models, strict=True):
+        run(folder, tmp_path / name, model=model, overlay=True)
+        found = {p.relative_to(out / name) for p in (out / name).rglob("*") if p.is_file()}
+        alone = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*[!v]")}
+        assert found == {p for p in alone if p.suffix in (".h5", ".png")}
+        for path in (p for p in found if p.suffix == ".h5"):
+            bag, expected = (
+                FeatureBag.load(out / name / path),
+                FeatureBag.load(tmp_path / name / path),
+            )
+            assert np.array_equal(bag.features, expected.features)
+            assert np.array_equal(bag.coords, expected.coords)
+            assert bag.provenance.fingerprint == expected.provenance.fingerprint
+
+
+def test_several_models_share_the_tiles_of_each_slide(folder, out, decoded):
+    models = [ColourEncoder(), Dull()]
+    run(folder, out, model=models)
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+    assert [row.status for row in run(folder, out, model=models)] == ["skipped"] * 6
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+
+
+def test_several_models_resume_and_fail_each_for_itself(folder, out, decoded):
+    statuses = [row.status for row in run(folder, out, model=[Dull(fails_at=2), ColourEncoder()])]
+    assert statuses == ["done", "done", "failed", "done", "done", "done"]
+    (out / "colours/a.h5").unlink()
+    decoded.clear()
+    report = run(folder, out, model=[Dull(), ColourEncoder(), ColourEncoder(name="third")])
+    assert [row.status for row in report] == [
+        "skipped", "done", "done", "done", "skipped", "done", "skipped", "skipped", "done"
+    ]  # fmt: skip
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+    assert not list(out.rglob("*.xmag-lock"))
+
+
+def test_a_changed_slide_is_decoded_once_for_all_models_to_redo(folder, out, decoded):
+    models = [Dull(), ColourEncoder()]
+    run(folder / "a.svs", out, model=models)
+    write_svs(folder / "a.svs", size=(900, 1200), mpp=0.25)
+    assert {row.status for row in run(folder / "a.svs", out, model=models)} == {"failed"}
+    decoded.clear()
+    report = run(folder / "a.svs", out, model=models, on_mismatch="redo")
+    assert [(row.status, row.tiles) for row in report] == [("done", 6)] * 2
+    assert decoded == ["a.svs"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([ColourEncoder(), Dull(spec=TileSpec(size_px=112))], r"xmag\.evaluate\.compare"),
+        ([ColourEncoder(), Dull(name="elsewhere/Colours")], "two models would write .*'Colours'"),
+        ([Dull(name="..")], "can be called ''"),
+        ([Dull(name="con")], "can be called 'con'"),
+        ([Dull(name="my/Report.csv")], "can be called"),
+        ([], "empty list"),
+    ],
+)
+def test_models_that_no_one_pass_takes_are_refused_before_any_work(folder, out, models, message):
+    with pytest.raises(InputError, match=message):
+        run(folder, out, model=models)
+    assert not out.exists()

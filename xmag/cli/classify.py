@@ -159,6 +159,42 @@ def evaluate(
     return ALL_DONE
 
 
+def compare(
+    csv: Path,
+    models: list[str],
+    out: str,
+    *,
+    external: list[Path] | None = None,
+    random_state: int = 0,
+    **options: Any,
+) -> int:
+    """Compare encoders on a cohort, and on others; save the table and its picture."""
+    given = ("folds", "repeats", "metric", "mpp", "gpus")
+    more = {name: options.pop(name) for name in given if name in options}
+    target, options = target_of(options)
+
+    def cohort_of(path: Path) -> tuple[Any, ...]:
+        table = read_table(path, None, target=target, with_features=False)
+        return path, table.y, table.patients
+
+    from xmag import evaluate as evaluation  # needs the extra
+
+    found = evaluation.compare(
+        cohort_of(csv),
+        models=models,
+        out=out,
+        external={path.stem: cohort_of(path) for path in external or ()},
+        estimator=ESTIMATORS[target.task](random_state=random_state, **options),
+        random_state=random_state,
+        **more,
+        **classes_of(target, options),
+    )
+    found.save(out)
+    write(sys.stdout, str(found))
+    write(sys.stdout, f"see {Path(out) / 'compare.csv'}, and the picture beside it")
+    return ALL_DONE
+
+
 def heatmap(
     slides: list[str],
     classifier: str,

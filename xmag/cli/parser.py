@@ -148,7 +148,11 @@ _COMMANDS = {
     "extract": _Command("slides", "extract the features of slides", (
         _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
         _flag("-o --out", "where to write", "DIR", required=True),
-        _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
+        _flag(
+            "--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG); given again, for"
+            " several models of the same tiles, which then have a folder each", "NAME",
+            action="append",
+        ),
         _flag("--format", None, choices=("h5", "safetensors")),
         _flag("--overlay", "also draw tissue and tiles (.png)"),
         _flag(
@@ -231,6 +235,28 @@ examples:
   xmag evaluate cohort.csv --features features -o evaluation
   xmag evaluate cohort.csv --features features -o evaluation --task survival --by patient
   xmag evaluate other.csv --features others --classifier classifier -o external
+"""),
+    "compare": _Command("classify", "compare encoders on a cohort: accuracy and cost", (
+        *(flag for flag in _COHORT if flag[0] != ["--features"]),
+        _flag("--models", "Hub names, paths, or xmag-mini; differences are to the first", "NAME",
+              nargs="+", required=True),
+        _flag("-o --out", "where to write features and table", "FOLDER", required=True),
+        _flag("--external", "other cohorts, for models fitted on the first", "CSV", nargs="+",
+              type=Path),
+        _flag("--metric", "default: AUROC, R² or Harrell's C", "NAME"),
+        _flag("--folds", "default: 5", "N", type=int),
+        _flag("--repeats", "default: 1", "N", type=int),
+        _flag("--gpus", "on how many GPUs, or 'all', features are extracted", "N", type=_gpus),
+        _MPP,
+        *_TRAINING,
+    ), """\
+CSV has the columns of xmag train, and optionally mpp and id. Each model's features and reports go
+to FOLDER/<model>; the same command again does what is missing. FOLDER gets compare.csv, .md, .json
+and .png: the cost of each model a slide, and its accuracy in the same folds.
+
+examples:
+  xmag compare cohort.csv --models AI4PATH/XMAG other-model -o comparison
+  xmag compare cohort.csv --models a b --external other.csv -o comparison --folds 10
 """),
     "heatmap": _Command("classify", "draw what a classifier looked at on a slide", (
         _flag("slides", "a slide file; several are those of one patient", "SLIDE", nargs="+"),

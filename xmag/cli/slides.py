@@ -1,7 +1,7 @@
 """The commands on slides: info, extract, demo."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def _facts(slide: Slide) -> Iterator[tuple[str, str]]:
     yield label, f"read from level {scale_read.level}{reduced}, {how}"
 
 
-def extract(slides: list[str], out: str, **options: Any) -> int:
+def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options: Any) -> int:
     """Extract the features of a cohort, with these options of `extract_cohort`; print its rows."""
     if len(slides) > 1:
         for slide in slides:
@@ -67,14 +67,18 @@ def extract(slides: list[str], out: str, **options: Any) -> int:
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 
+    if model:
+        options["model"] = model if len(model) > 1 else model[0]
     report = extract_cohort(slides if len(slides) > 1 else slides[0], out, **options)
     for row in report:
+        of = f" ({row.model})" if row.model else ""
         share = "" if row.coverage is None else f", {row.coverage:.0%} of the tissue"
         done = f"{counted(row.tiles, 'tile')}{share}, {row.seconds:.1f} s"
-        write(sys.stdout, f"{row.status:<8}{row.slide}: {one_line(row.error) or done}")
+        write(sys.stdout, f"{row.status:<8}{row.slide}{of}: {one_line(row.error) or done}")
     report_path = place_of(out) / report_name(options.get("shard"))
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
-    write(sys.stdout, f"{counted(len(report), 'slide')}: {counts}; see {report_path}")
+    noun = "slide" if len(model) < 2 else "bag"
+    write(sys.stdout, f"{counted(len(report), noun)}: {counts}; see {report_path}")
     return FAILED if report.failed else ALL_DONE
 
 

@@ -47,13 +47,19 @@ class Table:
 
 
 def read_table(
-    path: Path, features: str | None, *, target: Target | None = None, by: By = "slide"
+    path: Path,
+    features: str | None,
+    *,
+    target: Target | None = None,
+    by: By = "slide",
+    with_features: bool = True,
 ) -> Table:
     """The cohort that a CSV lists, each slide with the file of its features.
 
     The file is the one in the column `features`, or that which `xmag extract` wrote for the slide
-    into the folder `features`. Without a `target`, nothing needs to be known of the slides. By
-    "patient", the slides of a patient are one case. Raises InputError for a CSV that makes no
+    into the folder `features`. Without a `target`, nothing needs to be known of the slides; where
+    they are not `with_features`, none are looked for. By "patient", the slides of a patient are one
+    case. Raises InputError for a CSV that makes no
     sense, a slide without features, and a patient of whom two rows say different things.
     """
     columns = () if target is None else tuple(map(_as_header, target.columns))
@@ -76,7 +82,9 @@ def read_table(
         _refuse_alike(labels, columns[0], path)
         if not target.ordinal:
             _refuse_numbers(labels, path)
-    files = _files_of(rows, path, None if features is None else Path(features))
+    files = [Path(slide) for slide in slides]
+    if with_features:
+        files = _files_of(rows, path, None if features is None else Path(features))
     together: dict[str | int, list[int]] = {}
     for place in range(len(rows)):
         together.setdefault(patients[place] if by == "patient" else place, []).append(place)

@@ -2,11 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Literal, NamedTuple, TypeVar
 from unicodedata import normalize
 
 from xmag.cores import usable_cores
@@ -14,6 +14,7 @@ from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
 from xmag.files import read_csv
+from xmag.geometry import TileSpec
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import is_slide_path
@@ -24,6 +25,8 @@ from xmag.urls import Place, Url, common_parts, place_of, readable, retold, show
 
 FORMATS = ("h5", "safetensors")
 
+Made = TypeVar("Made")
+
 _RESERVED = re.compile(
     r'[<>:"/\\|?*\x00-\x1f]|\A\.*\Z|\A(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) *(\.|\Z)',
     re.IGNORECASE,
@@ -33,12 +36,22 @@ _RESERVED = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Job of a cohort: the path of a slide, its name in the report, and the output for its bag."""
+    """Job of a cohort: the path of a slide, its name in the report, and the output for its bag.
+
+    `model` is the name of its model where there are several, and of the folder of that one's bags.
+    """
 
     path: Place
     name: str
     output: PurePosixPath
     mpp: float | None
+    model: str = ""
+
+    def of_models(self, models: Iterable[str]) -> tuple["Job", ...]:
+        """The jobs of each of these models on this slide."""
+        return tuple(
+            replace(self, model=name, output=PurePosixPath(name) / self.output) for name in models
+        )
 
 
 def jobs_of(
@@ -83,6 +96,43 @@ def jobs_of(
         jobs.append(Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp))
     _refuse_collisions(jobs)
     return jobs
+
+
+def by_model(
+    model: Any, made: Callable[[Any], Made], encoder: Callable[[Made], TileEncoder]
+) -> dict[str, Made]:
+    """What is made of one model, under "", or of each of several, under the names of their folders.
+
+    Raises InputError for no models, and as `folder_of` does.
+    """
+    if not isinstance(model, Sequence) or isinstance(model, str):
+        return {"": made(model)}
+    found: dict[str, Made] = {}
+    for one in map(made, model):
+        found[folder_of(encoder(one), found)] = one
+    if not found:
+        raise InputError("model is an empty list; expected a model, or several")
+    return found
+
+
+def folder_of(encoder: TileEncoder, taken: Iterable[str] = ()) -> str:
+    """The name of the folder of a model's features: the last part of its own, as a file name.
+
+    Raises InputError for one that no folder may have, and for one like those that are taken.
+    """
+    told = str(encoder.provenance.get("name") or type(encoder).__name__)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(told).name).strip(".")
+    if _RESERVED.search(name) or name.lower().endswith(".csv"):
+        raise InputError(
+            f"no folder for the features of {told!r} can be called {name!r} on every system;"
+            " give the model another name: encoder.named('mine')"
+        )
+    if name.casefold() in map(str.casefold, taken):
+        raise InputError(
+            f"two models would write to the folder {name!r}; give one of them another name:"
+            " encoder.named('other')"
+        )
+    return name
 
 
 class _Entry(NamedTuple):
@@ -167,9 +217,9 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of a cohort, the same for every slide."""
+    """Settings of a cohort, the same for every slide. `encoders` are by the `model` of a job."""
 
-    encoder: TileEncoder
+    encoders: Mapping[str, TileEncoder]
     out: Place
     tissue: Literal["auto"] | None
     overlap: int
@@ -191,7 +241,13 @@ class Settings:
                 " of your own use extract_features() on each slide"
             )
         check_damaged(self.damaged)
-        check_grid(self.encoder.tile_spec, **self._grid)
+        if any(encoder.tile_spec != self.spec for encoder in self.encoders.values()):
+            told = "; ".join(f"{name}: {e.tile_spec}" for name, e in self.encoders.items())
+            raise InputError(
+                f"the models look at different tiles, which are not read in one pass ({told});"
+                " extract the features of each by itself, or let xmag.evaluate.compare() do that"
+            )
+        check_grid(self.spec, **self._grid)
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
@@ -211,6 +267,11 @@ class Settings:
             )
 
     @property
+    def spec(self) -> TileSpec:
+        """Specification of the tiles, the same for all models."""
+        return next(iter(self.encoders.values())).tile_spec
+
+    @property
     def limits(self) -> Limits:
         """Limits of time and memory for one slide."""
         return Limits(slide_timeout=self.slide_timeout, memory_limit=self.memory_limit)
@@ -225,15 +286,15 @@ class Settings:
             return min(self.processes, slides)
         if not PROCESSES_SUPPORTED:
             return 0
-        on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
+        devices = (getattr(encoder, "device", None) for encoder in self.encoders.values())
+        on_cuda = any(getattr(device, "type", "cpu") == "cuda" for device in devices)
         return min(usable_cores(), slides) if on_cuda else min(1, slides)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint that a bag made with these settings has."""
+    def fingerprint(self, model: str) -> dict[str, Any]:
+        """The fingerprint that a bag of this model, made with these settings, has."""
         method = None if self.tissue is None else TISSUE_METHOD
         options = plan_options(**self._grid, tissue_method=method)
-        return fingerprint_of(self.encoder, options, self.transform)
+        return fingerprint_of(self.encoders[model], options, self.transform)
 
     @property
     def _grid(self) -> dict[str, Any]:

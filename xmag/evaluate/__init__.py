@@ -5,6 +5,7 @@ Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pic
 
 from functools import partial
 
+from xmag.evaluate.comparison import ComparedModel, Comparison, compare
 from xmag.evaluate.folds import Folds, Split
 from xmag.evaluate.pictures import (
     calibration_figure,
@@ -24,6 +25,8 @@ knn = partial(probe, method="knn")
 simpleshot = partial(probe, method="simpleshot")
 
 __all__ = [
+    "ComparedModel",
+    "Comparison",
     "Estimate",
     "Folds",
     "LinearProbe",
@@ -34,6 +37,7 @@ __all__ = [
     "SimpleShot",
     "Split",
     "calibration_figure",
+    "compare",
     "confusion_figure",
     "cross_validate",
     "external",
