@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 from support.cohorts import NearestMeanOfBags
+from support.encoders import ColourEncoder
 from support.models import TINY, random_vit
 from support.slides import write_svs
 
@@ -20,9 +21,12 @@ from xmag.encoder import Encoder, load_model
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate import Folds, compare, cross_validate, external
 from xmag.evaluate.comparison import costs_of
+from xmag.extract import extract_features
+from xmag.finetune import Settings, TileOptions, finetune_slides
 from xmag.geometry import TileSpec
 from xmag.hub.registry import ModelConfig
 from xmag.metrics.bootstrap import drawn_weights
+from xmag.mil import MILClassifier
 from xmag.tiles import decoder
 
 PX = 56  # of a tile, so that one at 5x is 224 px of these slides at 0.5 µm/px
@@ -241,10 +245,84 @@ def test_the_command_compares_what_its_csv_lists(models, tmp_path, monkeypatch, 
         (tmp_path / f"{name}.csv").write_text("slide,patient,label\nx.svs,1,no\ny.svs,2,yes\n")
     args = ["compare", tmp_path / "a.csv", "--models", *models, "-o", tmp_path / "out"]
     args += ["--external", tmp_path / "b.csv", "--folds", 2, "--seed", 3, "--aggregator", "mean"]
+    args += ["--finetune"]
     assert main([str(arg) for arg in args]) == 0
     ((cohort, options),) = seen
     assert cohort == (tmp_path / "a.csv", ["no", "yes"], ["1", "2"])
     assert options["external"] == {"b": (tmp_path / "b.csv", ["no", "yes"], ["1", "2"])}
     assert (options["models"], options["folds"], options["random_state"]) == (models, 2, 3)
+    assert options["finetune"] is True
     assert options["estimator"].get_params()["aggregator"] == "mean"
     assert "the table" in capsys.readouterr().out
+
+
+class Runs:
+    """finetune_slides, which notes the checkpoints, and stops in the given run after an epoch."""
+
+    def __init__(self, stop=None):
+        self.stop, self.checkpoints = stop, []
+
+    def __call__(self, *args, checkpoint, settings, **options):
+        self.checkpoints.append(checkpoint)
+        if len(self.checkpoints) == self.stop:
+            finetune_slides(*args, checkpoint=checkpoint, settings=settings, **options)
+            assert checkpoint.exists()
+            raise KeyboardInterrupt
+        return finetune_slides(*args, checkpoint=checkpoint, settings=settings, **options)
+
+
+def test_end_to_end_is_a_row_beside_the_frozen_one(cohorts, models, tmp_path, monkeypatch):
+    slides, y, groups = cohorts["elsewhere"]
+    settings = Settings(epochs=1, patience=None, slides_per_step=2, chunk_tiles=8)
+    options = {
+        **OPTIONS, "estimator": MILClassifier(aggregator="mean", epochs=2, random_state=0), "folds": 2,
+        "finetune": settings, "random_state": 3, "models": models[:1], "out": tmp_path,
+    }  # fmt: skip
+    monkeypatch.setattr("xmag.evaluate.end_to_end.finetune_slides", stopped := Runs(stop=2))
+    with pytest.raises(KeyboardInterrupt):
+        compare(cohorts["elsewhere"], **options)
+    monkeypatch.setattr("xmag.evaluate.end_to_end.finetune_slides", runs := Runs())
+    found = compare(cohorts["elsewhere"], **options)
+    assert runs.checkpoints == stopped.checkpoints
+    assert not [*tmp_path.rglob("*.checkpoint")]
+    assert [one.label for one in found.models] == ["vit-5x", "vit-5x, end to end"]
+    (report,) = found.reports["vit-5x, end to end"]
+    result = report.results[0]
+    for number, split in enumerate(report.folds.splits):
+        alone = finetune_slides(
+            [slides[row] for row in split.train], [y[row] for row in split.train],
+            model=models[0], aggregator="mean", groups=[groups[row] for row in split.train],
+            settings=settings, tiles=TileOptions(tissue=None), random_state=3,
+        )  # fmt: skip
+        rows = result.rows[result.splits == number]
+        bags = [extract_features(slides[row], model=alone.encoder, tissue=None) for row in rows]
+        expected = alone.classifier.predict_proba(bags)
+        assert result.scores[result.splits == number] == pytest.approx(expected, abs=1e-5)
+    assert "| vit-5x, end to end | 2 " in str(found)
+    assert "\nvit-5x,end to end,2" in found.to_csv()
+    again = compare(cohorts["elsewhere"], **options)
+    assert (again.reports, len(runs.checkpoints)) == (found.reports, 2)
+
+
+def test_a_model_that_cannot_be_fine_tuned_has_the_frozen_row_alone(cohorts, tmp_path):
+    options = {**OPTIONS, "estimator": MILClassifier(aggregator="mean", epochs=2), "folds": 2}
+    with pytest.warns(XmagWarning, match="no ViT of xmag's"):
+        found = compare(
+            cohorts["elsewhere"], models=[ColourEncoder()], out=tmp_path, finetune=True, **options
+        )
+    assert [one.training for one in found.models] == ["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": NearestMeanOfBags()}, "no NearestMeanOfBags"),
+        ({"estimator": MILClassifier(ordinal=True)}, "no MILClassifier of this kind"),
+        ({"overlap": 28}, "overlap is 28; end to end it is always 0"),
+    ],
+)
+def test_fine_tuning_is_refused_before_any_work(cohorts, models, tmp_path, change, message):
+    options = {**OPTIONS, "estimator": MILClassifier(), "finetune": True, **change}
+    with pytest.raises(InputError, match=message):
+        compare(cohorts["elsewhere"], models=models, out=tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()

@@ -169,7 +169,7 @@ def compare(
     **options: Any,
 ) -> int:
     """Compare encoders on a cohort, and on others; save the table and its picture."""
-    given = ("folds", "repeats", "metric", "mpp", "gpus")
+    given = ("folds", "repeats", "metric", "mpp", "gpus", "finetune")
     more = {name: options.pop(name) for name in given if name in options}
     target, options = target_of(options)
 

@@ -246,6 +246,7 @@ examples:
         _flag("--metric", "default: AUROC, R² or Harrell's C", "NAME"),
         _flag("--folds", "default: 5", "N", type=int),
         _flag("--repeats", "default: 1", "N", type=int),
+        _flag("--finetune", "also train each model end to end in each fold, which takes long"),
         _flag("--gpus", "on how many GPUs, or 'all', features are extracted", "N", type=_gpus),
         _MPP,
         *_TRAINING,

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xmag import files, records
 from xmag.cohort import CohortReport, extract_cohort
-from xmag.cohort.jobs import folder_of
+from xmag.cohort.jobs import Job, folder_of, jobs_of
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, XmagWarning
+from xmag.evaluate.end_to_end import EndToEnd, can_be_finetuned, check_end_to_end
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, cost_figure
 from xmag.evaluate.report import Report, markdown
@@ -31,6 +33,7 @@ from xmag.evaluate.results import Estimate, Result, difference, shown
 from xmag.evaluate.tasks import name_of, task_of
 from xmag.evaluate.validation import cross_validate, external
 from xmag.extract import resolve_encoder
+from xmag.finetune import Settings
 from xmag.metrics.bootstrap import TASKS
 from xmag.mil import MILClassifier
 
@@ -41,6 +44,7 @@ Cohort = tuple[Any, ...]
 """Slides as `extract_cohort` takes them, y, and optionally groups; a case each."""
 
 INTERNAL = "internal"
+FROZEN, END_TO_END = "frozen", "end to end"
 _METRICS = {
     "classification": "auroc_ovr",
     "multilabel": "auroc",
@@ -54,10 +58,11 @@ _FORMAT = records.Format(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedModel:
-    """One model of a comparison: what it costs, and how well it does.
+    """Costs of one model of a comparison, and its accuracy, frozen or trained end to end.
 
     Attributes:
         model: Its name, and that of its folder.
+        training: "frozen", or "end to end": the encoder was fine-tuned with the classifier.
         mpp: µm/px of its tiles.
         parameters: Number of its parameters; None where it is no torch module.
         tiles: Tiles a slide, on average.
@@ -71,6 +76,7 @@ class ComparedModel:
     """
 
     model: str
+    training: str
     mpp: float
     parameters: int | None
     tiles: float
@@ -80,6 +86,11 @@ class ComparedModel:
     estimates: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]
 
+    @property
+    def label(self) -> str:
+        """The model as tables and pictures name it."""
+        return self.model if self.training == FROZEN else f"{self.model}, {self.training}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -88,8 +99,9 @@ class Comparison:
     Attributes:
         metric: Name of the metric.
         title: Its title.
-        models: A row for each model, in the order given.
-        reports: By model, those of `cross_validate` and, with external cohorts, of `external`.
+        models: A row for each model, in the order given, and for each that was fine-tuned.
+        reports: By model, those of `cross_validate` and, with external cohorts, of `external`; of
+            one that was fine-tuned, as "<model>, end to end".
     """
 
     metric: str
@@ -111,7 +123,7 @@ class Comparison:
         for one in self.models:
             size = None if one.parameters is None else one.parameters / 1e6
             costs = [f"{one.tiles:,.1f}", shown(one.gflop), shown(one.slides_per_minute)]
-            cells = [one.model, f"{one.mpp:g}", f"{shown(size)} M", *costs, shown(one.megabytes)]
+            cells = [one.label, f"{one.mpp:g}", f"{shown(size)} M", *costs, shown(one.megabytes)]
             for cohort, estimate in one.estimates.items():
                 cells += [str(estimate), "" if one is first else str(one.differences[cohort])]
             rows.append(cells)
@@ -119,7 +131,8 @@ class Comparison:
 
     def to_csv(self) -> str:
         """The same as CSV text, with the numbers as they are."""
-        names = ["model", "mpp", "parameters", "tiles", "gflop", "slides_per_minute", "megabytes"]
+        names = ["model", "training", "mpp", "parameters", "tiles", "gflop"]
+        names += ["slides_per_minute", "megabytes"]
         head, rows = list(names), list[list[Any]]()
         for cohort in self.models[0].estimates:
             for name in (f"{cohort} {self.metric}", f"{cohort} difference"):
@@ -159,6 +172,8 @@ class _Extracted:
     """The features of one model in each cohort, and what they cost."""
 
     folder: Path
+    model: TileEncoder | str
+    is_vit: bool
     mpp: float
     parameters: int | None
     gflop_per_tile: float | None
@@ -184,6 +199,7 @@ def compare(
     level: float = 0.95,
     resamples: int = 1000,
     random_state: int = 0,
+    finetune: Settings | bool = False,
     **extraction: Any,
 ) -> Comparison:
     """Comparison of encoders on a cohort: the same slides, folds and estimator, accuracy and cost.
@@ -211,6 +227,9 @@ def compare(
         level: Share that the intervals hold.
         resamples: Draws of patients for the intervals.
         random_state: Seed of folds and draws.
+        finetune: True, or the settings, also to train each model end to end in each fold, with the
+            aggregator of `estimator`, a MILClassifier: a row more for it, of the same cost. Models
+            that are no ViT of xmag's have none, with a warning.
         extraction: Options of `extract_cohort`.
 
     Raises InputError for operands that do not fit each other, models whose folders would be called
@@ -228,30 +247,63 @@ def compare(
     metric = _METRICS[task.name] if metric is None else metric
     if metric not in TASKS[task.name] or TASKS[task.name][metric].is_test:
         raise InputError(f"metric is {metric!r}; expected one of {list(TASKS[task.name])}")
-    found: dict[str, _Extracted] = {}
-    for name, one in _extracted(models, cohorts, Path(out), extraction):
-        found[name] = one
+    if finetune is not False:
+        check_end_to_end(estimator, extraction)
+    found = dict(_extracted(models, cohorts, Path(out), extraction))
+    if finetune is not False and (others := [n for n, one in found.items() if not one.is_vit]):
+        warnings.warn(
+            f"{', '.join(others)}: no ViT of xmag's, which alone is fine-tuned; such a model has a"
+            " row with the frozen encoder alone",
+            XmagWarning,
+            stacklevel=2,
+        )
     kept = {name: _kept(name, content, found) for name, content in cohorts.items()}
     options = {"classes": classes, "ordered": ordered, "level": level, "resamples": resamples}
     options["random_state"] = random_state
     if not isinstance(folds, Folds):
-        rows = _part(cohort[1], kept[INTERNAL])
-        read = task.read(rows, "the cohort", len(kept[INTERNAL]))
+        labels = _part(cohort[1], kept[INTERNAL])
+        read = task.read(labels, "the cohort", len(kept[INTERNAL]))
         groups = _part((*cohort, None)[2], kept[INTERNAL])
         folds = task.folds(read, groups, folds, repeats=repeats, random_state=random_state)
-    reports = {}
+    reports: dict[str, tuple[Report, ...]] = {}
+    rows: list[ComparedModel] = []
     for name, one in found.items():
         data = {
             label: tuple(_part(x, kept[label]) for x in (one.bags(label), *content[1:]))
             for label, content in cohorts.items()
         }
         reports[name] = _reports(one.folder, data, estimator, folds, options)
+        rows.append(_row(name, one, reports[name], reports, metric))
+        if finetune is not False and one.is_vit:
+            folder = one.folder / "finetuning"
+            trained = EndToEnd(
+                one.model, _slides_of(one, cohorts, extraction), like=estimator,
+                settings=Settings() if finetune is True else finetune, extraction=extraction,
+                folder=folder, random_state=random_state,
+            )  # fmt: skip
+            tuned = _reports(one.folder, data, trained, folds, options, name="end-to-end.json")
+            shutil.rmtree(folder, ignore_errors=True)  # checkpoints, which are large
+            row = replace(_row(name, one, tuned, reports, metric), training=END_TO_END)
+            reports[row.label] = tuned
+            rows.append(row)
     return Comparison(
         metric=metric,
         title=TASKS[task.name][metric].title.split(",")[0],
-        models=tuple(_row(name, one, reports, metric, found) for name, one in found.items()),
+        models=tuple(rows),
         reports=reports,
     )
+
+
+def _slides_of(
+    one: _Extracted, cohorts: Mapping[str, Cohort], extraction: Mapping[str, Any]
+) -> dict[str, Job]:
+    """The slide of each bag of a model."""
+    options = {"format": extraction.get("format", "h5"), "mpp": extraction.get("mpp")}
+    return {
+        bag: job
+        for label, content in cohorts.items()
+        for bag, job in zip(one.bags(label), jobs_of(content[0], **options), strict=True)
+    }
 
 
 def _folder(cohort: str) -> str:
@@ -279,7 +331,7 @@ def _extracted(
             _note_speed(out / name, reports[label], time.monotonic() - start)
         yield name, _Extracted(
             folder=out / name, mpp=encoder.tile_spec.mpp, parameters=parameters,
-            gflop_per_tile=gflop, reports=reports,
+            gflop_per_tile=gflop, reports=reports, model=model, is_vit=can_be_finetuned(encoder),
         )  # fmt: skip
 
 
@@ -353,6 +405,8 @@ def _reports(
     estimator: Any,
     folds: Folds,
     options: Mapping[str, Any],
+    *,
+    name: str = "evaluation.json",
 ) -> tuple[Report, ...]:
     """The reports of one model; those of an earlier call, where all that they rest on is the same.
 
@@ -364,7 +418,7 @@ def _reports(
     about = [version("xmag"), name_of(estimator), parameters, [*data], stats, options]
     about += [folds.to_dict(), [[np.asarray(x).tolist() for x in c[1:]] for c in data.values()]]
     key = hashlib.sha256(repr(about).encode()).hexdigest()
-    path = folder / "evaluation.json"
+    path = folder / name
     with suppress(OSError, ValueError, TypeError, LookupError, InputError):
         earlier = json.loads(path.read_text())
         if earlier["key"] == key:
@@ -381,9 +435,9 @@ def _reports(
 def _row(
     name: str,
     one: _Extracted,
-    reports: Mapping[str, tuple[Report, ...]],
+    reports: Sequence[Report],
+    of_all: Mapping[str, Sequence[Report]],
     metric: str,
-    found: Mapping[str, _Extracted],
 ) -> ComparedModel:
     rows = [row for report in one.reports.values() for row in report if row.output and row.tiles]
     bags = [
@@ -394,11 +448,12 @@ def _row(
     ]
     tiles = sum(row.tiles for row in rows) / len(rows)
     slides, seconds = _speed(one.folder)
-    reference = _results(reports[next(iter(found))])
-    sampling = reports[name][0].sampling
-    own = _results(reports[name])
+    reference = _results(next(iter(of_all.values())))
+    sampling = reports[0].sampling
+    own = _results(reports)
     return ComparedModel(
         model=name,
+        training=FROZEN,
         mpp=one.mpp,
         parameters=one.parameters,
         tiles=tiles,

@@ -124,7 +124,7 @@ def cost_figure(comparison: "Comparison") -> "Figure":
             axes.errorbar(
                 [cost], [estimate.value], yerr=spread, capsize=3,
                 color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
-                linestyle="none", label=f"{one.model}, {one.mpp:g} µm/px",
+                linestyle="none", label=f"{one.label}, {one.mpp:g} µm/px",
             )  # fmt: skip
         axes.set_xscale("log")
         _write(axes.set_xlabel, "GFLOP a slide" if known else "tiles a slide", fontsize=9)
