@@ -2,7 +2,7 @@
 
     python benchmarks/slides.py FOLDER [--slides 200] [--compile] [--field 3] [--json OUT]
     python benchmarks/slides.py FOLDER [--slides 200] --turns 5 [--json OUT]
-    python benchmarks/slides.py FOLDER --slides 12 --timm vit_small_patch16_224 --mpp 0.5
+    python benchmarks/slides.py FOLDER --slides 80 --timm vit_small_patch16_224 --mpp 0.5
 
 FOLDER holds a few slides, which are read again and again under other names until there are
 `--slides` of them, all in the page cache. Weights are random. The contenders:
@@ -142,9 +142,13 @@ def of_timm(args: argparse.Namespace, paths: list[Path], encoder: Encoder) -> li
         alone = more["encoder alone, tiles/s"]
         without = measure_cohort(
             paths, args.slides if turn else 2, Nothing(encoder), args.processes, rate=alone
-        )[0]
+        )[1]
         if turn:
-            runs.append((alone, row["tiles/s"], without["tiles/s"], more["cores busy"]))
+            # Slides of many tiles finish in bunches, so that only the whole run has a rate.
+            rates = [x["whole run, slides/min"] / 60 for x in (more, without)]
+            runs.append(
+                (alone, *(rate * row["tiles a slide"] for rate in rates), more["cores busy"])
+            )
             print(runs[-1], flush=True)
     alone, ours, without, busy = (float(x) for x in np.median(runs, axis=0))
     rates = {"encoder alone": alone, "xmag": ours, "xmag without the encoder": without}
