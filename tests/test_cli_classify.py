@@ -293,6 +293,17 @@ def on_slides(tmp_path_factory):
     return folder
 
 
+def test_the_gallery_of_heatmap_takes_a_closer_look(on_slides, tmp_path):
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["--features", on_slides / "features", "-o", tmp_path / "x.png", "--gallery-mpp", 1.0]
+    assert main([*map(str, args)]) == 0
+    clf = MILClassifier.load(on_slides / "classifier")
+    with Slide(on_slides / "0.svs") as slide, Image.open(tmp_path / "x-gallery.png") as image:
+        attention = clf.attention(on_slides / "features" / "0.h5")
+        expected = draw.gallery(slide, attention, mpp=1.0)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(expected))
+
+
 def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path, capsys):
     args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
     args += ["-o", tmp_path / "x.png", "--gallery", "--geojson"]

@@ -275,8 +275,8 @@ def test_end_to_end_is_a_row_beside_the_frozen_one(cohorts, models, tmp_path, mo
     slides, y, groups = cohorts["elsewhere"]
     settings = Settings(epochs=1, patience=None, slides_per_step=2, chunk_tiles=8)
     options = {
-        **OPTIONS, "estimator": MILClassifier(aggregator="mean", epochs=2, random_state=0), "folds": 2,
-        "finetune": settings, "random_state": 3, "models": models[:1], "out": tmp_path,
+        **OPTIONS, "estimator": MILClassifier(aggregator="mean", epochs=2, random_state=0),
+        "folds": 2, "finetune": settings, "random_state": 3, "models": models[:1], "out": tmp_path,
     }  # fmt: skip
     monkeypatch.setattr("xmag.evaluate.end_to_end.finetune_slides", stopped := Runs(stop=2))
     with pytest.raises(KeyboardInterrupt):

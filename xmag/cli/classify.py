@@ -203,6 +203,7 @@ def heatmap(
     out: str | None = None,
     model: str | None = None,
     gallery: bool = False,
+    gallery_mpp: float | None = None,
     geojson: bool = False,
     mpp: float | None = None,
 ) -> int:
@@ -228,9 +229,9 @@ def heatmap(
             stem = path.stem.removesuffix("-heatmap")
             caption = f"predicted: {words}"
             pictures = {path: draw.heatmap(slide, attention, case=case, caption=caption)}
-            if gallery:
+            if gallery or gallery_mpp is not None:
                 name = path.with_name(f"{stem}-gallery.png")
-                pictures[name] = draw.gallery(slide, attention, case=case)
+                pictures[name] = draw.gallery(slide, attention, case=case, mpp=gallery_mpp)
             for file, picture in pictures.items():
                 with atomic_path(file) as temporary:
                     picture.save(temporary, format="PNG")

@@ -267,6 +267,7 @@ examples:
               "PNG|DIR"),
         _flag("--model", "the encoder, where there are no features", "NAME"),
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
+        _flag("--gallery-mpp", "the same, read at this finer µm/px", "UM", type=float),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
         _MPP,
     ), """\
