@@ -214,6 +214,7 @@ class _Loop:
             number=slide.number,
             path=slide.job.path,
             mpp=slide.job.mpp,
+            region=slide.job.region,
             spec=settings.spec,
             tissue=settings.tissue,
             overlap=settings.overlap,

@@ -298,11 +298,14 @@ def _slides_of(
     one: _Extracted, cohorts: Mapping[str, Cohort], extraction: Mapping[str, Any]
 ) -> dict[str, Job]:
     """The slide of each bag of a model."""
-    options = {"format": extraction.get("format", "h5"), "mpp": extraction.get("mpp")}
+    options = {name: extraction.get(name) for name in ("mpp", "region")}
+    form = extraction.get("format", "h5")
     return {
         bag: job
         for label, content in cohorts.items()
-        for bag, job in zip(one.bags(label), jobs_of(content[0], **options), strict=True)
+        for bag, job in zip(
+            one.bags(label), jobs_of(content[0], format=form, **options), strict=True
+        )
     }
 
 

@@ -124,4 +124,4 @@ class EndToEnd:
 
     def _slide(self, bag: str) -> Slide:
         job = self._given[1][bag]
-        return Slide(job.path, mpp=job.mpp)
+        return Slide(job.path, mpp=job.mpp, region=job.region)

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.pixels import read_box, read_level
-from xmag.slide.reader import Pixels, SlideReader
+from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
@@ -165,12 +165,18 @@ class Slide:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
-        """Identity of the file (name, size, content hash); None without a file."""
+        """Identity of the file (name, size, content hash); None without a file.
+
+        A scan that is not the file's first has its `region` in it.
+        """
         if self._source is None:
             return None
+        path, region = self._source
         if (there := self._remote) is not None:
-            return content_fingerprint(there.name, there.size, there.read_many)
-        return file_fingerprint(cast(Path, self._source[0]))
+            found = content_fingerprint(there.name, there.size, there.read_many)
+        else:
+            found = file_fingerprint(cast(Path, path))
+        return found | ({"region": region} if region else {})
 
     @property
     def bytes_fetched(self) -> int | None:
@@ -255,6 +261,29 @@ class Slide:
         box = (0, 0, width, height)
         return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
 
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Texts of the file by their names, as it has them; read when asked for, and not kept.
+
+        Patients may be named in them: they stand in no result, and the mapping's repr only counts
+        them; ``dict(slide.properties)`` shows them. Empty for formats that have none. Raises
+        DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.read_properties() if isinstance(reader, DescribedReader) else {}
+        return Unshown(self._name, "properties", dict(found), str)
+
+    @property
+    def associated_images(self) -> Mapping[str, Image.Image]:
+        """Images in the file beside the scan, such as "label" and "macro", by their names; RGB.
+
+        Each is read when it is looked up, and not kept. Patients may be named on them. Empty for
+        formats that have none. Raises DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.associated_images() if isinstance(reader, DescribedReader) else {}
+        return Unshown(self._name, "associated images", dict(found), _read_image)
+
     def close(self) -> None:
         """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
         self._closed = True
@@ -283,6 +312,10 @@ class Slide:
             self._reader = open_reader(*self._source)
 
 
+def _read_image(read: Callable[[], Pixels]) -> Image.Image:
+    return Image.fromarray(read())
+
+
 def _version(path: Place) -> str | None:
     """The size and the time of change of a file of this machine; None where there is none."""
     try:
@@ -301,6 +334,22 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
             f"{name} is {pair!r}; expected two whole numbers of px: round them first"
         ) from error
     return first, second
+
+
+def checked_region(region: int | None) -> int | None:
+    """The number of a scan in its file; InputError where it is none, from 0 on."""
+    is_whole = isinstance(region, int) and not isinstance(region, bool)
+    if region is not None and not (is_whole and region >= 0):
+        raise InputError(f"region is {region!r}; expected a whole number from 0 on, or None")
+    return region
+
+
+def scan_stem(stem: str, region: int | None) -> str:
+    """File name, less its suffix, for results of a scan: the file's, and which scan but the first.
+
+    So results of one file's scans never take each other's place.
+    """
+    return f"{stem}-region{region}" if region else stem
 
 
 def is_slide_path(path: Place) -> bool:
