@@ -106,7 +106,7 @@ class ImageReader:
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
             # Not by imagecodecs, whose libpng complains on stderr.
-            with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
+            with Image.open(pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 if image.mode == "RGB" and "transparency" in image.info:
                     return over_white(np.asarray(image.convert("RGBA")))
                 array = np.asarray(image)
@@ -118,7 +118,7 @@ class ImageReader:
             ) from error
 
 
-def _pixels_of_png(data: bytes) -> io.BytesIO:
+def pixels_of_png(data: bytes) -> io.BytesIO:
     """The PNG as a file object, with the chunks that its pixels need alone."""
     kept, at = [PNG_MAGIC], len(PNG_MAGIC)
     while at + 8 <= len(data):

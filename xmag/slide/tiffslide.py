@@ -7,6 +7,7 @@ codings whose decoders show lost bytes as pixels, without an error, are refused.
 
 import struct
 import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tifffile import TiffFile, TiffPage
 
 from xmag.errors import (
@@ -23,7 +25,7 @@ from xmag.errors import (
     UnsupportedSlideError,
 )
 from xmag.slide import codecs
-from xmag.slide.image import PNG_MAGIC
+from xmag.slide.image import PNG_MAGIC, pixels_of_png
 from xmag.slide.integrity import check_zeros, damaged, jpeg_xl_size
 from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
@@ -103,17 +105,15 @@ class _TileDecoder:
         self._decode = page.decode
         self._size, self._image = tile_size(page)[:2], (page.imagewidth, page.imagelength)
         self._planes = page.samplesperpixel if page.planarconfig == 2 else 1
-        self._tiles = len(page.dataoffsets) // self._planes
         self._samples = page.samplesperpixel // self._planes
         self._extra = tuple(page.extrasamples)
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
         index, *lengths = struct.unpack_from(f"<{1 + self._planes}I", data)
         at, planes = 4 * (1 + self._planes), list[NDArray[Any]]()
-        for plane, length in enumerate(lengths):
-            part = data[at : at + length]
+        for length in lengths:
+            planes.append(self._plane(data[at : at + length], index))
             at += length
-            planes.append(self._plane(part, index, plane * self._tiles + index))
         samples = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         pixels = self._on_white(samples) if samples.shape[2] == 4 else samples
         below, beside = self._size[1] - pixels.shape[0], self._size[0] - pixels.shape[1]
@@ -121,14 +121,18 @@ class _TileDecoder:
             pixels = np.pad(pixels, ((0, below), (0, beside), (0, 0)), constant_values=255)
         return codecs.box_average(np.ascontiguousarray(pixels), reduction)
 
-    def _plane(self, data: bytes, index: int, number: int) -> NDArray[Any]:
+    def _plane(self, data: bytes, index: int) -> NDArray[Any]:
         """One plane of a tile, or all of it: uint8 (height, width, samples)."""
         expected = self._extent(index)
         self._check(data, expected)
         try:
-            array, _, _ = self._decode(data, number)
+            # Not by tifffile, under which libpng complains on stderr.
+            array = _decode_png(data) if self._compression == _PNG else self._decode(data, index)[0]
         # Each codec of imagecodecs has an error of its own, a RuntimeError.
-        except (RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
+        except (
+            RuntimeError, ValueError, LookupError, TypeError, MemoryError, OSError, SyntaxError,
+            struct.error,
+        ) as error:  # fmt: skip
             raise DamagedSlideError(f"its bytes cannot be decoded: {error}") from error
         shapes = {(*size[::-1], self._samples) for size in (self._size, expected)}
         if array is None or array.shape[1:] not in shapes or array.dtype != np.uint8:
@@ -187,6 +191,21 @@ class _TileDecoder:
         # Neither sum is above 255, but for what coding with loss has moved.
         white: Pixels = np.minimum(colour.astype(np.uint16) + (255 - alpha), 255).astype(np.uint8)
         return white
+
+
+def _decode_png(data: bytes) -> NDArray[Any]:
+    """The samples of a PNG, (1, height, width, samples), each chunk of it checked by its sum."""
+    at = len(PNG_MAGIC)
+    while at < len(data) and data[at - 8 : at - 4] != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big") != data[end - 4 : end]:
+            raise ValueError("a chunk of the PNG is cut, or not what its sum is of")
+        at = end
+    with Image.open(pixels_of_png(data), formats=["PNG"]) as image:
+        if "transparency" in image.info:
+            raise ValueError("the PNG says which of its colours is transparent")
+        array = np.asarray(image)
+    return array.reshape(1, *array.shape[:2], -1)
 
 
 class OpenFile:
