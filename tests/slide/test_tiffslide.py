@@ -368,6 +368,15 @@ def test_what_is_refused_for_its_decoder_has_a_decoder_that_makes_up_pixels(name
     assert (lost != decode(stream)).any()
 
 
+@pytest.mark.parametrize("compression", [DEFLATE, PNG])
+def test_strips_of_no_rows_are_damage(tmp_path, compression):
+    whole = tiled(texture(*SIZE), compression, planar=True, tags={278: (tiff.LONG, 0)})
+    tags = {code: value for code, value in whole.tags.items() if code not in (322, 323)}
+    tiff.write_pages(tmp_path / "a.tif", [tiff.Page(tags, whole.chunks, tiled=False)])
+    with pytest.raises(DamagedSlideError, match=r"a\.tif: "):
+        Slide(tmp_path / "a.tif")
+
+
 def test_labels_beside_a_scan_of_png_never_become_levels(tmp_path):
     path, base = tmp_path / "a.tif", texture(*SIZE)
     label = strip_page(texture(90, 60, seed=3), description="label", subfiletype=1)

@@ -102,7 +102,12 @@ class _TileDecoder:
 
     def __init__(self, page: TiffPage) -> None:
         self._compression = int(page.compression)
-        self._decode = page.decode
+        try:
+            self._decode = page.decode
+        except (ArithmeticError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+            raise damaged(
+                f"its tags of how tiles are stored make no sense ({type(error).__name__})"
+            ) from None
         self._size, self._image = tile_size(page)[:2], (page.imagewidth, page.imagelength)
         self._planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self._samples = page.samplesperpixel // self._planes
