@@ -89,8 +89,8 @@ def choose_scan(scans: Sequence[tuple[int, int]], region: int | None) -> int:
     listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
     if region is None:
         error = SeveralScansError(
-            f"the file holds {len(scans)} scans; choose one by its number (an option, and a column"
-            f" of tables of slides) of {listing}"
+            f"the file holds {len(scans)} scans; choose one by region=, --region or a column"
+            f" 'region' of a CSV: {listing}"
         )
         error.scans = tuple(scans)
         raise error

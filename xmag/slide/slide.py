@@ -175,12 +175,18 @@ class Slide:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
-        """Identity of the file (name, size, content hash); None without a file."""
+        """Identity of the file (name, size, content hash); None without a file.
+
+        A scan that is not the file's first has its `region` in it.
+        """
         if self._source is None:
             return None
+        path, region = self._source
         if (there := self._remote) is not None:
-            return content_fingerprint(there.name, there.size, there.read_many)
-        return file_fingerprint(cast(Path, self._source[0]))
+            found = content_fingerprint(there.name, there.size, there.read_many)
+        else:
+            found = file_fingerprint(cast(Path, path))
+        return found | ({"region": region} if region else {})
 
     @property
     def bytes_fetched(self) -> int | None:
@@ -338,6 +344,22 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
             f"{name} is {pair!r}; expected two whole numbers of px: round them first"
         ) from error
     return first, second
+
+
+def checked_region(region: int | None) -> int | None:
+    """The number of a scan in its file; InputError where it is none, from 0 on."""
+    is_whole = isinstance(region, int) and not isinstance(region, bool)
+    if region is not None and not (is_whole and region >= 0):
+        raise InputError(f"region is {region!r}; expected a whole number from 0 on, or None")
+    return region
+
+
+def scan_stem(stem: str, region: int | None) -> str:
+    """File name, less its suffix, for results of a scan: the file's, and which scan but the first.
+
+    So results of one file's scans never take each other's place.
+    """
+    return f"{stem}-region{region}" if region else stem
 
 
 def is_slide_path(path: Place) -> bool:

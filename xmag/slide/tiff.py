@@ -1,6 +1,5 @@
 """Tiles of TIFF slides: tifffile parses the directories, everything after that is ours."""
 
-import logging
 import os
 import struct
 import threading
@@ -257,12 +256,9 @@ def _layout_of(
     """The pages of a file, and those of the slide in it."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
-    # Where a program does not log, logging writes on stderr what nobody takes. What counts of it is
-    # found out here and raised.
-    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
-    logger.addHandler(taker)
     try:
-        with opened(file, is_ndpi=is_ndpi) as tiff:
+        # What counts of it is found out here and raised.
+        with directories.tifffile_unheard(), opened(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise damaged("it begins like a TIFF, but holds no image")
@@ -283,8 +279,6 @@ def _layout_of(
         raise damaged(
             f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
-    finally:
-        logger.removeHandler(taker)
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
