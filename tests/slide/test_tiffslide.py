@@ -199,6 +199,18 @@ def test_bits_in_reverse_order_are_turned(tmp_path):
         assert np.array_equal(base, tifffile.imread(path))
 
 
+def test_an_ome_tiff_in_planes_is_in_colour(tmp_path):
+    path, base = tmp_path / "a.ome.tif", texture(*SIZE)
+    tifffile.imwrite(
+        path, np.moveaxis(base, -1, 0), photometric="rgb", planarconfig="separate", ome=True,
+        tile=TILE[::-1], compression="zlib",
+        metadata={"axes": "CYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5},
+    )  # fmt: skip
+    with Slide(path) as slide:
+        assert (slide.format, slide.mpp) == ("ome-tiff", 0.5)
+        assert np.array_equal(whole_level(slide, 0), base)
+
+
 def test_strips_of_planes_with_a_shorter_last_one(tmp_path):
     path, base = tmp_path / "a.tif", texture(*SIZE)
     tifffile.imwrite(
@@ -336,6 +348,16 @@ REFUSED = {
         {"planar": True, "encode": lambda p: imagecodecs.jpeg2k_encode(np.squeeze(p))},
         r"JPEG 2000 .*lost bytes",
     ),
+    "JPEG of DNG": (
+        34892,
+        {"encode": lambda p: imagecodecs.jpeg8_encode(p, level=80)},
+        r"JPEG .*34892.*lost bytes",
+    ),
+    "WebP with alpha": (
+        50001,
+        {"extra": ASSOCIATED, "encode": lambda p: imagecodecs.webp_encode(p, level=80)},
+        r"WebP .*lost bytes",
+    ),
     "LERC": (34887, {"encode": imagecodecs.lerc_encode}, "compression 34887"),
     "LZMA": (34925, {"encode": lambda p: imagecodecs.lzma_encode(p.tobytes())}, "34925"),
     "YCbCr in planes": (8, {"planar": True, "tags": {262: (tiff.SHORT, 6)}}, "YCBCR"),
@@ -346,21 +368,28 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_still_refused_says_why(tmp_path, name):
     compression, options, reason = REFUSED[name]
-    write(tmp_path / "a.tif", compression, levels=(1,), **options)
+    pixels = with_alpha(multiplied=True)[1] if "extra" in options else None
+    write(tmp_path / "a.tif", compression, pixels=pixels, levels=(1,), **options)
     with pytest.raises(UnsupportedSlideError, match=rf"a\.tif: .*{reason}.*Convert"):
         Slide(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("name", ["JPEG XR", "JPEG in planes", "JPEG 2000 in planes"])
+SILENT = {
+    "JPEG XR": imagecodecs.jpegxr_decode,
+    "JPEG in planes": imagecodecs.jpeg_decode,
+    "JPEG 2000 in planes": imagecodecs.jpeg2k_decode,
+    "JPEG of DNG": imagecodecs.jpeg8_decode,
+    "WebP with alpha": imagecodecs.webp_decode,
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
 def test_what_is_refused_for_its_decoder_has_a_decoder_that_makes_up_pixels(name):
     """The reason that is given is true: bytes lost from a tile are no error."""
-    encode, part = REFUSED[name][1]["encode"], texture(*TILE)
-    stream = encode(part if name == "JPEG XR" else part[..., :1])
-    decode = {
-        "JPEG XR": imagecodecs.jpegxr_decode,
-        "JPEG in planes": imagecodecs.jpeg_decode,
-        "JPEG 2000 in planes": imagecodecs.jpeg2k_decode,
-    }[name]
+    encode, part, decode = REFUSED[name][1]["encode"], texture(*TILE), SILENT[name]
+    if name == "WebP with alpha":
+        part = np.dstack([part, part[..., :1]])
+    stream = encode(part[..., :1] if name.endswith("planes") else part)
     at = len(stream) * 2 // 3
     length = min(512, len(stream) - at - 20)
     lost = decode(stream[:at] + bytes(length) + stream[at + length :])
