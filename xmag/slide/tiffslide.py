@@ -25,7 +25,7 @@ from xmag.errors import (
     UnsupportedSlideError,
 )
 from xmag.slide import codecs
-from xmag.slide.image import PNG_MAGIC, pixels_of_png
+from xmag.slide.image import PNG_MAGIC, chunks_of_png
 from xmag.slide.integrity import check_zeros, damaged, jpeg_xl_size
 from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
@@ -206,7 +206,7 @@ def _decode_png(data: bytes) -> NDArray[Any]:
         if zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big") != data[end - 4 : end]:
             raise ValueError("a chunk of the PNG is cut, or not what its sum is of")
         at = end
-    with Image.open(pixels_of_png(data), formats=["PNG"]) as image:
+    with Image.open(chunks_of_png(data), formats=["PNG"]) as image:
         if "transparency" in image.info:
             raise ValueError("the PNG says which of its colours is transparent")
         array = np.asarray(image)
