@@ -27,6 +27,7 @@ from fuzz import pool, seeds
 
 TARGETS = {
     "slides": "slides in every format and coding",
+    "tiffslide": "slides that are read through tiffslide",
     "sectors": "slides with lost sectors, their pixels compared",
     "bags": "feature files (.h5, .safetensors)",
     "checkpoints": "weights, model configurations, classifiers",

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 from fuzz import seeds
+from fuzz import tiffslide as through_tiffslide
 from fuzz.structure import Entry, map_tiff
 from fuzz.tiffs import Editor
 from PIL import Image, PngImagePlugin
@@ -248,6 +249,11 @@ PLANTED: dict[str, Callable[[Path], object]] = EVERYWHERE | {
     name: partial(_plant_seed, name)
     for name in seeds.NAMES
     if not name.startswith(("trestle", "ome-two"))
+}
+PLANTED |= {
+    name: lambda path, data=data: path.write_bytes(plant(data))
+    for name, data in through_tiffslide.seeds().items()
+    if name in ("planes.tif", "jpeg-xl.tif")
 }
 """Slides of every format and coding with SECRET in texts."""
 

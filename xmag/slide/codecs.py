@@ -30,6 +30,7 @@ from xmag.slide.integrity import (
     limits,
     segments,
 )
+from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 
@@ -345,9 +346,9 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):
-        raise UnsupportedSlideError(
+        raise NeedsTiffslideError(
             f"its tiles are stored with TIFF compression {coding.compression} and predictor"
-            f" {coding.predictor}, which xmag does not read; convert it to a tiled JPEG TIFF"
+            f" {coding.predictor}, which xmag does not read"
         )
     row = coding.size[0] * coding.samples
     whole = row * coding.size[1]

@@ -81,7 +81,7 @@ class ImageReader:
                 {"jpeg.comment": b"\n".join(comments).decode(errors="replace")} if comments else {}
             )
         try:
-            kept = _chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS | _PNG_TEXTS)
+            kept = chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS | _PNG_TEXTS)
             with Image.open(kept, formats=["PNG"]) as image:
                 image.load()  # texts may follow the pixels
                 return {f"png.{k}": str(v) for k, v in image.info.items() if isinstance(v, str)}
@@ -108,9 +108,7 @@ class ImageReader:
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
             # Not by imagecodecs, whose libpng complains on stderr.
-            with Image.open(
-                _chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS), formats=["PNG"]
-            ) as image:
+            with Image.open(chunks_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 if image.mode == "RGB" and "transparency" in image.info:
                     return over_white(np.asarray(image.convert("RGBA")))
                 array = np.asarray(image)
@@ -122,8 +120,8 @@ class ImageReader:
             ) from error
 
 
-def _chunks_of_png(data: bytes, wanted: Set[bytes]) -> io.BytesIO:
-    """The PNG as a file object, with the chunks that are wanted alone."""
+def chunks_of_png(data: bytes, wanted: Set[bytes] = _PNG_CHUNKS) -> io.BytesIO:
+    """The PNG as a file object, with the wanted chunks alone, by default those of its pixels."""
     kept, at = [PNG_MAGIC], len(PNG_MAGIC)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")

@@ -17,13 +17,17 @@ from xmag.slide.reader import ScaleMetadata, choose_scan, whole_factor
 _ASCII, _XMP_TAG = 2, 700
 _NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
 _MAX_JPEG_SIDE = 65_500
-_LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 50000})
+_LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 34933, 50000, 50013})
 
 _Pages = Sequence[TiffPage]
 
 
 class NeedsOpenSlideError(UnsupportedSlideError):
     """The slide is laid out in a way that only OpenSlide reads."""
+
+
+class NeedsTiffslideError(UnsupportedSlideError):
+    """Pixels are stored in a way that xmag reads through tiffslide, if at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from PIL import Image
 
@@ -23,13 +23,18 @@ from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
 from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
-from xmag.slide.layouts import NeedsOpenSlideError
+from xmag.slide.layouts import NeedsOpenSlideError, NeedsTiffslideError
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
+from xmag.slide.tiffslide import OpenFile, TiffSlideReader, file_of
 from xmag.urls import Place, Url, place_of, readable
+
+if TYPE_CHECKING:
+    from openslide import OpenSlide
+    from tiffslide import TiffSlide
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DICOM_MAGIC_AT_128 = b"DICM"
@@ -66,7 +71,8 @@ class Slide:
 
     Args:
         path: the slide file, or the URL of one ("https://...", "s3://..."), which is then read by
-            byte ranges and not copied.
+            byte ranges and not copied. Or an open `tiffslide.TiffSlide` or `openslide.OpenSlide`,
+            which tells which file to open, and stays yours.
         mpp: µm per level-0 px; overrides what the file says.
         region: which scan, where a file holds several.
 
@@ -83,13 +89,17 @@ class Slide:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Url,
+        path: "str | os.PathLike[str] | Url | TiffSlide | OpenSlide",
         *,
         mpp: float | None = None,
         region: int | None = None,
     ) -> None:
         given = checked_mpp(mpp)
-        place = place_of(path)
+        file = file_of(path)
+        if isinstance(file, OpenFile):
+            self._set(_tiff_reader(file, region), file.name, given, None)
+            return
+        place = place_of(file)
         place = place.absolute() if isinstance(place, Path) else place
         # Before it is read: what is written to it from now on is another version.
         version = _version(place)
@@ -371,7 +381,7 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
         try:
-            return TiffReader(path, region=region)
+            return _tiff_reader(path, region)
         except NeedsOpenSlideError:
             return openslide.OpenSlideReader(path, region=region)
     # A .mrxs file is a JPEG.
@@ -389,11 +399,19 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
         ) from error
 
 
+def _tiff_reader(place: Path | RemoteSource | OpenFile, region: int | None) -> TiffReader:
+    """The reader of a TIFF: the fast one, or the one of what that refuses."""
+    try:
+        return TiffReader(place, region=region)
+    except NeedsTiffslideError:
+        return TiffSlideReader(place, region=region)
+
+
 def _open_remote(url: Url, region: int | None) -> SlideReader:
     source = RemoteSource(url)
     try:
         if source.head.startswith(_TIFF_MAGIC):
-            return TiffReader(source, region=region)
+            return _tiff_reader(source, region)
         reason = "it is no TIFF"
     except NeedsOpenSlideError:
         reason = "only OpenSlide reads its kind of TIFF"

@@ -4,15 +4,15 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 from xml.etree import ElementTree
 
-from tifffile import TiffFile, TiffFileError, TiffPage
+from tifffile import TIFF, TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
@@ -20,6 +20,7 @@ from xmag.slide.directories import TileTable
 from xmag.slide.integrity import check_level, damaged
 from xmag.slide.layouts import (
     NeedsOpenSlideError,
+    NeedsTiffslideError,
     PageLevel,
     TiffLayout,
     associated_pages,
@@ -29,7 +30,6 @@ from xmag.slide.layouts import (
 )
 from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
-from xmag.slide.remote import RemoteSource
 
 _MAX_TILE_PX = 1 << 26
 """Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
@@ -46,6 +46,24 @@ _PARSE_ERRORS = (
     AttributeError, ZeroDivisionError, RuntimeError, ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """Errors of tifffile on a directory that makes no sense."""
+
+
+class Source(Protocol):
+    """Byte ranges of a file that is no local one."""
+
+    name: str
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length)."""
+        ...
+
+    def file(self) -> AbstractContextManager[Any]:
+        """A file object over it."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
 
 
 class LocalSource:
@@ -105,7 +123,7 @@ def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[in
 class TiffReader:
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
-    def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
+    def __init__(self, path: Path | Source, *, region: int | None = None) -> None:
         self._place, self._region = path, region
         with _named(path.name):
             with self._parsed() as (_, layout, end):
@@ -124,8 +142,18 @@ class TiffReader:
         with place.open("rb") if isinstance(place, Path) else place.file() as file:
             end = file.seek(0, 2)
             is_ndpi = place.name.endswith(".ndpi")
-            with _layout_of(cast(BinaryIO, file), self._region, is_ndpi=is_ndpi) as found:
+            with _layout_of(
+                cast(BinaryIO, file), self._region, self._opened, is_ndpi=is_ndpi
+            ) as found:
                 yield *found, end
+
+    def _opened(self, file: BinaryIO, *, is_ndpi: bool) -> AbstractContextManager[TiffFile]:
+        """The parser of a file."""
+        return TiffFile(file, is_ndpi=is_ndpi)
+
+    def _decoder(self, page: TiffPage, *, aperio: bool) -> codecs.Decoder:
+        """The decoder for the tiles of a page; UnsupportedSlideError where there is none."""
+        return codecs.decoder(_coding(page, aperio=aperio))
 
     def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
@@ -133,23 +161,25 @@ class TiffReader:
         self._decoders, self._tables, levels = list[codecs.Decoder](), list[TileTable](), []
         aperio = layout.format == "aperio"
         for number, stored in enumerate(layout.levels):
-            page, coding = stored.page, _coding(stored.page, aperio=aperio)
-            reductions = codecs.reductions(coding.size)
+            page, decoder = stored.page, self._decoder(stored.page, aperio=aperio)
+            size = tile_size(page)[:2]
+            reductions = codecs.reductions(size)
+            planes = page.samplesperpixel if page.planarconfig == 2 else 1
             level = Level(
                 size=stored.size,
                 downsample=stored.downsample or downsample(layout.levels[0].size, stored.size),
-                tile_size=coding.size,
+                tile_size=size,
                 origin=stored.origin,
                 stored_size=page_size(page),
                 reductions=tuple(n for n in reductions if not any(o % n for o in stored.origin)),
-                empty_tiles=page.databytecounts.count(0),
+                empty_tiles=page.databytecounts.count(0) // planes,
             )
             check_level(number, level)
-            tiles = level.tiles_across * level.tiles_down
+            tiles = level.tiles_across * level.tiles_down * planes
             directories.check_table(f"level {number}", level.size, tiles, page)
-            most = directories.most_bytes(*coding.size, coding.samples)
+            most = directories.most_bytes(*size, page.samplesperpixel)
             levels.append(level)
-            self._decoders.append(codecs.decoder(coding))
+            self._decoders.append(decoder)
             self._tables.append(TileTable(number, page, most=most, end=end, is_aperio=aperio))
         self.levels: tuple[Level, ...] = tuple(levels)
 
@@ -217,14 +247,18 @@ def _named(name: str) -> Iterator[None]:
 
 @contextmanager
 def _layout_of(
-    file: BinaryIO, region: int | None, *, is_ndpi: bool
+    file: BinaryIO,
+    region: int | None,
+    opened: Callable[..., AbstractContextManager[TiffFile]],
+    *,
+    is_ndpi: bool,
 ) -> Iterator[tuple[list[TiffPage], TiffLayout]]:
     """The pages of a file, and those of the slide in it."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
     try:
         # What counts of it is found out here and raised.
-        with directories.tifffile_unheard(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
+        with directories.tifffile_unheard(), opened(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise damaged("it begins like a TIFF, but holds no image")
@@ -233,7 +267,7 @@ def _layout_of(
             except NeedsOpenSlideError:
                 for number, page in enumerate(pages):
                     directories.check_tags(number, page, codes)
-                    directories.check_for_openslide(number, page, _tile_size(page)[:2])
+                    directories.check_for_openslide(number, page, tile_size(page)[:2])
                 raise
             for number, level in enumerate(layout.levels):
                 directories.check_tags(number, level.page, codes)
@@ -255,17 +289,22 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
             f"its pixels are {page.samplesperpixel} sample(s) of {dtype}, photometric"
             f" {page.photometric!r}; xmag reads 8-bit RGB (brightfield) slides"
         )
+    if page.photometric not in (2, 6):
+        raise UnsupportedSlideError(
+            f"its pixels are stored as photometric {page.photometric!r}; xmag reads RGB, RGBA and"
+            " YCbCr"
+        )
     # 2 is alpha that the colours are not multiplied by.
     known_alpha = page.samplesperpixel == 3 or page.extrasamples == (2,)
-    if page.photometric not in (2, 6) or page.planarconfig != 1 or not known_alpha:
-        raise UnsupportedSlideError(
-            f"its pixels are stored as photometric {page.photometric!r}, {page.planarconfig!r},"
-            f" extra samples {page.extrasamples}; xmag reads RGB, RGBA and YCbCr with interleaved"
-            " samples"
+    reversed_bits = page.fillorder != 1 and page.compression not in TIFF.IMAGE_COMPRESSIONS
+    if page.planarconfig != 1 or not known_alpha or reversed_bits:
+        raise NeedsTiffslideError(
+            f"its pixels are stored as {page.photometric!r}, {page.planarconfig!r}, extra samples"
+            f" {page.extrasamples}, fill order {page.fillorder}"
         )
     if not isinstance(page.jpegtables, bytes | None):
         raise damaged("its JPEG tables are no bytes")
-    width, height, rows = _tile_size(page)
+    width, height, rows = tile_size(page)
     return codecs.TileCoding(
         compression=int(page.compression),
         photometric=int(page.photometric),
@@ -279,7 +318,7 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
     )
 
 
-def _tile_size(page: TiffPage) -> tuple[int, int, int]:
+def tile_size(page: TiffPage) -> tuple[int, int, int]:
     """(width, height, height of the last) tile; strips are tiles as wide as the image.
 
     Raises UnsupportedSlideError where decoding one would take too much memory.
