@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from tifffile import TiffPage
 
-from xmag.errors import InputError, UnsupportedSlideError
+from xmag.errors import UnsupportedSlideError
 from xmag.slide import metadata
-from xmag.slide.reader import ScaleMetadata, whole_factor
+from xmag.slide.reader import ScaleMetadata, choose_scan, whole_factor
 
 _XMP_TAG = 700
 _NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
@@ -60,24 +60,6 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
-def _choose(scans: Sequence[tuple[int, int]], region: int | None) -> int:
-    """The index of the scan to read; InputError, listing their sizes, where that is not clear.
-
-    By sizes alone: a name is free text, in which a patient may stand.
-    """
-    if region is None and len(scans) == 1:
-        return 0
-    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
-    if region is None:
-        raise InputError(
-            f"the file holds {len(scans)} scans; choose one with Slide(path, region=...), of"
-            f" {listing}"
-        )
-    if not (isinstance(region, int) and 0 <= region < len(scans)):
-        raise InputError(f"region={region!r} is not in the file; it holds {listing}")
-    return region
-
-
 def page_size(page: TiffPage) -> tuple[int, int]:
     """(width, height) of a page."""
     return page.imagewidth, page.imagelength
@@ -91,7 +73,7 @@ def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
 def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | None) -> TiffLayout:
     """The layout of a file whose one scan has these pages as levels; a z-stack is refused."""
     _refuse_planes(pages[0], pages[1:])
-    _choose([page_size(pages[0])], region)
+    choose_scan([page_size(pages[0])], region)
     return TiffLayout(format=format, levels=_whole(pages), metadata=scale)
 
 
@@ -167,7 +149,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
-    _choose([page_size(tiled[0])], region)
+    choose_scan([page_size(tiled[0])], region)
     width, height = page_size(tiled[0])
     levels = []
     for page, spacing in zip(tiled, spacings, strict=True):
@@ -184,7 +166,7 @@ def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
-    scan = scans[_choose([scan.levels[0][:2] for scan in scans], region)]
+    scan = scans[choose_scan([scan.levels[0][:2] for scan in scans], region)]
     if scan.planes > 1:
         raise _stack(f"{scan.planes} planes of each level")
     levels = []
@@ -252,7 +234,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
             " OME-TIFF that is one file"
         )
-    image = images[_choose([page_size(pages[image.page]) for image in images], region)]
+    image = images[choose_scan([page_size(pages[image.page]) for image in images], region)]
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
@@ -295,7 +277,7 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
         del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-    chosen = scans[_choose([page_size(scan[0]) for scan in scans], region)]
+    chosen = scans[choose_scan([page_size(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
 
 

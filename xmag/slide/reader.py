@@ -6,12 +6,14 @@ Readers whose format hides its tiles (OpenSlide, plain images) offer `read_regio
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xmag.errors import InputError, SeveralScansError
 
 Pixels = NDArray[np.uint8]
 """uint8 RGB pixels, shape (height, width, 3)."""
@@ -74,6 +76,28 @@ def downsample(base: tuple[int, int], size: tuple[int, int], stated: float | Non
     return float(whole_factor(base, size) or stated or mean)
 
 
+def choose_scan(scans: Sequence[tuple[int, int]], region: int | None) -> int:
+    """Index of the scan to read, of a file that holds scans of these (width, height).
+
+    Raises SeveralScansError, which lists them, where one must be chosen, and InputError where
+    `region` is none of them. They are told by their sizes alone: a name is free text, in which a
+    patient may stand.
+    """
+    if region is None and len(scans) == 1:
+        return 0
+    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
+    if region is None:
+        error = SeveralScansError(
+            f"the file holds {len(scans)} scans; choose one by its number (an option, and a column"
+            f" of tables of slides) of {listing}"
+        )
+        error.scans = tuple(scans)
+        raise error
+    if not (isinstance(region, int) and 0 <= region < len(scans)):
+        raise InputError(f"region={region!r} is not in the file; it holds {listing}")
+    return region
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleMetadata:
     """Scale as a file states it, unjudged: (x, y) µm/px of level 0, objective power."""
@@ -97,6 +121,28 @@ class SlideReader(Protocol):
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class DescribedReader(SlideReader, Protocol):
+    """A reader that also has what a file holds beside the scan: its texts, and other images.
+
+    Patients are named there. So nothing of it is read before these are called, nor kept after, and
+    none of it stands in an error, log or repr. Errors are SlideErrors, raised `from None`. Readers
+    without these methods are taken for those of files that hold nothing else.
+    """
+
+    def read_properties(self) -> Mapping[str, str]:
+        """The texts of the file by their names, as it has them; DamagedSlideError where broken."""
+        ...
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read the images beside the scan, such as "label", "macro", "thumbnail".
+
+        Their names are of the reader's choice, lower-case, and no text of the file. The pixels are
+        checked as a tile's are: DamagedSlideError, and never a pixel that is made up.
+        """
         ...
 
 

@@ -2,11 +2,11 @@
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from PIL import Image
 
@@ -25,7 +25,7 @@ from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.pixels import read_box, read_level
-from xmag.slide.reader import Pixels, SlideReader
+from xmag.slide.reader import DescribedReader, Pixels, SlideReader
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
@@ -38,6 +38,7 @@ _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +256,29 @@ class Slide:
         box = (0, 0, width, height)
         return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
 
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Texts of the file by their names, as it has them; read when asked for, and not kept.
+
+        Patients may be named in them: they stand in no result, and the mapping's repr only counts
+        them; ``dict(slide.properties)`` shows them. Empty for formats that have none. Raises
+        DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.read_properties() if isinstance(reader, DescribedReader) else {}
+        return _Unshown(self._name, "properties", dict(found), str)
+
+    @property
+    def associated_images(self) -> Mapping[str, Image.Image]:
+        """Images in the file beside the scan, such as "label" and "macro", by their names; RGB.
+
+        Each is read when it is looked up, and not kept. Patients may be named on them. Empty for
+        formats that have none. Raises DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.associated_images() if isinstance(reader, DescribedReader) else {}
+        return _Unshown(self._name, "associated images", dict(found), _read_image)
+
     def close(self) -> None:
         """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
         self._closed = True
@@ -281,6 +305,31 @@ class Slide:
         self.__dict__.update(state)
         if self._source is not None:
             self._reader = open_reader(*self._source)
+
+
+class _Unshown(Mapping[str, _Value]):
+    """A mapping whose repr tells how many values there are, and none of them."""
+
+    def __init__(
+        self, slide: str, what: str, found: Mapping[str, Any], get: Callable[[Any], _Value]
+    ) -> None:
+        self._slide, self._what, self._found, self._get = slide, what, found, get
+
+    def __getitem__(self, name: str) -> _Value:
+        return self._get(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self._what} of {self._slide!r}>"
+
+
+def _read_image(read: Callable[[], Pixels]) -> Image.Image:
+    return Image.fromarray(read())
 
 
 def _version(path: Place) -> str | None:

@@ -102,7 +102,9 @@ class TiffReader:
                 layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=is_ndpi)
             self._set(layout, end)
         except XmagError as error:
-            raise type(error)(f"{path.name}: {error}") from error
+            named = type(error)(f"{path.name}: {error}")
+            vars(named).update(vars(error))
+            raise named from error
         self.source = LocalSource(path) if isinstance(path, Path) else path
 
     def _set(self, layout: TiffLayout, end: int) -> None:
