@@ -2,6 +2,7 @@
 
 import operator
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,16 +25,24 @@ from xmag.provenance import content_fingerprint, file_fingerprint
 from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
+from xmag.slide.omezarr import OmeZarrReader, is_omezarr
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import DescribedReader, Pixels, SlideReader
-from xmag.slide.remote import RemoteSource
+from xmag.slide.remote import RemoteFolder, RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
 from xmag.urls import Place, Url, place_of, readable
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DICOM_MAGIC_AT_128 = b"DICM"
-_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
+_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".btf",
+    ".vsi",
+    ".zarr",
+}
 _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
@@ -169,7 +178,9 @@ class Slide:
         """Identity of the file (name, size, content hash); None without a file."""
         if self._source is None:
             return None
-        if (there := self._remote) is not None:
+        if isinstance(self._reader, OmeZarrReader):
+            return self._reader.fingerprint()
+        if isinstance(there := self._remote, RemoteSource):
             return content_fingerprint(there.name, there.size, there.read_many)
         return file_fingerprint(cast(Path, self._source[0]))
 
@@ -179,9 +190,9 @@ class Slide:
         return None if self._remote is None else self._remote.bytes_fetched
 
     @property
-    def _remote(self) -> RemoteSource | None:
+    def _remote(self) -> RemoteSource | RemoteFolder | None:
         source = getattr(self._reader, "source", None)
-        return source if isinstance(source, RemoteSource) else None
+        return source if isinstance(source, RemoteSource | RemoteFolder) else None
 
     @property
     def facts(self) -> SlideFacts:
@@ -338,7 +349,9 @@ def _version(path: Place) -> str | None:
         found = path.stat() if isinstance(path, Path) else None
     except OSError:
         return None  # opening it says why
-    return None if found is None else f"{found.st_size} bytes at {found.st_mtime_ns} ns"
+    if found is None or stat.S_ISDIR(found.st_mode):
+        return None  # a folder does not change with what is written to the files in it
+    return f"{found.st_size} bytes at {found.st_mtime_ns} ns"
 
 
 def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
@@ -353,7 +366,7 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
 
 
 def is_slide_path(path: Place) -> bool:
-    """Whether a file in a folder looks like a slide by its name.
+    """Whether a file in a folder, or a folder (OME-Zarr), looks like a slide by its name.
 
     Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
     """
@@ -366,6 +379,8 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
     but is not installed, InputError for a wrong `region`.
     """
+    if is_omezarr(path):
+        return OmeZarrReader(path, region=region)
     if isinstance(path, Url):
         return _open_remote(path, region)
     head = _first_bytes(path)
