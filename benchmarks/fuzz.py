@@ -28,6 +28,7 @@ from fuzz import pool, seeds
 TARGETS = {
     "slides": "slides in every format and coding",
     "sectors": "slides with lost sectors, their pixels compared",
+    "zarrs": "OME-Zarr slides",
     "bags": "feature files (.h5, .safetensors)",
     "checkpoints": "weights, model configurations, classifiers",
 }

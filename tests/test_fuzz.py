@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits and looks at a process by /proc"
 )
 
-COUNTS = {"slides": 250, "sectors": 150, "bags": 250, "checkpoints": 100}
+COUNTS = {"slides": 250, "sectors": 150, "zarrs": 120, "bags": 250, "checkpoints": 100}
 """How many cases of each kind run here; benchmarks/fuzz.py runs tens of thousands."""
 
 

@@ -514,6 +514,57 @@ def test_metadata_that_make_no_sense_are_damage_and_take_no_memory(template, tmp
     assert caught.value.__cause__ is None
 
 
+def _codec(name: str, **configuration) -> dict:
+    return {"name": name, "configuration": configuration}
+
+
+SHARDING = {"codecs": [{"name": "bytes"}], "index_codecs": [_codec("bytes", endian="little")]}
+IN_ZARR_3 = {
+    "storage transformers": ({"storage_transformers": [{"name": "x"}]}, "an extension of zarr 3"),
+    "another grid": ({"chunk_grid": _codec("rectilinear")}, "an extension of zarr 3"),
+    "another naming": ({"chunk_key_encoding": _codec("fanout")}, "an extension of zarr 3"),
+    "an unknown field": ({"new": {"must_understand": True}}, "an extension of zarr 3"),
+    "16 bits": ({"data_type": "uint16"}, "pixels are uint16"),
+    "another codec": ({"codecs": [{"name": "bytes"}, _codec("JOHN DOE: pickle")]}, "with others"),
+    "no bytes": ({"codecs": [_codec("vlen-utf8")]}, "with vlen-utf8"),
+    "two in a row": (
+        {"codecs": [{"name": "bytes"}, _codec("gzip"), _codec("zstd")]}, "several compressions",
+    ),
+    "shards in shards": (
+        {"codecs": [_codec("sharding_indexed", chunk_shape=[3, 96, 64],
+                           **{**SHARDING, "codecs": [_codec("sharding_indexed")]})]},
+        "with sharding_indexed",
+    ),
+    "shards of many chunks": (
+        {"chunk_grid": _codec("regular", chunk_shape=[3, 1 << 16, 1 << 16]),
+         "codecs": [_codec("sharding_indexed", chunk_shape=[3, 1, 1], **SHARDING)]},
+        "smaller chunks",
+    ),
+    "shards of parts of chunks": (
+        {"codecs": [_codec("sharding_indexed", chunk_shape=[3, 90, 64], **SHARDING)]}, None,
+    ),
+    "an order of nothing": ({"codecs": [_codec("transpose", order=[0, 0, 1]), _codec("bytes")]},
+                            "with bytes"),
+    "another separator": ({"chunk_key_encoding": _codec("default", separator="/../")}, None),
+    "no codecs": ({"codecs": []}, None),
+    "a group": ({"data_type": "gone", "node_type": "group"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), IN_ZARR_3.values(), ids=IN_ZARR_3)
+def test_what_of_zarr_3_is_not_known_is_refused_in_words(tmp_path, changes, words):
+    path = write_by_hand(
+        tmp_path / "slide.zarr", PIXELS, zarr_format=3, compressor="gzip", pack=gzip.compress
+    )
+    _edit(path / "0/zarr.json", new={"must_understand": False})
+    assert np.array_equal(_read(path), PIXELS)
+    _edit(path / "0/zarr.json", **changes)
+    kind = DamagedSlideError if words is None else UnsupportedSlideError
+    with pytest.raises(kind, match=words) as caught:
+        xmag.Slide(path)
+    assert "DOE" not in str(caught.value)
+
+
 def test_a_fifo_or_a_folder_in_the_place_of_a_chunk_is_damage(folder, tmp_path):
     import os
 
