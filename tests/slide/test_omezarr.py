@@ -186,7 +186,7 @@ def test_with_a_fill_value_of_255_what_is_missing_is_white_and_counted(tmp_path,
     pixels[128:256, 128:256] = 255
     path = write_zarr(tmp_path / "slide.zarr", pixels, fill=255, levels=1, axes="cyx", **options)
     assert np.array_equal(_read(path), pixels)
-    with pytest.warns(xmag.XmagWarning, match="source tiles|tiles of the file|without bytes|empty"):
+    with pytest.warns(xmag.XmagWarning, match="tiles"):
         bag = xmag.extract_features(path, model=_model(0.5), tissue=None)
     tiles = bag.provenance.record["source_tiles"]
     assert tiles["empty"] == (4 if options else 1)
@@ -244,15 +244,15 @@ def test_a_short_chunk_is_damage(tmp_path, name, kept):
 def test_a_chunk_that_unpacks_to_more_is_damage_and_takes_no_memory(tmp_path, name):
     coding, pack = _packers()[name]
     path = write_by_hand(tmp_path / "slide.zarr", PIXELS, compressor=coding, pack=pack)
-    bomb = pack(bytes(1 << 27))
+    bomb = pack(bytes(1 << 25))
     if coding is not None and name != "blosc, stored":
-        assert len(bomb) < 1 << 20
+        assert len(bomb) < 1 << 18
     (path / "0/0.1.2").write_bytes(bomb)
     tracemalloc.start()
     try:
         with pytest.raises(DamagedSlideError):
             _read(path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
     finally:
         tracemalloc.stop()
 
@@ -424,6 +424,7 @@ REFUSED = {
     "axes of names": (_set_multiscale(axes=[{"name": a} for a in "abcde"]), "axes are not"),
     "a label": (_set_multiscale(name="label image"), "nothing but what is called a label"),
     "huge chunks": (_set_array(chunks=[1, 3, 1, 1 << 20, 1 << 20]), "smaller chunks"),
+    "large chunks": (_set_array(chunks=[1, 1, 1, 1 << 14, 1 << 13]), "other chunks"),
     "a huge image": (_set_array(shape=[1, 3, 1, 1 << 31, 1 << 31]), "other chunks"),
     "tiny chunks": (
         _set_array(chunks=[1, 3, 1, 1, 1], shape=[1, 3, 1, 1 << 20, 1 << 20]),
@@ -475,7 +476,10 @@ DAMAGED = {
     "backslash": _paths("..\\other.zarr"),
     "query": _paths("0?x=1"),
     "escaped": _paths("%2e%2e/other.zarr"),
-    "labels": _paths("labels/nuclei"),
+    "labels": lambda path: (
+        shutil.copytree(path / "0", path / "labels/nuclei"),
+        _paths("labels/nuclei")(path),
+    ),
     "a number": _paths(0),
     "nothing": _paths(""),
     "no text": _paths(None),
@@ -580,7 +584,7 @@ def test_a_folder_of_something_else_is_told(tmp_path, folder):
     with pytest.raises(SlideError, match="is a folder; expected a slide"):
         xmag.Slide(tmp_path)
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(DamagedSlideError, match="is not there, which says what it holds"):
+    with pytest.raises(DamagedSlideError, match="check the path"):
         xmag.Slide(tmp_path / "empty.zarr")
     for array in ("slide.zarr/0", "shards.zarr/0"):
         with pytest.raises(UnsupportedSlideError, match="open the folder above"):
@@ -655,7 +659,7 @@ def test_what_goes_wrong_on_the_way_is_told_and_is_no_damage(folder, monkeypatch
         server.token = SECRET
         url = f"{server.url}/slide.zarr?signature={SECRET}"
         slide = xmag.Slide(url)
-        with pytest.raises(DamagedSlideError, match="is not there"):
+        with pytest.raises(DamagedSlideError, match="check the path"):
             xmag.Slide(f"{server.url}/nothing.zarr?signature={SECRET}")
         errors = []
         changes = [{"token": "another"}, {"status": 500}, {"status": 401}]

@@ -43,7 +43,7 @@ _NAME = re.compile(r"(?!\.)[\w.+ -]{1,100}(/(?!\.)[\w.+ -]{1,100}){0,7}", re.ASC
 """Name of a group or an array: no way out of its folder, and nothing that means more in a URL."""
 _UM_PER_UNIT = {
     "angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4,
-    "meter": 1e6,
+    "meter": 1e6, **metadata.UM_PER_UNIT,
 }  # fmt: skip
 _RGB = ["FF0000", "00FF00", "0000FF"]
 _STAIN = re.compile(
@@ -103,37 +103,26 @@ class _Image:
             raise damaged(f"it lists {len(listed)} levels; expected 1 to {_MAX_LEVELS}")
         return [_below(self.group, dataset["path"]) for dataset in listed]
 
-    def scales(self) -> list[dict[str, tuple[float, float]]]:
-        """(scale, translation) of each level along each axis, in the units of the axes."""
-        axes, whole = self.axes, self.multiscale.get("coordinateTransformations") or []
-        found = []
-        for dataset in self.multiscale["datasets"]:
-            scale, shift = np.ones(len(axes)), np.zeros(len(axes))
-            for step in [*dataset.get("coordinateTransformations", []), *whole]:
-                kind = step["type"]
-                if kind not in ("identity", "scale", "translation") or "path" in step:
-                    raise UnsupportedSlideError("its levels are transformed otherwise than scaled")
-                values = np.array(step.get(kind, scale), np.float64)
-                if values.shape != scale.shape or not np.isfinite(values).all():
-                    raise ValueError("a transformation does not fit the axes")
-                if kind == "scale":
-                    scale, shift = scale * values, shift * values
-                elif kind == "translation":
-                    shift = shift + values
-            pairs = zip(scale.tolist(), shift.tolist(), strict=True)
-            found.append(dict(zip(axes, pairs, strict=True)))
-        return found
-
     def scale(self) -> ScaleMetadata:
         """µm/px of its finest level, or else those in the OME-XML."""
         fallback = self.stated.scale if self.stated else ScaleMetadata()
-        units = {axis["name"]: axis.get("unit") for axis in self.multiscale["axes"]}
-        um = [(_UM_PER_UNIT | metadata.UM_PER_UNIT).get(units[axis]) for axis in "xy"]
-        finest = self.scales()[0]
-        if um[0] is None or um[1] is None or min(finest["x"][0], finest["y"][0]) <= 0:
-            return fallback
-        mpp = (finest["x"][0] * um[0], finest["y"][0] * um[1])
-        return replace(fallback, mpp=mpp, mpp_source="OME-Zarr scale")
+        steps = [
+            *self.multiscale["datasets"][0].get("coordinateTransformations", []),
+            *(self.multiscale.get("coordinateTransformations") or []),
+        ]
+        if any(step["type"] not in ("scale", "translation", "identity") for step in steps):
+            raise UnsupportedSlideError("its levels are transformed otherwise than scaled")
+        sizes = []
+        for at in map(self.axes.index, "xy"):
+            um = _UM_PER_UNIT.get(self.multiscale["axes"][at].get("unit"))
+            if um is None:
+                return fallback
+            for scale in [step["scale"] for step in steps if step["type"] == "scale"]:
+                um *= dict(zip(self.axes, scale, strict=True))[self.axes[at]]
+            if not 0 < um < math.inf:
+                raise ValueError("a px of it has no size")
+            sizes.append(um)
+        return replace(fallback, mpp=(sizes[0], sizes[1]), mpp_source="OME-Zarr scale")
 
     def check_colours(self) -> None:
         """Raise UnsupportedSlideError where its channels are not red, green and blue."""
@@ -222,23 +211,15 @@ class OmeZarrReader:
                 f" {tile[0]}x{tile[1]}; expected at most {_MAX_LEVEL_PX} px, {_MAX_TILES} chunks,"
                 f" and {_MAX_TILE_PX} px a chunk. Write it again in other chunks"
             )
-        self._check_place(number, level)
-        return level
-
-    def _check_place(self, number: int, level: Level) -> None:
-        """Raise UnsupportedSlideError where a level is no smaller picture of the first."""
-        (width, height), (w, h) = self._arrays[0].size, level.size
+        (width, height), (w, h) = base.size, level.size
         smaller = number == 0 or (w, h) < self._arrays[number - 1].size
         similar = (w - 1) * height <= (h + 1) * width and (h - 1) * width <= (w + 1) * height
-        scales = self._image.scales()
-        first, here = scales[0], scales[number]
-        # Of one px of the level: some writers place the centres of px, others their corners.
-        shifted = any(abs(here[a][1] - first[a][1]) > abs(here[a][0]) * 1.01 for a in "xy")
-        if not (smaller and similar) or shifted:
+        if not (smaller and similar):
             raise UnsupportedSlideError(
                 f"level {number}, of {w}x{h} px, does not show the whole of the first, of"
                 f" {width}x{height} px, smaller; xmag reads pyramids, finest level first"
             )
+        return level
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The chunks of tiles, joined; None for a tile that is declared empty."""
@@ -260,7 +241,7 @@ class OmeZarrReader:
     def _check(self, level: int, chunk: tuple[int, ...], length: int | None) -> None:
         """Raise DamagedSlideError for a chunk of this length; None where there is no file of it."""
         array = self._arrays[level]
-        place = f"chunk {chunk} (axes {array.axes}) of level {level} of {self._place.name}"
+        place = f"chunk {chunk} (axes {array.axes}) of level {level}"
         if length is None and not array.declares_empties:
             raise damaged(
                 f"{place} is not there, and the file does not declare what it leaves out white, by"
@@ -429,7 +410,10 @@ def _attributes(
     if third is not None:
         return 3, third.get("attributes", {}).get("ome", {})
     if second is None and missing is None:
-        raise damaged("its zarr.json or .zattrs is not there, which says what it holds")
+        raise DamagedSlideError(
+            "there is no zarr.json and no .zattrs, which say what it holds; check the path, or copy"
+            " it again"
+        )
     return 2, missing or {} if second is None else second
 
 

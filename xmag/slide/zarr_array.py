@@ -75,7 +75,7 @@ class LocalFolder:
         # Without its cause, which names folders.
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise SlideError(f"a file of it cannot be read: {reason}; check its rights") from None
+            raise SlideError(f"a file of {self.name} cannot be read: {reason}; check it") from None
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
