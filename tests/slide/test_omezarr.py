@@ -1,5 +1,6 @@
 """OME-Zarr: the pixels that were written, what is missing, what is hostile, and its places."""
 
+import gc
 import gzip
 import json
 import pickle
@@ -374,7 +375,9 @@ def _channels(*colours: str, label: str = "") -> dict:
     ("omero", "is_read"),
     [
         (_channels("FF0000", "00FF00", "0000ff", label="Channel 0"), True),
-        (_channels("FFFFFF", "FFFFFF", "FFFFFF"), True),
+        (_channels("#ff0000ff", "#00ff00ff", "#0000ffff", label="Red"), True),
+        (_channels("808080", "808080", "808080"), True),
+        (_channels("", "", "", label="Cytokeratin"), True),
         (_channels("0000FF", "00FF00", "FF0000"), False),
         (_channels("FF0000", "00FF00", "0000FF", label="Cy5"), False),
         (_channels("FF0000", "00FF00", "0000FF", label="Fluorescence"), False),
@@ -651,6 +654,16 @@ def test_a_slide_in_another_store_is_read_the_same_way(folder):
     with pytest.raises(DamagedSlideError, match="is not there"):
         _read("memory://cohort/slide.zarr")
     store.rm("/cohort", recursive=True)
+
+
+def test_a_zip_file_is_read_through_a_chain_of_urls(folder, tmp_path):
+    shutil.make_archive(str(tmp_path / "packed"), "zip", folder, "slide.zarr")
+    with xmag.Slide(f"zip://slide.zarr::{tmp_path}/packed.zip") as slide:
+        assert np.array_equal(_whole(slide), PIXELS)
+    # fsspec keeps the file open, and knows no end of it.
+    fsspec.filesystem("zip", fo=f"{tmp_path}/packed.zip", use_listings_cache=False).close()
+    fsspec.get_filesystem_class("zip").clear_instance_cache()
+    gc.collect()
 
 
 def test_what_goes_wrong_on_the_way_is_told_and_is_no_damage(folder, monkeypatch):

@@ -45,6 +45,7 @@ _UM_PER_UNIT = {
     "angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4,
     "meter": 1e6, **metadata.UM_PER_UNIT,
 }  # fmt: skip
+_COLOUR = re.compile("#?([0-9a-f]{6})([0-9a-f]{2})?", re.IGNORECASE)
 _RGB = ["FF0000", "00FF00", "0000FF"]
 _STAIN = re.compile(
     r"\b(dapi|hoechst|[ft]?ritc|fitc|[ecm]?[gyr]fp|cy ?[3-7]|alexa|af ?\d{3}|texas|opal|draq)|fluo",
@@ -127,7 +128,8 @@ class _Image:
     def check_colours(self) -> None:
         """Raise UnsupportedSlideError where its channels are not red, green and blue."""
         channels = (self.attributes.get("omero") or {}).get("channels") or []
-        colours = [str(channel.get("color", "")).upper() for channel in channels]
+        matches = [_COLOUR.fullmatch(str(channel.get("color"))) for channel in channels]
+        colours = [match[1].upper() for match in matches if match]
         stained = any(_STAIN.search(str(channel.get("label", ""))) for channel in channels)
         separate = self.stated is not None and self.stated.planes > 1
         # Some writers give all channels the same colour, or none.
