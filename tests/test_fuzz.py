@@ -30,7 +30,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: tmp_path_factory.mktemp(name) for name in (*COUNTS, "regressions", "planted")}
     for name in COUNTS:
         seeds.write(name, folders[name])
-        for path in folders[name].iterdir():
+        for path in folders[name].iterdir() if name != "zarrs" else ():  # which are packed
             (folders["regressions"] / path.name).write_bytes(path.read_bytes())
     return folders
 
