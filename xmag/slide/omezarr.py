@@ -76,9 +76,7 @@ class _Image:
     def associated(self) -> str | None:
         """The kind of image beside the scan that it calls itself, such as "label"."""
         names = [str(self.multiscale.get("name", "")), self.stated.name if self.stated else ""]
-        name = next(filter(metadata.is_associated, names), None)
-        kind = re.search("label|macro|overview|preview|barcode", name or "", re.IGNORECASE)
-        return None if name is None else kind[0].lower() if kind else "thumbnail"
+        return next(filter(None, map(metadata.associated_kind, names)), None)
 
     @property
     def axes(self) -> str:
@@ -245,9 +243,10 @@ class OmeZarrReader:
         array = self._arrays[level]
         place = f"chunk {chunk} (axes {array.axes}) of level {level}"
         if length is None and not array.declares_empties:
-            raise damaged(
+            raise DamagedSlideError(
                 f"{place} is not there, and the file does not declare what it leaves out white, by"
-                " a fill value of 255"
+                " a fill value of 255. Copy it again; if its writer left out chunks of zeros, write"
+                " it with them (write_empty_chunks of zarr)"
             )
         if length is not None and not 0 < length <= array.most_bytes:
             raise damaged(f"{place} has {length} bytes; expected 1 to {array.most_bytes}")
