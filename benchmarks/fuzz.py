@@ -29,6 +29,7 @@ TARGETS = {
     "slides": "slides in every format and coding",
     "tiffslide": "slides that are read through tiffslide",
     "sectors": "slides with lost sectors, their pixels compared",
+    "zarrs": "OME-Zarr slides",
     "bags": "feature files (.h5, .safetensors)",
     "checkpoints": "weights, model configurations, classifiers",
 }

@@ -1,5 +1,6 @@
 """Slides with texts planted wherever a scanner could have written of a patient."""
 
+import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from fuzz.tiffs import Editor
 from PIL import Image, PngImagePlugin
 from support import slides, vendor_slides
 from support.tiff import ASCII, BYTE, UNDEFINED, Page, write_pages
+from support.zarr_slides import write_zarr
 
 SECRET = "Plantedname"
 """What stands in every text, and must not be found anywhere."""
@@ -224,6 +226,29 @@ def _plant_seed(name: str, path: Path) -> None:
         assert is_planted(path.read_bytes()), name
 
 
+def _plant_zarr(path: Path) -> None:
+    """An OME-Zarr as bioformats2raw lays it out, with SECRET in all its texts, and a macro."""
+    macro = np.full((100, 150, 3), MARK, np.uint8)
+    for name, pixels, kind in (
+        ("0", slides.texture(420, 300), SECRET),
+        ("1", macro, "macro image"),
+    ):
+        omero = {"name": SECRET, "channels": [{"label": SECRET}] * 3}
+        texts = {"omero": omero, SECRET: SECRET}
+        # zarr leaves out chunks that are all fill value, and the red of MARK is 0.
+        write_zarr(path, pixels, name=name, levels=2, fill=1, attributes=texts)
+        attributes = json.loads((path / name / ".zattrs").read_text())
+        attributes["multiscales"][0] |= {"name": kind, "metadata": {"description": SECRET}}
+        (path / name / ".zattrs").write_text(json.dumps(attributes))
+        (path / name / "0" / ".zattrs").write_text(json.dumps({SECRET: SECRET}))
+    (path / ".zattrs").write_text(json.dumps({"bioformats2raw.layout": 3, SECRET: SECRET}))
+    (path / "OME").mkdir()
+    (path / "OME/.zattrs").write_text(json.dumps({"series": ["0", "1"], SECRET: SECRET}))
+    image = '<Image Name="{0}"><Pixels SizeC="3"><Channel SamplesPerPixel="3"/></Pixels></Image>'
+    xml = f"<OME>{image.format(SECRET)}{image.format('macro')}<!-- {SECRET} --></OME>"
+    (path / "OME/METADATA.ome.xml").write_text(xml)
+
+
 _SMALL = {"size": (420, 300), "levels": (1, 2)}
 
 EVERYWHERE: dict[str, Callable[[Path], object]] = {
@@ -239,6 +264,7 @@ EVERYWHERE: dict[str, Callable[[Path], object]] = {
         plant_everywhere, vendor_slides.write_scn, regions=[((60, 40), (400, 260))],
         canvas=(700, 520), levels=(1, 2),
     ),
+    "every.zarr": _plant_zarr,
     "every.bif": partial(
         plant_everywhere, vendor_slides.write_ventana, grid=(3, 2), tile=128, levels=(1, 2)
     ),

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path, PurePath, PurePosixPath
@@ -17,7 +17,7 @@ from xmag.files import Row, read_csv
 from xmag.geometry import TileSpec
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
-from xmag.slide import checked_region, is_slide_path, scan_stem
+from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
 from xmag.slide.scale import checked_mpp
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
@@ -156,15 +156,34 @@ class _Entry(NamedTuple):
 
 
 def _slides_below(place: Place) -> Sequence[Place] | None:
-    """The slides in a folder, in order; None where it is not one."""
-    if isinstance(place, Path):
-        if not place.is_dir():
-            return None
-        return sorted(p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
-    if is_slide_path(place):
+    """The slides in a folder, in order; None where it is not one, or is a slide itself."""
+    if is_slide_path(place) and (isinstance(place, Url) or is_omezarr(place)):
         return None
+    if isinstance(place, Path):
+        return sorted(_walk(place)) if place.is_dir() else None
     with retold(InputError, place):
-        return [url for url in place.files_below() if is_slide_path(url)]
+        found = dict.fromkeys(_whole(url, len(place.parts)) for url in place.files_below())
+    return [url for url in found if is_slide_path(url)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The slides below a folder; an OME-Zarr, which is a folder of many files, is one."""
+    for parent, folders, files in os.walk(folder):
+        found = [path for name in files if is_slide_path(path := Path(parent, name))]
+        yield from (path for path in found if path.is_file())
+        for name in folders[:]:
+            if is_slide_path(path := Path(parent, name)) and is_omezarr(path):
+                folders.remove(name)
+                yield path
+
+
+def _whole(url: Url, depth: int) -> Url:
+    """The OME-Zarr that a file is a part of, or the file; its first `depth` parts are the root."""
+    found, above = url, url
+    while ".zarr/" in above.text.lower() and len(above.parts) > depth + 1:
+        above = above.parent
+        found = above if is_slide_path(above) else found
+    return found
 
 
 def _entries_of_csv(path: Place, mpp: float | None, region: int | None) -> list[_Entry]:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from xmag.slide.reader import ScaleMetadata
 
-_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 _ASSOCIATED = re.compile(
     r"(?P<kind>label|macro|overview|thumbnail|preview|barcode)([ _-]?image)?"
@@ -190,7 +190,7 @@ def _ome_scale(pixels: ElementTree.Element, power: float | None) -> ScaleMetadat
     sizes = []
     for axis in "XY":
         size = _number(pixels.get(f"PhysicalSize{axis}"))
-        um = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        um = UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         if size is None or um is None:
             return ScaleMetadata(objective_power=power)
         sizes.append(size * um)

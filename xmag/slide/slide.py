@@ -2,11 +2,12 @@
 
 import operator
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from PIL import Image
 
@@ -24,9 +25,10 @@ from xmag.provenance import content_fingerprint, file_fingerprint
 from xmag.slide import openslide
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError, NeedsTiffslideError
+from xmag.slide.omezarr import OmeZarrReader, is_omezarr
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
-from xmag.slide.remote import RemoteSource
+from xmag.slide.remote import RemoteFolder, RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
 from xmag.slide.tiffslide import OpenFile, TiffSlideReader, file_of
@@ -38,11 +40,19 @@ if TYPE_CHECKING:
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DICOM_MAGIC_AT_128 = b"DICM"
-_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
+_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".btf",
+    ".vsi",
+    ".zarr",
+}
 _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +192,9 @@ class Slide:
         if self._source is None:
             return None
         path, region = self._source
-        if (there := self._remote) is not None:
+        if isinstance(self._reader, OmeZarrReader):
+            found = self._reader.fingerprint()
+        elif isinstance(there := self._remote, RemoteSource):
             found = content_fingerprint(there.name, there.size, there.read_many)
         else:
             found = file_fingerprint(cast(Path, path))
@@ -194,9 +206,9 @@ class Slide:
         return None if self._remote is None else self._remote.bytes_fetched
 
     @property
-    def _remote(self) -> RemoteSource | None:
+    def _remote(self) -> RemoteSource | RemoteFolder | None:
         source = getattr(self._reader, "source", None)
-        return source if isinstance(source, RemoteSource) else None
+        return source if isinstance(source, RemoteSource | RemoteFolder) else None
 
     @property
     def facts(self) -> SlideFacts:
@@ -332,7 +344,9 @@ def _version(path: Place) -> str | None:
         found = path.stat() if isinstance(path, Path) else None
     except OSError:
         return None  # opening it says why
-    return None if found is None else f"{found.st_size} bytes at {found.st_mtime_ns} ns"
+    if found is None or stat.S_ISDIR(found.st_mode):
+        return None  # a folder does not change with what is written to the files in it
+    return f"{found.st_size} bytes at {found.st_mtime_ns} ns"
 
 
 def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
@@ -363,7 +377,7 @@ def scan_stem(stem: str, region: int | None) -> str:
 
 
 def is_slide_path(path: Place) -> bool:
-    """Whether a file in a folder looks like a slide by its name.
+    """Whether a file in a folder, or a folder (OME-Zarr), looks like a slide by its name.
 
     Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
     """
@@ -376,6 +390,8 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
     but is not installed, InputError for a wrong `region`.
     """
+    if is_omezarr(path):
+        return OmeZarrReader(path, region=region)
     if isinstance(path, Url):
         return _open_remote(path, region)
     head = _first_bytes(path)
