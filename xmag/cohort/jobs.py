@@ -17,6 +17,7 @@ from xmag.files import read_csv
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import is_slide_path
+from xmag.slide.dicom_files import is_dicom_folder, series_below
 from xmag.slide.scale import checked_mpp
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
@@ -57,7 +58,9 @@ def jobs_of(
         if place.suffix.lower() == ".csv":
             entries = _entries_of_csv(place, mpp)
         elif (found := _slides_below(place)) is not None:
-            entries, root = [_Entry(p, None, mpp) for p in found], place
+            # A slide that is this folder itself has no name below it.
+            root = place.parent if place in found else place
+            entries = [_Entry(p, None, mpp) for p in found]
         else:
             entries = [_Entry(place, None, mpp)]
     else:
@@ -71,7 +74,7 @@ def jobs_of(
     jobs = []
     for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
         if entry.id is None:
-            output = below.with_name(f"{below.stem}.{format}")
+            output = below.with_name(f"{_stem(below, entry.path)}.{format}")
         elif _RESERVED.search(entry.id):
             raise InputError(
                 f"the id {entry.id!r} is not a file name on every system; expected one without"
@@ -85,6 +88,12 @@ def jobs_of(
     return jobs
 
 
+def _stem(below: PurePosixPath, place: Place) -> str:
+    """The name of a slide without its suffix; dots in that of a DICOM slide's folder are none."""
+    is_folder = isinstance(place, Path) and is_dicom_folder(place)
+    return below.name if is_folder else below.stem
+
+
 class _Entry(NamedTuple):
     path: Place
     id: str | None
@@ -96,7 +105,8 @@ def _slides_below(place: Place) -> Sequence[Place] | None:
     if isinstance(place, Path):
         if not place.is_dir():
             return None
-        return sorted(p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
+        files = (p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
+        return sorted([*files, *series_below(place)])
     if is_slide_path(place):
         return None
     with retold(InputError, place):

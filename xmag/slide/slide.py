@@ -21,7 +21,8 @@ from xmag.errors import (
 from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
-from xmag.slide import openslide
+from xmag.slide import dicom_files, openslide
+from xmag.slide.dicom import DicomReader
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.pixels import read_box, read_level
@@ -32,8 +33,7 @@ from xmag.slide.tiff import TiffReader
 from xmag.urls import Place, Url, place_of, readable
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DICOM_MAGIC_AT_128 = b"DICM"
-_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
+_SLIDE_SUFFIXES = openslide.SUFFIXES | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
 _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
@@ -66,8 +66,8 @@ class Slide:
     again.
 
     Args:
-        path: the slide file, or the URL of one ("https://...", "s3://..."), which is then read by
-            byte ranges and not copied.
+        path: the slide file (of a DICOM slide, any one, or their folder), or the URL of one
+            ("https://...", "s3://..."), which is then read by byte ranges and not copied.
         mpp: µm per level-0 px; overrides what the file says.
         region: which scan, where a file holds several.
 
@@ -101,6 +101,8 @@ class Slide:
             reader.close()
             raise
         self._version = self._remote.version if self._remote else version
+        if isinstance(reader, DicomReader):
+            self._version = reader.version
 
     @classmethod
     def from_reader(cls, reader: SlideReader, *, name: str, mpp: float | None = None) -> Self:
@@ -171,6 +173,9 @@ class Slide:
             return None
         if (there := self._remote) is not None:
             return content_fingerprint(there.name, there.size, there.read_many)
+        if isinstance(self._reader, DicomReader):
+            content = self._reader.content
+            return content_fingerprint(self._name, content.size, content.read_many)
         return file_fingerprint(cast(Path, self._source[0]))
 
     @property
@@ -355,7 +360,8 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
 def is_slide_path(path: Place) -> bool:
     """Whether a file in a folder looks like a slide by its name.
 
-    Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
+    Plain images are as often thumbnails, and have to be named. A DICOM slide is many files, which
+    `dicom_files.series_below` puts together.
     """
     return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
 
@@ -368,6 +374,8 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     """
     if isinstance(path, Url):
         return _open_remote(path, region)
+    if dicom_files.is_dicom(path) or dicom_files.is_dicom_folder(path):
+        return dicom_files.open_series(path, region)
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
         try:
@@ -375,7 +383,7 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
         except NeedsOpenSlideError:
             return openslide.OpenSlideReader(path, region=region)
     # A .mrxs file is a JPEG.
-    for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]
+    for_openslide = path.suffix.lower() in openslide.SUFFIXES
     if head.startswith((PNG_MAGIC, JPEG_MAGIC)) and not for_openslide:
         return ImageReader(path, region=region)
     try:
@@ -411,7 +419,7 @@ def _first_bytes(path: Path) -> bytes:
     refuse_special(path, UnsupportedSlideError)
     try:
         with path.open("rb") as file:
-            head = file.read(132)
+            head = file.read(16)
     # Without their causes: those name the folders, which do not belong into logs of cohorts.
     except FileNotFoundError:
         raise SlideError(
@@ -419,8 +427,8 @@ def _first_bytes(path: Path) -> bytes:
         ) from None
     except IsADirectoryError:
         raise SlideError(
-            f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
-            " files)"
+            f"{path.name} is a folder without DICOM files; expected a slide file, or the folder of"
+            " a DICOM slide"
         ) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -19,11 +19,6 @@ from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, pag
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.slide.remote import RemoteSource
 
-_MAX_TILE_PX = 1 << 26
-"""Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
-_MAX_JPEG_2000_TILE_PX = 1 << 24
-"""OpenJPEG takes 24 bytes a px."""
-
 _MOST_GAP = 64
 """Bytes between tiles that are read along with them: some writers align tiles."""
 _MOST_TOGETHER = 1 << 22
@@ -238,10 +233,5 @@ def _tile_size(page: TiffPage) -> tuple[int, int, int]:
     else:
         width, height = page.imagewidth, max(1, min(page.rowsperstrip, page.imagelength))
         last = page.imagelength % height or height
-    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
-    if not (width > 0 and height > 0 and width * height <= most):
-        raise UnsupportedSlideError(
-            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
-            " tiled pyramid"
-        )
+    codecs.check_tile((width, height), int(page.compression))
     return width, height, last
