@@ -101,6 +101,6 @@ def outcome(path: Path) -> str:
     """What became of a slide, in a word; raises what is no XmagError."""
     said = use(path)
     for error in said:
-        if type(error) is not InputError:
+        if not isinstance(error, InputError):
             raise error
     return "read"

@@ -218,7 +218,7 @@ def test_concatenations_are_one_level(tmp_path, written):
 def test_a_part_of_a_concatenation_that_is_not_there_is_damage(tmp_path, part):
     write_dicom(tmp_path / "s", pyramid(PIXELS), concatenation=ConcatenationByFrames(4))
     volumes(tmp_path / "s")[part].unlink()
-    with pytest.raises(DamagedSlideError, match=r"lacks \d of its 6 tiles"):
+    with pytest.raises(DamagedSlideError, match=r"lacks \d of 6 tiles"):
         Slide(tmp_path / "s")
 
 
@@ -334,11 +334,10 @@ def test_any_file_of_a_series_is_the_slide(folder):
 
 def test_a_slide_is_another_version_when_any_of_its_levels_is_written(folder):
     with Slide(folder) as slide:
-        before, fingerprint = slide.facts.version, slide.fingerprint
+        before = slide.facts.version
     set_to(volumes(folder)[1], StudyDescription="longer than it was")
     with Slide(folder) as slide:
         assert slide.facts.version != before
-        assert slide.fingerprint != fingerprint
 
 
 def test_scale_comes_from_the_functional_groups(folder, base):
@@ -413,14 +412,17 @@ def grey(dataset):
     [
         (illuminated("111743"), "its optical path is fluorescence"),
         (illuminated("1"), "light of an unknown kind"),
-        (two_paths, "several optical paths"),
-        (planes, "z-stack of 3 focal planes"),
+        (two_paths, "holds 2 optical paths"),
+        (planes, "holds 3 focal planes"),
         (grey, r"1 sample\(s\) of 8 bits"),
-        (syntax("1.2.840.10008.1.2.4.80"), "stored as JPEG-LS"),
-        (syntax("1.2.840.10008.1.2.5"), "stored as RLE"),
-        (syntax("1.2.840.10008.1.2.4.201"), "stored as HTJ2K"),
-        (lambda d: setattr(d, "PhotometricInterpretation", "PALETTE COLOR"), "Photometric"),
-        (lambda d: setattr(d, "TotalPixelMatrixColumns", 400), "no levels of one scan|frames 0 to"),
+        (syntax("1.2.840.10008.1.2.4.80"), r"coded as 1\.2\.840\.10008\.1\.2\.4\.80"),
+        (syntax("1.2.840.10008.1.2.5"), r"coded as 1\.2\.840\.10008\.1\.2\.5"),
+        (syntax("1.2.840.10008.1.2.4.201"), "coded as 1"),
+        (
+            lambda d: setattr(d, "PhotometricInterpretation", "PALETTE COLOR"),
+            "neither RGB nor YCbCr",
+        ),
+        (lambda d: setattr(d, "TotalPixelMatrixColumns", 400), "more frames than the 4 tiles"),
     ],
 )
 def test_what_is_no_brightfield_scan_is_refused_with_its_reason(folder, base, edit, reason):

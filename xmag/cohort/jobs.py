@@ -17,7 +17,8 @@ from xmag.files import read_csv
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import is_slide_path
-from xmag.slide.dicom_files import is_dicom_folder, series_below
+from xmag.slide.dicom_files import is_dicom, series_below
+from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
@@ -89,9 +90,9 @@ def jobs_of(
 
 
 def _stem(below: PurePosixPath, place: Place) -> str:
-    """The name of a slide without its suffix; dots in that of a DICOM slide's folder are none."""
-    is_folder = isinstance(place, Path) and is_dicom_folder(place)
-    return below.name if is_folder else below.stem
+    """The name of a slide without its suffix; dots in those of DICOM slides are none."""
+    is_folder = isinstance(place, Path) and place.is_dir() and is_dicom(place)
+    return below.name if is_folder or is_series(place) else below.stem
 
 
 class _Entry(NamedTuple):
@@ -107,7 +108,7 @@ def _slides_below(place: Place) -> Sequence[Place] | None:
             return None
         files = (p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
         return sorted([*files, *series_below(place)])
-    if is_slide_path(place):
+    if is_slide_path(place) or is_series(place):
         return None
     with retold(InputError, place):
         return [url for url in place.files_below() if is_slide_path(url)]

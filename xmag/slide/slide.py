@@ -21,7 +21,7 @@ from xmag.errors import (
 from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
-from xmag.slide import dicom_files, openslide
+from xmag.slide import dicom_files, dicomweb, openslide
 from xmag.slide.dicom import DicomReader
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
@@ -174,8 +174,8 @@ class Slide:
         if (there := self._remote) is not None:
             return content_fingerprint(there.name, there.size, there.read_many)
         if isinstance(self._reader, DicomReader):
-            content = self._reader.content
-            return content_fingerprint(self._name, content.size, content.read_many)
+            base = self._reader.sources[0]
+            return content_fingerprint(self._name, base.size, base.read_many)
         return file_fingerprint(cast(Path, self._source[0]))
 
     @property
@@ -374,7 +374,7 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     """
     if isinstance(path, Url):
         return _open_remote(path, region)
-    if dicom_files.is_dicom(path) or dicom_files.is_dicom_folder(path):
+    if dicom_files.is_dicom(path):
         return dicom_files.open_series(path, region)
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
@@ -398,6 +398,8 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
 
 
 def _open_remote(url: Url, region: int | None) -> SlideReader:
+    if dicomweb.is_series(url):
+        return dicomweb.open_series(url, region)
     source = RemoteSource(url)
     try:
         if source.head.startswith(_TIFF_MAGIC):
