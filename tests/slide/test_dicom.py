@@ -576,9 +576,30 @@ def sparse_without_places(path):
     set_to(path, DimensionOrganizationType="TILED_SPARSE")
 
 
+def fewer_places(path):
+    make_sparse(path)
+
+    def edit(dataset):
+        del dataset.PerFrameFunctionalGroupsSequence[2]
+
+    change(path, edit)
+
+
+def places_outside(path):
+    make_sparse(path)
+
+    def edit(dataset):
+        place = dataset.PerFrameFunctionalGroupsSequence[1].PlanePositionSlideSequence[0]
+        place.RowPositionInTotalImagePixelMatrix = -255
+
+    change(path, edit)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        fewer_places,
+        places_outside,
         cut_in_the_middle, cut_in_its_attributes, without_its_end, with_a_table_that_goes_back,
         more_frames, fewer_frames, no_frames, negative_frames, other_tiles, no_tiles,
         sparse_without_places,

@@ -120,7 +120,9 @@ def test_frames_are_asked_for_as_they_are_stored(server):
 
 def test_labels_are_not_asked_for(server):
     with Slide(server.url) as slide:
+        before = slide.bytes_fetched
         slide.thumbnail(max_px=100)
+        assert slide.bytes_fetched > before > 0
         assert {uid for uid, _ in server.frames} <= set(volume_uids(server))
 
 
@@ -241,6 +243,12 @@ def test_a_damaged_frame_is_an_error_of_its_tile(server):
             slide.read_region((0, 0), (1000, 100))
 
 
+def test_a_series_without_levels_is_refused_by_its_name(server):
+    server.metadata = [m for m in server.metadata if "VOLUME" not in m["00080008"]["Value"]]
+    with pytest.raises(UnsupportedSlideError, match=r"^[0-9.]+: it holds no image of a slide"):
+        Slide(server.url)
+
+
 def without(tag):
     return lambda found: [one.pop(tag, None) for one in found]
 
@@ -270,6 +278,7 @@ def test_a_dicomweb_url_is_one_of_https():
     finally:
         server.close()
     assert not dicomweb.is_series(Url("https://host/studies/1.2/series/x.svs"))
+    assert not dicomweb.is_series(Url("https://host/rs/studies/1.2/series/3.4?signature=x"))
     assert not dicomweb.is_series(Url("s3://host/studies/1.2/series/3.4"))
 
 

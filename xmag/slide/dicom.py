@@ -373,10 +373,12 @@ def _chosen(volumes: Sequence[Instance], region: int | None) -> list[Instance]:
 class DicomReader:
     """A TileReader over the instances of one scan, `sources`, which it closes with itself.
 
-    `version` changes when one of them is written; it is None where they do not tell.
+    `version` changes when one of them is written; it is None where they do not tell. `server` is
+    where they come from, if they are no files.
     """
 
     format = "dicom"
+    server: Any = None
 
     def __init__(
         self, instances: Sequence[Instance], region: int | None = None, *, of: str = VOLUME

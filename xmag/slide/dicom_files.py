@@ -80,7 +80,8 @@ _POSITION, _IMPLICIT_POSITION = (
 large slide would take many seconds."""
 _DEEPEST = 16
 """Sequences within each other; those of slides are at most six deep."""
-_MOST_ITEMS = 1 << 10
+_DEEPEST_WANTED = 2
+_MOST_ITEMS = 64
 _MOST_VALUE_BYTES = 1 << 16
 _MOST_TABLE_BYTES = 1 << 25
 _MOST_FRAMES_BYTES = 1 << 28
@@ -167,14 +168,12 @@ class _Parser:
             last = None if length is None else start + length
             if kind == "place":
                 found[keyword] = (start, last, inner)
-            elif kind == "items":
-                if depth > _DEEPEST:
-                    raise damaged("its sequences lie too deep within each other")
+            elif kind == "items" and depth < _DEEPEST_WANTED:
                 found[keyword] = [
                     self.attributes(*item, inner, depth=depth + 1)
                     for item in islice(self.items(start, last, inner), _MOST_ITEMS)
                 ]
-            elif kind:
+            elif kind != "items" and kind:
                 most = _MOST_TABLE_BYTES if kind == "<u8" else _MOST_VALUE_BYTES
                 if length is None or length > most:
                     raise damaged(f"its {keyword} is {length} bytes long; expected at most {most}")

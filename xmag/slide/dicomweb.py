@@ -5,35 +5,30 @@ stored. Credentials come with the URL, from ``XMAG_DICOMWEB_TOKEN``, or from a .
 """
 
 import json
+import logging
 import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import ClosedSlideError, DamagedSlideError, MissingExtraError, SlideError
-from xmag.slide.dicom import (
-    J2K_SYNTAX,
-    JPEG_SYNTAX,
-    RAW_SYNTAX,
-    VOLUME,
-    Attributes,
-    DicomReader,
-    kind,
-    named,
-    text,
+from xmag.errors import (
+    ClosedSlideError,
+    MissingExtraError,
+    SlideError,
+    XmagError,
 )
+from xmag.slide import dicom
 from xmag.slide.dicom_files import TEXTS, WANTED
 from xmag.slide.integrity import damaged
 from xmag.slide.remote import StatusError
 from xmag.urls import Url, retold
 
-_SERIES = re.compile(r"(.+)/studies/([0-9.]+)/series/([0-9.]+)/?")
-_SCHEMES = {"http": "http", "https": "https", "dicomweb": "https"}
+_SERIES = re.compile(r"(?:https?|dicomweb)://([^?#]+)/studies/([0-9.]+)/series/([0-9.]+)/?", re.I)
 _TIMEOUT_S = (20.0, 60.0)
 """Seconds to connect, and without a byte, after which a request has failed."""
 _ATTEMPTS, _FIRST_PAUSE_MS = 3, 250
@@ -42,19 +37,15 @@ _MOST_FRAMES = 32
 _MOST_BYTES = 1 << 28
 """Of an answer."""
 _STORED = ("application/octet-stream", "*")
-_MEDIA_TYPES = {JPEG_SYNTAX: "image/jpeg", J2K_SYNTAX: "image/jp2"}
-_MAGIC = {b"\xff\xd8": JPEG_SYNTAX, b"\xff\x4f": J2K_SYNTAX}
+_MEDIA_TYPES = {dicom.JPEG_SYNTAX: "image/jpeg", dicom.J2K_SYNTAX: "image/jp2"}
+_MAGIC = {b"\xff\xd8": dicom.JPEG_SYNTAX, b"\xff\x4f": dicom.J2K_SYNTAX}
+_TAKER = logging.NullHandler()
+"""Where a program does not log, logging writes on stderr what nobody takes."""
 
 
 def is_series(place: object) -> bool:
     """Whether a place is the URL of a series on a DICOMweb server."""
-    return isinstance(place, Url) and place.scheme in _SCHEMES and _parts(place) is not None
-
-
-def _parts(url: Url) -> tuple[str, str, str] | None:
-    """The path of the service, and the UIDs of study and series."""
-    found = _SERIES.fullmatch(urlsplit(url.text).path)
-    return None if found is None else (found[1], found[2], found[3])
+    return isinstance(place, Url) and _SERIES.fullmatch(place.text) is not None
 
 
 class _Server:
@@ -69,46 +60,42 @@ class _Server:
                 f"{url} needs packages that are not installed ({error.name}); run"
                 ' pip install "xmag[dicom]"'
             ) from None
-        self.url, parts, split = url, _parts(url), urlsplit(url.text)
-        assert parts is not None
-        service, self._study, self._series = parts
-        self._parameters = dict(parse_qsl(split.query)) or None
+        found, parts = _SERIES.fullmatch(url.text), urlsplit(url.text)
+        assert found is not None
+        self.url, self._closed, self._lock, self.bytes_fetched = url, False, threading.Lock(), 0
+        service, *self._series = found.groups()
         self._session = requests.Session()
-        if split.username is not None:
-            self._session.auth = (unquote(split.username), unquote(split.password or ""))
+        self._session.hooks["response"].append(self._check_whole)
+        if parts.username is not None:
+            self._session.auth = (unquote(parts.username), unquote(parts.password or ""))
         elif token := os.environ.get("XMAG_DICOMWEB_TOKEN"):
             self._session.auth = _bearer(token)
-        self._session.hooks["response"].append(self._check_whole)
-        host = split.netloc.rpartition("@")[2]
+        logging.getLogger("dicomweb_client").addHandler(_TAKER)
         self._client = DICOMwebClient(
-            f"{_SCHEMES[split.scheme]}://{host}{service}", session=self._session, timeout=_TIMEOUT_S
+            f"{'http' if url.scheme == 'http' else 'https'}://{service.rpartition('@')[2]}",
+            session=self._session,
+            timeout=_TIMEOUT_S,
         )
         self._client.set_http_retry_params(
             max_attempts=_ATTEMPTS, wait_exponential_multiplier=_FIRST_PAUSE_MS
         )
-        self._lock, self._closed = threading.Lock(), False
-        self.bytes_fetched = 0
 
     def metadata(self) -> list[Any]:
         """The attributes of all instances, in JSON."""
-        ask = self._client.retrieve_series_metadata
-        return self._asked(lambda: list(ask(self._study, self._series, self._parameters)))
+        return self._asked(lambda: self._client.retrieve_series_metadata(*self._series))
 
     def frames(self, uid: str, numbers: Sequence[int], syntax: str) -> list[bytes]:
         """Frames of an instance as they are stored, by their numbers from 1, which ascend."""
-        media_type = _MEDIA_TYPES.get(syntax)
-        types = (*([(media_type, syntax)] if media_type else []), _STORED)
-        ask = self._client.retrieve_instance_frames
+        named = [(_MEDIA_TYPES[syntax], syntax)] if syntax in _MEDIA_TYPES else []
+        place, types = (*self._series, uid), (*named, _STORED)
         found = self._asked(
-            lambda: ask(self._study, self._series, uid, numbers, types, self._parameters)
+            lambda: self._client.retrieve_instance_frames(*place, numbers, media_types=types)
         )
         if len(found) != len(numbers):
             raise SlideError(
                 f"{self.url} gave {len(found)} frames of {len(numbers)} that it was asked for; its"
                 " server or the network fails: try again"
             )
-        with self._lock:
-            self.bytes_fetched += sum(map(len, found))
         return list(map(bytes, found))
 
     def _asked(self, ask: Callable[[], list[Any]]) -> list[Any]:
@@ -143,10 +130,13 @@ class _Server:
             raise SlideError(f"{self.url} gave more than {_MOST_BYTES} bytes at once")
         boundary = re.search(r'boundary="?([^";]+)', response.headers.get("Content-Type", ""))
         try:
-            end = response.content.rstrip()[-100:]
+            data = response.content
+            is_whole = not boundary or data.rstrip().endswith(f"--{boundary[1]}--".encode())
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
-            end, boundary = b"", boundary or re.match("(.?)", "")
-        if boundary and not end.endswith(f"--{boundary[1]}--".encode()):
+            data, is_whole = b"", False
+        with self._lock:
+            self.bytes_fetched += len(data)
+        if not is_whole:
             raise SlideError(
                 f"{self.url} gave an answer that was cut short; its server or the network fails:"
                 " try again"
@@ -170,20 +160,15 @@ def _attributes(found: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes that pixels need, of DICOM JSON (PS3.18, F.2)."""
     values: dict[str, Any] = {}
     for tag, element in found.items():
-        keyword, form = WANTED.get(int(tag, 16), ("", ""))
+        keyword, kind = WANTED.get(int(tag, 16), ("", ""))
         content = element.get("Value") or []
-        if form == "items":
+        if kind == "items":
             values[keyword] = list(map(_attributes, content))
         elif keyword == "PerFrameFunctionalGroupsSequence":
             values |= {keyword: content, "FirstFrame": list(map(_attributes, content[:1]))}
-        elif form != "place" and keyword:
+        elif kind != "place" and keyword:
             values[keyword] = content
     return values
-
-
-def _position(frame: Mapping[str, Any]) -> list[int]:
-    (place,) = frame["0048021A"]["Value"]
-    return [int(place[tag]["Value"][0]) for tag in ("0048021E", "0048021F")]
 
 
 class _WebInstance:
@@ -193,8 +178,8 @@ class _WebInstance:
 
     def __init__(self, server: _Server, found: Mapping[str, Any]) -> None:
         self._server = server
-        self.head: Attributes = _attributes(found)
-        self._uid = text(self.head, "SOPInstanceUID")
+        self.head: dicom.Attributes = _attributes(found)
+        self._uid = dicom.text(self.head, "SOPInstanceUID")
         self._identity = json.dumps(self.head, sort_keys=True).encode()
         self.size = len(self._identity)
         self._first: bytes | None = None
@@ -207,31 +192,32 @@ class _WebInstance:
                 return str(said[0])
         if self._first is None:
             (self._first,) = self._server.frames(self._uid, [1], "")
-        return _MAGIC.get(self._first[:2], RAW_SYNTAX)
+        return _MAGIC.get(self._first[:2], dicom.RAW_SYNTAX)
 
-    def read_attributes(self) -> Attributes:
+    def read_attributes(self) -> dicom.Attributes:
         return self.head
 
-    def positions(self, attributes: Attributes) -> NDArray[np.int64]:
-        frames = attributes["PerFrameFunctionalGroupsSequence"]
-        return np.array([_position(frame) for frame in frames], np.int64).reshape(-1, 2)
+    def positions(self, attributes: dicom.Attributes) -> NDArray[np.int64]:
+        places = [
+            frame["0048021A"]["Value"][0][tag]["Value"][0]
+            for frame in attributes["PerFrameFunctionalGroupsSequence"]
+            for tag in ("0048021E", "0048021F")
+        ]
+        return np.array(places, np.int64).reshape(-1, 2)
 
-    def open(self, attributes: Attributes, frames: int, frame_bytes: int | None) -> None:  # noqa: ARG002 (they are asked for by number)
-        self._frame_bytes = frame_bytes
+    def open(self, attributes: dicom.Attributes, frames: int, frame_bytes: int | None) -> None:  # noqa: ARG002 (frames are asked for by number)
+        self._frame_bytes = frame_bytes or 0
 
     def read(self, frames: Sequence[int], most: int) -> list[bytes]:
-        found: dict[int, bytes] = {}
-        wanted = sorted(set(frames))
-        if self._first is not None and 0 in wanted:
-            found[0] = self._first
-            wanted.remove(0)
+        found = {} if self._first is None else {0: self._first}
+        wanted = sorted(set(frames) - set(found))
         for at in range(0, len(wanted), _MOST_FRAMES):
             these = wanted[at : at + _MOST_FRAMES]
             chunks = self._server.frames(self._uid, [n + 1 for n in these], self.syntax)
             found.update(zip(these, chunks, strict=True))
-        for frame, data in found.items():
-            if len(data) > most or (self._frame_bytes and len(data) < self._frame_bytes):
-                raise damaged(f"frame {frame} has {len(data)} bytes; expected at most {most}")
+        for frame in frames:
+            if not self._frame_bytes <= len(found[frame]) <= most:
+                raise damaged(f"frame {frame} has {len(found[frame])} bytes; expected up to {most}")
         return [found[frame] for frame in frames]
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -242,7 +228,7 @@ class _WebInstance:
 
         found: dict[str, str] = {}
         for instance in self._server.metadata():
-            if text(_attributes(instance), "SOPInstanceUID") != self._uid:
+            if dicom.text(_attributes(instance), "SOPInstanceUID") != self._uid:
                 continue
             for tag, element in instance.items():
                 if element["vr"].encode() in TEXTS:
@@ -254,11 +240,11 @@ class _WebInstance:
 
     def close(self) -> None:
         # Labels are read, and done with, while the slide is open.
-        if kind(self.head) == VOLUME:
+        if dicom.kind(self.head) == dicom.VOLUME:
             self._server.close()
 
 
-def open_series(url: Url, region: int | None = None) -> DicomReader:
+def open_series(url: Url, region: int | None = None) -> dicom.DicomReader:
     """The reader of the scan in a series on a server.
 
     Raises SlideErrors for what cannot be had or read, SeveralScansError where one must be chosen,
@@ -267,11 +253,16 @@ def open_series(url: Url, region: int | None = None) -> DicomReader:
     server = _Server(url)
     try:
         found = server.metadata()
-        with retold(DamagedSlideError, url):
-            return DicomReader([_WebInstance(server, instance) for instance in found], region)
-    except DamagedSlideError as error:
-        server.close()
-        raise named(error, url.name) from None
+        try:
+            instances = [_WebInstance(server, instance) for instance in found]
+            reader = dicom.DicomReader(instances, region)
+        except XmagError as error:
+            raise error if str(url) in str(error) else dicom.named(error, url.name) from None
+        except (LookupError, TypeError, ValueError, AttributeError):
+            # Without the error itself, which may hold some of what it gave.
+            raise damaged(f"{url} gives attributes that make no sense") from None
     except BaseException:
         server.close()
         raise
+    reader.server = server
+    return reader

@@ -181,7 +181,8 @@ class Slide:
     @property
     def bytes_fetched(self) -> int | None:
         """Bytes that came over the network so far; None for a file of this machine."""
-        return None if self._remote is None else self._remote.bytes_fetched
+        there = getattr(self._reader, "server", self._remote)
+        return None if there is None else int(there.bytes_fetched)
 
     @property
     def _remote(self) -> RemoteSource | None:
