@@ -269,7 +269,7 @@ def test_attributes_are_those_that_pydicom_finds(tmp_path, syntax, arrange):
         dataset.file_meta.TransferSyntaxUID = syntax
         dataset.save_as(path, implicit_vr=syntax.is_implicit_VR, little_endian=True)
     file = InstanceFile(path)
-    found = file.read_attributes()
+    found = file.attributes
     for keyword in ("Rows", "Columns", "TotalPixelMatrixColumns", "SamplesPerPixel"):
         assert found[keyword] == [dataset[keyword].value]
     assert found["SOPInstanceUID"] == [dataset.SOPInstanceUID]
@@ -278,7 +278,7 @@ def test_attributes_are_those_that_pydicom_finds(tmp_path, syntax, arrange):
     measures = found["SharedFunctionalGroupsSequence"][0]["PixelMeasuresSequence"][0]
     assert [float(x) for x in measures["PixelSpacing"]] == [0.00025, 0.00025]
     if "PerFrameFunctionalGroupsSequence" in dataset:
-        assert file.positions(found).tolist() == [
+        assert file.positions().tolist() == [
             [
                 group.PlanePositionSlideSequence[0].ColumnPositionInTotalImagePixelMatrix,
                 group.PlanePositionSlideSequence[0].RowPositionInTotalImagePixelMatrix,

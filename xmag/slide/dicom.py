@@ -6,7 +6,7 @@ a level, and says where they lie. Whether they are files or on a server is not k
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
+from xmag.errors import ClosedSlideError, MissingExtraError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs
 from xmag.slide.directories import most_bytes
 from xmag.slide.integrity import check_level, damaged
@@ -72,13 +72,14 @@ class Instance(Protocol):
     def syntax(self) -> str:
         """Its transfer syntax."""
 
-    def read_attributes(self) -> Attributes:
+    @property
+    def attributes(self) -> Attributes:
         """All attributes that pixels need; those of the first frame as "FirstFrame"."""
 
-    def positions(self, attributes: Attributes) -> NDArray[np.int64]:
+    def positions(self) -> NDArray[np.int64]:
         """(column, row) of each frame in the whole image, from 1; (frames, 2)."""
 
-    def open(self, attributes: Attributes, frames: int, frame_bytes: int | None) -> None:
+    def open(self, frames: int, frame_bytes: int | None) -> None:
         """Find the `frames`; each has `frame_bytes` where pixels are stored as they are."""
 
     def read(self, frames: Sequence[int], most: int) -> list[bytes]:
@@ -87,8 +88,8 @@ class Instance(Protocol):
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes that identify it, of each (offset, length)."""
 
-    def texts(self) -> Mapping[str, str]:
-        """All its texts by keyword, patients' names among them."""
+    def texts(self) -> Iterable[tuple[int, str]]:
+        """All its texts by tag, patients' names among them."""
 
     def close(self) -> None:
         """Release it. Closing twice is fine."""
@@ -149,7 +150,6 @@ class _Image:
     """
 
     instance: Instance
-    attributes: Attributes
     size: tuple[int, int]
     coding: codecs.TileCoding
     frames: int
@@ -165,8 +165,8 @@ class _Image:
     @property
     def is_full(self) -> bool:
         """Whether its frames are all tiles, row by row; older files need not say so."""
-        said = text(self.attributes, "DimensionOrganizationType")
-        placed = self.attributes.get("PerFrameFunctionalGroupsSequence") is not None
+        said = text(self.instance.attributes, "DimensionOrganizationType")
+        placed = self.instance.attributes.get("PerFrameFunctionalGroupsSequence") is not None
         if said == "TILED_SPARSE" and not placed:
             raise damaged("it is TILED_SPARSE, and does not say where its frames lie")
         return said == "TILED_FULL" or not placed
@@ -178,7 +178,7 @@ class _Image:
             if self.first + self.frames > across * down:
                 raise damaged(f"it holds more frames than the {across * down} tiles of its level")
             return self.first + np.arange(self.frames, dtype=np.int64)
-        places = self.instance.positions(self.attributes)
+        places = self.instance.positions()
         if len(places) != self.frames:
             raise damaged(f"it says that it has {self.frames} frames, and places {len(places)}")
         cells, beside = np.divmod(places - 1, self.coding.size)
@@ -195,16 +195,15 @@ class _Image:
         """Find the frames."""
         raw = self.coding.compression == _RAW
         frame_bytes = 3 * math.prod(self.coding.size) if raw else None
-        self.instance.open(self.attributes, self.frames, frame_bytes)
+        self.instance.open(self.frames, frame_bytes)
 
 
 def _parse(instance: Instance) -> _Image:
     """The image in an instance; UnsupportedSlideError where it is not 8-bit colour."""
-    attributes = instance.read_attributes()
+    attributes = instance.attributes
     size = _size(attributes)
     image = _Image(
         instance=instance,
-        attributes=attributes,
         size=size,
         coding=_coding(attributes, instance.syntax),
         frames=number(attributes, "NumberOfFrames", 1),
@@ -323,7 +322,7 @@ class _Tiles:
     def _check_parts(parts: Sequence[_Image]) -> None:
         """Raise DamagedSlideError where a part of a concatenation is not there."""
         ends = np.cumsum([0, *(part.frames for part in parts)])[:-1].tolist()
-        total = number(parts[0].attributes, "InConcatenationTotalNumber", 0)
+        total = number(parts[0].instance.attributes, "InConcatenationTotalNumber", 0)
         if [part.first for part in parts] != ends or total > len(parts):
             raise damaged("a part of its concatenated instances is not there")
 
@@ -340,7 +339,10 @@ class _Tiles:
 
 def _level(tiles: _Tiles, base: _Image) -> Level:
     """The level that is made of tiles."""
-    size, spacings = tiles.images[0].size, [_spacing(i.attributes) for i in (tiles.images[0], base)]
+    size, spacings = (
+        tiles.images[0].size,
+        [_spacing(i.instance.attributes) for i in (tiles.images[0], base)],
+    )
     here, there = spacings
     factor = downsample(base.size, size, max(1.0, here[0] / there[0]) if here and there else None)
     pairs = zip(base.size, size, strict=True)
@@ -366,7 +368,7 @@ def _chosen(volumes: Sequence[Instance], region: int | None) -> list[Instance]:
     found = list(scans.values())
     if len(found) == 1 and region is None:
         return found[0]
-    sizes = [max(_size(instance.read_attributes()) for instance in scan) for scan in found]
+    sizes = [max(_size(instance.attributes) for instance in scan) for scan in found]
     return found[choose_scan(sizes, region)]
 
 
@@ -392,9 +394,9 @@ class DicomReader:
         for instance in _chosen(volumes, region):
             image = _parse(instance)
             if of == VOLUME:
-                _check_brightfield(image.attributes)
+                _check_brightfield(instance.attributes)
             # Some files lie beside their copies.
-            images.setdefault(text(image.attributes, "SOPInstanceUID"), image)
+            images.setdefault(text(instance.head, "SOPInstanceUID"), image)
         ordered = sorted(images.values(), key=lambda image: (image.size, *_place(image)))[::-1]
         base = ordered[0]
         self._tiles = [_Tiles(list(same)) for _, same in groupby(ordered, lambda i: i.size)]
@@ -402,7 +404,10 @@ class DicomReader:
         self.levels: tuple[Level, ...] = tuple(_level(tiles, base) for tiles in self._tiles)
         for number, level in enumerate(self.levels):
             check_level(number, level)
-        mpp, path = _spacing(base.attributes), base.attributes.get("OpticalPathSequence") or [{}]
+        mpp, path = (
+            _spacing(base.instance.attributes),
+            base.instance.attributes.get("OpticalPathSequence") or [{}],
+        )
         self.metadata = ScaleMetadata(
             mpp=mpp,
             mpp_source="DICOM PixelSpacing" if mpp else "",
@@ -442,7 +447,15 @@ class DicomReader:
 
     def read_properties(self) -> Mapping[str, str]:
         """The texts of the first level's instance, by their keywords: "dicom.PatientName"."""
-        return self.sources[0].texts()
+        try:
+            from pydicom.datadict import keyword_for_tag
+        except ImportError as error:
+            raise MissingExtraError(
+                "the names of attributes of DICOM need pydicom, which is not installed; run"
+                ' pip install "xmag[dicom]"'
+            ) from error
+        texts = self.sources[0].texts()
+        return {f"dicom.{keyword_for_tag(tag) or f'{tag:08X}'}": value for tag, value in texts}
 
     def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
         """Functions that read the label, the overview ("macro") and the thumbnail."""

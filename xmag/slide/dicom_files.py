@@ -8,7 +8,8 @@ from tag to tag, and reads no value that is not asked for (DICOM PS3.5, sections
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import MissingExtraError, SlideError, UnsupportedSlideError, XmagError
+from xmag.errors import SlideError, UnsupportedSlideError, XmagError
 from xmag.slide.dicom import SERIES, VOLUME, Attributes, DicomReader, kind, named, text
 from xmag.slide.integrity import damaged
 from xmag.slide.tiff import LocalSource
@@ -223,7 +224,8 @@ class InstanceFile:
                 self.head = parser.attributes(self._start, None, self._explicit, stop=_END_OF_HEAD)
         self._source: LocalSource | None = None
 
-    def read_attributes(self) -> Attributes:
+    @cached_property
+    def attributes(self) -> Attributes:
         """All attributes that pixels need; those of the first frame as "FirstFrame"."""
         with self.path.open("rb") as file:
             parser = _Parser(file)
@@ -233,9 +235,9 @@ class InstanceFile:
                 found["FirstFrame"] = [parser.attributes(*item, place[2]) for item in first]
             return found
 
-    def positions(self, attributes: Attributes) -> NDArray[np.int64]:
+    def positions(self) -> NDArray[np.int64]:
         """(column, row) of each frame in the whole image, from 1; (frames, 2)."""
-        start, end, explicit = attributes["PerFrameFunctionalGroupsSequence"]
+        start, end, explicit = self.attributes["PerFrameFunctionalGroupsSequence"]
         with self.path.open("rb") as file:
             parser = _Parser(file)
             if end is None:
@@ -246,14 +248,14 @@ class InstanceFile:
         found = (_POSITION if explicit else _IMPLICIT_POSITION).findall(data)
         return np.frombuffer(b"".join(map(b"".join, found)), "<i4").reshape(-1, 2).astype(np.int64)
 
-    def open(self, attributes: Attributes, frames: int, frame_bytes: int | None) -> None:
+    def open(self, frames: int, frame_bytes: int | None) -> None:
         """Find the `frames`; each has `frame_bytes` where pixels are stored as they are."""
-        start, end, _ = attributes.get("PixelData") or (0, 0, False)
+        start, end, _ = self.attributes.get("PixelData") or (0, 0, False)
         if frame_bytes is None:
             if end is not None:
                 raise damaged("it holds no pixels, or none in fragments")
             with self.path.open("rb") as file:
-                table = attributes.get("ExtendedOffsetTable") or ()
+                table = self.attributes.get("ExtendedOffsetTable") or ()
                 self._starts, self._ends = _find_frames(_Parser(file), start, frames, table)
         else:
             if end is None or min(end, self.size) - start < frames * frame_bytes:
@@ -277,26 +279,15 @@ class InstanceFile:
         assert self._source is not None
         return self._source.read_many(ranges)
 
-    def texts(self) -> Mapping[str, str]:
-        """All texts of the file by keyword, patients' names among them."""
-        try:
-            from pydicom.datadict import keyword_for_tag
-        except ImportError as error:
-            raise MissingExtraError(
-                "the names of its attributes need pydicom, which is not installed; run"
-                ' pip install "xmag[dicom]"'
-            ) from error
-        found: dict[str, str] = {}
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """All texts of the file by tag, patients' names among them; not where VRs are implicit."""
         with self.path.open("rb") as file:
             parser = _Parser(file)
             for tag, form, start, length in parser.elements(self._start, None, self._explicit):
                 if tag >= _PIXELS:
                     break
                 if form in TEXTS and length is not None and length <= _MOST_VALUE_BYTES:
-                    name = keyword_for_tag(tag) or f"{tag >> 16:04X},{tag & 0xFFFF:04X}"
-                    value = parser.read(start, length).decode("utf-8", "replace")
-                    found[f"dicom.{name}"] = value.strip(" \0")
-        return found
+                    yield tag, parser.read(start, length).decode("utf-8", "replace").strip(" \0")
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -194,18 +194,19 @@ class _WebInstance:
             (self._first,) = self._server.frames(self._uid, [1], "")
         return _MAGIC.get(self._first[:2], dicom.RAW_SYNTAX)
 
-    def read_attributes(self) -> dicom.Attributes:
+    @property
+    def attributes(self) -> dicom.Attributes:
         return self.head
 
-    def positions(self, attributes: dicom.Attributes) -> NDArray[np.int64]:
+    def positions(self) -> NDArray[np.int64]:
         places = [
             frame["0048021A"]["Value"][0][tag]["Value"][0]
-            for frame in attributes["PerFrameFunctionalGroupsSequence"]
+            for frame in self.head["PerFrameFunctionalGroupsSequence"]
             for tag in ("0048021E", "0048021F")
         ]
         return np.array(places, np.int64).reshape(-1, 2)
 
-    def open(self, attributes: dicom.Attributes, frames: int, frame_bytes: int | None) -> None:  # noqa: ARG002 (frames are asked for by number)
+    def open(self, frames: int, frame_bytes: int | None) -> None:  # noqa: ARG002 (by number)
         self._frame_bytes = frame_bytes or 0
 
     def read(self, frames: Sequence[int], most: int) -> list[bytes]:
@@ -223,20 +224,14 @@ class _WebInstance:
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return [self._identity[offset : offset + length] for offset, length in ranges]
 
-    def texts(self) -> Mapping[str, str]:
-        from pydicom.datadict import keyword_for_tag
-
-        found: dict[str, str] = {}
+    def texts(self) -> Iterator[tuple[int, str]]:
         for instance in self._server.metadata():
-            if dicom.text(_attributes(instance), "SOPInstanceUID") != self._uid:
-                continue
-            for tag, element in instance.items():
-                if element["vr"].encode() in TEXTS:
-                    values = element.get("Value") or []
-                    parts = [v.get("Alphabetic", "") if isinstance(v, dict) else v for v in values]
-                    name = keyword_for_tag(int(tag, 16)) or f"{tag[:4]},{tag[4:]}"
-                    found[f"dicom.{name}"] = "\\".join(map(str, parts))
-        return found
+            if dicom.text(_attributes(instance), "SOPInstanceUID") == self._uid:
+                for tag, element in instance.items():
+                    if element["vr"].encode() in TEXTS:
+                        values = element.get("Value") or []
+                        texts = [v.get("Alphabetic") if isinstance(v, dict) else v for v in values]
+                        yield int(tag, 16), "\\".join(map(str, texts))
 
     def close(self) -> None:
         # Labels are read, and done with, while the slide is open.
