@@ -126,7 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.frames += [(uid, number) for number in numbers]
         body = b""
-        for number in numbers[: len(numbers) - state.lost_parts]:
+        # As they lie in the instance, whatever the order in which they are asked for.
+        for number in sorted(numbers)[: len(numbers) - state.lost_parts]:
             body += b"--part\r\nContent-Type: application/octet-stream\r\n\r\n"
             body += stored[number - 1] + b"\r\n"
         body += b"--part--\r\n"
