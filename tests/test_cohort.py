@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.encoders import ColourEncoder
 from support.slides import write_svs
+from support.vendor_slides import write_scn
 
 from xmag import provenance
 from xmag.bag import FeatureBag
@@ -17,6 +18,8 @@ from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
+from xmag.plan import plan_tiles
+from xmag.slide import Slide
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,11 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
         ("slide,mpp\na.svs,896\n", "line 2.*'896'"),
         ("slide,mpp\n\nNA,0.25\n", "line 3.*no slide: 'NA'"),
         ("slide,mmp\na.svs,0.5\n", "'mmp'; did you mean 'mpp'"),
+        ("slide,region\na.svs,one\n", "line 2.*'one'.*number of a scan"),
+        ("slide,region\na.svs,-1\n", "line 2.*'-1'"),
+        ("slide,region\na.svs,0.5\n", "line 2.*'0.5'"),
+        ("slide,region\na.svs,inf\n", "line 2.*'inf'"),
+        ("slide,regoin\na.svs,0\n", "'regoin'; did you mean 'region'"),
         ("slide;mpp\na.svs;0,25\n", "'slide;mpp'.*commas"),
         (b"slide\n\xe7.svs\n", "save it as CSV UTF-8"),
     ],
@@ -232,6 +240,97 @@ def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):
     assert [row["output"] for row in read_report(out)] == ["fine.h5", "coarse.h5"]
     (out / "fine.h5").unlink()
     assert [row.status for row in run(folder / "twice.csv", out)] == ["done", "skipped"]
+
+
+@pytest.fixture
+def scans(folder):
+    """The folder with a file of two scans, one of a size of its own, and a table to write."""
+    regions = [((60, 40), (700, 560)), ((900, 660), (560, 480))]
+    write_scn(folder / "two.scn", regions=regions, canvas=(1600, 1300), levels=(1, 2))
+    return folder
+
+
+def table(folder, text):
+    (folder / "table.csv").write_text(text)
+    return folder / "table.csv"
+
+
+def test_a_file_with_several_scans_and_no_choice_is_a_row_that_lists_them(scans, out):
+    for processes in (0, 1):
+        report = run(
+            [scans / "a.svs", scans / "two.scn"], out / str(processes), processes=processes
+        )
+        assert [row.status for row in report] == ["done", "failed"]
+        for text in ("2 scans", "--region", "region=0 (700x560 px)", "region=1 (560x480 px)"):
+            assert text in report[1].error
+
+
+def test_each_scan_of_a_file_has_a_row_and_an_output_of_its_own(scans, out):
+    rows = table(scans, "slide,region\ntwo.scn,0\na.svs,\ntwo.scn,1.0\n")
+    for processes, status in ((0, "done"), (1, "skipped")):
+        report = run(rows, out, processes=processes)
+        assert {row.status for row in report} == {status}
+        assert [row.output for row in report] == ["two.h5", "a.h5", "two-region1.h5"]
+        assert [row["region"] for row in read_report(out)] == ["0", "", "1"]
+    for number, name in ((0, "two.h5"), (1, "two-region1.h5")):
+        path = scans / "two.scn"
+        expected = extract_features(path, region=number, model=ColourEncoder(), tissue=None)
+        found = FeatureBag.load(out / name)
+        assert np.array_equal(found.features, expected.features)
+        assert found.provenance.record["slide"] == expected.provenance.record["slide"]
+    two = [FeatureBag.load(out / name).features for name in ("two.h5", "two-region1.h5")]
+    assert not np.array_equal(*two)
+
+
+def test_the_region_of_all_slides_is_an_option_and_the_table_goes_before(scans, out):
+    rows = table(scans, "slide,region\ntwo.scn,0\ntwo.scn,\n")
+    report = run(rows, out, region=1)
+    assert [(row.output, row.region) for row in report] == [("two.h5", 0), ("two-region1.h5", 1)]
+    assert run([scans / "two.scn"], out, region=1)[0].status == "skipped"
+    assert run([scans / "a.svs"], out, region=0)[0].output == "a.h5"
+    assert "region=1 is not in" in run([scans / "a.svs"], out, region=1)[0].error
+
+
+def test_features_of_another_scan_under_the_same_name_are_told_apart(scans, out):
+    run(table(scans, "slide,region,id\ntwo.scn,0,it\n"), out)
+    other = table(scans, "slide,region,id\ntwo.scn,1,it\n")
+    (row,) = run(other, out)
+    assert row.status == "failed"
+    assert "made from other content" in row.error
+    assert ", region 1) at 0.25" in row.error
+    (row,) = run(other, out, on_mismatch="redo")
+    assert row.status == "done"
+    expected = extract_features(scans / "two.scn", region=1, model=ColourEncoder(), tissue=None)
+    assert np.array_equal(FeatureBag.load(out / "it.h5").features, expected.features)
+    (row,) = run(table(scans, "slide,region,id\ntwo.scn,0,it\n"), out)
+    assert ", region 1) at 0.25" in row.error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide,region\ntwo.scn,0\ntwo.scn,0\n",
+        "slide,region\ntwo.scn,0\ntwo.scn,\n",
+        "slide,region\ntwo.scn,1\ntwo-region1.scn,0\n",
+        "slide,region,id\ntwo.scn,0,it\ntwo.scn,1,it\n",
+    ],
+)
+def test_scans_that_would_be_written_to_one_file_are_refused(scans, out, text):
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(table(scans, text), out)
+    assert not out.exists()
+
+
+def test_a_plan_is_for_its_own_scan_alone(scans):
+    encoder = ColourEncoder()
+    with Slide(scans / "two.scn", region=0) as one, Slide(scans / "two.scn", region=1) as other:
+        assert one.fingerprint | {"region": 1} == other.fingerprint
+        plan = plan_tiles(one, encoder.tile_spec)
+        assert len(extract_features(one, model=encoder, plan=plan)) > 0
+        with pytest.raises(InputError):
+            extract_features(other, model=encoder, plan=plan)
+        with pytest.raises(InputError, match=r"region= goes with a path"):
+            extract_features(one, model=encoder, region=1)
 
 
 def test_slides_are_looked_for_before_a_model_is_loaded(folder, out):
@@ -316,6 +415,9 @@ def test_interruption_leaves_what_is_finished_and_its_report(folder, out):
         {"tissue": "find"},
         {"mpp": -1},
         {"mpp": 896},
+        {"region": -1},
+        {"region": "1"},
+        {"region": True},
         {"overlap": 56},
         {"min_tissue": 2},
         {"batch_size": 0},

@@ -28,12 +28,12 @@ from xmag.geometry import TileSpec
 from xmag.slide import Slide, dicomweb
 from xmag.urls import Url
 
-SIZE = (2000, 1500)
+SIZE = (1200, 900)
 PIXELS = texture(*SIZE)
 
 
 def encoder():
-    return ColourEncoder(spec=TileSpec(mpp=1.0, size_px=64))
+    return ColourEncoder(spec=TileSpec(mpp=1.0, size_px=32))
 
 
 @pytest.fixture(scope="module")

@@ -218,14 +218,19 @@ def write_dicom(
     associated: bool = True,
     power: float | None = None,
     text: str = "planted",
+    mark: tuple[int, int, int] | None = None,
     **options,
 ) -> list[Path]:
     """The files that wsidicom writes for these levels, with a label and an overview.
 
-    `options` are those of `WsiDicom.save`: `offset_table`, `concatenation`.
+    `text` stands in all kinds of names, and those two are of the colour `mark`. `options` are those
+    of `WsiDicom.save`: `offset_table`, `concatenation`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    small = frames(texture(120, 90, seed=7), tile=(120, 90), mpp=50.0) if associated else None
+    pixels = texture(120, 90, seed=7)
+    if mark is not None:
+        pixels[:] = mark
+    small = frames(pixels, tile=(120, 90), mpp=50.0) if associated else None
     source = _FramesSource(levels, small, small, metadata(text, power))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -301,3 +306,44 @@ def volumes(folder: Path) -> list[Path]:
         if "VOLUME" in pydicom.dcmread(p, specific_tags=["ImageType"]).ImageType
     ]
     return sorted(levels, key=key)
+
+
+_NEEDED = {
+    "TransferSyntaxUID", "MediaStorageSOPClassUID", "SOPInstanceUID", "SeriesInstanceUID",
+    "StudyInstanceUID", "FrameOfReferenceUID", "PyramidUID", "SOPClassUID", "ImageType",
+    "PhotometricInterpretation", "DimensionOrganizationType", "SpecificCharacterSet",
+    "NumberOfFrames", "PixelSpacing", "ObjectiveLensPower", "CodeValue",
+}  # fmt: skip
+"""Attributes that a reader has to go by."""
+
+
+def plant_texts(path: Path, secret: str) -> None:
+    """Put a text into each text of a file, whatever its representation allows, and into new ones.
+
+    Also into private ones, and into those that no slide has.
+    """
+    texts = ("CS", "SH", "LO", "ST", "LT", "UT", "PN", "AE", "UC", "UR", "UI", "DA", "TM", "DT")
+
+    def plant(dataset) -> None:
+        for element in dataset:
+            if element.VR == "SQ":
+                for item in element.value:
+                    plant(item)
+            elif element.VR in texts and element.keyword not in _NEEDED:
+                element.value = secret
+
+    def edit(dataset) -> None:
+        for keyword in (
+            "PatientBirthDate", "OtherPatientNames", "PatientComments", "PatientAddress",
+            "ReferringPhysicianName", "OperatorsName", "InstitutionName", "StationName",
+            "ImageComments", "SeriesDescription", "ProtocolName", "AdmissionID", "DeviceUID",
+            "BarcodeValue", "LabelText", "ContainerIdentifier", "RequestingPhysician",
+        ):  # fmt: skip
+            setattr(dataset, keyword, secret)
+        block = dataset.private_block(0x0009, secret, create=True)
+        block.add_new(0x01, "LO", secret)
+        block.add_new(0x02, "UN", secret.encode() + b" " * (len(secret) % 2))
+        plant(dataset)
+        plant(dataset.file_meta)
+
+    change(path, edit)

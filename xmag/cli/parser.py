@@ -87,7 +87,7 @@ _EPILOG = """\
 examples:
   xmag demo                                    make a small slide and extract its features
   xmag info slide.svs                          what xmag sees in a file
-  xmag extract slides.csv -o features          features; columns: slide, optionally mpp and id
+  xmag extract slides.csv -o features          features; columns: slide, optionally mpp, region, id
   xmag train slides.csv --features features -o classifier
                                                a classifier; columns: slide, label, patient
   xmag heatmap slide.svs --classifier classifier
@@ -104,6 +104,7 @@ _SLIDE = _flag("slide", "a slide file", "SLIDE")
 _MPP = _flag(
     "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
 )
+_REGION = _flag("--region", "which scan of a file that holds several, from 0 on", "N", type=int)
 _COHORT = (
     _flag("csv", "columns: slide, patient, and what is to be predicted", "CSV", type=Path),
     _flag("--features", _OF_EXTRACT, "DIR"),
@@ -144,7 +145,12 @@ _TRAINING = (
 )  # fmt: skip
 
 _COMMANDS = {
-    "info": _Command("slides", "show what a slide holds", (_SLIDE, _MPP)),
+    "info": _Command("slides", "show what a slide holds", (
+        _SLIDE,
+        _MPP,
+        _REGION,
+        _flag("--properties", "also what the scanner wrote, which may name the patient"),
+    )),
     "extract": _Command("slides", "extract the features of slides", (
         _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
         _flag("-o --out", "where to write", "DIR", required=True),
@@ -173,6 +179,7 @@ _COMMANDS = {
             " machines", "I/N", type=_shard,
         ),
         _MPP,
+        _REGION,
     ), """\
 Features, and report.csv, are written below DIR at the paths that the slides have below their common
 folder. What is there already is kept, so that the same command goes on where it was stopped.
@@ -188,6 +195,7 @@ examples:
         _flag("slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"),
         _flag("-o --out", "default: demo", "DIR"),
         _MPP,
+        _REGION,
     )),
     "train": _Command("classify", "train a classifier, or for another task", (
         *_COHORT,
@@ -242,6 +250,7 @@ examples:
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
         _MPP,
+        _REGION,
     ), """\
 MODEL may be of any task. Several slides are one case: their colours have one scale. Without
 --features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with

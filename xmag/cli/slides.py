@@ -1,24 +1,42 @@
 """The commands on slides: info, extract, demo."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
-from xmag.errors import InputError, SlideScaleError
+from xmag.errors import InputError, SeveralScansError, SlideScaleError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
-from xmag.urls import place_of
+from xmag.urls import place_of, readable
 
 # What needs torch is imported by the commands that call it.
 
 
-def info(slide: str, *, mpp: float | None = None) -> int:
-    """Print the facts about a slide."""
-    with Slide(slide, mpp=mpp) as opened:
-        for label, value in _facts(opened):
-            write(sys.stdout, f"{label:<10}{value}")
+def info(
+    slide: str, *, mpp: float | None = None, region: int | None = None, properties: bool = False
+) -> int:
+    """Print the facts about a slide, or the scans of a file of which none is chosen.
+
+    With `properties` also what its scanner wrote, escaped as JSON.
+    """
+    try:
+        with Slide(slide, mpp=mpp, region=region) as opened:
+            facts = [*_facts(opened)]
+            if region is not None:
+                facts.insert(1, ("region", str(region)))
+            if properties:
+                for key, value in opened.properties.items():
+                    facts.append(("property", f"{json.dumps(key)}: {json.dumps(value)}"))
+    except SeveralScansError as error:
+        facts = [("slide", readable(place_of(slide).name))]
+        for number, (width, height) in enumerate(error.scans):
+            facts.append(("" if number else "scans", f"{number}: {width:,} x {height:,} px"))
+        facts.append(("", "choose one with --region"))
+    for label, value in facts:
+        write(sys.stdout, f"{label:<10}{value}")
     return ALL_DONE
 
 
@@ -78,7 +96,13 @@ def extract(slides: list[str], out: str, **options: Any) -> int:
     return FAILED if report.failed else ALL_DONE
 
 
-def demo(slide: str | None = None, *, out: str = "demo", mpp: float | None = None) -> int:
+def demo(
+    slide: str | None = None,
+    *,
+    out: str = "demo",
+    mpp: float | None = None,
+    region: int | None = None,
+) -> int:
     """Run the demo, and print its summary."""
 
     def tell(step: str) -> None:
@@ -87,6 +111,6 @@ def demo(slide: str | None = None, *, out: str = "demo", mpp: float | None = Non
     tell("loading PyTorch")  # takes seconds, so it is said before
     from xmag.demo import run_demo
 
-    done = run_demo(out, slide=slide, mpp=mpp, tell=tell)
+    done = run_demo(out, slide=slide, mpp=mpp, region=region, tell=tell)
     write(sys.stdout, done.summary)
     return ALL_DONE

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 from typing import Literal
 
@@ -32,6 +33,7 @@ def extract_cohort(
     format: Literal["h5", "safetensors"] = "h5",
     tissue: Literal["auto"] | None = "auto",
     mpp: float | None = None,
+    region: int | None = None,
     overlap: int = 0,
     min_tissue: float | None = 0.25,
     border: Border = "shift",
@@ -66,13 +68,17 @@ def extract_cohort(
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
             has a column ``slide`` (relative paths start at the CSV's folder) and optionally
-            ``mpp`` (µm/px of level 0, where the file's own is missing or wrong) and ``id`` (names
-            the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
+            ``mpp`` (µm/px of level 0, where the file's own is missing or wrong), ``region`` (which
+            scan, where the file holds several: a row for each of those that are wanted) and ``id``
+            (names the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
         out: The folder to write to, or the URL of one in a store; made if it is not there.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         format: "h5" or "safetensors".
         tissue: "auto" finds the tissue of each slide, None takes every tile.
         mpp: µm/px of level 0 for every slide that has none in the CSV, whatever its file says.
+        region: Which scan of every file that has none in the CSV, where files hold several. The
+            bag of any but the first (0) is called ``<name>-region<number>``, so that scans of one
+            file never replace each other.
         overlap: Output px that neighbouring tiles share.
         min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
         border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
@@ -114,7 +120,7 @@ def extract_cohort(
             finished stays, and the same call goes on from there.
     """
     # Before the model, which may have to be fetched.
-    jobs = jobs_of(slides, format=format, mpp=mpp)
+    jobs = jobs_of(slides, format=format, mpp=mpp, region=region)
     if shard is not None:
         jobs = share_of(jobs, shard)
     if gpus is not None:
@@ -170,7 +176,7 @@ def _fill(
     ):
         counts = Counter[str]()
         for job, row in done:
-            rows[job] = row
+            rows[job] = replace(row, region=job.region)
             counts[row.status] += 1
             logger.info("%s: %s %s", row.slide, row.status, row.error)
             report.update()

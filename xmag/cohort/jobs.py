@@ -13,10 +13,10 @@ from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
-from xmag.files import read_csv
+from xmag.files import Row, read_csv
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
-from xmag.slide import is_slide_path
+from xmag.slide import checked_region, is_slide_path, scan_stem
 from xmag.slide.dicom_files import is_dicom, series_below
 from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
@@ -41,10 +41,15 @@ class Job:
     name: str
     output: PurePosixPath
     mpp: float | None
+    region: int | None = None
 
 
 def jobs_of(
-    slides: str | PathLike[str] | Iterable[str | PathLike[str]], *, format: str, mpp: float | None
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    *,
+    format: str,
+    mpp: float | None,
+    region: int | None = None,
 ) -> list[Job]:
     """The slides that `extract_cohort` was given, with the outputs they get.
 
@@ -52,20 +57,20 @@ def jobs_of(
     """
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; expected one of {list(FORMATS)}")
-    mpp = checked_mpp(mpp)
+    mpp, region = checked_mpp(mpp), checked_region(region)
     root: Place | None = None
     if isinstance(slides, str | PathLike | Url):
         place = place_of(slides)
         if place.suffix.lower() == ".csv":
-            entries = _entries_of_csv(place, mpp)
+            entries = _entries_of_csv(place, mpp, region)
         elif (found := _slides_below(place)) is not None:
             # A slide that is this folder itself has no name below it.
             root = place.parent if place in found else place
-            entries = [_Entry(p, None, mpp) for p in found]
+            entries = [_Entry(p, None, mpp, region) for p in found]
         else:
-            entries = [_Entry(place, None, mpp)]
+            entries = [_Entry(place, None, mpp, region)]
     else:
-        entries = [_Entry(place_of(p), None, mpp) for p in slides]
+        entries = [_Entry(place_of(p), None, mpp, region) for p in slides]
     if not entries:
         told = shown(slides) if isinstance(slides, str | PathLike) else str(slides)
         raise InputError(
@@ -75,7 +80,8 @@ def jobs_of(
     jobs = []
     for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
         if entry.id is None:
-            output = below.with_name(f"{_stem(below, entry.path)}.{format}")
+            stem = _stem(below, entry.path)
+            output = below.with_name(f"{scan_stem(stem, entry.region)}.{format}")
         elif _RESERVED.search(entry.id):
             raise InputError(
                 f"the id {entry.id!r} is not a file name on every system; expected one without"
@@ -84,7 +90,15 @@ def jobs_of(
             )
         else:
             output = PurePosixPath(f"{entry.id}.{format}")
-        jobs.append(Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp))
+        jobs.append(
+            Job(
+                path=entry.path,
+                name=str(below),
+                output=output,
+                mpp=entry.mpp,
+                region=entry.region,
+            )
+        )
     _refuse_collisions(jobs)
     return jobs
 
@@ -99,6 +113,7 @@ class _Entry(NamedTuple):
     path: Place
     id: str | None
     mpp: float | None
+    region: int | None
 
 
 def _slides_below(place: Place) -> Sequence[Place] | None:
@@ -114,14 +129,14 @@ def _slides_below(place: Place) -> Sequence[Place] | None:
         return [url for url in place.files_below() if is_slide_path(url)]
 
 
-def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
+def _entries_of_csv(path: Place, mpp: float | None, region: int | None) -> list[_Entry]:
     """The rows of a cohort CSV; the paths in it are relative to its folder."""
     if isinstance(path, Url):
         raise InputError(
             f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
         )
     entries = []
-    for row in read_csv(path, required=("slide",), optional=("mpp", "id")):
+    for row in read_csv(path, required=("slide",), optional=("mpp", "region", "id")):
         slide = place_of(row.required("slide"))
         slide = path.parent / slide if isinstance(slide, Path) else slide
         own_mpp = row.get("mpp")
@@ -132,8 +147,24 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
                 f"line {row.line} of {path.name!r} has mpp {own_mpp!r}; expected µm per level-0 px"
                 " with a decimal point, such as 0.25, or nothing"
             ) from error
-        entries.append(_Entry(slide, row.get("id") or None, scale))
+        entries.append(_Entry(slide, row.get("id") or None, scale, region_of(row, region)))
     return entries
+
+
+def region_of(row: Row, default: int | None = None) -> int | None:
+    """The scan in the column `region` of a row; InputError where it is no number."""
+    text = row.get("region")
+    try:
+        number = float(text) if text else None  # tables with gaps have 1.0 for 1
+        whole = None if number is None else int(number)
+    except (ValueError, OverflowError):
+        number, whole = -1.0, -1
+    if number != whole or (whole is not None and whole < 0):
+        raise InputError(
+            f"line {row.line} of {row.table!r} has region {text!r}; expected the number of a scan"
+            " in its file, from 0 on, or nothing"
+        )
+    return default if whole is None else whole
 
 
 def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:

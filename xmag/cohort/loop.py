@@ -197,6 +197,7 @@ class _Loop:
                 number=slide.number,
                 path=job.path,
                 mpp=job.mpp,
+                region=job.region,
                 spec=settings.encoder.tile_spec,
                 tissue=settings.tissue,
                 overlap=settings.overlap,

@@ -1,5 +1,5 @@
 """Whole-slide image files: a reader for each format, opened as a `Slide`."""
 
-from xmag.slide.slide import Slide, SlideFacts, is_slide_path
+from xmag.slide.slide import Slide, SlideFacts, checked_region, is_slide_path, scan_stem
 
-__all__ = ["Slide", "SlideFacts", "is_slide_path"]
+__all__ = ["Slide", "SlideFacts", "checked_region", "is_slide_path", "scan_stem"]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import ClosedSlideError, MissingExtraError, UnsupportedSlideError, XmagError
+from xmag.errors import ClosedSlideError, MissingExtraError, UnsupportedSlideError
 from xmag.slide import codecs
 from xmag.slide.directories import most_bytes
 from xmag.slide.integrity import check_level, damaged
@@ -55,7 +55,6 @@ _ILLUMINATIONS = {
 _SHAPE = 0.02
 """Largest difference of the shapes of levels, as a part of their sides."""
 _MOST_TILES = 1 << 22
-_MOST_PX_BESIDE = 1 << 26
 
 
 class Instance(Protocol):
@@ -93,13 +92,6 @@ class Instance(Protocol):
 
     def close(self) -> None:
         """Release it. Closing twice is fine."""
-
-
-def named(error: XmagError, name: str) -> XmagError:
-    """The same error with the name of the slide before its words."""
-    again = type(error)(f"{name}: {error}")
-    vars(again).update(vars(error))
-    return again
 
 
 def number(attributes: Attributes, keyword: str, default: int | None = None) -> int:
@@ -477,8 +469,8 @@ def _read_whole(instance: Instance) -> Pixels:
     """The pixels of an image beside the scan."""
     with closing(DicomReader([instance], of=kind(instance.head))) as reader:
         size = reader.levels[0].size
-        if math.prod(size) > _MOST_PX_BESIDE:
+        if math.prod(size) > codecs.MAX_TILE_PX:
             raise UnsupportedSlideError(
-                f"it is {size[0]}x{size[1]} px; expected at most {_MOST_PX_BESIDE} px in all"
+                f"it is {size[0]}x{size[1]} px; expected at most {codecs.MAX_TILE_PX} px in all"
             )
         return read_level(reader, 0, 1, (0, 0), size)

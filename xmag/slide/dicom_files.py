@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import SlideError, UnsupportedSlideError, XmagError
-from xmag.slide.dicom import SERIES, VOLUME, Attributes, DicomReader, kind, named, text
+from xmag.errors import SlideError, UnsupportedSlideError
+from xmag.slide.dicom import SERIES, VOLUME, Attributes, DicomReader, kind, text
 from xmag.slide.integrity import damaged
-from xmag.slide.tiff import LocalSource
+from xmag.slide.tiff import LocalSource, named
 
 WANTED: dict[int, tuple[str, str]] = {
     0x0002_0002: ("MediaStorageSOPClassUID", "text"),
@@ -351,17 +351,13 @@ def open_series(path: Path, region: int | None = None) -> DicomReader:
 
     Raises SlideErrors for what cannot be read, and SeveralScansError where one must be chosen.
     """
-    try:
+    with named(path.name):
         files = _images(path if path.is_dir() else path.parent)
         if path.is_file():
             given = [file for file in files if file.path.name == path.name]
             series = {text(file.head, SERIES) for file in given}
             files = [file for file in files if text(file.head, SERIES) in series]
         return DicomReader(files, region)
-    except XmagError as error:
-        raise named(error, path.name) from None
-    except OSError as error:
-        raise SlideError(f"{path.name} cannot be read ({type(error).__name__}); check it") from None
 
 
 def _images(folder: Path) -> list[InstanceFile]:
@@ -370,10 +366,8 @@ def _images(folder: Path) -> list[InstanceFile]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir() or not is_dicom(path):
             continue
-        try:
+        with named(path.name):
             file = InstanceFile(path)
-        except SlideError as error:
-            raise named(error, path.name) from None
         if file.is_slide:
             found.append(file)
         if len(found) > _MOST_FILES:

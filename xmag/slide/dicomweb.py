@@ -26,6 +26,7 @@ from xmag.slide import dicom
 from xmag.slide.dicom_files import TEXTS, WANTED
 from xmag.slide.integrity import damaged
 from xmag.slide.remote import StatusError
+from xmag.slide.tiff import named
 from xmag.urls import Url, retold
 
 _SERIES = re.compile(r"(?:https?|dicomweb)://([^?#]+)/studies/([0-9.]+)/series/([0-9.]+)/?", re.I)
@@ -86,8 +87,8 @@ class _Server:
 
     def frames(self, uid: str, numbers: Sequence[int], syntax: str) -> list[bytes]:
         """Frames of an instance as they are stored, by their numbers from 1, which ascend."""
-        named = [(_MEDIA_TYPES[syntax], syntax)] if syntax in _MEDIA_TYPES else []
-        place, types = (*self._series, uid), (*named, _STORED)
+        known = [(_MEDIA_TYPES[syntax], syntax)] if syntax in _MEDIA_TYPES else []
+        place, types = (*self._series, uid), (*known, _STORED)
         found = self._asked(
             lambda: self._client.retrieve_instance_frames(*place, numbers, media_types=types)
         )
@@ -250,10 +251,11 @@ def open_series(url: Url, region: int | None = None) -> dicom.DicomReader:
         found = server.metadata()
         try:
             instances = [_WebInstance(server, instance) for instance in found]
-            reader = dicom.DicomReader(instances, region)
-        except XmagError as error:
-            raise error if str(url) in str(error) else dicom.named(error, url.name) from None
-        except (LookupError, TypeError, ValueError, AttributeError):
+            with named(url.name):
+                reader = dicom.DicomReader(instances, region)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, XmagError):
+                raise
             # Without the error itself, which may hold some of what it gave.
             raise damaged(f"{url} gives attributes that make no sense") from None
     except BaseException:

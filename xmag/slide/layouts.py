@@ -5,7 +5,7 @@ thumbnails are never among them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tifffile import TiffPage
@@ -14,7 +14,7 @@ from xmag.errors import UnsupportedSlideError
 from xmag.slide import metadata
 from xmag.slide.reader import ScaleMetadata, choose_scan, whole_factor
 
-_XMP_TAG = 700
+_ASCII, _XMP_TAG = 2, 700
 _NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
 _MAX_JPEG_SIDE = 65_500
 _LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 50000})
@@ -79,7 +79,7 @@ def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | No
 
 def _is_associated(page: TiffPage) -> bool:
     """Whether a page says that it is a label, a macro (8) or a thumbnail."""
-    return bool(page.subfiletype & 8) or metadata.is_associated(page.description)
+    return bool(page.subfiletype & 8) or metadata.associated_kind(page.description) is not None
 
 
 def _scan_pages(pages: _Pages) -> list[TiffPage]:
@@ -88,6 +88,65 @@ def _scan_pages(pages: _Pages) -> list[TiffPage]:
     if not kept:
         raise _only_associated()
     return kept
+
+
+def associated_pages(pages: _Pages, layout: TiffLayout) -> dict[str, TiffPage]:
+    """The pages beside the levels of a layout, by what they show: "label", "macro", "thumbnail".
+
+    "other" is one of which the file does not say it.
+    """
+    kinds: dict[int, str | None] = {}
+    if layout.format == "leica":
+        macros = metadata.leica_macros(pages[0].description)
+        kinds = {macro.levels[0][2]: "macro" for macro in macros}
+    elif layout.format == "ome-tiff":
+        images = metadata.ome_images(pages[0].description, _samples(pages))
+        kinds = {image.page: metadata.associated_kind(image.name) for image in images}
+    levels = {level.page.offset for level in layout.levels}
+    found: dict[str, TiffPage] = {}
+    for number, page in enumerate(pages):
+        kind = kinds.get(number) or _kind(page, layout)
+        if kind is None or page.offset in levels:
+            continue
+        same = sum(name.partition("-")[0] == kind for name in found)
+        found[f"{kind}-{same + 1}" if same else kind] = page
+    return found
+
+
+def _kind(page: TiffPage, layout: TiffLayout) -> str | None:
+    """What a page shows beside the scan; None where it may be a part of that."""
+    if layout.format == "hamamatsu":
+        return "macro" if page.tags.valueof(_NDPI_SOURCE_LENS_TAG) == -1 else None
+    if (kind := metadata.associated_kind(page.description)) is not None:
+        return kind
+    if page.subfiletype & 8:
+        return "macro"
+    if page.is_tiled:
+        return None
+    return "thumbnail" if layout.format == "aperio" else "other"
+
+
+def texts(pages: _Pages, layout: TiffLayout) -> dict[str, str]:
+    """The text tags of the first level by their names in TIFF, and those of the first page.
+
+    And the fields of Aperio's descriptions, named as OpenSlide does.
+    """
+    base = layout.levels[0].page
+    found = {f"tiff.{name}": text for name, text in _texts(base)}
+    if pages[0].offset != base.offset:
+        found |= {f"tiff.page-0.{name}": text for name, text in _texts(pages[0])}
+    if layout.format == "aperio":
+        fields = metadata.aperio_fields(base.description)
+        found |= {f"aperio.{name}": value for name, value in fields.items()}
+    return found
+
+
+def _texts(page: TiffPage) -> Iterator[tuple[str, str]]:
+    for tag in page.tags:
+        if tag.code == _XMP_TAG:
+            yield tag.name, _xmp(page)
+        elif tag.dtype == _ASCII and isinstance(tag.value, str):
+            yield tag.name, tag.value
 
 
 def _only_associated() -> UnsupportedSlideError:
@@ -224,9 +283,8 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
-    samples = [p.samplesperpixel if p.planarconfig == 1 else 1 for p in pages]
-    listed = metadata.ome_images(pages[0].description, samples)
-    images = [image for image in listed if not metadata.is_associated(image.name)]
+    listed = metadata.ome_images(pages[0].description, _samples(pages))
+    images = [image for image in listed if metadata.associated_kind(image.name) is None]
     if listed and not images:
         raise _only_associated()
     if not images or len({image.file for image in images}) > 1:
@@ -243,6 +301,11 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
         levels=_whole([base, *_sub_pages(base)]),
         metadata=_or_resolution(image.scale, base),
     )
+
+
+def _samples(pages: _Pages) -> list[int]:
+    """The interleaved samples of each page."""
+    return [p.samplesperpixel if p.planarconfig == 1 else 1 for p in pages]
 
 
 def _sub_pages(page: TiffPage) -> list[TiffPage]:

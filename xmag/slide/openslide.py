@@ -1,6 +1,7 @@
 """Reader of the formats that only OpenSlide knows, through the packages of `xmag[openslide]`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from xmag.urls import without_folder
 
 SUFFIXES = frozenset({".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
+
+
+_MAX_ASSOCIATED_PX = 1 << 26
 
 
 class OpenSlideReader:
@@ -93,6 +97,34 @@ class OpenSlideReader:
                 f" {without_folder(str(error), self._path)}. Copy the file again"
             ) from None
         return over_white(np.asarray(region))
+
+    def read_properties(self) -> Mapping[str, str]:
+        """OpenSlide's properties."""
+        return dict(self._slide.properties)
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read OpenSlide's associated images, what is transparent on white."""
+        return {name: partial(self._associated, name) for name in self._slide.associated_images}
+
+    def _associated(self, name: str) -> Pixels:
+        if self._closed:
+            raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
+        width, height = (
+            int(self._slide.properties.get(f"openslide.associated.{name}.{side}") or 0)
+            for side in ("width", "height")
+        )
+        if width * height > _MAX_ASSOCIATED_PX:
+            raise UnsupportedSlideError(
+                f"an image beside the scan of {self._name} is {width}x{height} px; expected at most"
+                f" {_MAX_ASSOCIATED_PX} px in all"
+            )
+        try:
+            return over_white(np.asarray(self._slide.associated_images[name]))
+        except self._errors:
+            raise DamagedSlideError(
+                f"OpenSlide cannot read an image beside the scan of {self._name}; copy the file"
+                " again"
+            ) from None
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""

@@ -6,9 +6,9 @@ Readers whose format hides its tiles (OpenSlide, plain images) offer `read_regio
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from xmag.errors import InputError, SeveralScansError
 
 Pixels = NDArray[np.uint8]
 """uint8 RGB pixels, shape (height, width, 3)."""
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ def choose_scan(scans: Sequence[tuple[int, int]], region: int | None) -> int:
     listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
     if region is None:
         error = SeveralScansError(
-            f"the file holds {len(scans)} scans; choose one by its number (an option, and a column"
-            f" of tables of slides) of {listing}"
+            f"the file holds {len(scans)} scans; choose one by region=, --region or a column"
+            f" 'region' of a CSV: {listing}"
         )
         error.scans = tuple(scans)
         raise error
@@ -175,3 +176,24 @@ class RegionReader(SlideReader, Protocol):
     def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
         """The pixels of a window wholly inside the level; `xy` in px of that level."""
         ...
+
+
+class Unshown(Mapping[str, _Value]):
+    """A mapping whose repr tells how many values there are, and none of them."""
+
+    def __init__(
+        self, slide: str, what: str, found: Mapping[str, Any], get: Callable[[Any], _Value]
+    ) -> None:
+        self._slide, self._what, self._found, self._get = slide, what, found, get
+
+    def __getitem__(self, name: str) -> _Value:
+        return self._get(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self._what} of {self._slide!r}>"

@@ -2,11 +2,11 @@
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from PIL import Image
 
@@ -26,7 +26,7 @@ from xmag.slide.dicom import DicomReader
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError
 from xmag.slide.pixels import read_box, read_level
-from xmag.slide.reader import DescribedReader, Pixels, SlideReader
+from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
 from xmag.slide.remote import RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
@@ -38,7 +38,6 @@ _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,15 +167,21 @@ class Slide:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
-        """Identity of the file (name, size, content hash); None without a file."""
+        """Identity of the file (name, size, content hash); None without a file.
+
+        A scan that is not the file's first has its `region` in it.
+        """
         if self._source is None:
             return None
+        path, region = self._source
         if (there := self._remote) is not None:
-            return content_fingerprint(there.name, there.size, there.read_many)
-        if isinstance(self._reader, DicomReader):
+            found = content_fingerprint(there.name, there.size, there.read_many)
+        elif isinstance(self._reader, DicomReader):
             base = self._reader.sources[0]
-            return content_fingerprint(self._name, base.size, base.read_many)
-        return file_fingerprint(cast(Path, self._source[0]))
+            found = content_fingerprint(self._name, base.size, base.read_many)
+        else:
+            found = file_fingerprint(cast(Path, path))
+        return found | ({"region": region} if region else {})
 
     @property
     def bytes_fetched(self) -> int | None:
@@ -272,7 +277,7 @@ class Slide:
         """
         reader = self.reader
         found = reader.read_properties() if isinstance(reader, DescribedReader) else {}
-        return _Unshown(self._name, "properties", dict(found), str)
+        return Unshown(self._name, "properties", dict(found), str)
 
     @property
     def associated_images(self) -> Mapping[str, Image.Image]:
@@ -283,7 +288,7 @@ class Slide:
         """
         reader = self.reader
         found = reader.associated_images() if isinstance(reader, DescribedReader) else {}
-        return _Unshown(self._name, "associated images", dict(found), _read_image)
+        return Unshown(self._name, "associated images", dict(found), _read_image)
 
     def close(self) -> None:
         """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
@@ -313,27 +318,6 @@ class Slide:
             self._reader = open_reader(*self._source)
 
 
-class _Unshown(Mapping[str, _Value]):
-    """A mapping whose repr tells how many values there are, and none of them."""
-
-    def __init__(
-        self, slide: str, what: str, found: Mapping[str, Any], get: Callable[[Any], _Value]
-    ) -> None:
-        self._slide, self._what, self._found, self._get = slide, what, found, get
-
-    def __getitem__(self, name: str) -> _Value:
-        return self._get(self._found[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} {self._what} of {self._slide!r}>"
-
-
 def _read_image(read: Callable[[], Pixels]) -> Image.Image:
     return Image.fromarray(read())
 
@@ -356,6 +340,22 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
             f"{name} is {pair!r}; expected two whole numbers of px: round them first"
         ) from error
     return first, second
+
+
+def checked_region(region: int | None) -> int | None:
+    """The number of a scan in its file; InputError where it is none, from 0 on."""
+    is_whole = isinstance(region, int) and not isinstance(region, bool)
+    if region is not None and not (is_whole and region >= 0):
+        raise InputError(f"region is {region!r}; expected a whole number from 0 on, or None")
+    return region
+
+
+def scan_stem(stem: str, region: int | None) -> str:
+    """File name, less its suffix, for results of a scan: the file's, and which scan but the first.
+
+    So results of one file's scans never take each other's place.
+    """
+    return f"{stem}-region{region}" if region else stem
 
 
 def is_slide_path(path: Place) -> bool:

@@ -1,10 +1,13 @@
 """Tiles of TIFF slides: tifffile parses the directories, everything after that is ours."""
 
-import logging
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 from xml.etree import ElementTree
@@ -15,7 +18,16 @@ from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
 from xmag.slide.directories import TileTable
 from xmag.slide.integrity import check_level, damaged
-from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, page_size
+from xmag.slide.layouts import (
+    NeedsOpenSlideError,
+    PageLevel,
+    TiffLayout,
+    associated_pages,
+    find_layout,
+    page_size,
+    texts,
+)
+from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.slide.remote import RemoteSource
 
@@ -89,18 +101,26 @@ class TiffReader:
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
     def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
-        try:
-            # What goes wrong on the way to a remote file comes before all else.
-            with path.open("rb") if isinstance(path, Path) else path.file() as file:
-                end = file.seek(0, 2)
-                is_ndpi = path.name.endswith(".ndpi")
-                layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=is_ndpi)
+        self._place, self._region = path, region
+        with named(path.name):
+            with self._parsed() as (_, layout, end):
+                pass
             self._set(layout, end)
-        except XmagError as error:
-            named = type(error)(f"{path.name}: {error}")
-            vars(named).update(vars(error))
-            raise named from error
         self.source = LocalSource(path) if isinstance(path, Path) else path
+
+    @contextmanager
+    def _parsed(self) -> Iterator[tuple[list[TiffPage], TiffLayout, int]]:
+        """The pages of the file, the pyramid among them, and where the file ends, while it is open.
+
+        What cannot be parsed in here is damage.
+        """
+        place = self._place
+        # What goes wrong on the way to a remote file comes before all else.
+        with place.open("rb") if isinstance(place, Path) else place.file() as file:
+            end = file.seek(0, 2)
+            is_ndpi = place.name.endswith(".ndpi")
+            with _layout_of(cast(BinaryIO, file), self._region, is_ndpi=is_ndpi) as found:
+                yield *found, end
 
     def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
@@ -151,21 +171,55 @@ class TiffReader:
         """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
         return codecs.decode_many(self._decoders[level], chunks, reduction, row)
 
+    def read_properties(self) -> Mapping[str, str]:
+        """The text tags of the first level and of the first page, and Aperio's fields."""
+        with named(self._place.name), self._parsed() as (pages, layout, _):
+            return texts(pages, layout)
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read the pages beside the scan: "label", "macro", "thumbnail", "other"."""
+        with named(self._place.name), self._parsed() as (pages, layout, end):
+            beside = associated_pages(pages, layout)
+        return {kind: partial(self._page, kind, page, layout, end) for kind, page in beside.items()}
+
+    def _page(self, kind: str, page: TiffPage, layout: TiffLayout, end: int) -> Pixels:
+        """The pixels of a page that is no level."""
+        with named(f"{self._place.name}, {kind}"):
+            width, height = size = page_size(page)
+            if width * height > codecs.MAX_TILE_PX:
+                raise UnsupportedSlideError(
+                    f"it is {width}x{height} px; expected at most {codecs.MAX_TILE_PX} px in all"
+                )
+            alone = copy(self)
+            alone._set(replace(layout, levels=(PageLevel(page=page, size=size),)), end)
+            return read_level(alone, 0, 1, (0, 0), size)
+
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
         self.source.close()
 
 
-def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:
-    """The pages of the slide in the file."""
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a name before the errors of a file."""
+    try:
+        yield
+    except XmagError as error:
+        again = type(error)(f"{name}: {error}")
+        vars(again).update(vars(error))
+        raise again from error
+
+
+@contextmanager
+def _layout_of(
+    file: BinaryIO, region: int | None, *, is_ndpi: bool
+) -> Iterator[tuple[list[TiffPage], TiffLayout]]:
+    """The pages of a file, and those of the slide in it."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
-    # Where a program does not log, logging writes on stderr what nobody takes. What counts of it is
-    # found out here and raised.
-    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
-    logger.addHandler(taker)
     try:
-        with TiffFile(file, is_ndpi=is_ndpi) as tiff:
+        # What counts of it is found out here and raised.
+        with directories.tifffile_unheard(), TiffFile(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise damaged("it begins like a TIFF, but holds no image")
@@ -178,7 +232,7 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
                 raise
             for number, level in enumerate(layout.levels):
                 directories.check_tags(number, level.page, codes)
-            return layout
+            yield pages, layout
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
@@ -186,8 +240,6 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
         raise damaged(
             f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
-    finally:
-        logger.removeHandler(taker)
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
