@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,6 +23,7 @@ from xmag.slide.directories import most_bytes
 from xmag.slide.integrity import check_level, damaged
 from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, choose_scan, downsample
+from xmag.slide.tiff import DecodingReader, named
 
 Attributes = Mapping[str, Any]
 """Values of attributes by their keywords: a list of str or numbers, of Attributes in sequences."""
@@ -128,10 +130,8 @@ def _floats(attributes: Attributes, keyword: str) -> list[float | None]:
 
 def _size(attributes: Attributes) -> tuple[int, int]:
     """(width, height) of the image that frames are tiles of."""
-    return (
-        number(attributes, "TotalPixelMatrixColumns"),
-        number(attributes, "TotalPixelMatrixRows"),
-    )
+    width, height = (number(attributes, f"TotalPixelMatrix{side}") for side in ("Columns", "Rows"))
+    return width, height
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,16 @@ class _Image:
         """Columns and rows of tiles."""
         (width, height), (across, down) = self.size, self.coding.size
         return -(-width // across), -(-height // down)
+
+    @property
+    def spacing(self) -> tuple[float, float] | None:
+        """µm/px along (x, y): the distances of rows and of columns in mm, of all frames or one."""
+        for groups in ("SharedFunctionalGroupsSequence", "FirstFrame"):
+            for group in self.instance.attributes.get(groups) or []:
+                for measures in group.get("PixelMeasuresSequence") or []:
+                    down, across = _floats(measures, "PixelSpacing")
+                    return (across * 1e3, down * 1e3) if across and down else None
+        return None
 
     @property
     def is_full(self) -> bool:
@@ -247,16 +257,6 @@ def _coding(attributes: Attributes, syntax: str) -> codecs.TileCoding:
     )
 
 
-def _spacing(attributes: Attributes) -> tuple[float, float] | None:
-    """µm/px along (x, y): the distances of rows and of columns in mm, of all frames or of one."""
-    for groups in ("SharedFunctionalGroupsSequence", "FirstFrame"):
-        for group in attributes.get(groups) or []:
-            for measures in group.get("PixelMeasuresSequence") or []:
-                down, across = _floats(measures, "PixelSpacing")
-                return (across * 1e3, down * 1e3) if across and down else None
-    return None
-
-
 def _check_brightfield(attributes: Attributes) -> None:
     """Raise UnsupportedSlideError where an image is not one plane of a brightfield scan."""
     paths = attributes.get("OpticalPathSequence") or []
@@ -278,8 +278,8 @@ def _check_brightfield(attributes: Attributes) -> None:
             )
 
 
-def _place(image: _Image) -> tuple[str, int]:
-    return image.concatenation, image.first
+def _place(image: _Image) -> tuple[str, int, str]:
+    return image.concatenation, image.first, text(image.instance.head, "SOPInstanceUID")
 
 
 class _Tiles:
@@ -331,11 +331,7 @@ class _Tiles:
 
 def _level(tiles: _Tiles, base: _Image) -> Level:
     """The level that is made of tiles."""
-    size, spacings = (
-        tiles.images[0].size,
-        [_spacing(i.instance.attributes) for i in (tiles.images[0], base)],
-    )
-    here, there = spacings
+    size, here, there = tiles.images[0].size, tiles.images[0].spacing, base.spacing
     factor = downsample(base.size, size, max(1.0, here[0] / there[0]) if here and there else None)
     pairs = zip(base.size, size, strict=True)
     if any(abs(whole / factor - side) > 1 + _SHAPE * side for whole, side in pairs):
@@ -364,7 +360,7 @@ def _chosen(volumes: Sequence[Instance], region: int | None) -> list[Instance]:
     return found[choose_scan(sizes, region)]
 
 
-class DicomReader:
+class DicomReader(DecodingReader):
     """A TileReader over the instances of one scan, `sources`, which it closes with itself.
 
     `version` changes when one of them is written; it is None where they do not tell. `server` is
@@ -396,14 +392,11 @@ class DicomReader:
         self.levels: tuple[Level, ...] = tuple(_level(tiles, base) for tiles in self._tiles)
         for number, level in enumerate(self.levels):
             check_level(number, level)
-        mpp, path = (
-            _spacing(base.instance.attributes),
-            base.instance.attributes.get("OpticalPathSequence") or [{}],
-        )
+        mpp, paths = base.spacing, base.instance.attributes.get("OpticalPathSequence") or [{}]
         self.metadata = ScaleMetadata(
             mpp=mpp,
             mpp_source="DICOM PixelSpacing" if mpp else "",
-            objective_power=_floats(path[0], "ObjectiveLensPower")[0],
+            objective_power=_floats(paths[0], "ObjectiveLensPower")[0],
         )
         self.sources, self._closed = [image.instance for image in ordered], False
         series = text(self.sources[0].head, SERIES)
@@ -426,16 +419,6 @@ class DicomReader:
         if self._closed:
             raise ClosedSlideError("the slide is closed; open it again to read from it")
         return self._tiles[level].read(indices)
-
-    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
-        """The pixels of one tile at 1/`reduction`, in full tile size."""
-        return self._decoders[level](data, reduction)
-
-    def decode_many(
-        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
-    ) -> list[bool]:
-        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
 
     def read_properties(self) -> Mapping[str, str]:
         """The texts of the first level's instance, by their keywords: "dicom.PatientName"."""
@@ -467,7 +450,9 @@ class DicomReader:
 
 def _read_whole(instance: Instance) -> Pixels:
     """The pixels of an image beside the scan."""
-    with closing(DicomReader([instance], of=kind(instance.head))) as reader:
+    # A copy, as others may read it at the same time.
+    of = kind(instance.head)
+    with named(_BESIDE[of]), closing(DicomReader([copy(instance)], of=of)) as reader:
         size = reader.levels[0].size
         if math.prod(size) > codecs.MAX_TILE_PX:
             raise UnsupportedSlideError(

@@ -97,7 +97,23 @@ def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[in
         first = at
 
 
-class TiffReader:
+class DecodingReader:
+    """The half of a TileReader that decodes, with the decoder of each level."""
+
+    _decoders: Sequence[codecs.Decoder]
+
+    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
+        """The pixels of one tile at 1/`reduction`, in full tile size."""
+        return self._decoders[level](data, reduction)
+
+    def decode_many(
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
+
+
+class TiffReader(DecodingReader):
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
     def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
@@ -125,7 +141,8 @@ class TiffReader:
     def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        self._decoders, self._tables, levels = list[codecs.Decoder](), list[TileTable](), []
+        decoders, levels = list[codecs.Decoder](), list[Level]()
+        self._tables = list[TileTable]()
         aperio = layout.format == "aperio"
         for number, stored in enumerate(layout.levels):
             page, coding = stored.page, _coding(stored.page, aperio=aperio)
@@ -144,9 +161,9 @@ class TiffReader:
             directories.check_table(f"level {number}", level.size, tiles, page)
             most = directories.most_bytes(*coding.size, coding.samples)
             levels.append(level)
-            self._decoders.append(codecs.decoder(coding))
+            decoders.append(codecs.decoder(coding))
             self._tables.append(TileTable(number, page, most=most, end=end, is_aperio=aperio))
-        self.levels: tuple[Level, ...] = tuple(levels)
+        self.levels, self._decoders = tuple(levels), decoders
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those that are declared empty."""
@@ -160,16 +177,6 @@ class TiffReader:
             chunks = [table.behind_lead(*pair) for pair in zip(chunks, stored, strict=True)]
         following = iter(chunks)
         return [next(following) if lengths[i] else None for i in indices]
-
-    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
-        """The pixels of one tile at 1/`reduction`, in full tile size."""
-        return self._decoders[level](data, reduction)
-
-    def decode_many(
-        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
-    ) -> list[bool]:
-        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
 
     def read_properties(self) -> Mapping[str, str]:
         """The text tags of the first level and of the first page, and Aperio's fields."""
