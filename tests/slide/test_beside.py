@@ -148,6 +148,17 @@ def test_plain_images_have_their_texts_and_no_other_image(tmp_path: Path) -> Non
         assert dict(slide.properties) == {"jpeg.comment": "of a section"}
 
 
+def test_a_text_that_unpacks_to_more_than_any_is_refused(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 20_000_000, zip=True)
+    pixels = noise(60, 50)
+    Image.fromarray(pixels).save(tmp_path / "a.png", pnginfo=info)
+    with xmag.Slide(tmp_path / "a.png") as slide:
+        assert np.array_equal(slide.read_region((0, 0), (60, 50)), pixels)
+        with pytest.raises(DamagedSlideError, match=r"a\.png is damaged \(ValueError\)"):
+            _ = slide.properties
+
+
 def test_a_reader_without_them_has_none() -> None:
     slide = xmag.Slide.from_reader(FakeRegionReader(noise(50, 40)), name="fake")
     assert dict(slide.properties) == {}

@@ -3,7 +3,7 @@
 import io
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ _MAX_BYTES = 1 << 30
 """Most bytes of a plain image file; the image is held in memory as a whole."""
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 """PNG chunks that the pixels need; texts, profiles and animations are left out."""
+_PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _COM = 0xFE
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 
@@ -80,7 +81,8 @@ class ImageReader:
                 {"jpeg.comment": b"\n".join(comments).decode(errors="replace")} if comments else {}
             )
         try:
-            with Image.open(self._path, formats=["PNG"]) as image:
+            kept = _chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS | _PNG_TEXTS)
+            with Image.open(kept, formats=["PNG"]) as image:
                 image.load()  # texts may follow the pixels
                 return {f"png.{k}": str(v) for k, v in image.info.items() if isinstance(v, str)}
         except (OSError, ValueError, SyntaxError, struct.error) as error:
@@ -106,7 +108,9 @@ class ImageReader:
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
             # Not by imagecodecs, whose libpng complains on stderr.
-            with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
+            with Image.open(
+                _chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS), formats=["PNG"]
+            ) as image:
                 if image.mode == "RGB" and "transparency" in image.info:
                     return over_white(np.asarray(image.convert("RGBA")))
                 array = np.asarray(image)
@@ -118,12 +122,12 @@ class ImageReader:
             ) from error
 
 
-def _pixels_of_png(data: bytes) -> io.BytesIO:
-    """The PNG as a file object, with the chunks that its pixels need alone."""
+def _chunks_of_png(data: bytes, wanted: Set[bytes]) -> io.BytesIO:
+    """The PNG as a file object, with the chunks that are wanted alone."""
     kept, at = [PNG_MAGIC], len(PNG_MAGIC)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in _PNG_CHUNKS:
+        if data[at + 4 : at + 8] in wanted:
             kept.append(data[at:end])
         at = end
     return io.BytesIO(b"".join(kept))
