@@ -556,6 +556,10 @@ def fewer_frames(path):
     set_to(path, NumberOfFrames=5)
 
 
+def without_its_beginning(path):
+    path.write_bytes(bytes(132) + path.read_bytes()[132:])
+
+
 def no_frames(path):
     set_to(path, NumberOfFrames=0)
 
@@ -601,8 +605,8 @@ def places_outside(path):
         fewer_places,
         places_outside,
         cut_in_the_middle, cut_in_its_attributes, without_its_end, with_a_table_that_goes_back,
-        more_frames, fewer_frames, no_frames, negative_frames, other_tiles, no_tiles,
-        sparse_without_places,
+        without_its_beginning, more_frames, fewer_frames, no_frames, negative_frames, other_tiles,
+        no_tiles, sparse_without_places,
     ],
 )  # fmt: skip
 def test_damage_to_a_file_is_an_error_when_it_is_opened(folder, base, spoil):
@@ -645,7 +649,7 @@ def test_a_cohort_has_a_row_for_each_series(written, tmp_path):
         for path in write_dicom(tmp_path / str(height), pyramid(PIXELS[:height])):
             shutil.move(path, flat)
     (cohort / "notes").mkdir()
-    (cohort / "notes" / "none.dcm").write_bytes(b"DICM")
+    (cohort / "notes" / "notes.txt").write_bytes(b"DICM")
     found = series_below(cohort)
     assert [path.name for path in found[:2]] == ["1.2.840.113", "1.2.840.114"]
     assert len(found) == 4

@@ -364,7 +364,12 @@ def _images(folder: Path) -> list[InstanceFile]:
     """The images of slides in a folder, by name; SlideError where a DICOM file is damaged."""
     found = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_dir() or not is_dicom(path):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if not is_dicom(path):
+            # Without it, a slide would have other levels.
+            if path.suffix.lower() == ".dcm":
+                raise damaged(f"{path.name} does not begin as DICOM files do")
             continue
         with named(path.name):
             file = InstanceFile(path)
