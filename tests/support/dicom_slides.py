@@ -1,5 +1,6 @@
 """DICOM slides written by wsidicom, of frames that it passes through as they are."""
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -236,6 +237,17 @@ def write_dicom(
         warnings.simplefilter("ignore")
         with WsiDicom(source) as slide:
             return [Path(path) for path in slide.save(folder, workers=1, **options)]
+
+
+def write_dicom_beside(path: Path, levels: Sequence[Frames], **options) -> None:
+    """The same, with a name for the file of the first level, beside which all others lie."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        place = Path(folder) / "slide"
+        write_dicom(place, levels, **options)
+        volumes(place)[0].rename(path)
+        for file in place.iterdir():
+            file.rename(path.parent / file.name)
 
 
 def change(path: Path, edit) -> None:
