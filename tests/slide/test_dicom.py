@@ -683,14 +683,30 @@ def encoder():
     return ColourEncoder(spec=TileSpec(mpp=1.0, size_px=56))
 
 
-def test_the_plan_and_its_tiles_are_those_of_the_same_pixels_in_a_tiff(written, tmp_path):
-    write_svs(tmp_path / "a.svs", pixels=PIXELS, levels=(1, 4), tile=256)
-    with Slide(written) as slide, Slide(tmp_path / "a.svs") as source:
-        ours, theirs = (plan_tiles(s, TileSpec(mpp=1.0, size_px=56)) for s in (slide, source))
+@pytest.mark.parametrize(
+    ("color", "arrange"),
+    [
+        ("ycbcr420", None), ("ycbcr420", sparse_in_another_order), ("ycbcr420", two_instances),
+        ("rgb444", None), ("j2k-rgb", None), ("j2k-rgb", of_undefined_lengths_and_in_fragments),
+        ("raw", None),
+    ],
+)  # fmt: skip
+def test_plan_and_features_are_those_of_the_same_tiles_in_a_tiff(tmp_path, color, arrange):
+    write_svs(tmp_path / "a.svs", pixels=PIXELS, levels=(1, 4), tile=256, color=color)
+    write_dicom(tmp_path / "s", pyramid(PIXELS, color=color), power=40)
+    if arrange is not None:
+        arrange(tmp_path / "s", volumes(tmp_path / "s")[0])
+    with Slide(tmp_path / "s") as slide, Slide(tmp_path / "a.svs") as source:
+        spec = TileSpec(mpp=0.5, size_px=56)  # of the first level, at 1/2
+        ours, theirs = (plan_tiles(s, spec) for s in (slide, source))
+        assert (ours.scale.level, ours.scale.reduction) == (0, 2)
         assert ours.scale == theirs.scale
         assert np.array_equal(ours.coords, theirs.coords)
-        bags = [extract_features(s, model=encoder(), tissue=None) for s in (slide, source)]
-    assert np.array_equal(np.asarray(bags[0]), np.asarray(bags[1]))
+        model = ColourEncoder(spec=spec)
+        bags = [extract_features(s, model=model, tissue=None) for s in (slide, source)]
+    assert len(bags[0]) > 20
+    assert np.array_equal(bags[0].coords, bags[1].coords)
+    assert np.allclose(np.asarray(bags[0]), np.asarray(bags[1]), rtol=0, atol=1e-4)
 
 
 def test_reading_a_slide_warns_of_nothing_and_loads_no_other_package(written):

@@ -33,6 +33,8 @@ _SERIES = re.compile(r"(?:https?|dicomweb)://([^?#]+)/studies/([0-9.]+)/series/(
 _TIMEOUT_S = (20.0, 60.0)
 """Seconds to connect, and without a byte, after which a request has failed."""
 _ATTEMPTS, _FIRST_PAUSE_MS = 3, 250
+_MOST_CONNECTIONS = 32
+"""Kept open: a thread that reads has one."""
 _MOST_FRAMES = 32
 """Frames of a request: their numbers stand in its URL."""
 _MOST_BYTES = 1 << 28
@@ -67,6 +69,9 @@ class _Server:
         service, *self._series = found.groups()
         self._session = requests.Session()
         self._session.hooks["response"].append(self._check_whole)
+        for scheme in ("http://", "https://"):
+            adapter = requests.adapters.HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS)
+            self._session.mount(scheme, adapter)
         if parts.username is not None:
             self._session.auth = (unquote(parts.username), unquote(parts.password or ""))
         elif token := os.environ.get("XMAG_DICOMWEB_TOKEN"):
