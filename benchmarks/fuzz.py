@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fuzz import pool, seeds
 
 TARGETS = {
+    "dicom": "DICOM slides",
     "slides": "slides in every format and coding",
     "tiffslide": "slides that are read through tiffslide",
     "sectors": "slides with lost sectors, their pixels compared",

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -249,6 +250,16 @@ def _plant_zarr(path: Path) -> None:
     (path / "OME/METADATA.ome.xml").write_text(xml)
 
 
+def _plant_dicom(folder: Path) -> None:
+    """The folder of a DICOM slide with SECRET in each text of each file, and MARK in its labels."""
+    from support.dicom_slides import plant_texts, pyramid, write_dicom
+
+    pixels = slides.texture(420, 300)
+    levels = pyramid(pixels, (1, 2), tile=(128, 128))
+    for path in write_dicom(folder, levels, text=SECRET, mark=MARK):
+        plant_texts(path, SECRET)
+
+
 _SMALL = {"size": (420, 300), "levels": (1, 2)}
 
 EVERYWHERE: dict[str, Callable[[Path], object]] = {
@@ -268,6 +279,7 @@ EVERYWHERE: dict[str, Callable[[Path], object]] = {
     "every.bif": partial(
         plant_everywhere, vendor_slides.write_ventana, grid=(3, 2), tile=128, levels=(1, 2)
     ),
+    **({"every-dicom": _plant_dicom} if find_spec("wsidicom") else {}),
 }  # fmt: skip
 """Slides with SECRET in every text, and labels and macros in MARK; each writes a file or folder."""
 

@@ -18,6 +18,8 @@ from xmag.geometry import TileSpec
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
+from xmag.slide.dicom_files import is_dicom, series_below
+from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
@@ -75,7 +77,9 @@ def jobs_of(
         if place.suffix.lower() == ".csv":
             entries = _entries_of_csv(place, mpp, region)
         elif (found := _slides_below(place)) is not None:
-            entries, root = [_Entry(p, None, mpp, region) for p in found], place
+            # A slide that is this folder itself has no name below it.
+            root = place.parent if place in found else place
+            entries = [_Entry(p, None, mpp, region) for p in found]
         else:
             entries = [_Entry(place, None, mpp, region)]
     else:
@@ -89,7 +93,8 @@ def jobs_of(
     jobs = []
     for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
         if entry.id is None:
-            output = below.with_name(f"{scan_stem(below.stem, entry.region)}.{format}")
+            stem = _stem(below, entry.path)
+            output = below.with_name(f"{scan_stem(stem, entry.region)}.{format}")
         elif _RESERVED.search(entry.id):
             raise InputError(
                 f"the id {entry.id!r} is not a file name on every system; expected one without"
@@ -148,6 +153,12 @@ def folder_of(encoder: TileEncoder, taken: Iterable[str] = ()) -> str:
     return name
 
 
+def _stem(below: PurePosixPath, place: Place) -> str:
+    """The name of a slide without its suffix; dots in those of DICOM slides are none."""
+    is_folder = isinstance(place, Path) and place.is_dir() and is_dicom(place)
+    return below.name if is_folder or is_series(place) else below.stem
+
+
 class _Entry(NamedTuple):
     path: Place
     id: str | None
@@ -157,10 +168,12 @@ class _Entry(NamedTuple):
 
 def _slides_below(place: Place) -> Sequence[Place] | None:
     """The slides in a folder, in order; None where it is not one, or is a slide itself."""
+    if is_series(place):
+        return None
     if is_slide_path(place) and (isinstance(place, Url) or is_omezarr(place)):
         return None
     if isinstance(place, Path):
-        return sorted(_walk(place)) if place.is_dir() else None
+        return sorted([*_walk(place), *series_below(place)]) if place.is_dir() else None
     with retold(InputError, place):
         found = dict.fromkeys(_whole(url, len(place.parts)) for url in place.files_below())
     return [url for url in found if is_slide_path(url)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import metadata
-from xmag.slide.codecs import box_average, reductions
+from xmag.slide.codecs import MAX_TILE_PX, box_average, reductions
 from xmag.slide.integrity import check_level, damaged
 from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, choose_scan, downsample
@@ -34,7 +34,6 @@ _MAX_XML = 1 << 24
 _MAX_IMAGES, _MAX_LEVELS = 100, 64
 _MAX_LEVEL_PX = 1 << 40
 _MAX_TILES = 1 << 22
-_MAX_TILE_PX = 1 << 26
 _MAX_ASSOCIATED_PX = 1 << 26
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 16
 """Tiles of the finest and of the coarsest level that are hashed, and the most bytes of each."""
@@ -205,11 +204,11 @@ class OmeZarrReader:
                 f"it has {array.side('c')} channels; xmag reads RGB (brightfield) slides"
             )
         pixels, tiles = math.prod(level.size), level.tiles_across * level.tiles_down
-        if pixels > _MAX_LEVEL_PX or tiles > _MAX_TILES or math.prod(tile) > _MAX_TILE_PX:
+        if pixels > _MAX_LEVEL_PX or tiles > _MAX_TILES or math.prod(tile) > MAX_TILE_PX:
             raise UnsupportedSlideError(
                 f"level {number} is {level.size[0]}x{level.size[1]} px in chunks of"
                 f" {tile[0]}x{tile[1]}; expected at most {_MAX_LEVEL_PX} px, {_MAX_TILES} chunks,"
-                f" and {_MAX_TILE_PX} px a chunk. Write it again in other chunks"
+                f" and {MAX_TILE_PX} px a chunk. Write it again in other chunks"
             )
         (width, height), (w, h) = base.size, level.size
         smaller = number == 0 or (w, h) < self._arrays[number - 1].size

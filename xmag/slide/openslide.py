@@ -20,7 +20,7 @@ from xmag.slide.integrity import check_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.urls import without_folder
 
-SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
+SUFFIXES = frozenset({".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
 
 

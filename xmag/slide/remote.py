@@ -355,7 +355,7 @@ class _HttpServer(_Store):
                 )
             if answer.status not in (200, 206):
                 passing = answer.status >= 500 or answer.status == 429
-                raise (_BusyError if passing else _StatusError)(answer.status)
+                raise (_BusyError if passing else StatusError)(answer.status)
             self.version = self.version or _version(answer.headers)
             expected = length
             if answer.status == 206:
@@ -389,13 +389,15 @@ class _HttpServer(_Store):
         return expected
 
 
-class _StatusError(Exception):
+class StatusError(Exception):
+    """An answer of a server with an HTTP status that is an error."""
+
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
 
 
-class _BusyError(_StatusError):
+class _BusyError(StatusError):
     """A status that may pass."""
 
 

@@ -22,7 +22,8 @@ from xmag.errors import (
 from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
-from xmag.slide import openslide
+from xmag.slide import dicom_files, dicomweb, openslide
+from xmag.slide.dicom import DicomReader
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from xmag.slide.layouts import NeedsOpenSlideError, NeedsTiffslideError
 from xmag.slide.omezarr import OmeZarrReader, is_omezarr
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from tiffslide import TiffSlide
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DICOM_MAGIC_AT_128 = b"DICM"
-_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {
+_SLIDE_SUFFIXES = openslide.SUFFIXES | {
     ".svs",
     ".tif",
     ".tiff",
@@ -80,9 +80,10 @@ class Slide:
     again.
 
     Args:
-        path: the slide file, or the URL of one ("https://...", "s3://..."), which is then read by
-            byte ranges and not copied. Or an open `tiffslide.TiffSlide` or `openslide.OpenSlide`,
-            which tells which file to open, and stays yours.
+        path: the slide file (of a DICOM slide, any one, or their folder), or the URL of one
+            ("https://...", "s3://..."), which is then read by byte ranges and not copied. Or an
+            open `tiffslide.TiffSlide` or `openslide.OpenSlide`, which tells which file to open, and
+            stays yours.
         mpp: µm per level-0 px; overrides what the file says.
         region: which scan, where a file holds several.
 
@@ -120,6 +121,8 @@ class Slide:
             reader.close()
             raise
         self._version = self._remote.version if self._remote else version
+        if isinstance(reader, DicomReader):
+            self._version = reader.version
 
     @classmethod
     def from_reader(cls, reader: SlideReader, *, name: str, mpp: float | None = None) -> Self:
@@ -196,6 +199,9 @@ class Slide:
             found = self._reader.fingerprint()
         elif isinstance(there := self._remote, RemoteSource):
             found = content_fingerprint(there.name, there.size, there.read_many)
+        elif isinstance(self._reader, DicomReader):
+            base = self._reader.sources[0]
+            found = content_fingerprint(self._name, base.size, base.read_many)
         else:
             found = file_fingerprint(cast(Path, path))
         return found | ({"region": region} if region else {})
@@ -203,7 +209,8 @@ class Slide:
     @property
     def bytes_fetched(self) -> int | None:
         """Bytes that came over the network so far; None for a file of this machine."""
-        return None if self._remote is None else self._remote.bytes_fetched
+        there = getattr(self._reader, "server", self._remote)
+        return None if there is None else int(there.bytes_fetched)
 
     @property
     def _remote(self) -> RemoteSource | RemoteFolder | None:
@@ -379,7 +386,8 @@ def scan_stem(stem: str, region: int | None) -> str:
 def is_slide_path(path: Place) -> bool:
     """Whether a file in a folder, or a folder (OME-Zarr), looks like a slide by its name.
 
-    Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
+    Plain images are as often thumbnails, and have to be named. A DICOM slide is many files, which
+    `dicom_files.series_below` puts together.
     """
     return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
 
@@ -394,6 +402,12 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
         return OmeZarrReader(path, region=region)
     if isinstance(path, Url):
         return _open_remote(path, region)
+    if dicom_files.is_dicom(path):
+        return dicom_files.open_series(path, region)
+    return _open_file(path, region)
+
+
+def _open_file(path: Path, region: int | None) -> SlideReader:
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
         try:
@@ -401,7 +415,7 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
         except NeedsOpenSlideError:
             return openslide.OpenSlideReader(path, region=region)
     # A .mrxs file is a JPEG.
-    for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]
+    for_openslide = path.suffix.lower() in openslide.SUFFIXES
     if head.startswith((PNG_MAGIC, JPEG_MAGIC)) and not for_openslide:
         return ImageReader(path, region=region)
     try:
@@ -424,6 +438,8 @@ def _tiff_reader(place: Path | RemoteSource | OpenFile, region: int | None) -> T
 
 
 def _open_remote(url: Url, region: int | None) -> SlideReader:
+    if dicomweb.is_series(url):
+        return dicomweb.open_series(url, region)
     source = RemoteSource(url)
     try:
         if source.head.startswith(_TIFF_MAGIC):
@@ -445,7 +461,7 @@ def _first_bytes(path: Path) -> bytes:
     refuse_special(path, UnsupportedSlideError)
     try:
         with path.open("rb") as file:
-            head = file.read(132)
+            head = file.read(16)
     # Without their causes: those name the folders, which do not belong into logs of cohorts.
     except FileNotFoundError:
         raise SlideError(
@@ -453,8 +469,8 @@ def _first_bytes(path: Path) -> bytes:
         ) from None
     except IsADirectoryError:
         raise SlideError(
-            f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
-            " files)"
+            f"{path.name} is a folder without DICOM files; expected a slide file, or the folder of"
+            " a DICOM slide"
         ) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -31,11 +31,6 @@ from xmag.slide.layouts import (
 from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 
-_MAX_TILE_PX = 1 << 26
-"""Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
-_MAX_JPEG_2000_TILE_PX = 1 << 24
-"""OpenJPEG takes 24 bytes a px."""
-
 _MOST_GAP = 64
 """Bytes between tiles that are read along with them: some writers align tiles."""
 _MOST_TOGETHER = 1 << 22
@@ -120,12 +115,28 @@ def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[in
         first = at
 
 
-class TiffReader:
+class DecodingReader:
+    """The half of a TileReader that decodes, with the decoder of each level."""
+
+    _decoders: Sequence[codecs.Decoder]
+
+    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
+        """The pixels of one tile at 1/`reduction`, in full tile size."""
+        return self._decoders[level](data, reduction)
+
+    def decode_many(
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
+
+
+class TiffReader(DecodingReader):
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
     def __init__(self, path: Path | Source, *, region: int | None = None) -> None:
         self._place, self._region = path, region
-        with _named(path.name):
+        with named(path.name):
             with self._parsed() as (_, layout, end):
                 pass
             self._set(layout, end)
@@ -158,7 +169,8 @@ class TiffReader:
     def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        self._decoders, self._tables, levels = list[codecs.Decoder](), list[TileTable](), []
+        decoders, levels = list[codecs.Decoder](), list[Level]()
+        self._tables = list[TileTable]()
         aperio = layout.format == "aperio"
         for number, stored in enumerate(layout.levels):
             page, decoder = stored.page, self._decoder(stored.page, aperio=aperio)
@@ -179,9 +191,9 @@ class TiffReader:
             directories.check_table(f"level {number}", level.size, tiles, page)
             most = directories.most_bytes(*size, page.samplesperpixel)
             levels.append(level)
-            self._decoders.append(decoder)
+            decoders.append(decoder)
             self._tables.append(TileTable(number, page, most=most, end=end, is_aperio=aperio))
-        self.levels: tuple[Level, ...] = tuple(levels)
+        self.levels, self._decoders = tuple(levels), decoders
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those that are declared empty."""
@@ -196,34 +208,24 @@ class TiffReader:
         following = iter(chunks)
         return [next(following) if lengths[i] else None for i in indices]
 
-    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
-        """The pixels of one tile at 1/`reduction`, in full tile size."""
-        return self._decoders[level](data, reduction)
-
-    def decode_many(
-        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
-    ) -> list[bool]:
-        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
-
     def read_properties(self) -> Mapping[str, str]:
         """The text tags of the first level and of the first page, and Aperio's fields."""
-        with _named(self._place.name), self._parsed() as (pages, layout, _):
+        with named(self._place.name), self._parsed() as (pages, layout, _):
             return texts(pages, layout)
 
     def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
         """Functions that read the pages beside the scan: "label", "macro", "thumbnail", "other"."""
-        with _named(self._place.name), self._parsed() as (pages, layout, end):
+        with named(self._place.name), self._parsed() as (pages, layout, end):
             beside = associated_pages(pages, layout)
         return {kind: partial(self._page, kind, page, layout, end) for kind, page in beside.items()}
 
     def _page(self, kind: str, page: TiffPage, layout: TiffLayout, end: int) -> Pixels:
         """The pixels of a page that is no level."""
-        with _named(f"{self._place.name}, {kind}"):
+        with named(f"{self._place.name}, {kind}"):
             width, height = size = page_size(page)
-            if width * height > _MAX_TILE_PX:
+            if width * height > codecs.MAX_TILE_PX:
                 raise UnsupportedSlideError(
-                    f"it is {width}x{height} px; expected at most {_MAX_TILE_PX} px in all"
+                    f"it is {width}x{height} px; expected at most {codecs.MAX_TILE_PX} px in all"
                 )
             alone = copy(self)
             alone._set(replace(layout, levels=(PageLevel(page=page, size=size),)), end)
@@ -235,14 +237,14 @@ class TiffReader:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Put a name before the errors of a file."""
     try:
         yield
     except XmagError as error:
-        named = type(error)(f"{name}: {error}")
-        vars(named).update(vars(error))
-        raise named from error
+        again = type(error)(f"{name}: {error}")
+        vars(again).update(vars(error))
+        raise again from error
 
 
 @contextmanager
@@ -329,10 +331,5 @@ def tile_size(page: TiffPage) -> tuple[int, int, int]:
     else:
         width, height = page.imagewidth, max(1, min(page.rowsperstrip, page.imagelength))
         last = page.imagelength % height or height
-    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
-    if not (width > 0 and height > 0 and width * height <= most):
-        raise UnsupportedSlideError(
-            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
-            " tiled pyramid"
-        )
+    codecs.check_tile((width, height), int(page.compression))
     return width, height, last
