@@ -28,8 +28,11 @@ from tiles import compare, drained, ours
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support import vendor_slides
+from support.dicom_slides import pyramid as frames
+from support.dicom_slides import write_dicom_beside
 from support.slides import shrunk, strip_page, texture, write_svs, write_tiff
 from support.tiff import write_pages
+from support.zarr_slides import write_zarr
 
 from xmag.geometry import TileSpec
 from xmag.plan import TilePlan, plan_tiles
@@ -100,7 +103,13 @@ CONTAINERS: dict[str, tuple[str, Callable[[Path, Size], object]]] = {
     "TIFF, associated alpha": ("e.tif", partial(pyramid, alpha="assocalpha", compression="zlib")),
     "TIFF, PNG": ("f.tif", partial(pyramid, compression="png")),
     "TIFF, JPEG XL": ("g.tif", partial(pyramid, compression="jpegxl")),
-    # DICOM and OME-Zarr join as a line each: (name of the file or folder, what writes it).
+    "DICOM, JPEG 4:2:0": (
+        "d.dcm", lambda p, s: write_dicom_beside(p, frames(texture(*s), LEVELS, mpp=MPP))
+    ),
+    "OME-Zarr 0.4": ("z.zarr", lambda p, s: write_zarr(p, texture(*s), chunk=512, mpp=MPP)),
+    "OME-Zarr 0.5": (
+        "y.zarr", lambda p, s: write_zarr(p, texture(*s), chunk=512, mpp=MPP, zarr_format=3)
+    ),
 }  # fmt: skip
 
 

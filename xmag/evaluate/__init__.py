@@ -4,8 +4,9 @@ Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pic
 """
 
 from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from xmag.evaluate.comparison import ComparedModel, Comparison, compare
 from xmag.evaluate.folds import Folds, Split
 from xmag.evaluate.pictures import (
     calibration_figure,
@@ -18,6 +19,9 @@ from xmag.evaluate.probes import LinearProbe, NearestNeighbours, SimpleShot, pro
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Estimate, Result, Sampling
 from xmag.evaluate.validation import cross_validate, external
+
+if TYPE_CHECKING:
+    from xmag.evaluate.comparison import ComparedModel, Comparison, compare
 
 # Aliases of `probe`, by its method.
 linear_probe = partial(probe, method="linear")
@@ -46,3 +50,10 @@ __all__ = [
     "roc_figure",
     "scatter_figure",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the comparison, whose encoders need torch; metrics and reports do without."""
+    if name in ("ComparedModel", "Comparison", "compare"):
+        return getattr(import_module("xmag.evaluate.comparison"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
