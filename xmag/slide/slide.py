@@ -469,8 +469,8 @@ def _first_bytes(path: Path) -> bytes:
         ) from None
     except IsADirectoryError:
         raise SlideError(
-            f"{path.name} is a folder without DICOM files; expected a slide file, or the folder of"
-            " a DICOM slide"
+            f"{path.name} is a folder; expected a slide file, or the folder of an OME-Zarr, or with"
+            " the files of a DICOM slide"
         ) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
