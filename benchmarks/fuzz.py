@@ -26,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fuzz import pool, seeds
 
 TARGETS = {
+    "dicom": "DICOM slides",
     "slides": "slides in every format and coding",
+    "tiffslide": "slides that are read through tiffslide",
     "sectors": "slides with lost sectors, their pixels compared",
+    "zarrs": "OME-Zarr slides",
     "bags": "feature files (.h5, .safetensors)",
     "checkpoints": "weights, model configurations, classifiers",
 }

@@ -1,10 +1,12 @@
 """The slides that the benchmarks read: 40x and 20x, JPEG and JPEG 2000, in the manner of Aperio.
 
-    python benchmarks/make_slides.py FOLDER [--size 48000 40000]
+    python benchmarks/make_slides.py FOLDER [--size 48000 40000] [--dicom]
 
 Writes 40x and 20x slides as JPEG YCbCr 4:2:0, JPEG RGB and JPEG 2000 in YCbCr (33003) and RGB
-(33005); what lies there already is kept. Needs the folder of real data, ../shared, beside the
-repository: its generator writes the JPEG slides, which the JPEG 2000 slides are made from.
+(33005); what lies there already is kept. With --dicom, the JPEG slides are written as DICOM too,
+tiles as they are: the first level as FOLDER/dicom/*.dcm of the same name, all else beside it. Needs
+the folder of real data, ../shared, beside the repository: its generator writes the JPEG slides,
+which the JPEG 2000 slides are made from.
 """
 
 import argparse
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, nargs=2, default=[48_000, 40_000], metavar=("W", "H"))
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--dicom", action="store_true", help="write the JPEG slides as DICOM too")
     args = parser.parse_args()
     folder, size = args.folder, tuple(args.size)
     if not GENERATOR.exists():
@@ -56,6 +59,11 @@ def main() -> None:
                 options = ["--mag", str(power), "--color", color]
                 options += ["--size", *map(str, size), "--threads", str(args.threads)]
                 subprocess.run([sys.executable, GENERATOR, path, *options], check=True)
+            copy = folder / "dicom" / f"{path.stem}.dcm"
+            if args.dicom and not copy.exists():
+                from support.dicom_slides import tiff_frames, write_dicom_beside
+
+                write_dicom_beside(copy, tiff_frames(path))
         for compression in (J2K_YCBCR, J2K_RGB):
             path = folder / f"s{power}_j2k_{compression}.svs"
             if not path.exists():

@@ -2,6 +2,7 @@
 
     python benchmarks/slides.py FOLDER [--slides 200] [--compile] [--field 3] [--json OUT]
     python benchmarks/slides.py FOLDER [--slides 200] --turns 5 [--json OUT]
+    python benchmarks/slides.py FOLDER --slides 80 --timm vit_small_patch16_224 --mpp 0.5
 
 FOLDER holds a few slides, which are read again and again under other names until there are
 `--slides` of them, all in the page cache. Weights are random. The contenders:
@@ -15,6 +16,10 @@ FOLDER holds a few slides, which are read again and again under other names unti
 
 With `--turns` xmag alone runs so many times, eager and compiled in turn, each time beside its
 encoder alone; figures are medians.
+
+With `--timm` a model of timm, loaded from what timm saves, takes the place of ViT-B/14, at `--mpp`:
+xmag beside the encoder alone and beside the same cohort with an encoder that does nothing, which is
+decoding alone, in three turns; and field and kept with the same model and tiles.
 
 The contenders other than xmag run on `--field` slides (at 20x on a part of one), as they are slow;
 slides a minute follow from their tiles a second.
@@ -40,7 +45,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from xmag.cohort import extract_cohort
-from xmag.encoder import Encoder
+from xmag.encoder import Encoder, load_model
 from xmag.extract import bag_of, extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import TilePlan, plan_tiles
@@ -60,12 +65,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--turns", type=int, default=0, help="eager and compiled in turn")
+    parser.add_argument("--timm", metavar="NAME", help="a model of timm instead of ViT-B/14")
+    parser.add_argument("--mpp", type=float, default=0.5, help="of --timm (default: 0.5)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="PNG of where the time of a slide goes")
     args = parser.parse_args()
     paths = sorted(p for p in args.folder.iterdir() if p.suffix in (".svs", ".tif", ".tiff"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = xmag_encoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.timm:
+        rows = of_timm(args, paths, timm_encoder(args.timm, args.mpp, device, dtype))
+        report("slides", rows, args.json)
+        return
+    encoder = xmag_encoder(device, dtype)
     if args.turns:
         report("slides", in_turn(paths, args.slides, encoder, args.turns), args.json)
         return
@@ -102,10 +114,68 @@ def in_turn(paths: list[Path], count: int, encoder: Encoder, turns: int) -> list
     ]
 
 
+def timm_encoder(name: str, mpp: float, device: torch.device, dtype: torch.dtype) -> Encoder:
+    """A model of timm with random weights, as timm saves it and `load_model` reads it."""
+    import timm
+
+    with tempfile.TemporaryDirectory() as folder:
+        timm.models.save_for_hf(timm.create_model(name, pretrained=False, num_classes=0), folder)
+        return load_model(folder, tile_spec=TileSpec(mpp=mpp), device=device, dtype=dtype)
+
+
+class Nothing:
+    """An encoder without work, for tiles and batches like another's."""
+
+    def __init__(self, like: Encoder) -> None:
+        self.tile_spec, self.embed_dim, self.device = like.tile_spec, like.embed_dim, like.device
+        self.provenance = {"name": "nothing", "weights_sha256": ""}
+
+    def embed(self, tiles: Any) -> np.ndarray:
+        return np.zeros((len(tiles), self.embed_dim), np.float32)
+
+
+def of_timm(args: argparse.Namespace, paths: list[Path], encoder: Encoder) -> list[dict[str, Any]]:
+    """The rows of a model of timm: in xmag, alone, without it, and as the field runs it."""
+    runs: list[tuple[float, float, float, float]] = []
+    for turn in range(4):
+        row, more = measure_cohort(paths, args.slides if turn else 2, encoder, args.processes)
+        alone = more["encoder alone, tiles/s"]
+        without = measure_cohort(
+            paths, args.slides if turn else 2, Nothing(encoder), args.processes, rate=alone
+        )[1]
+        if turn:
+            # Slides of many tiles finish in bunches, so that only the whole run has a rate.
+            rates = [x["whole run, slides/min"] / 60 for x in (more, without)]
+            runs.append(
+                (alone, *(rate * row["tiles a slide"] for rate in rates), more["cores busy"])
+            )
+            print(runs[-1], flush=True)
+    alone, ours, without, busy = (float(x) for x in np.median(runs, axis=0))
+    rates = {"encoder alone": alone, "xmag": ours, "xmag without the encoder": without}
+    plan = plan_of(paths[0], encoder.tile_spec)
+    downsample = plan.tiles.mpp / plan.tiles.level0_mpp
+    tiles = [(paths[0], (int(x), int(y)), downsample) for x, y in plan.coords[: args.tiles_20x]]
+    for name, run in (("field", run_field), ("kept", run_kept)):
+        rates[name] = run([tiles], encoder)
+    return [
+        {
+            "pipeline": name,
+            "tiles/s": rate,
+            "of the encoder": rate / alone,
+            "cores busy": busy if name == "xmag" else "",
+        }
+        for name, rate in rates.items()
+    ]
+
+
 def measure_cohort(
-    paths: list[Path], count: int, encoder: Encoder, processes: int | None
+    paths: list[Path],
+    count: int,
+    encoder: Any,
+    processes: int | None,
+    rate: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """xmag's row, and what it takes to judge it."""
+    """xmag's row, and what it takes to judge it; `rate` is the encoder's alone, where known."""
     work = Path(tempfile.mkdtemp(prefix="xmag-slides-"))
     cohort = work / "cohort.csv"
     with cohort.open("w", newline="") as file:
@@ -124,22 +194,22 @@ def measure_cohort(
     # Steady state: from the time a tenth of the slides are done until nine tenths are.
     first, last = count // 10, count - count // 10 - 1
     tiles = [row.tiles for row in done]
-    rate = (last - first) / (finished.at[last] - finished.at[first])
-    alone = encoder_rate(encoder)
+    slides = (last - first) / (finished.at[last] - finished.at[first])
+    alone = rate or encoder_rate(encoder)
     mean_tiles = float(np.mean(tiles))
     row = {
         "pipeline": "xmag",
         "slides": count,
         "tiles a slide": mean_tiles,
-        "tiles/s": rate * mean_tiles,
-        "slides/min": 60 * rate,
+        "tiles/s": slides * mean_tiles,
+        "slides/min": 60 * slides,
         "xmag is x": 1.0,
     }
     return row, {
         "start-up until the first slide, s": finished.at[0] - start,
         "whole run, slides/min": 60 * count / (end - start),
         "encoder alone, tiles/s": alone,
-        "of the encoder alone": rate * mean_tiles / alone,
+        "of the encoder alone": slides * mean_tiles / alone,
         "cores busy": busy.cores(),
     }
 

@@ -43,6 +43,20 @@ def test_rows_are_tiles_and_places_their_centres(bag):
     assert Provenance.from_json(table.uns["provenance"]) == bag.provenance
 
 
+def test_tiles_at_the_same_place_have_names_of_their_own(slide):
+    """A closer look at tiles that overlap has some of its tiles twice."""
+    plan = xmag.plan_tiles(slide, ColourEncoder().tile_spec, tissue=None, overlap=28)
+    closer = plan.zoom(np.arange(len(plan)), mpp=1.0)
+    bag = xmag.extract_features(
+        slide, model=ColourEncoder(spec=xmag.TileSpec(mpp=1.0, size_px=56)), plan=closer
+    )
+    assert len(np.unique(bag.coords, axis=0)) < len(bag)
+    table = bag.to_anndata()
+    assert table.obs_names.is_unique
+    first = dict.fromkeys(f"{x}_{y}" for x, y in bag.coords)
+    assert set(first) < set(table.obs_names)
+
+
 def test_without_a_slide_nothing_promises_a_picture(bag):
     """scanpy and squidpy fail on ``uns["spatial"]`` without one, and do without either."""
     assert "spatial" not in bag.to_anndata().uns

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.encoders import ColourEncoder
+from support.vendor_slides import write_scn
 
 import xmag
 import xmag.cohort
@@ -50,10 +51,10 @@ def test_flags_of_extract_are_options_of_extract_cohort_and_its_defaults_hold(mo
     flags = {
         "model": "xmag-mini", "format": "safetensors", "border": "drop", "damaged": "drop",
         "slide_timeout": 9.0, "mpp": 0.25, "overlay": True, "on_mismatch": "redo", "shard": (1, 4),
-        "gpus": 2,
+        "gpus": 2, "region": 1,
     }  # fmt: skip
     args = ["--overlay", "--redo", "--shard", "1/4", "--gpus", "2"]
-    for name in ("model", "format", "border", "damaged", "slide_timeout", "mpp"):
+    for name in ("model", "format", "border", "damaged", "slide_timeout", "mpp", "region"):
         args += [f"--{name.replace('_', '-')}", str(flags[name])]
     calls = []
     signature = inspect.signature(xmag.extract_cohort)
@@ -67,6 +68,8 @@ def test_flags_of_extract_are_options_of_extract_cohort_and_its_defaults_hold(mo
     assert main(["extract", "a.svs", "b.svs", "-o", "out", *args]) == 0
     assert calls[0] == {"slides": "a.svs", "out": "out"}
     assert calls[1] == {"slides": ["a.svs", "b.svs"], "out": "out", **flags}
+    assert main(["extract", "a.svs", "-o", "out", "--model", "a", "--model", "b"]) == 0
+    assert calls[2]["model"] == ["a", "b"]
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -127,6 +130,62 @@ def test_info_takes_the_scale_that_is_given(slides, capsys):
 def test_info_of_a_slide_that_is_too_coarse_says_so(slides, capsys):
     assert main(["info", str(slides / "a.svs"), "--mpp", "3"]) == 0
     assert "cannot be read: the slide has 3 µm/px at its finest level" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A file of two scans."""
+    path = tmp_path_factory.mktemp("scans") / "two.scn"
+    regions = [((60, 40), (700, 560)), ((900, 660), (560, 480))]
+    write_scn(path, regions=regions, canvas=(1600, 1300), levels=(1, 2), mpp=1.0)
+    return path
+
+
+def test_info_lists_the_scans_of_a_file_and_shows_the_one_that_is_chosen(scans, capsys):
+    assert main(["info", str(scans)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.split() for line in out.splitlines()]
+    assert lines == [
+        ["slide", "two.scn"],
+        ["scans", "0:", "700", "x", "560", "px"],
+        ["1:", "560", "x", "480", "px"],
+        ["choose", "one", "with", "--region"],
+    ]
+    assert main(["info", str(scans), "--region", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "region    1\n" in out
+    assert "1 µm/px (Leica view size)" in out
+    assert main(["info", str(scans), "--region", "2"]) == 2
+    assert "region=2 is not in the file; it holds region=0 (700x560 px)" in capsys.readouterr().err
+
+
+def test_info_shows_what_the_scanner_wrote_only_if_asked(slides, capsys):
+    shown = 'property  "aperio.AppMag": "20"'
+    assert main(["info", str(slides / "a.svs")]) == 0
+    assert "AppMag" not in capsys.readouterr().out
+    assert main(["info", str(slides / "a.svs"), "--properties"]) == 0
+    assert shown in capsys.readouterr().out.splitlines()
+
+
+def test_extract_takes_the_scan_that_is_chosen_and_else_lists_them(scans, tmp_path, capsys):
+    args = ["extract", str(scans), "-o", str(tmp_path), "--model", "xmag-mini"]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("failed  two.scn: two.scn: the file holds 2 scans; ")
+    assert "--region" in out
+    assert "region=1 (560x480 px)" in out
+    assert main([*args, "--region", "1"]) == 0
+    assert main([*args, "--region", "0"]) == 0
+    assert capsys.readouterr().out.count("done    two.scn: ") == 2
+    bags = [xmag.FeatureBag.load(tmp_path / f"two{end}.h5") for end in ("", "-region1")]
+    assert bags[0].coords.max() < bags[1].coords.max()
+
+
+def test_the_demo_shows_the_scan_that_is_chosen(scans, tmp_path, capsys):
+    assert main(["demo", str(scans), "-o", str(tmp_path), "--region", "1"]) == 0
+    assert ", region=1)" in capsys.readouterr().out
+    assert (tmp_path / "two-region1.h5").is_file()
 
 
 @pytest.mark.shared

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from support.vendor_slides import write_scn
 
 from xmag import draw
 from xmag.bag import FeatureBag
@@ -293,6 +295,17 @@ def on_slides(tmp_path_factory):
     return folder
 
 
+def test_the_gallery_of_heatmap_takes_a_closer_look(on_slides, tmp_path):
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["--features", on_slides / "features", "-o", tmp_path / "x.png", "--gallery-mpp", 1.0]
+    assert main([*map(str, args)]) == 0
+    clf = MILClassifier.load(on_slides / "classifier")
+    with Slide(on_slides / "0.svs") as slide, Image.open(tmp_path / "x-gallery.png") as image:
+        attention = clf.attention(on_slides / "features" / "0.h5")
+        expected = draw.gallery(slide, attention, mpp=1.0)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(expected))
+
+
 def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path, capsys):
     args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
     args += ["-o", tmp_path / "x.png", "--gallery", "--geojson"]
@@ -421,6 +434,32 @@ def test_heatmap_of_the_features_of_another_slide_is_status_2(on_slides, cohort,
     assert main([*map(str, args)]) == 2
     assert "give the slide that the features were made from" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_scans_of_one_file_have_their_own_features_and_heatmaps(
+    on_slides, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    regions = [((60, 40), (700, 560)), ((900, 660), (560, 480))]
+    write_scn(Path("two.scn"), regions=regions, canvas=(1600, 1300), levels=(1, 2), mpp=1.0)
+    Path("c.csv").write_text("slide,region,label,patient\ntwo.scn,0,a,p\ntwo.scn,1,b,q\n")
+    assert main(["extract", "c.csv", "-o", "f", "--model", "xmag-mini"]) == 0
+    args = ["--classifier", str(on_slides / "classifier"), "--features", "f"]
+    capsys.readouterr()
+    assert main(["predict", "c.csv", *args]) == 0
+    words = [line.removeprefix("two.scn: ") for line in capsys.readouterr().out.splitlines()]
+    assert words[0] != words[1]
+    assert main(["heatmap", "two.scn", *args]) == 2
+    assert "region=1 (560x480 px)" in capsys.readouterr().err
+    pictures = [Path("two-heatmap.png"), Path("two-region1-heatmap.png")]
+    for region, picture in enumerate(pictures):
+        assert main(["heatmap", "two.scn", *args, "--region", str(region)]) == 0
+        assert capsys.readouterr().out.startswith(f"two.scn: {words[region]}\n")
+        assert picture.is_file()
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    args[-1] = "f/two-region1.h5"  # on the same canvas
+    assert main(["heatmap", "two.scn", *args, "--region", "0"]) == 2
+    assert "are of region 1, but the slide is opened with region 0" in capsys.readouterr().err
 
 
 def test_heatmap_takes_the_encoder_that_was_fine_tuned_with_the_classifier(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.encoders import ColourEncoder
 from support.slides import write_svs
+from support.vendor_slides import write_scn
 
 from xmag import provenance
 from xmag.bag import FeatureBag
@@ -17,6 +18,9 @@ from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import InputError, MismatchError, OutputError, XmagWarning
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
+from xmag.plan import plan_tiles
+from xmag.slide import Slide
+from xmag.tiles import decoder
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +204,11 @@ def test_a_csv_gives_slides_scales_and_ids(folder, out):
         ("slide,mpp\na.svs,896\n", "line 2.*'896'"),
         ("slide,mpp\n\nNA,0.25\n", "line 3.*no slide: 'NA'"),
         ("slide,mmp\na.svs,0.5\n", "'mmp'; did you mean 'mpp'"),
+        ("slide,region\na.svs,one\n", "line 2.*'one'.*number of a scan"),
+        ("slide,region\na.svs,-1\n", "line 2.*'-1'"),
+        ("slide,region\na.svs,0.5\n", "line 2.*'0.5'"),
+        ("slide,region\na.svs,inf\n", "line 2.*'inf'"),
+        ("slide,regoin\na.svs,0\n", "'regoin'; did you mean 'region'"),
         ("slide;mpp\na.svs;0,25\n", "'slide;mpp'.*commas"),
         (b"slide\n\xe7.svs\n", "save it as CSV UTF-8"),
     ],
@@ -232,6 +241,97 @@ def test_a_slide_may_be_listed_twice_at_two_scales(folder, out):
     assert [row["output"] for row in read_report(out)] == ["fine.h5", "coarse.h5"]
     (out / "fine.h5").unlink()
     assert [row.status for row in run(folder / "twice.csv", out)] == ["done", "skipped"]
+
+
+@pytest.fixture
+def scans(folder):
+    """The folder with a file of two scans, one of a size of its own, and a table to write."""
+    regions = [((60, 40), (700, 560)), ((900, 660), (560, 480))]
+    write_scn(folder / "two.scn", regions=regions, canvas=(1600, 1300), levels=(1, 2))
+    return folder
+
+
+def table(folder, text):
+    (folder / "table.csv").write_text(text)
+    return folder / "table.csv"
+
+
+def test_a_file_with_several_scans_and_no_choice_is_a_row_that_lists_them(scans, out):
+    for processes in (0, 1):
+        report = run(
+            [scans / "a.svs", scans / "two.scn"], out / str(processes), processes=processes
+        )
+        assert [row.status for row in report] == ["done", "failed"]
+        for text in ("2 scans", "--region", "region=0 (700x560 px)", "region=1 (560x480 px)"):
+            assert text in report[1].error
+
+
+def test_each_scan_of_a_file_has_a_row_and_an_output_of_its_own(scans, out):
+    rows = table(scans, "slide,region\ntwo.scn,0\na.svs,\ntwo.scn,1.0\n")
+    for processes, status in ((0, "done"), (1, "skipped")):
+        report = run(rows, out, processes=processes)
+        assert {row.status for row in report} == {status}
+        assert [row.output for row in report] == ["two.h5", "a.h5", "two-region1.h5"]
+        assert [row["region"] for row in read_report(out)] == ["0", "", "1"]
+    for number, name in ((0, "two.h5"), (1, "two-region1.h5")):
+        path = scans / "two.scn"
+        expected = extract_features(path, region=number, model=ColourEncoder(), tissue=None)
+        found = FeatureBag.load(out / name)
+        assert np.array_equal(found.features, expected.features)
+        assert found.provenance.record["slide"] == expected.provenance.record["slide"]
+    two = [FeatureBag.load(out / name).features for name in ("two.h5", "two-region1.h5")]
+    assert not np.array_equal(*two)
+
+
+def test_the_region_of_all_slides_is_an_option_and_the_table_goes_before(scans, out):
+    rows = table(scans, "slide,region\ntwo.scn,0\ntwo.scn,\n")
+    report = run(rows, out, region=1)
+    assert [(row.output, row.region) for row in report] == [("two.h5", 0), ("two-region1.h5", 1)]
+    assert run([scans / "two.scn"], out, region=1)[0].status == "skipped"
+    assert run([scans / "a.svs"], out, region=0)[0].output == "a.h5"
+    assert "region=1 is not in" in run([scans / "a.svs"], out, region=1)[0].error
+
+
+def test_features_of_another_scan_under_the_same_name_are_told_apart(scans, out):
+    run(table(scans, "slide,region,id\ntwo.scn,0,it\n"), out)
+    other = table(scans, "slide,region,id\ntwo.scn,1,it\n")
+    (row,) = run(other, out)
+    assert row.status == "failed"
+    assert "made from other content" in row.error
+    assert ", region 1) at 0.25" in row.error
+    (row,) = run(other, out, on_mismatch="redo")
+    assert row.status == "done"
+    expected = extract_features(scans / "two.scn", region=1, model=ColourEncoder(), tissue=None)
+    assert np.array_equal(FeatureBag.load(out / "it.h5").features, expected.features)
+    (row,) = run(table(scans, "slide,region,id\ntwo.scn,0,it\n"), out)
+    assert ", region 1) at 0.25" in row.error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide,region\ntwo.scn,0\ntwo.scn,0\n",
+        "slide,region\ntwo.scn,0\ntwo.scn,\n",
+        "slide,region\ntwo.scn,1\ntwo-region1.scn,0\n",
+        "slide,region,id\ntwo.scn,0,it\ntwo.scn,1,it\n",
+    ],
+)
+def test_scans_that_would_be_written_to_one_file_are_refused(scans, out, text):
+    with pytest.raises(InputError, match="2 slides would be written to"):
+        run(table(scans, text), out)
+    assert not out.exists()
+
+
+def test_a_plan_is_for_its_own_scan_alone(scans):
+    encoder = ColourEncoder()
+    with Slide(scans / "two.scn", region=0) as one, Slide(scans / "two.scn", region=1) as other:
+        assert one.fingerprint | {"region": 1} == other.fingerprint
+        plan = plan_tiles(one, encoder.tile_spec)
+        assert len(extract_features(one, model=encoder, plan=plan)) > 0
+        with pytest.raises(InputError):
+            extract_features(other, model=encoder, plan=plan)
+        with pytest.raises(InputError, match=r"region= goes with a path"):
+            extract_features(one, model=encoder, region=1)
 
 
 def test_slides_are_looked_for_before_a_model_is_loaded(folder, out):
@@ -316,6 +416,9 @@ def test_interruption_leaves_what_is_finished_and_its_report(folder, out):
         {"tissue": "find"},
         {"mpp": -1},
         {"mpp": 896},
+        {"region": -1},
+        {"region": "1"},
+        {"region": True},
         {"overlap": 56},
         {"min_tissue": 2},
         {"batch_size": 0},
@@ -439,3 +542,108 @@ def test_coverage_is_in_the_row_of_each_slide_also_when_it_was_there_already(fol
         dropped = run(folder, out, tissue="auto", border="drop", on_mismatch="redo")
     assert dropped[0].coverage < 0.9 < bag.coverage
     assert dropped[0].tiles < done[0].tiles
+
+
+class Dull(ColourEncoder):
+    """Another model of the same tiles; writes into what it is given, and fails as told."""
+
+    embed_dim = 3
+
+    def __init__(self, *, fails_at=0, **options):
+        super().__init__(**{"name": "owner/dull: 1", **options})
+        self.fails_at, self.calls = fails_at, 0
+
+    def embed(self, tiles):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ValueError("not these tiles")
+        found = np.asarray(tiles, np.float32).max(axis=(1, 2))
+        if tiles.flags.writeable:
+            tiles[:] = 0
+        return found
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The slides whose tiles were decoded, in this process."""
+    names, read = [], decoder.read_rows
+
+    def counting(slide, *args, **options):
+        names.append(slide.name)
+        return read(slide, *args, **options)
+
+    monkeypatch.setattr(decoder, "read_rows", counting)
+    return names
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_several_models_write_what_each_writes_alone(folder, out, tmp_path, processes):
+    models = [Dull(), ColourEncoder()]
+    report = run(folder, out, model=models, processes=processes, overlay=True)
+    pairs = [(row.slide, row.model, row.status) for row in report]
+    slides = ["a.svs", "site 1/b.svs", "site 1/ç.svs"]
+    assert pairs == [(s, m, "done") for s in slides for m in ("dull__1", "colours")]
+    assert [row["model"] for row in read_report(out)] == ["dull__1", "colours"] * 3
+    assert report[3].output == "colours/site 1/b.h5"
+    for name, model in zip(("dull__1", "colours"), models, strict=True):
+        run(folder, tmp_path / name, model=model, overlay=True)
+        found = {p.relative_to(out / name) for p in (out / name).rglob("*") if p.is_file()}
+        alone = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*[!v]")}
+        assert found == {p for p in alone if p.suffix in (".h5", ".png")}
+        for path in (p for p in found if p.suffix == ".h5"):
+            bag, expected = (
+                FeatureBag.load(out / name / path),
+                FeatureBag.load(tmp_path / name / path),
+            )
+            assert np.array_equal(bag.features, expected.features)
+            assert np.array_equal(bag.coords, expected.coords)
+            assert bag.provenance.fingerprint == expected.provenance.fingerprint
+
+
+def test_several_models_share_the_tiles_of_each_slide(folder, out, decoded):
+    models = [ColourEncoder(), Dull()]
+    run(folder, out, model=models)
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+    assert [row.status for row in run(folder, out, model=models)] == ["skipped"] * 6
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+
+
+def test_several_models_resume_and_fail_each_for_itself(folder, out, decoded):
+    statuses = [row.status for row in run(folder, out, model=[Dull(fails_at=2), ColourEncoder()])]
+    assert statuses == ["done", "done", "failed", "done", "done", "done"]
+    (out / "colours/a.h5").unlink()
+    decoded.clear()
+    report = run(folder, out, model=[Dull(), ColourEncoder(), ColourEncoder(name="third")])
+    assert [row.status for row in report] == [
+        "skipped", "done", "done", "done", "skipped", "done", "skipped", "skipped", "done"
+    ]  # fmt: skip
+    assert decoded == ["a.svs", "b.svs", "ç.svs"]
+    assert not list(out.rglob("*.xmag-lock"))
+
+
+def test_a_changed_slide_is_decoded_once_for_all_models_to_redo(folder, out, decoded):
+    models = [Dull(), ColourEncoder()]
+    run(folder / "a.svs", out, model=models)
+    write_svs(folder / "a.svs", size=(900, 1200), mpp=0.25)
+    assert {row.status for row in run(folder / "a.svs", out, model=models)} == {"failed"}
+    decoded.clear()
+    report = run(folder / "a.svs", out, model=models, on_mismatch="redo")
+    assert [(row.status, row.tiles) for row in report] == [("done", 6)] * 2
+    assert decoded == ["a.svs"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([ColourEncoder(), Dull(spec=TileSpec(size_px=112))], r"xmag\.evaluate\.compare"),
+        ([ColourEncoder(), Dull(name="elsewhere/Colours")], "two models would write .*'Colours'"),
+        ([Dull(name="..")], "can be called ''"),
+        ([Dull(name="con")], "can be called 'con'"),
+        ([Dull(name="my/Report.csv")], "can be called"),
+        ([], "empty list"),
+    ],
+)
+def test_models_that_no_one_pass_takes_are_refused_before_any_work(folder, out, models, message):
+    with pytest.raises(InputError, match=message):
+        run(folder, out, model=models)
+    assert not out.exists()

@@ -98,6 +98,24 @@ def test_each_fault_costs_one_row_with_its_reason_and_all_others_are_right(
     assert hung.seconds > 19
 
 
+def test_a_dicom_slide_that_crashes_or_hangs_costs_its_row_too(tmp_path, planted):
+    pytest.importorskip("wsidicom")
+    from support.dicom_slides import pyramid, write_dicom
+    from support.slides import texture
+
+    names = ("segfault", "good", "hang@opening", "vanish")
+    for name in names:
+        write_dicom(tmp_path / "in" / name, pyramid(texture(900, 700), (1,)))
+    report = run(tmp_path / "in", tmp_path / "out", slide_timeout=20)
+    assert {row.slide: row.status for row in report} == {
+        name: "done" if name == "good" else "failed" for name in names
+    }
+    errors = {row.slide: row.error for row in report}
+    assert EXPECTED["segfault"] in errors["segfault"]
+    assert EXPECTED["hang"] in errors["hang@opening"]
+    assert EXPECTED["vanish"] in errors["vanish"]
+
+
 def test_overlays_and_slides_that_were_done_before_cannot_crash_the_caller_either(
     slide, tmp_path, planted
 ):

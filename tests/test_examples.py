@@ -75,11 +75,32 @@ def test_a_classifier_with_its_report_and_heatmaps(tmp_path: Path) -> None:
     assert "02.svs: tumour" in printed
 
 
-def test_a_closer_look_by_a_second_encoder(tmp_path: Path) -> None:
-    make = [sys.executable, EXAMPLES / "make_cohort.py", tmp_path]
-    subprocess.run([*make, "--slides", "8", "--size", "2700", "2300"], check=True, timeout=800)
+@pytest.fixture(scope="module")
+def small_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    make = [sys.executable, EXAMPLES / "make_cohort.py", folder]
+    subprocess.run([*make, "--slides", "12", "--size", "2700", "2300"], check=True, timeout=800)
+    return folder / "cohort.csv"
+
+
+def test_encoders_compared(small_cohort: Path, tmp_path: Path) -> None:
+    args = ("--models", "xmag-mini", "xmag-mini@4.0", "--folds", "3", "--epochs", "2")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "compare_encoders.py", small_cohort, tmp_path, *args],
+        check=True, capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
+    rows = [
+        [c.strip() for c in line.split("|")] for line in done.stdout.splitlines() if "|" in line
+    ]
+    assert [row[1:3] for row in rows[2:]] == [["xmag-mini", "2"], ["xmag-mini-4.0", "4"]]
+    tiles = [float(row[4]) for row in rows[2:]]
+    assert 2 < tiles[0] / tiles[1] <= 9
+    assert len([*tmp_path.rglob("*.h5")]) == 24
+
+
+def test_a_closer_look_by_a_second_encoder(small_cohort: Path, tmp_path: Path) -> None:
     printed = _run(
-        "closer_look.py", tmp_path / "cohort.csv", tmp_path / "out", "--tiles", "3",
+        "closer_look.py", small_cohort, tmp_path / "out", "--tiles", "3",
         "--epochs", "5",
     )  # fmt: skip
     assert {p.name for p in (tmp_path / "out").iterdir()} == {

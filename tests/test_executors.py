@@ -184,7 +184,7 @@ def test_relative_paths_mean_the_same_in_workers(folder, model, local, out, monk
     def elsewhere(piece, count):
         assert all(job.path.is_absolute() for job in piece.unpacked().values())
         assert piece.options["out"].is_absolute()
-        assert Path(piece.model.path_or_name).is_absolute()
+        assert Path(piece.models[""].path_or_name).is_absolute()
         return piece
 
     slides = os.path.relpath(folder)
@@ -230,7 +230,7 @@ def rows_of(folder, out, pool, model, *, shards, transform, processes=0):
     engine = Engine(pool, shards=shards, model=model)
     jobs = jobs_of(folder, format="h5", mpp=None)
     options = {
-        "encoder": engine.encoder,
+        "encoders": engine.encoders,
         "out": out,
         "transform": transform,
         "processes": processes,
@@ -380,7 +380,7 @@ def test_a_given_config_and_dtype_travel_with_the_model(folder, out, tmp_path):
 def test_workers_that_compute_in_different_dtypes_are_told_apart(folder, model, out):
     def change(piece, count):
         dtype = "float32" if count % 2 else "bfloat16"
-        return replace(piece, model=replace(piece.model, dtype=dtype))
+        return replace(piece, models={"": replace(piece.models[""], dtype=dtype)})
 
     with (
         Changing(change, threads=2) as pool,
@@ -829,3 +829,23 @@ def test_what_workers_tell_is_plain_json(folder, model, out):
     assert {line["number"]: line["row"]["status"] for line in lines[1:]} == dict(
         enumerate(STATUSES)
     )
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_workers_do_several_models_of_a_slide_together(folder, model, out, tmp_path, store):
+    save(random_encoder(TINY, seed=1), tmp_path / "other")
+    models = [model, str(tmp_path / "other")]
+    names = [Path(each).name for each in models]
+    extract_cohort(folder, tmp_path / "local", model=models, tissue=None, processes=0)
+    place = Url("memory://models") if store else out
+    with ThreadPoolExecutor(2) as pool:
+        report = run(folder, place, pool, model=models, shards=3)
+    assert [(row.slide, row.model) for row in report] == [(s, n) for s in SLIDES for n in names]
+    assert [row.status for row in report] == [each for each in STATUSES for _ in names]
+    for row in report:
+        if row.status == "done":
+            ours = FeatureBag.load(place / row.output)
+            theirs = FeatureBag.load(tmp_path / "local" / row.output)
+            assert np.array_equal(ours.features, theirs.features)
+    if store:
+        fsspec.filesystem("memory").rm("/models", recursive=True)

@@ -86,3 +86,24 @@ def test_a_compiled_encoder_gives_the_same_for_any_batch(encoder: Encoder) -> No
         difference = compiled.embed(tiles[:count]) - encoder.embed(tiles[:count])
         assert difference.abs().max() < 1e-3
     assert compiled.provenance == encoder.provenance
+
+
+@pytest.mark.parametrize("processes", [0, 3])
+def test_several_models_in_one_pass_give_what_each_gives_alone(
+    encoder: Encoder, folder: Path, tmp_path: Path, processes: int
+) -> None:
+    other = random_encoder(CONFIGS["dinov2_vits14"], seed=1, device="cuda", dtype="float32")
+    models = [encoder.named("one"), other.named("other")]
+    report = extract_cohort(
+        folder, tmp_path / "both", model=models, tissue=None, batch_size=8, processes=processes
+    )
+    assert [row.status for row in report].count("done") == 8
+    for model in models:
+        name = model.provenance["name"]
+        alone = extract_cohort(folder, tmp_path / name, model=model, tissue=None, processes=0)
+        for row in alone:
+            if row.status == "done":
+                bag = FeatureBag.load(tmp_path / "both" / name / row.output)
+                expected = FeatureBag.load(tmp_path / name / row.output)
+                assert np.array_equal(bag.coords, expected.coords)
+                assert np.abs(bag.features - expected.features).max() < 1e-4

@@ -22,6 +22,8 @@ import safetensors.torch
 from support.hub_server import FakeHub, serve
 from support.models import TINY, random_state
 from support.programs import run_program
+from support.slides import texture
+from support.zarr_slides import write_zarr
 
 import xmag
 from xmag.demo import write_demo_slide
@@ -187,6 +189,52 @@ def test_a_full_extraction_leaves_the_process_as_it_was(
     multiprocessing.set_start_method("spawn")
     """
     changed = run_program(NO_NETWORK + STATE + textwrap.dedent(program), slide_path, cwd=tmp_path)
+    assert json.loads(changed) == []
+
+
+@pytest.fixture(scope="module")
+def zarr_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guest")
+    return write_zarr(folder / "slide.zarr", texture(1000, 700), zarr_format=3, shard=256)
+
+
+def test_reading_an_ome_zarr_leaves_no_thread_no_event_loop_and_no_filter_of_zarr(
+    zarr_path: Path,
+) -> None:
+    program = """
+    import asyncio, pickle, warnings
+    from concurrent.futures import ThreadPoolExecutor
+    settle()
+    before = state()
+    import xmag
+
+    def tiles(slide, threads=4):
+        plan = xmag.plan_tiles(slide, xmag.TileSpec(mpp=1.0, size_px=112))
+        return [t.tobytes() for _, t in xmag.read_tiles(slide, plan, threads=threads)]
+
+    async def in_a_loop():
+        with xmag.Slide(sys.argv[1]) as slide:
+            return tiles(slide), await asyncio.to_thread(tiles, slide)
+
+    with xmag.Slide(sys.argv[1]) as slide:
+        expected = tiles(slide)
+        with ThreadPoolExecutor(8) as pool:
+            assert set(map(tuple, pool.map(tiles, [slide] * 8))) == {tuple(expected)}
+        assert asyncio.run(in_a_loop(), debug=True) == (expected, expected)
+        with pickle.loads(pickle.dumps(slide)) as again:
+            assert tiles(again) == expected
+        child = os.fork()
+        if not child:
+            os._exit(0 if tiles(slide) == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:  # of daemonic workers
+            assert pool.apply(tiles, (slide,)) == expected
+    assert "zarr" not in sys.modules  # it sets warning filters where it is imported
+    after = state()
+    print(json.dumps([key for key in before if before[key] != after[key]]))
+    """
+    changed = run_program(NO_NETWORK + STATE + textwrap.dedent(program), zarr_path)
     assert json.loads(changed) == []
 
 

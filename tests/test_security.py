@@ -8,27 +8,34 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fuzz import checkpoints, seeds
+from fuzz import checkpoints
 from huggingface_hub import constants, file_download
 from PIL import Image
 from safetensors.torch import save, save_file
 from support.encoders import ColourEncoder
 from support.hub_server import FakeHub, serve
 from support.models import TINY, random_state
-from support.patient import SECRET, is_planted, plant, plant_image
+from support.patient import EVERYWHERE, PLANTED, SECRET, has_mark
 from support.slides import write_svs
 
+from xmag import draw
 from xmag.bag import FeatureBag
+from xmag.cli import main
 from xmag.cohort import extract_cohort
 from xmag.demo import write_demo_slide
 from xmag.encoder import load_model
@@ -37,7 +44,11 @@ from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.hub.registry import SCHEMA, ModelConfig
 from xmag.mil import MILClassifier
+from xmag.plan import plan_tiles
 from xmag.slide import Slide
+from xmag.slide.directories import tifffile_unheard
+from xmag.tiles import read_tiles
+from xmag.tissue import find_tissue
 
 SPEC = TileSpec(mpp=1.0, size_px=32)
 TOKEN = "hf_Secrettoken0123456789"
@@ -292,23 +303,13 @@ def test_offline_nothing_is_asked_of_the_network_and_no_command_is_run(
     assert children <= {sys.executable, "uname"}, children
 
 
-def formats() -> list[str]:
-    return [name for name in seeds.NAMES if not name.startswith(("trestle", "ome-two"))]
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of slides in every format with SECRET in their metadata, and in their path."""
     folder = tmp_path_factory.mktemp(f"of-{SECRET}") / "slides"
     folder.mkdir()
-    for name in formats():
-        path = folder / name
-        path.write_bytes(seeds.seed(name))
-        if path.suffix in (".png", ".jpg"):
-            plant_image(path, path)
-        else:
-            path.write_bytes(plant(path.read_bytes()))
-            assert is_planted(path.read_bytes()), name
+    for name, write in PLANTED.items():
+        write(folder / name)
     return folder
 
 
@@ -328,7 +329,7 @@ class Log(logging.Handler):
 def log() -> Iterator[Log]:
     """What the loggers of xmag and of tifffile say, at DEBUG."""
     handler = Log()
-    loggers = [logging.getLogger(name) for name in ("xmag", "tifffile", "PIL", "h5py")]
+    loggers = [logging.getLogger(name) for name in (None, "xmag", "tifffile", "PIL", "h5py")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
@@ -353,67 +354,211 @@ def assert_clean(folder: Path) -> int:
                 with Image.open(path) as image:
                     # A cohort's own name their software, so that they are known again.
                     assert image.info == ({"Software": "xmag"} if ".h5" in path.name else {}), path
+                    assert not has_mark(image), path
     return count
 
 
+def shown(*things: object) -> list[str]:
+    """All that Python, a notebook and a debugger show of things."""
+    found = []
+    for thing in things:
+        found += [repr(thing), str(thing)]
+        ways = [way for way in dir(type(thing)) if way.startswith("_repr_")]
+        found += [str(getattr(thing, way)()) for way in ways]
+    return found
+
+
 @pytest.mark.filterwarnings("ignore::xmag.errors.XmagWarning")
-@pytest.mark.parametrize("name", formats())
+@pytest.mark.parametrize("name", PLANTED)
 def test_what_a_scanner_wrote_of_the_patient_appears_nowhere(
     planted: Path, tmp_path: Path, log: Log, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    encoder = ColourEncoder(spec=SPEC)
+    encoder, path = ColourEncoder(spec=SPEC), planted / name
     region = 0 if name == "leica.scn" else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", XmagWarning)
-        with Slide(planted / name, mpp=0.25, region=region) as slide:
-            assert SECRET not in repr(slide)
-            bag = extract_features(slide, model=encoder, tissue=None)
-            slide.thumbnail(max_px=64).save(tmp_path / "thumbnail.png")
+        with Slide(path, mpp=0.25, region=region) as slide:
+            tissue = find_tissue(slide)
+            plan = plan_tiles(slide, SPEC)
+            for _, tiles in read_tiles(slide, plan):
+                assert not has_mark(Image.fromarray(np.concatenate(tiles)))
+            bag = extract_features(slide, model=encoder, plan=plan)
+            pictures = {
+                "thumbnail": slide.thumbnail(max_px=64),
+                "overlay": draw.overlay(slide, tissue=tissue, plan=plan),
+            }
+            said = shown(slide, slide.facts, tissue, plan, bag, bag.provenance)
+            said += shown(slide.properties, slide.associated_images)
     assert len(bag) > 0
+    for kind, picture in pictures.items():
+        picture.save(tmp_path / f"{kind}.png")
     for target in ("a.h5", "a.safetensors"):
         bag.save(tmp_path / target)
     bag.export(tmp_path / "a.pt", layout="clam")
     bag.export(tmp_path / "stamp.h5", layout="stamp")
+    (tmp_path / "tissue.geojson").write_text(json.dumps(tissue.to_geojson()))
     report = extract_cohort(
-        [planted / name], tmp_path / "out", model=encoder, tissue=None, mpp=0.25, overlay=True
+        [path], tmp_path / "out", model=encoder, tissue=None, mpp=0.25, overlay=True
     )
     assert report[0].status == ("failed" if region == 0 else "done"), report[0].error
-    assert assert_clean(tmp_path) >= (6 if region == 0 else 8)
-    said = [log.text, *(str(w.message) for w in caught), *capfd.readouterr(), str(report.rows)]
+    assert main(["info", str(path), *(["--region", "0"] if region == 0 else [])]) == 0
+    assert assert_clean(tmp_path) >= (8 if region == 0 else 10)
+    said += [log.text, *(str(w.message) for w in caught), *shown(report), *capfd.readouterr()]
     assert not any(SECRET in text for text in said), said
 
 
-def _reason(path: Path, mpp: float | None) -> str:
-    """Why a slide has no features; nothing where it has."""
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_nor_in_what_the_command_line_writes_and_says(
+    planted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    path, mpp = str(planted / name), ["--mpp", "0.25"]
+    args = ["--model", "xmag-mini", "-o", str(tmp_path / "out"), "--overlay", "-v"]
+    assert main(["info", path, "-v"]) == 0
+    assert main(["extract", path, *args, *mpp]) == 0
+    assert_clean(tmp_path)
+    assert SECRET not in "".join(capfd.readouterr())
+    assert main(["info", path, "--properties"]) == 0  # it is there
+    assert SECRET in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_nor_in_anndata(planted: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("anndata")
+    with Slide(planted / name, mpp=0.25) as slide:
+        bag = extract_features(slide, model=ColourEncoder(spec=SPEC), tissue=None)
+        table = bag.to_anndata(slide)
+    table.write_h5ad(tmp_path / "a.h5ad")
+    assert assert_clean(tmp_path) == 1
+    assert SECRET not in "".join(shown(table, table.uns))
+    (picture,) = (space["images"]["hires"] for space in table.uns["spatial"].values())
+    assert not has_mark(Image.fromarray(np.asarray(picture)))
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_it_is_in_properties_and_labels_of_these_slides(planted: Path, name: str) -> None:
+    with Slide(planted / name, mpp=0.25, region=0) as slide:
+        texts = dict(slide.properties)
+        images = {**slide.associated_images}
+    assert any(SECRET in text for text in texts.values())
+    if name in EVERYWHERE:
+        assert images.keys() & {"label", "macro"}
+        assert all(has_mark(image) for kind, image in images.items() if kind != "thumbnail")
+
+
+def test_only_the_thread_that_opens_a_slide_hears_nothing_of_tifffile(log: Log) -> None:
+    logger = logging.getLogger("tifffile")
+    before = list(logger.filters)
+
+    def from_another_thread(text: str) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(logger.warning, text).result()
+
+    with tifffile_unheard():
+        with tifffile_unheard():
+            logger.warning("not this")
+        logger.warning("nor this")
+        from_another_thread("but this")
+    logger.warning("and this")
+    assert [line for line in log.text.splitlines() if "this" in line] == 2 * [
+        "tifffile but this"
+    ] + (2 * ["tifffile and this"])
+    assert logger.filters == before
+
+
+def _told(error: BaseException) -> str:
+    """An error with those before it, as a program that fails shows them."""
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_errors_about_whole_slides_do_not_repeat_what_the_scanner_wrote(
+    planted: Path, log: Log, name: str
+) -> None:
+    slide = Slide(planted / name, mpp=0.25)
+    fine = TileSpec(mpp=0.01, size_px=32)
+    failing: list[Callable[[], object]] = [
+        lambda: Slide(planted / name, region=7),
+        lambda: slide.read_region((-1, 0), (9, 9)),
+        lambda: slide.properties["nothing"],
+        lambda: slide.associated_images["nothing"],
+        lambda: plan_tiles(slide, fine),
+        lambda: extract_features(slide, model=ColourEncoder(spec=SPEC), region=0),
+        slide.close,
+        lambda: slide.properties,
+        lambda: slide.associated_images,
+    ]
+    told = []
+    for fails in failing:
+        try:
+            fails()
+        except (XmagError, KeyError) as error:
+            told.append(_told(error))
+    assert len(told) == len(failing) - 1
+    assert not any(SECRET in text.replace(str(planted), "") for text in told), told
+    assert SECRET not in log.text
+
+
+def _damage(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file, or each of a folder."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        file.write_bytes(change(file.read_bytes()))
+
+
+_SHORT = "Qz"
+"""What stands in place of numbers, as often as there is room for it."""
+
+
+def _in_place_of(pattern: bytes, data: bytes) -> bytes:
+    """Write _SHORT over what matches, whose length stays."""
+    return re.sub(pattern, lambda found: (_SHORT.encode() * len(found[0]))[: len(found[0])], data)
+
+
+_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "cut directory": lambda data: data[:-40],
+    # Where a text is not what the vendor writes, what was read of it may end up in the error.
+    "numbers": partial(_in_place_of, rb'(?<==")\d\d+'),
+    "fractions": partial(_in_place_of, rb'(?<=")0\.0\d+'),
+    "fields": partial(_in_place_of, rb"(?<=MPP = )[\d.]+|(?<=AppMag = )\d+"),
+    "xml": lambda data: data.replace(b"</", b"<<"),
+}
+
+
+def _errors(path: Path, mpp: float | None) -> Iterator[str]:
+    """Errors of the features, the properties and the associated images of a slide."""
     try:
         extract_features(path, model=ColourEncoder(spec=SPEC), mpp=mpp)
     except XmagError as error:
-        return str(error)
-    return ""
+        yield _told(error)
+    try:
+        with Slide(path, mpp=0.25, region=0) as slide:
+            for read in (lambda: [*slide.properties], lambda: [*slide.associated_images.values()]):
+                try:
+                    read()
+                except XmagError as error:
+                    yield _told(error)
+    except XmagError as error:
+        yield _told(error)
 
 
-@pytest.mark.parametrize("name", [n for n in formats() if not n.endswith((".png", ".jpg"))])
+@pytest.mark.parametrize("name", [n for n in PLANTED if not n.endswith((".png", ".jpg"))])
 def test_errors_and_logs_about_damaged_slides_do_not_repeat_what_the_scanner_wrote(
     planted: Path, tmp_path: Path, log: Log, name: str
 ) -> None:
-    data = (planted / name).read_bytes()
-    ways = {
-        "cut": data[: len(data) // 2],
-        "cut directory": data[:-40],
-        # Where a text is not what the vendor writes, what was read of it may end up in the error.
-        "numbers": re.sub(rb'="\d+', b'="' + SECRET[:7].encode(), data),
-        "fractions": re.sub(rb'"0\.0002', b'"' + SECRET[:7].encode(), data),
-        "xml": data.replace(b"</", b"<<"),
-    }
-    for way, damaged in ways.items():
+    for way, change in _DAMAGE.items():
         path = tmp_path / f"{way}{Path(name).suffix}"
-        path.write_bytes(damaged)
+        copy = shutil.copytree if (planted / name).is_dir() else shutil.copy
+        copy(planted / name, path)
+        _damage(path, change)
         for mpp in (None, 0.25):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert SECRET[:7] not in _reason(path, mpp), way
-                assert not any(SECRET[:7] in str(w.message) for w in caught)
+                for told in _errors(path, mpp):
+                    assert SECRET not in told, way
+                    assert _SHORT not in told, way
+                assert not any(re.search(f"{SECRET}|{_SHORT}", str(w.message)) for w in caught)
     assert SECRET not in log.text
+    assert _SHORT not in log.text
 
 
 def test_a_report_names_no_folder_above_the_slides(tmp_path: Path, log: Log) -> None:

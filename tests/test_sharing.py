@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -21,6 +22,7 @@ from xmag.cohort.claims import Claims
 from xmag.cohort.jobs import Job
 from xmag.cohort.resume import SEEN_NAME
 from xmag.errors import OutputError
+from xmag.tiles import decoder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs /proc and POSIX signals")
 
@@ -314,3 +316,25 @@ def open_to_all():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+def test_of_several_models_the_run_that_has_the_first_is_left_the_others(fresh, monkeypatch):
+    """So that its slide is decoded once, by one of two runs."""
+    decoded, read = Counter(), decoder.read_rows
+
+    def counting(slide, *args, **options):
+        decoded[slide.name] += 1
+        return read(slide, *args, **options)
+
+    monkeypatch.setattr(decoder, "read_rows", counting)
+    first = replace(job(fresh.names[0]), output=PurePosixPath(f"one/{fresh.names[0]}.h5"))
+    models = [ColourEncoder(name="one"), ColourEncoder(name="two")]
+    fresh.out.mkdir()
+    with Claims(fresh.out) as other:
+        assert other.take(first)
+        release = threading.Timer(1.0, other.release, [first])
+        release.start()
+        report = extract_cohort(fresh.slides, fresh.out, model=models, tissue=None, processes=0)
+        release.join()
+    assert [row.status for row in report] == ["done"] * 24
+    assert decoded == {f"{name}.svs": 1 for name in fresh.names}

@@ -15,14 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.encoders import ColourEncoder
 from support.range_server import serve_folder
-from support.slides import write_svs
+from support.slides import texture, write_svs
+from support.zarr_slides import write_zarr
 
 import xmag
 from xmag import files
 from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort
 from xmag.cohort.jobs import jobs_of
-from xmag.errors import BagError, InputError, MismatchError, OutputError
+from xmag.errors import (
+    BagError,
+    DamagedSlideError,
+    InputError,
+    MismatchError,
+    OutputError,
+    SlideError,
+)
 from xmag.urls import Url, place_of, without_folder
 
 SECRET = "planted-secret"
@@ -323,6 +331,27 @@ def test_a_folder_in_a_store_is_searched_for_slides(slide_bytes, memory, tmp_pat
         extract_cohort("memory://cohort", "memory://out", **other)
     with pytest.raises(InputError, match="no slides in 'memory://nothing'"):
         extract_cohort("memory://nothing", tmp_path, **options)
+
+
+def test_an_ome_zarr_in_a_bucket_is_one_slide_of_a_cohort(tmp_path, s3):
+    local = write_zarr(tmp_path / "slides" / "a.zarr", texture(300, 260), levels=1, mpp=2.0)
+    write_zarr(
+        tmp_path / "slides" / "b.zarr", texture(300, 260), levels=1, mpp=2.0, zarr_format=3,
+        axes="cyx", chunk=64, shard=128,
+    )  # fmt: skip
+    store = fsspec.filesystem("s3")
+    store.put(str(tmp_path / "slides"), "bucket/zarrs", recursive=True)
+    options = {"model": ColourEncoder(), "tissue": None, "processes": 1}
+    report = extract_cohort("s3://bucket/zarrs", tmp_path / "out", **options)
+    assert [(row.slide, row.status) for row in report] == [("a.zarr", "done"), ("b.zarr", "done")]
+    bag = xmag.extract_features(local, model=ColourEncoder(), tissue=None)
+    for name in ("a.h5", "b.h5"):
+        assert np.array_equal(FeatureBag.load(tmp_path / "out" / name).features, bag.features)
+    store.rm("bucket/zarrs/a.zarr/0/0/1/0/1/1")
+    with pytest.raises(DamagedSlideError, match="is not there"):
+        xmag.extract_features("s3://bucket/zarrs/a.zarr", model=ColourEncoder(), tissue=None)
+    with pytest.raises(SlideError, match=r"a\.zarr: there is no zarr\.json.* check the path"):
+        xmag.Slide("s3://nobucket/a.zarr")
 
 
 def test_decoding_processes_read_urls_with_their_signatures(slide_bytes, tmp_path):

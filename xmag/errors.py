@@ -2,6 +2,7 @@
 
     XmagError
     ├── InputError (also ValueError)           an argument does not make sense
+    │   └── SeveralScansError                  a file holds several scans, and none was chosen
     ├── MissingExtraError (also ImportError)   an optional part is not installed
     ├── SlideError                             a slide cannot be read
     │   ├── UnsupportedSlideError              a format, pixel type or layout that is not read
@@ -30,6 +31,12 @@ class XmagError(Exception):
 
 class InputError(XmagError, ValueError):
     """An argument does not make sense."""
+
+
+class SeveralScansError(InputError):
+    """A file holds several scans, and none was chosen; `scans` has the (width, height) of each."""
+
+    scans: tuple[tuple[int, int], ...] = ()
 
 
 def not_fitted(message: str) -> InputError:

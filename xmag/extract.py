@@ -38,6 +38,7 @@ def extract_features(
     tissue: TissueChoice = "auto",
     plan: TilePlan | None = None,
     mpp: float | None = None,
+    region: int | None = None,
     min_tissue: float | None = 0.25,
     border: Border = "shift",
     batch_size: int | None = None,
@@ -54,6 +55,7 @@ def extract_features(
         plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue` and `border`
             are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
+        region: Which scan, where a file holds several. With a path only.
         min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
         border: As `plan_tiles` has it: "shift" or "drop".
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
@@ -85,12 +87,13 @@ def extract_features(
     check_damaged(damaged)
     with ExitStack() as stack:
         if isinstance(slide, Slide):
-            if mpp is not None:
-                raise InputError(
-                    "mpp= goes with a path; for an open slide use Slide(path, mpp=...)"
-                )
+            for name, given in (("mpp", mpp), ("region", region)):
+                if given is not None:
+                    raise InputError(
+                        f"{name}= goes with a path; for an open slide use Slide(path, {name}=...)"
+                    )
         else:
-            slide = stack.enter_context(Slide(slide, mpp=mpp))
+            slide = stack.enter_context(Slide(slide, mpp=mpp, region=region))
         # After the slide: the model may have to be fetched.
         encoder = resolve_encoder(model)
         if plan is None:

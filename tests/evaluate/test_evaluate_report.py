@@ -234,7 +234,8 @@ print(list(dict.items(matplotlib.rcParams)) == before, "matplotlib.pyplot" in sy
 def test_without_matplotlib_the_install_is_named(
     report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    loaded = [name for name in sys.modules if name.split(".")[0] == "matplotlib"]
+    for module in ("matplotlib", *loaded):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         MissingExtraError, match=r'needs matplotlib.*pip install "xmag\[evaluate\]"'

@@ -37,7 +37,7 @@ def outcome(path: Path) -> str:
         return _fine(checkpoints.outcome(path), checkpoints.FINE)
     if path.name in bags.seeds():
         return _fine(bags.outcome(path), bags.FINE)
-    return _fine(slides.outcome(path), slides.FINE)
+    return _fine(slides.outcome(path, beside=False), slides.FINE)
 
 
 def _fine(word: str, fine: str) -> str:

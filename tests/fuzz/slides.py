@@ -7,7 +7,7 @@ from random import Random
 
 from fuzz.streams import damaged_stream
 from fuzz.tiffs import damaged_tiff
-from xmag.errors import InputError, XmagError
+from xmag.errors import InputError, SeveralScansError, XmagError
 from xmag.geometry import TileSpec
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
@@ -31,9 +31,10 @@ def make(originals: Mapping[str, bytes], number: int, rng: Random) -> tuple[str,
     return name, change(data, rng)
 
 
-def use(path: Path) -> list[XmagError]:
+def use(path: Path, *, beside: bool = False) -> list[XmagError]:
     """What xmag said about a slide, in a row: nothing, where it is read without complaint.
 
+    With `beside`, what lies in it beside the scan is read as well.
     Whatever is not an XmagError comes out of here.
     """
     said: list[XmagError] = []
@@ -50,6 +51,9 @@ def use(path: Path) -> list[XmagError]:
             lambda: find_tissue(slide),
             lambda: _read_tiles(slide),
         ]
+        if beside:
+            steps.append(lambda: dict(slide.properties))
+            steps.append(lambda: [slide.associated_images[n] for n in slide.associated_images])
         for step in steps:
             _say(step, said)
     return said
@@ -97,10 +101,10 @@ def _say(step: Callable[[], object], said: list[XmagError]) -> None:
         said.append(error)
 
 
-def outcome(path: Path) -> str:
+def outcome(path: Path, *, beside: bool = True) -> str:
     """What became of a slide, in a word; raises what is no XmagError."""
-    said = use(path)
+    said = use(path, beside=beside)
     for error in said:
-        if type(error) is not InputError:
+        if type(error) not in (InputError, SeveralScansError):
             raise error
     return "read"

@@ -1,6 +1,7 @@
 """Layouts of other software: STAMP's is written, and those of CLAM, TRIDENT and STAMP are read."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,15 @@ def to_anndata(
         # Not of pandas' own type of texts, which older versions of anndata cannot read.
         return pd.Index(list(values), dtype=object)
 
+    # Tiles of a closer look stand twice at a place, where those they are under overlap.
+    seen: Counter[tuple[int, int]] = Counter()
+    places = list[str]()
+    for x, y in coords.tolist():
+        places.append(f"{x}_{y}" + (f"-{seen[x, y]}" if seen[x, y] else ""))
+        seen[x, y] += 1
     table = AnnData(
         X=features.copy(),
-        obs=pd.DataFrame(coords, columns=["x", "y"], index=names(f"{x}_{y}" for x, y in coords)),
+        obs=pd.DataFrame(coords, columns=["x", "y"], index=names(places)),
         var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2

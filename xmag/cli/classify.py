@@ -26,7 +26,7 @@ from xmag.extract import extract_features
 from xmag.files import atomic_path, csv_text, make_folder, write_text
 from xmag.hub.registry import DEFAULT_MODEL, MINI
 from xmag.mil import load_estimator
-from xmag.slide import Slide
+from xmag.slide import Slide, scan_stem
 
 _SEEN = {
     "validation_loss": "validation loss",
@@ -159,6 +159,42 @@ def evaluate(
     return ALL_DONE
 
 
+def compare(
+    csv: Path,
+    models: list[str],
+    out: str,
+    *,
+    external: list[Path] | None = None,
+    random_state: int = 0,
+    **options: Any,
+) -> int:
+    """Compare encoders on a cohort, and on others; save the table and its picture."""
+    given = ("folds", "repeats", "metric", "mpp", "region", "gpus", "finetune")
+    more = {name: options.pop(name) for name in given if name in options}
+    target, options = target_of(options)
+
+    def cohort_of(path: Path) -> tuple[Any, ...]:
+        table = read_table(path, None, target=target, with_features=False)
+        return path, table.y, table.patients
+
+    from xmag import evaluate as evaluation  # needs the extra
+
+    found = evaluation.compare(
+        cohort_of(csv),
+        models=models,
+        out=out,
+        external={path.stem: cohort_of(path) for path in external or ()},
+        estimator=ESTIMATORS[target.task](random_state=random_state, **options),
+        random_state=random_state,
+        **more,
+        **classes_of(target, options),
+    )
+    found.save(out)
+    write(sys.stdout, str(found))
+    write(sys.stdout, f"see {Path(out) / 'compare.csv'}, and the picture beside it")
+    return ALL_DONE
+
+
 def heatmap(
     slides: list[str],
     classifier: str,
@@ -167,22 +203,26 @@ def heatmap(
     out: str | None = None,
     model: str | None = None,
     gallery: bool = False,
+    gallery_mpp: float | None = None,
     geojson: bool = False,
     mpp: float | None = None,
+    region: int | None = None,
 ) -> int:
     """Draw the attention of an estimator over a slide, or over those of one case."""
     if features is not None and model is not None:
         raise InputError("--features and --model are given; leave one of them out")
     loaded = load_estimator(classifier)
-    paths = _pictures(slides, out)
+    paths = _pictures(slides, out, region)
     with ExitStack() as stack:
-        opened = [stack.enter_context(Slide(slide, mpp=mpp)) for slide in slides]
+        opened = [stack.enter_context(Slide(slide, mpp=mpp, region=region)) for slide in slides]
         if features is None:
             encoder = _encoder(loaded, classifier, model)
             bags = [extract_features(slide, model=encoder) for slide in opened]
         else:
-            files = _features_of(slides, Path(features))
+            files = _features_of(slides, Path(features), region)
             bags = [FeatureBag.load(f).on(slide) for f, slide in zip(files, opened, strict=True)]
+            for file, bag in zip(files, bags, strict=True):
+                _require_scan(file, bag, region)
         bag_or_bags = bags if len(bags) > 1 else bags[0]
         found = loaded.attention(bag_or_bags)
         case = found if isinstance(found, list) else [found]
@@ -192,9 +232,9 @@ def heatmap(
             stem = path.stem.removesuffix("-heatmap")
             caption = f"predicted: {words}"
             pictures = {path: draw.heatmap(slide, attention, case=case, caption=caption)}
-            if gallery:
+            if gallery or gallery_mpp is not None:
                 name = path.with_name(f"{stem}-gallery.png")
-                pictures[name] = draw.gallery(slide, attention, case=case)
+                pictures[name] = draw.gallery(slide, attention, case=case, mpp=gallery_mpp)
             for file, picture in pictures.items():
                 with atomic_path(file) as temporary:
                     picture.save(temporary, format="PNG")
@@ -208,9 +248,9 @@ def heatmap(
     return ALL_DONE
 
 
-def _pictures(slides: list[str], out: str | None) -> list[Path]:
+def _pictures(slides: list[str], out: str | None, region: int | None) -> list[Path]:
     """The file of each slide's picture: `out` itself, or below it for several slides."""
-    names = [f"{Path(slide).stem}-heatmap.png" for slide in slides]
+    names = [f"{scan_stem(Path(slide).stem, region)}-heatmap.png" for slide in slides]
     if len(slides) == 1:
         return [Path(names[0] if out is None else out)]
     if len({*names}) < len(names):
@@ -222,7 +262,7 @@ def _pictures(slides: list[str], out: str | None) -> list[Path]:
     return [Path(out or ".", name) for name in names]
 
 
-def _features_of(slides: list[str], features: Path) -> list[Path]:
+def _features_of(slides: list[str], features: Path, region: int | None) -> list[Path]:
     """The features of each slide: the file given, or those in the folder given."""
     if not features.is_dir():
         if len(slides) > 1:
@@ -231,13 +271,24 @@ def _features_of(slides: list[str], features: Path) -> list[Path]:
                 " folder that xmag extract wrote to"
             )
         return [features]
-    found = {slide: features_in(features, slide) for slide in slides}
+    found = {slide: features_in(features, slide, region=region) for slide in slides}
     if missing := [slide for slide, file in found.items() if file is None]:
         raise InputError(
             f"{str(features)!r} has no features of {missing[0]!r}; extract them first: xmag"
             f" extract {missing[0]} -o {features}"
         )
     return [file for file in found.values() if file is not None]
+
+
+def _require_scan(file: Path, bag: FeatureBag, region: int | None) -> None:
+    """Raise InputError for features of another scan: those of a file may lie on one canvas."""
+    slide = None if bag.provenance is None else bag.provenance.record.get("slide")
+    made = 0 if slide is None else slide.get("region", 0)
+    if slide is not None and made != (region or 0):
+        raise InputError(
+            f"the features {str(file)!r} are of region {made}, but the slide is opened with region"
+            f" {region or 0}; give the --region that they were made from"
+        )
 
 
 def _encoder(estimator: Estimator, folder: str, model: str | None) -> Encoder:

@@ -87,7 +87,7 @@ _EPILOG = """\
 examples:
   xmag demo                                    make a small slide and extract its features
   xmag info slide.svs                          what xmag sees in a file
-  xmag extract slides.csv -o features          features; columns: slide, optionally mpp and id
+  xmag extract slides.csv -o features          features; columns: slide, optionally mpp, region, id
   xmag train slides.csv --features features -o classifier
                                                a classifier; columns: slide, label, patient
   xmag heatmap slide.svs --classifier classifier
@@ -104,6 +104,7 @@ _SLIDE = _flag("slide", "a slide file", "SLIDE")
 _MPP = _flag(
     "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
 )
+_REGION = _flag("--region", "which scan of a file that holds several, from 0 on", "N", type=int)
 _COHORT = (
     _flag("csv", "columns: slide, patient, and what is to be predicted", "CSV", type=Path),
     _flag("--features", _OF_EXTRACT, "DIR"),
@@ -144,11 +145,20 @@ _TRAINING = (
 )  # fmt: skip
 
 _COMMANDS = {
-    "info": _Command("slides", "show what a slide holds", (_SLIDE, _MPP)),
+    "info": _Command("slides", "show what a slide holds", (
+        _SLIDE,
+        _MPP,
+        _REGION,
+        _flag("--properties", "also what the scanner wrote, which may name the patient"),
+    )),
     "extract": _Command("slides", "extract the features of slides", (
         _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
         _flag("-o --out", "where to write", "DIR", required=True),
-        _flag("--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG)", "NAME"),
+        _flag(
+            "--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG); given again, for"
+            " several models of the same tiles, which then have a folder each", "NAME",
+            action="append",
+        ),
         _flag("--format", None, choices=("h5", "safetensors")),
         _flag("--overlay", "also draw tissue and tiles (.png)"),
         _flag(
@@ -173,6 +183,7 @@ _COMMANDS = {
             " machines", "I/N", type=_shard,
         ),
         _MPP,
+        _REGION,
     ), """\
 Features, and report.csv, are written below DIR at the paths that the slides have below their common
 folder. What is there already is kept, so that the same command goes on where it was stopped.
@@ -188,6 +199,7 @@ examples:
         _flag("slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"),
         _flag("-o --out", "default: demo", "DIR"),
         _MPP,
+        _REGION,
     )),
     "train": _Command("classify", "train a classifier, or for another task", (
         *_COHORT,
@@ -232,6 +244,30 @@ examples:
   xmag evaluate cohort.csv --features features -o evaluation --task survival --by patient
   xmag evaluate other.csv --features others --classifier classifier -o external
 """),
+    "compare": _Command("classify", "compare encoders on a cohort: accuracy and cost", (
+        *(flag for flag in _COHORT if flag[0] != ["--features"]),
+        _flag("--models", "Hub names, paths, or xmag-mini; differences are to the first", "NAME",
+              nargs="+", required=True),
+        _flag("-o --out", "where to write features and table", "FOLDER", required=True),
+        _flag("--external", "other cohorts, for models fitted on the first", "CSV", nargs="+",
+              type=Path),
+        _flag("--metric", "default: AUROC, R² or Harrell's C", "NAME"),
+        _flag("--folds", "default: 5", "N", type=int),
+        _flag("--repeats", "default: 1", "N", type=int),
+        _flag("--finetune", "also train each model end to end in each fold, which takes long"),
+        _flag("--gpus", "on how many GPUs, or 'all', features are extracted", "N", type=_gpus),
+        _MPP,
+        _REGION,
+        *_TRAINING,
+    ), """\
+CSV has the columns of xmag train, and optionally mpp and id. Each model's features and reports go
+to FOLDER/<model>; the same command again does what is missing. FOLDER gets compare.csv, .md, .json
+and .png: the cost of each model a slide, and its accuracy in the same folds.
+
+examples:
+  xmag compare cohort.csv --models AI4PATH/XMAG other-model -o comparison
+  xmag compare cohort.csv --models a b --external other.csv -o comparison --folds 10
+"""),
     "heatmap": _Command("classify", "draw what a classifier looked at on a slide", (
         _flag("slides", "a slide file; several are those of one patient", "SLIDE", nargs="+"),
         _CLASSIFIER,
@@ -240,8 +276,10 @@ examples:
               "PNG|DIR"),
         _flag("--model", "the encoder, where there are no features", "NAME"),
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
+        _flag("--gallery-mpp", "the same, read at this finer µm/px", "UM", type=float),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
         _MPP,
+        _REGION,
     ), """\
 MODEL may be of any task. Several slides are one case: their colours have one scale. Without
 --features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with

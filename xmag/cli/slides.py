@@ -1,24 +1,42 @@
 """The commands on slides: info, extract, demo."""
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
-from xmag.errors import InputError, SlideScaleError
+from xmag.errors import InputError, SeveralScansError, SlideScaleError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
-from xmag.urls import place_of
+from xmag.urls import place_of, readable
 
 # What needs torch is imported by the commands that call it.
 
 
-def info(slide: str, *, mpp: float | None = None) -> int:
-    """Print the facts about a slide."""
-    with Slide(slide, mpp=mpp) as opened:
-        for label, value in _facts(opened):
-            write(sys.stdout, f"{label:<10}{value}")
+def info(
+    slide: str, *, mpp: float | None = None, region: int | None = None, properties: bool = False
+) -> int:
+    """Print the facts about a slide, or the scans of a file of which none is chosen.
+
+    With `properties` also what its scanner wrote, escaped as JSON.
+    """
+    try:
+        with Slide(slide, mpp=mpp, region=region) as opened:
+            facts = [*_facts(opened)]
+            if region is not None:
+                facts.insert(1, ("region", str(region)))
+            if properties:
+                for key, value in opened.properties.items():
+                    facts.append(("property", f"{json.dumps(key)}: {json.dumps(value)}"))
+    except SeveralScansError as error:
+        facts = [("slide", readable(place_of(slide).name))]
+        for number, (width, height) in enumerate(error.scans):
+            facts.append(("" if number else "scans", f"{number}: {width:,} x {height:,} px"))
+        facts.append(("", "choose one with --region"))
+    for label, value in facts:
+        write(sys.stdout, f"{label:<10}{value}")
     return ALL_DONE
 
 
@@ -55,7 +73,7 @@ def _facts(slide: Slide) -> Iterator[tuple[str, str]]:
     yield label, f"read from level {scale_read.level}{reduced}, {how}"
 
 
-def extract(slides: list[str], out: str, **options: Any) -> int:
+def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options: Any) -> int:
     """Extract the features of a cohort, with these options of `extract_cohort`; print its rows."""
     if len(slides) > 1:
         for slide in slides:
@@ -67,18 +85,28 @@ def extract(slides: list[str], out: str, **options: Any) -> int:
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 
+    if model:
+        options["model"] = model if len(model) > 1 else model[0]
     report = extract_cohort(slides if len(slides) > 1 else slides[0], out, **options)
     for row in report:
+        of = f" ({row.model})" if row.model else ""
         share = "" if row.coverage is None else f", {row.coverage:.0%} of the tissue"
         done = f"{counted(row.tiles, 'tile')}{share}, {row.seconds:.1f} s"
-        write(sys.stdout, f"{row.status:<8}{row.slide}: {one_line(row.error) or done}")
+        write(sys.stdout, f"{row.status:<8}{row.slide}{of}: {one_line(row.error) or done}")
     report_path = place_of(out) / report_name(options.get("shard"))
     counts = ", ".join(f"{n:,} {status}" for status, n in report.counts().items())
-    write(sys.stdout, f"{counted(len(report), 'slide')}: {counts}; see {report_path}")
+    noun = "slide" if len(model) < 2 else "bag"
+    write(sys.stdout, f"{counted(len(report), noun)}: {counts}; see {report_path}")
     return FAILED if report.failed else ALL_DONE
 
 
-def demo(slide: str | None = None, *, out: str = "demo", mpp: float | None = None) -> int:
+def demo(
+    slide: str | None = None,
+    *,
+    out: str = "demo",
+    mpp: float | None = None,
+    region: int | None = None,
+) -> int:
     """Run the demo, and print its summary."""
 
     def tell(step: str) -> None:
@@ -87,6 +115,6 @@ def demo(slide: str | None = None, *, out: str = "demo", mpp: float | None = Non
     tell("loading PyTorch")  # takes seconds, so it is said before
     from xmag.demo import run_demo
 
-    done = run_demo(out, slide=slide, mpp=mpp, tell=tell)
+    done = run_demo(out, slide=slide, mpp=mpp, region=region, tell=tell)
     write(sys.stdout, done.summary)
     return ALL_DONE

@@ -7,8 +7,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, Self
 
 from xmag.cli.tasks import Target, Value
+from xmag.cohort.jobs import region_of
 from xmag.errors import InputError
 from xmag.files import Row, read_csv
+from xmag.slide import scan_stem
 
 By = Literal["slide", "patient"]
 
@@ -47,13 +49,19 @@ class Table:
 
 
 def read_table(
-    path: Path, features: str | None, *, target: Target | None = None, by: By = "slide"
+    path: Path,
+    features: str | None,
+    *,
+    target: Target | None = None,
+    by: By = "slide",
+    with_features: bool = True,
 ) -> Table:
     """The cohort that a CSV lists, each slide with the file of its features.
 
     The file is the one in the column `features`, or that which `xmag extract` wrote for the slide
-    into the folder `features`. Without a `target`, nothing needs to be known of the slides. By
-    "patient", the slides of a patient are one case. Raises InputError for a CSV that makes no
+    into the folder `features`. Without a `target`, nothing needs to be known of the slides; where
+    they are not `with_features`, none are looked for. By "patient", the slides of a patient are one
+    case. Raises InputError for a CSV that makes no
     sense, a slide without features, and a patient of whom two rows say different things.
     """
     columns = () if target is None else tuple(map(_as_header, target.columns))
@@ -61,7 +69,7 @@ def read_table(
     wanted = ("slide", *columns, *(("patient",) if with_patients else ()))
     if twice := [name for name in wanted if wanted.count(name) > 1]:
         raise InputError(f"the column {twice[0]!r} is named twice; expected another one")
-    rows = read_csv(path, required=wanted, optional=("features", "id"))
+    rows = read_csv(path, required=wanted, optional=("features", "region", "id"))
     if not rows:
         raise InputError(f"the CSV file {path.name!r} has no rows; expected one for each slide")
     slides = [row.required("slide") for row in rows]
@@ -76,7 +84,9 @@ def read_table(
         _refuse_alike(labels, columns[0], path)
         if not target.ordinal:
             _refuse_numbers(labels, path)
-    files = _files_of(rows, path, None if features is None else Path(features))
+    files = [Path(slide) for slide in slides]
+    if with_features:
+        files = _files_of(rows, path, None if features is None else Path(features))
     together: dict[str | int, list[int]] = {}
     for place in range(len(rows)):
         together.setdefault(patients[place] if by == "patient" else place, []).append(place)
@@ -94,12 +104,15 @@ def read_table(
     )
 
 
-def features_in(folder: Path, slide: str, own: str = "") -> Path | None:
+def features_in(
+    folder: Path, slide: str, own: str = "", *, region: int | None = None
+) -> Path | None:
     """The features that `xmag extract` wrote for a slide into a folder; None where there are none.
 
-    They are called as the id that the slide has of its `own`, or as the end of its path.
+    They are called as the id that the slide has of its `own`, or as the end of its path, and by
+    the scan that is not its file's first.
     """
-    for stem in _stems(slide, own):
+    for stem in [own] if own else [scan_stem(stem, region) for stem in _stems(slide)]:
         for suffix in _SUFFIXES:
             candidate = folder / f"{stem}{suffix}"
             if candidate.is_file():
@@ -192,7 +205,7 @@ def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
             f"{path.name!r} names no file of features for {slide!r}; give --features, the folder"
             " that xmag extract wrote to, or fill in a column 'features'"
         )
-    if found := features_in(folder, slide, row.get("id")):
+    if found := features_in(folder, slide, row.get("id"), region=region_of(row)):
         return found
     raise InputError(
         f"{str(folder)!r} has no features of {slide!r}; extract them first: xmag extract"
@@ -200,14 +213,12 @@ def _features_of(row: Row, path: Path, folder: Path | None) -> Path:
     )
 
 
-def _stems(slide: str, own: str) -> list[str]:
-    """Names under which `extract_cohort` may have put a slide: id or end of path, longest first.
+def _stems(slide: str) -> list[str]:
+    """Names under which `extract_cohort` may have put a slide: ends of its path, longest first.
 
     How much of the path it kept depends on what it was given. A slide may also be named alone,
     without the suffix of its file.
     """
-    if own:
-        return [own]
     path = PurePath(slide.replace("\\", "/"))
     parts = [part for part in path.parts if part not in (path.anchor, "..")]
     ends = [PurePath(*parts[first:]) for first in range(len(parts))]

@@ -2,13 +2,15 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from itertools import chain
 from os import PathLike
 from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, gpu_workers, share_of
-from xmag.cohort.jobs import Job, Settings, jobs_of
+from xmag.cohort.jobs import Job, Settings, by_model, jobs_of
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.encoder import TileEncoder
@@ -28,10 +30,11 @@ def extract_cohort(
     slides: str | PathLike[str] | Iterable[str | PathLike[str]],
     out: str | PathLike[str],
     *,
-    model: TileEncoder | str | None = None,
+    model: TileEncoder | str | Sequence[TileEncoder | str] | None = None,
     format: Literal["h5", "safetensors"] = "h5",
     tissue: Literal["auto"] | None = "auto",
     mpp: float | None = None,
+    region: int | None = None,
     overlap: int = 0,
     min_tissue: float | None = 0.25,
     border: Border = "shift",
@@ -66,13 +69,20 @@ def extract_cohort(
     Args:
         slides: A folder (searched for slides), a CSV file, a list of paths, or one path. The CSV
             has a column ``slide`` (relative paths start at the CSV's folder) and optionally
-            ``mpp`` (µm/px of level 0, where the file's own is missing or wrong) and ``id`` (names
-            the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
+            ``mpp`` (µm/px of level 0, where the file's own is missing or wrong), ``region`` (which
+            scan, where the file holds several: a row for each of those that are wanted) and ``id``
+            (names the output instead of the path). Slides may be URLs, such as "s3://bucket/slide.svs".
         out: The folder to write to, or the URL of one in a store; made if it is not there.
-        model: An encoder, a name or path for `load_model`, or None for the default model.
+        model: An encoder, a name or path for `load_model`, or None for the default model. Or a list
+            of them, which look at the same tiles: these are decoded once, the bags go to
+            ``out/<model>/...``, and each slide has a row, resumes and fails for each model. A
+            folder has the last part of its model's name.
         format: "h5" or "safetensors".
         tissue: "auto" finds the tissue of each slide, None takes every tile.
         mpp: µm/px of level 0 for every slide that has none in the CSV, whatever its file says.
+        region: Which scan of every file that has none in the CSV, where files hold several. The
+            bag of any but the first (0) is called ``<name>-region<number>``, so that scans of one
+            file never replace each other.
         overlap: Output px that neighbouring tiles share.
         min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
         border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
@@ -106,7 +116,8 @@ def extract_cohort(
             ``report-<i>-of-<n>.csv``: for n processes that do not know of each other.
 
     Raises:
-        InputError: No slides, a CSV without the column, names that collide, an impossible option.
+        InputError: No slides, a CSV without the column, names that collide, an impossible option,
+            models of different tiles.
         MismatchError: Bags in `out` were made with something else (see `on_mismatch`). With
             workers it may come after some have begun.
         ModelError: The model cannot be loaded; with workers, not by its name.
@@ -114,7 +125,7 @@ def extract_cohort(
             finished stays, and the same call goes on from there.
     """
     # Before the model, which may have to be fetched.
-    jobs = jobs_of(slides, format=format, mpp=mpp)
+    jobs = jobs_of(slides, format=format, mpp=mpp, region=region)
     if shard is not None:
         jobs = share_of(jobs, shard)
     if gpus is not None:
@@ -122,8 +133,13 @@ def extract_cohort(
             raise InputError("gpus and executor both say who does the slides; give one of them")
         executor, processes = gpu_workers(gpus, processes)
     engine = None if executor is None else Engine(executor, shards=shards, model=model)
+    encoders = (
+        by_model(model, resolve_encoder, lambda encoder: encoder)
+        if engine is None
+        else engine.encoders
+    )
     settings = Settings(
-        encoder=resolve_encoder(model) if engine is None else engine.encoder,
+        encoders=encoders,
         out=place_of(out),
         tissue=tissue,
         overlap=overlap,
@@ -139,8 +155,10 @@ def extract_cohort(
         transform=transform,
     )
     rows: dict[Job, CohortRow] = {}
+    slides_jobs = [(job,) if "" in encoders else job.of_models(encoders) for job in jobs]
+    jobs = list(chain.from_iterable(slides_jobs))
     if engine is None:
-        found = rows_of(jobs, settings, processes=settings.processes_for(len(jobs)))
+        found = rows_of(slides_jobs, settings, processes=settings.processes_for(len(slides_jobs)))
     else:
         found = engine.rows(jobs, settings)
     with ReportFile(settings.out / report_name(shard), jobs, rows) as report:
@@ -170,7 +188,7 @@ def _fill(
     ):
         counts = Counter[str]()
         for job, row in done:
-            rows[job] = row
+            rows[job] = replace(row, region=job.region)
             counts[row.status] += 1
             logger.info("%s: %s %s", row.slide, row.status, row.error)
             report.update()

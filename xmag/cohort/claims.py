@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -183,36 +184,39 @@ class Share(Claims):
     waited for: it is done by the other run, or by this one if the other ends without.
     """
 
-    def __init__(self, jobs: Iterable[Job], settings: Settings) -> None:
-        """Look for the earlier bags of a list of jobs; of other iterables, as each job comes.
+    def __init__(self, slides: Iterable[Sequence[Job]], settings: Settings) -> None:
+        """Look for the earlier bags of a list of slides' jobs; of other iterables, as each comes.
 
         Raises MismatchError, see `find_earlier`: for a list before any work.
         """
         super().__init__(settings.out)
-        self._jobs, self._settings = jobs, settings
-        self._expected = Provenance(fingerprint=settings.fingerprint, record={})
+        self._slides, self._settings = slides, settings
+        self._expected = {
+            model: Provenance(fingerprint=settings.fingerprint(model), record={})
+            for model in settings.encoders
+        }
         self._found: dict[Job, Found | OutputError | None] = {}
         self.seen = Seen(settings.out)
-        if isinstance(jobs, Sequence):
-            for job in jobs:
+        if isinstance(slides, Sequence):
+            for job in chain.from_iterable(slides):
                 self._look_at(job)
 
     def __exit__(self, *_: object) -> None:
         self.seen.write()
         super().__exit__()
 
-    def rounds(self) -> Iterator[Iterator[Job]]:
-        """Rounds of the jobs to do now, until none is left. Exhaust each before the next.
+    def rounds(self) -> Iterator[Iterator[Sequence[Job]]]:
+        """Rounds of the jobs to do now, by slide, until none is left. Exhaust each before the next.
 
         Have all that was taken done and released before asking for the next round: the other run
         may be waiting for it.
         """
-        waiting, postponed = self._jobs, list[Job]()
+        waiting, postponed = self._slides, list[Sequence[Job]]()
         while True:
             yield self._takeable(waiting, postponed)
             if not postponed:
                 return
-            if waiting is self._jobs:
+            if waiting is self._slides:
                 logger.info("waiting for %d slides that another run is at", len(postponed))
             time.sleep(_LOOK_AGAIN_S)
             waiting, postponed = postponed, []
@@ -225,7 +229,8 @@ class Share(Claims):
         """
         found = self._found[job]
         if found is None:
-            found = self._found[job] = find_earlier(job, self._settings, self._expected)
+            expected = self._expected[job.model]
+            found = self._found[job] = find_earlier(job, self._settings, expected)
         if isinstance(found, OutputError):
             raise found
         return found
@@ -233,27 +238,37 @@ class Share(Claims):
     def _look_at(self, job: Job) -> None:
         """Look for the earlier bag of a job; one that cannot be read costs its own row."""
         try:
-            self._found[job] = find_earlier(job, self._settings, self._expected)
+            self._found[job] = find_earlier(job, self._settings, self._expected[job.model])
         except MismatchError:
             raise
         except OutputError as error:
             self._found[job] = error
 
-    def _takeable(self, jobs: Iterable[Job], postponed: list[Job]) -> Iterator[Job]:
-        for job in jobs:
-            if job not in self._found:
-                self._look_at(job)
-            try:
-                is_ours = self._is_there(job) or self.take(job)
-            except OSError as error:
-                told = files.cannot_write(self._settings.out / job.output, error)
-                if files.is_of_the_place(told):
-                    raise told from error
-                self._found[job], is_ours = told, True
-            if is_ours:
-                yield job
-            else:
-                postponed.append(job)
+    def _takeable(
+        self, slides: Iterable[Sequence[Job]], postponed: list[Sequence[Job]]
+    ) -> Iterator[Sequence[Job]]:
+        for jobs in slides:
+            ours, others = list[Job](), list[Job]()
+            for job in jobs:
+                # Who has the first of a slide's jobs decodes it, and is left the others.
+                (ours if self._is_ours(job, may_take=not others) else others).append(job)
+            if others:
+                postponed.append(others)
+            if ours:
+                yield ours
+
+    def _is_ours(self, job: Job, *, may_take: bool) -> bool:
+        """Whether a job is this run's: nothing is to be written, or its claim could be taken."""
+        if job not in self._found:
+            self._look_at(job)
+        try:
+            return self._is_there(job) or (may_take and self.take(job))
+        except OSError as error:
+            told = files.cannot_write(self._settings.out / job.output, error)
+            if files.is_of_the_place(told):
+                raise told from error
+            self._found[job] = told
+            return True
 
     def _is_there(self, job: Job) -> bool:
         """Whether nothing is to be written; then a claim that a killed run left goes, too."""

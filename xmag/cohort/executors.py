@@ -19,13 +19,15 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from xmag import files
-from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.jobs import Job, Settings, by_model
 from xmag.cohort.report import CohortRow, Status
 from xmag.cohort.resume import JsonLines
 from xmag.cohort.workers import MARKER, Piece, PieceStatus, by_name, run_piece, transform_name
@@ -101,7 +103,7 @@ _Row = tuple[Job, CohortRow]
 class Engine:
     """A cohort on an executor: the slides that are left, by number, and what its workers told.
 
-    `model` is what `extract_cohort` was given; `encoder` is it on this machine. Raises InputError
+    `model` is what `extract_cohort` was given; `encoders` are it on this machine. Raises InputError
     for what is no executor, ModelError for a model that workers cannot load.
     """
 
@@ -110,7 +112,7 @@ class Engine:
         executor: Executor | Callable[[], Executor],
         *,
         shards: int | None,
-        model: TileEncoder | str | None,
+        model: TileEncoder | str | Sequence[TileEncoder | str] | None,
     ) -> None:
         # A class of executors makes them, too.
         self._is_factory = isinstance(executor, type) or not isinstance(executor, Executor)
@@ -122,7 +124,9 @@ class Engine:
         if shards is not None and not (isinstance(shards, int) and shards >= 1):
             raise InputError(f"shards is {shards!r}; expected at least 1, or None")
         self._executor, self._shards = executor, shards
-        self._model, self.encoder = by_name(model)
+        loaded = by_model(model, by_name, itemgetter(1))
+        self._models = {name: one for name, (one, _) in loaded.items()}
+        self.encoders = {name: encoder for name, (_, encoder) in loaded.items()}
         self._jobs: Sequence[Job] = ()
         self._left: set[int] = set()
         self._suspects: Counter[int] = Counter()
@@ -136,6 +140,7 @@ class Engine:
     def rows(self, jobs: Sequence[Job], settings: Settings) -> Generator[_Row, None, None]:
         """The rows of jobs, each soon after its worker has done it.
 
+        Those of a slide follow each other, one of each model.
         Raises MismatchError where workers find outputs that were made with something else, or
         compute in different dtypes, and what stopped every worker if none did anything.
         """
@@ -143,13 +148,14 @@ class Engine:
         settings = replace(settings, out=_absolute(settings.out))
         options = {field.name: getattr(settings, field.name) for field in fields(Settings)}
         transform = transform_name(options.pop("transform"))
-        del options["encoder"]
+        del options["encoders"]
         with _run_folder(settings.out) as run:
-            form = Piece(run=run, model=self._model, options=options, transform=transform)
+            form = Piece(run=run, models=self._models, options=options, transform=transform)
             for attempt in range(_BUILDS):
                 with self._opened() as executor:
                     numbers = sorted(self._left - self._suspects.keys())
-                    count = self._shards or max(_LEAST_PIECES, -(-len(numbers) // _MOST_SLIDES))
+                    slides = -(-len(numbers) // len(self._models))
+                    count = self._shards or max(_LEAST_PIECES, -(-slides // _MOST_SLIDES))
                     yield from self._done(executor, self._pieces(form, numbers, count))
                     if attempt:  # last: if one takes its worker down again, the others are done
                         numbers = sorted(self._left & self._suspects.keys(), key=self._risk)
@@ -183,12 +189,13 @@ class Engine:
 
     def _pieces(self, form: Piece, numbers: Sequence[int], count: int) -> list[Piece]:
         """So many pieces with slides, each with all of them, or in a store with its share."""
-        count = min(count, len(numbers))
+        slides = form.by_slide(numbers)
+        count = min(count, len(slides))
         if isinstance(form.run, Url):
-            parts = [self._packed(numbers[i::count]) for i in range(count)]
+            parts = [self._packed(chain.from_iterable(slides[i::count])) for i in range(count)]
         else:
             parts = [self._packed(numbers)] * count
-        share = -(-len(numbers) // max(1, count))
+        share = -(-len(slides) // max(1, count))
         form = replace(form, round=secrets.token_hex(4), share=share)
         return [replace(form, number=i, jobs=part) for i, part in enumerate(parts)]
 
@@ -276,7 +283,7 @@ class Engine:
         reason = f"its worker was lost ({how}); run the same again" if error is None else str(error)
         status: Status = "lost" if error is None else "failed"
         for job in (self._jobs[number] for number in sorted(self._left)):
-            yield job, CohortRow(slide=job.name, status=status, error=reason)
+            yield job, CohortRow(slide=job.name, status=status, error=reason, model=job.model)
 
 
 def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:

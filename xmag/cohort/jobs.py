@@ -2,27 +2,32 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Literal, NamedTuple, TypeVar
 from unicodedata import normalize
 
 from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
-from xmag.files import read_csv
+from xmag.files import Row, read_csv
+from xmag.geometry import TileSpec
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
-from xmag.slide import is_slide_path
+from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
+from xmag.slide.dicom_files import is_dicom, series_below
+from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
 from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
 from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 
 FORMATS = ("h5", "safetensors")
+
+Made = TypeVar("Made")
 
 _RESERVED = re.compile(
     r'[<>:"/\\|?*\x00-\x1f]|\A\.*\Z|\A(con|prn|aux|nul|con(in|out)\$|(com|lpt)[1-9¹²³]) *(\.|\Z)',
@@ -33,16 +38,31 @@ _RESERVED = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Job of a cohort: the path of a slide, its name in the report, and the output for its bag."""
+    """Job of a cohort: the path of a slide, its name in the report, and the output for its bag.
+
+    `model` is the name of its model where there are several, and of the folder of that one's bags.
+    """
 
     path: Place
     name: str
     output: PurePosixPath
     mpp: float | None
+    model: str = ""
+    region: int | None = None
+
+    def of_models(self, models: Iterable[str]) -> tuple["Job", ...]:
+        """The jobs of each of these models on this slide."""
+        return tuple(
+            replace(self, model=name, output=PurePosixPath(name) / self.output) for name in models
+        )
 
 
 def jobs_of(
-    slides: str | PathLike[str] | Iterable[str | PathLike[str]], *, format: str, mpp: float | None
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    *,
+    format: str,
+    mpp: float | None,
+    region: int | None = None,
 ) -> list[Job]:
     """The slides that `extract_cohort` was given, with the outputs they get.
 
@@ -50,18 +70,20 @@ def jobs_of(
     """
     if format not in FORMATS:
         raise InputError(f"format is {format!r}; expected one of {list(FORMATS)}")
-    mpp = checked_mpp(mpp)
+    mpp, region = checked_mpp(mpp), checked_region(region)
     root: Place | None = None
     if isinstance(slides, str | PathLike | Url):
         place = place_of(slides)
         if place.suffix.lower() == ".csv":
-            entries = _entries_of_csv(place, mpp)
+            entries = _entries_of_csv(place, mpp, region)
         elif (found := _slides_below(place)) is not None:
-            entries, root = [_Entry(p, None, mpp) for p in found], place
+            # A slide that is this folder itself has no name below it.
+            root = place.parent if place in found else place
+            entries = [_Entry(p, None, mpp, region) for p in found]
         else:
-            entries = [_Entry(place, None, mpp)]
+            entries = [_Entry(place, None, mpp, region)]
     else:
-        entries = [_Entry(place_of(p), None, mpp) for p in slides]
+        entries = [_Entry(place_of(p), None, mpp, region) for p in slides]
     if not entries:
         told = shown(slides) if isinstance(slides, str | PathLike) else str(slides)
         raise InputError(
@@ -71,7 +93,8 @@ def jobs_of(
     jobs = []
     for entry, below in zip(entries, _names([entry.path for entry in entries], root), strict=True):
         if entry.id is None:
-            output = below.with_name(f"{below.stem}.{format}")
+            stem = _stem(below, entry.path)
+            output = below.with_name(f"{scan_stem(stem, entry.region)}.{format}")
         elif _RESERVED.search(entry.id):
             raise InputError(
                 f"the id {entry.id!r} is not a file name on every system; expected one without"
@@ -80,37 +103,110 @@ def jobs_of(
             )
         else:
             output = PurePosixPath(f"{entry.id}.{format}")
-        jobs.append(Job(path=entry.path, name=str(below), output=output, mpp=entry.mpp))
+        jobs.append(
+            Job(
+                path=entry.path,
+                name=str(below),
+                output=output,
+                mpp=entry.mpp,
+                region=entry.region,
+            )
+        )
     _refuse_collisions(jobs)
     return jobs
+
+
+def by_model(
+    model: Any, made: Callable[[Any], Made], encoder: Callable[[Made], TileEncoder]
+) -> dict[str, Made]:
+    """What is made of one model, under "", or of each of several, under the names of their folders.
+
+    Raises InputError for no models, and as `folder_of` does.
+    """
+    if not isinstance(model, Sequence) or isinstance(model, str):
+        return {"": made(model)}
+    found: dict[str, Made] = {}
+    for one in map(made, model):
+        found[folder_of(encoder(one), found)] = one
+    if not found:
+        raise InputError("model is an empty list; expected a model, or several")
+    return found
+
+
+def folder_of(encoder: TileEncoder, taken: Iterable[str] = ()) -> str:
+    """The name of the folder of a model's features: the last part of its own, as a file name.
+
+    Raises InputError for one that no folder may have, and for one like those that are taken.
+    """
+    told = str(encoder.provenance.get("name") or type(encoder).__name__)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(told).name).strip(".")
+    if _RESERVED.search(name) or name.lower().endswith(".csv"):
+        raise InputError(
+            f"no folder for the features of {told!r} can be called {name!r} on every system;"
+            " give the model another name: encoder.named('mine')"
+        )
+    if name.casefold() in map(str.casefold, taken):
+        raise InputError(
+            f"two models would write to the folder {name!r}; give one of them another name:"
+            " encoder.named('other')"
+        )
+    return name
+
+
+def _stem(below: PurePosixPath, place: Place) -> str:
+    """The name of a slide without its suffix; dots in those of DICOM slides are none."""
+    is_folder = isinstance(place, Path) and place.is_dir() and is_dicom(place)
+    return below.name if is_folder or is_series(place) else below.stem
 
 
 class _Entry(NamedTuple):
     path: Place
     id: str | None
     mpp: float | None
+    region: int | None
 
 
 def _slides_below(place: Place) -> Sequence[Place] | None:
-    """The slides in a folder, in order; None where it is not one."""
-    if isinstance(place, Path):
-        if not place.is_dir():
-            return None
-        return sorted(p for p in place.rglob("*") if p.is_file() and is_slide_path(p))
-    if is_slide_path(place):
+    """The slides in a folder, in order; None where it is not one, or is a slide itself."""
+    if is_series(place):
         return None
+    if is_slide_path(place) and (isinstance(place, Url) or is_omezarr(place)):
+        return None
+    if isinstance(place, Path):
+        return sorted([*_walk(place), *series_below(place)]) if place.is_dir() else None
     with retold(InputError, place):
-        return [url for url in place.files_below() if is_slide_path(url)]
+        found = dict.fromkeys(_whole(url, len(place.parts)) for url in place.files_below())
+    return [url for url in found if is_slide_path(url)]
 
 
-def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
+def _walk(folder: Path) -> Iterator[Path]:
+    """The slides below a folder; an OME-Zarr, which is a folder of many files, is one."""
+    for parent, folders, files in os.walk(folder):
+        found = [path for name in files if is_slide_path(path := Path(parent, name))]
+        yield from (path for path in found if path.is_file())
+        for name in folders[:]:
+            if is_slide_path(path := Path(parent, name)) and is_omezarr(path):
+                folders.remove(name)
+                yield path
+
+
+def _whole(url: Url, depth: int) -> Url:
+    """The OME-Zarr that a file is a part of, or the file; its first `depth` parts are the root."""
+    found, above = url, url
+    while ".zarr/" in above.text.lower() and len(above.parts) > depth + 1:
+        above = above.parent
+        found = above if is_slide_path(above) else found
+    return found
+
+
+def _entries_of_csv(path: Place, mpp: float | None, region: int | None) -> list[_Entry]:
     """The rows of a cohort CSV; the paths in it are relative to its folder."""
     if isinstance(path, Url):
         raise InputError(
             f"the CSV file {path} lies at a URL; download it: a file of this machine may list URLs"
         )
     entries = []
-    for row in read_csv(path, required=("slide",), optional=("mpp", "id")):
+    for row in read_csv(path, required=("slide",), optional=("mpp", "region", "id")):
         slide = place_of(row.required("slide"))
         slide = path.parent / slide if isinstance(slide, Path) else slide
         own_mpp = row.get("mpp")
@@ -121,8 +217,24 @@ def _entries_of_csv(path: Place, mpp: float | None) -> list[_Entry]:
                 f"line {row.line} of {path.name!r} has mpp {own_mpp!r}; expected µm per level-0 px"
                 " with a decimal point, such as 0.25, or nothing"
             ) from error
-        entries.append(_Entry(slide, row.get("id") or None, scale))
+        entries.append(_Entry(slide, row.get("id") or None, scale, region_of(row, region)))
     return entries
+
+
+def region_of(row: Row, default: int | None = None) -> int | None:
+    """The scan in the column `region` of a row; InputError where it is no number."""
+    text = row.get("region")
+    try:
+        number = float(text) if text else None  # tables with gaps have 1.0 for 1
+        whole = None if number is None else int(number)
+    except (ValueError, OverflowError):
+        number, whole = -1.0, -1
+    if number != whole or (whole is not None and whole < 0):
+        raise InputError(
+            f"line {row.line} of {row.table!r} has region {text!r}; expected the number of a scan"
+            " in its file, from 0 on, or nothing"
+        )
+    return default if whole is None else whole
 
 
 def _names(places: Sequence[Place], root: Place | None) -> list[PurePosixPath]:
@@ -167,9 +279,9 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of a cohort, the same for every slide."""
+    """Settings of a cohort, the same for every slide. `encoders` are by the `model` of a job."""
 
-    encoder: TileEncoder
+    encoders: Mapping[str, TileEncoder]
     out: Place
     tissue: Literal["auto"] | None
     overlap: int
@@ -191,7 +303,13 @@ class Settings:
                 " of your own use extract_features() on each slide"
             )
         check_damaged(self.damaged)
-        check_grid(self.encoder.tile_spec, **self._grid)
+        if any(encoder.tile_spec != self.spec for encoder in self.encoders.values()):
+            told = "; ".join(f"{name}: {e.tile_spec}" for name, e in self.encoders.items())
+            raise InputError(
+                f"the models look at different tiles, which are not read in one pass ({told});"
+                " extract the features of each by itself, or let xmag.evaluate.compare() do that"
+            )
+        check_grid(self.spec, **self._grid)
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected at least 1, or None")
         if self.on_mismatch not in ("error", "redo"):
@@ -211,6 +329,11 @@ class Settings:
             )
 
     @property
+    def spec(self) -> TileSpec:
+        """Specification of the tiles, the same for all models."""
+        return next(iter(self.encoders.values())).tile_spec
+
+    @property
     def limits(self) -> Limits:
         """Limits of time and memory for one slide."""
         return Limits(slide_timeout=self.slide_timeout, memory_limit=self.memory_limit)
@@ -225,15 +348,15 @@ class Settings:
             return min(self.processes, slides)
         if not PROCESSES_SUPPORTED:
             return 0
-        on_cuda = getattr(getattr(self.encoder, "device", None), "type", "cpu") == "cuda"
+        devices = (getattr(encoder, "device", None) for encoder in self.encoders.values())
+        on_cuda = any(getattr(device, "type", "cpu") == "cuda" for device in devices)
         return min(usable_cores(), slides) if on_cuda else min(1, slides)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint that a bag made with these settings has."""
+    def fingerprint(self, model: str) -> dict[str, Any]:
+        """The fingerprint that a bag of this model, made with these settings, has."""
         method = None if self.tissue is None else TISSUE_METHOD
         options = plan_options(**self._grid, tissue_method=method)
-        return fingerprint_of(self.encoder, options, self.transform)
+        return fingerprint_of(self.encoders[model], options, self.transform)
 
     @property
     def _grid(self) -> dict[str, Any]:

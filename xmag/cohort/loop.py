@@ -1,5 +1,7 @@
 """The loop of a cohort: slides decoded ahead, embedded in full batches, saved by threads.
 
+Each slide is decoded once, whatever the number of models, and has a bag and a row for each.
+
 The next slides are opened, masked and decoded, by child processes or by this one, while earlier
 ones are embedded and saved, so that neither the cores nor the GPU wait for each other. All that
 touches the stream of the encoder, claims and rows happens in the one thread that runs the loop.
@@ -9,11 +11,12 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -70,18 +73,19 @@ _Row = tuple[Job, CohortRow]
 
 
 def rows_of(
-    jobs: Iterable[Job],
+    slides: Iterable[Sequence[Job]],
     settings: Settings,
     *,
     processes: int,
     pool: Callable[..., AbstractContextManager[DecodingPool]] = DecodingPool,
 ) -> Generator[_Row, None, None]:
-    """The rows of jobs, each as soon as it is done; jobs that are no list are taken one by one.
+    """The rows of slides' jobs, each as soon as it is done.
 
+    The jobs of a slide differ in their models alone. Slides that are no list are taken one by one.
     `pool` opens the decoding processes. Raises MismatchError, of a list before any work, see
     `find_earlier`; OutputError where nothing more can be written.
     """
-    with Share(jobs, settings) as share, ExitStack() as stack:
+    with Share(slides, settings) as share, ExitStack() as stack:
         loop = _Loop(share, settings, processes, pool, stack)
         # However the caller stops: all ends with this call, and not with its last trace.
         rows = stack.enter_context(closing(loop.rows()))
@@ -104,7 +108,7 @@ def _saving_threads() -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A slide that is being decoded, embedded or saved, and what there is of it so far."""
+    """A slide that is being decoded, embedded or saved for a model, and what there is so far."""
 
     number: int
     job: Job
@@ -133,11 +137,15 @@ class _Loop:
     ) -> None:
         self._share, self._settings = share, settings
         self._saving = stack.enter_context(_saving_threads())
-        encoder = settings.encoder
-        on_cuda = isinstance(encoder, Encoder) and encoder.device.type == "cuda"
-        batch_size = settings.batch_size or default_batch_size(encoder)
-        # Batches are made of tiles of several slides on a GPU; others are given them as they come.
-        self._chunk = _SLOT_TILES if on_cuda else min(batch_size, _SLOT_TILES)
+        self._streams: dict[str, TileStream[int]] = {}
+        self._chunk = _SLOT_TILES
+        for model, encoder in settings.encoders.items():
+            batch_size = settings.batch_size or default_batch_size(encoder)
+            # Batches are made of tiles of several slides on a GPU; others get them as they come.
+            if isinstance(encoder, Encoder) and encoder.device.type == "cuda":
+                self._streams[model] = TileStream(encoder, batch_size=batch_size)
+            else:
+                self._chunk = min(self._chunk, batch_size)
         self._pool: DecodingPool | None = None
         self._is_pinned = False
         if processes:
@@ -145,18 +153,16 @@ class _Loop:
                 pool(
                     processes,
                     slot_tiles=self._chunk,
-                    size_px=encoder.tile_spec.size_px,
+                    size_px=settings.spec.size_px,
                     threads=max(1, default_threads() // processes),
                     limits=settings.limits,
                 )
             )
-            if on_cuda:
+            if self._streams:
                 self._is_pinned = stack.enter_context(pinned(self._pool.arena.whole))
-        self._stream: TileStream[int] | None = None
-        if on_cuda:
-            assert isinstance(encoder, Encoder)
-            self._stream = TileStream(encoder, batch_size=batch_size)
         self._under_way: dict[int, _UnderWay] = {}
+        self._decoding: dict[int, list[_UnderWay]] = {}
+        """What is decoded together, by the number of the decoder's job."""
         self._numbers = 0
         self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
         self._done: deque[_Row] = deque()
@@ -164,8 +170,8 @@ class _Loop:
     def rows(self) -> Generator[_Row, None, None]:
         """The rows of the jobs of the share."""
         try:
-            for jobs in self._share.rounds():
-                for event in self._events(self._to_decode(jobs)):
+            for slides in self._share.rounds():
+                for event in self._events(self._to_decode(slides)):
                     self._take(event)
                     if self._pool is None and isinstance(event, Finished):
                         # A slide that takes this process down takes no finished one with it.
@@ -182,30 +188,42 @@ class _Loop:
             return decode_here(jobs, batch_size=self._chunk)
         return self._pool.run(jobs)
 
-    def _to_decode(self, jobs: Iterable[Job]) -> Iterator[DecodeJob]:
-        """The work of a decoder for each job that another run has not done by now."""
+    def _to_decode(self, slides: Iterable[Sequence[Job]]) -> Iterator[DecodeJob]:
+        """The work of a decoder for each slide: once for all jobs of which it wants the same."""
+        for jobs in slides:
+            alike: list[list[_UnderWay]] = []
+            for job in jobs:
+                self._numbers += 1
+                slide = _UnderWay(self._numbers, job, time.monotonic())
+                self._under_way[slide.number] = slide
+                with self._failing_alone(slide):
+                    self._compare(slide)
+                    for others in alike:
+                        if others[0].earlier == slide.earlier:
+                            others.append(slide)
+                            break
+                    else:
+                        alike.append([slide])
+            for each in alike:
+                self._decoding[each[0].number] = each
+                yield self._decode_job(each[0])
+
+    def _decode_job(self, slide: _UnderWay) -> DecodeJob:
         settings = self._settings
-        for job in jobs:
-            self._numbers += 1
-            slide = _UnderWay(self._numbers, job, time.monotonic())
-            self._under_way[slide.number] = slide
-            with self._failing_alone(slide):
-                self._compare(slide)
-            if slide.number not in self._under_way:
-                continue
-            yield DecodeJob(
-                number=slide.number,
-                path=job.path,
-                mpp=job.mpp,
-                spec=settings.encoder.tile_spec,
-                tissue=settings.tissue,
-                overlap=settings.overlap,
-                min_tissue=settings.min_tissue,
-                border=settings.border,
-                thumbnail_px=OVERLAY_PX if settings.overlay else None,
-                earlier=slide.earlier,
-                damaged=settings.damaged,
-            )
+        return DecodeJob(
+            number=slide.number,
+            path=slide.job.path,
+            mpp=slide.job.mpp,
+            region=slide.job.region,
+            spec=settings.spec,
+            tissue=settings.tissue,
+            overlap=settings.overlap,
+            min_tissue=settings.min_tissue,
+            border=settings.border,
+            thumbnail_px=OVERLAY_PX if settings.overlay else None,
+            earlier=slide.earlier,
+            damaged=settings.damaged,
+        )
 
     def _compare(self, slide: _UnderWay) -> None:
         """Look for the earlier bag of a slide; without one, whether there is room for its files.
@@ -225,8 +243,8 @@ class _Loop:
             _require_own_picture(job, settings)
 
     @contextmanager
-    def _failing_alone(self, slide: _UnderWay) -> Iterator[None]:
-        """Make whatever goes wrong inside the failed row of a slide, and go on.
+    def _failing_alone(self, *slides: _UnderWay) -> Iterator[None]:
+        """Make whatever goes wrong inside the failed rows of these slides, and go on.
 
         Only what would go wrong with all the others is raised: a disk that is full, or gone.
         """
@@ -236,15 +254,19 @@ class _Loop:
         except Exception as error:
             if files.is_of_the_place(error):
                 raise
-            logger.debug("%s failed", slide.job.name, exc_info=True)
-            self._fail(slide, reason_of(error))
+            for slide in slides:
+                logger.debug("%s failed", slide.job.name, exc_info=True)
+                self._fail(slide, reason_of(error))
 
     def _fail(self, slide: _UnderWay, reason: str) -> None:
         job, seconds = slide.job, time.monotonic() - slide.start
         if isinstance(job.path, Path):
             reason = without_folder(reason, job.path)
         error = readable(reason)
-        self._end(slide, CohortRow(slide=job.name, status="failed", seconds=seconds, error=error))
+        row = CohortRow(
+            slide=job.name, status="failed", seconds=seconds, error=error, model=job.model
+        )
+        self._end(slide, row)
 
     def _end(self, slide: _UnderWay, row: CohortRow) -> None:
         self._under_way.pop(slide.number, None)
@@ -252,14 +274,19 @@ class _Loop:
 
     def _take(self, event: Event) -> None:
         """Do what an event of a decoder calls for."""
-        slide = self._under_way.get(getattr(event, "number", 0))  # none: it failed on this side
+        number = getattr(event, "number", 0)
+        # Without those that failed on this side.
+        slides = [s for s in self._decoding.get(number, ()) if s.number in self._under_way]
         if isinstance(event, Decoded):
-            self._embed(slide, event)
-        elif slide is not None:
-            with self._failing_alone(slide):
-                self._note(slide, event)
-        if self._stream is not None:
-            self._collect(self._stream.landed())
+            self._embed(slides, event)
+        else:
+            for slide in slides:
+                with self._failing_alone(slide):
+                    self._note(slide, event)
+            if isinstance(event, Finished | Failed):
+                self._decoding.pop(number, None)
+        for stream in self._streams.values():
+            self._collect(stream.landed())
 
     def _note(self, slide: _UnderWay, event: Event) -> None:
         if isinstance(event, Begun):
@@ -270,7 +297,8 @@ class _Loop:
             slide.slide = event.slide
         elif isinstance(event, Planned):
             slide.plan, slide.thumbnail = event.plan, event.thumbnail
-            slide.features = np.empty((len(event.plan), self._settings.encoder.embed_dim), "f4")
+            width = self._settings.encoders[slide.job.model].embed_dim
+            slide.features = np.empty((len(event.plan), width), "f4")
         elif isinstance(event, Finished):
             slide.reading = event.reading
             self._note_all_sent(slide, event.lost)
@@ -297,30 +325,34 @@ class _Loop:
         else:
             self._save(slide, partial(self._made_up, slide, row))
 
-    def _embed(self, slide: _UnderWay | None, event: Decoded) -> None:
+    def _embed(self, slides: Sequence[_UnderWay], event: Decoded) -> None:
         """Embed tiles, at once or in a batch with others, and release their memory."""
         transform, tiles = self._settings.transform, event.tiles
-        if slide is None:
-            event.release()
-            return
-        with self._failing_alone(slide):
-            if transform is not None:
+        with self._failing_alone(*slides):
+            if transform is not None and slides:
                 # What comes back may be a view of some kind, which torch does not take.
                 tiles = np.require(transformed(tiles.copy(), transform), requirements=["C", "W"])
-            if self._stream is None:
-                self._collect([(slide.number, embedded(self._settings.encoder, tiles))])
-        if self._stream is not None and slide.number in self._under_way:
-            if self._is_pinned and transform is None:
-                on_copied = event.release
-                self._stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
-                return
-            self._stream.put(slide.number, torch.from_numpy(tiles))
-        event.release()
+        slides = [slide for slide in slides if slide.number in self._under_way]
+        on_gpu = [slide for slide in slides if slide.job.model in self._streams]
+        for slide in slides:
+            if slide.job.model not in self._streams:
+                # A user's encoder may write to what the next one is given.
+                own = tiles if len(slides) == 1 else tiles.copy()
+                with self._failing_alone(slide):
+                    encoder = self._settings.encoders[slide.job.model]
+                    self._collect([(slide.number, embedded(encoder, own))])
+        is_pinned = self._is_pinned and transform is None and bool(on_gpu)
+        on_copied = _at_call(len(on_gpu), event.release) if is_pinned else None
+        for slide in on_gpu:
+            stream = self._streams[slide.job.model]
+            stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
+        if not is_pinned:
+            event.release()
 
     def _land_all(self) -> None:
         """Wait for the embeddings that are still on their way."""
-        if self._stream is not None:
-            self._collect(self._stream.finish())
+        for stream in self._streams.values():
+            self._collect(stream.finish())
 
     def _collect(self, landed: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
         for number, features in landed:
@@ -368,7 +400,7 @@ class _Loop:
             done.features[: done.landed],
             done.plan,
             done.slide,
-            settings.encoder,
+            settings.encoders[job.model],
             transform=settings.transform,
             damaged=settings.damaged,
             reading=done.reading,
@@ -411,7 +443,19 @@ def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> Co
         seconds=seconds,
         output=str(job.output),
         empty_source_tiles=bag.empty,
+        model=job.model,
     )
+
+
+def _at_call(number: int, function: Callable[[], None]) -> Callable[[], None]:
+    """What calls the function when it is called for the `number`-th time."""
+    calls = count(1)
+
+    def call() -> None:
+        if next(calls) == number:
+            function()
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ class CohortRow:
     written), "failed" (`error` says why) or "lost" (its worker was; run the same again). `output`
     is relative to the output folder, `seconds` is 0 for what was skipped. `coverage` is the share
     of the tissue that lies under tiles, None where no tissue is known. `empty_source_tiles` is how
-    many tiles of the level that is read the slide declares empty.
+    many tiles of the level that is read the slide declares empty. `model` is the name of the model,
+    and of its folder, where there are several; `region` the scan that was asked for.
     """
 
     slide: str
@@ -44,6 +45,8 @@ class CohortRow:
     error: str = ""
     output: str = ""
     empty_source_tiles: int = 0
+    model: str = ""
+    region: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,9 @@ def changed_slide(earlier: Earlier, slide: SlideFacts, job: Job) -> MismatchErro
 def _described(slide: Mapping[str, Any] | None, mpp: float | None) -> str:
     if slide is None:
         return f"an unknown file at {mpp} µm/px"
-    return f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}) at {mpp} µm/px"
+    scan = f", region {region}" if (region := slide.get("region")) else ""
+    content = f"{slide['size_bytes']} bytes ({slide['content_sample_sha256'][:8]}{scan})"
+    return f"{content} at {mpp} µm/px"
 
 
 class JsonLines:

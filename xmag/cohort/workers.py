@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, count
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,7 @@ class ModelName:
     dtype: str | None
 
     def load(self, device: str) -> Encoder:
-        """The Encoder, loaded once a process.
-
-        Raises WeightsError where this machine has other weights under that name.
-        """
-        key = (self, device)
-        with _loading:
-            if key not in _loaded:
-                _loaded.clear()  # the memory of a GPU is there for one
-                _loaded[key] = self._load(device)
-            return _loaded[key]
-
-    def _load(self, device: str) -> Encoder:
+        """The Encoder. Raises WeightsError where this machine has other weights under that name."""
         encoder = load_model(
             self.path_or_name,
             revision=self.revision,
@@ -105,6 +94,18 @@ class ModelName:
 
 _loading = threading.Lock()
 _loaded: dict[tuple[ModelName, str], Encoder] = {}
+
+
+def _load(models: Mapping[str, ModelName], device: str) -> dict[str, Encoder]:
+    """The Encoders of one cohort, each loaded once a process."""
+    keys = {name: (model, device) for name, model in models.items()}
+    with _loading:
+        for key in _loaded.keys() - keys.values():
+            del _loaded[key]  # the memory of a GPU is there for one cohort's
+        for key in keys.values():
+            if key not in _loaded:
+                _loaded[key] = key[0].load(device)
+        return {name: _loaded[key] for name, key in keys.items()}
 
 
 def by_name(model: TileEncoder | str | os.PathLike[str] | None) -> tuple[ModelName, Encoder]:
@@ -191,12 +192,13 @@ class Piece:
     """Piece of work for one worker, and everything that it needs to know. All of it pickles.
 
     Those of one `round` have the same slides, each of which one of them does. `jobs` has them by
-    number, packed: thousands go with each piece. `share` is how many fall to a worker, roughly.
+    number, packed: thousands go with each piece. `share` is how many slides fall to a worker,
+    roughly.
     Each slide of a piece that `is_careful` is done alone, as it may kill its worker.
     """
 
     run: Place
-    model: ModelName
+    models: Mapping[str, ModelName]
     options: Mapping[str, Any]
     transform: str | None
     round: str = ""
@@ -262,6 +264,11 @@ class Piece:
         jobs: dict[int, Job] = pickle.loads(zlib.decompress(self.jobs))
         return jobs
 
+    def by_slide(self, numbers: Iterable[int]) -> list[list[int]]:
+        """Numbers of jobs, those that follow each other and are of one slide together."""
+        each = len(self.models)
+        return [list(same) for _, same in groupby(numbers, lambda number: number // each)]
+
     def _mark(self, number: int) -> Path:
         assert isinstance(self.run, Path)
         return self.run / f"{self.round}-{number}.taken"
@@ -281,7 +288,8 @@ class Piece:
                 f"this worker cannot import the transform {self.transform} ({error}); install its"
                 " module there, or put its folder on PYTHONPATH"
             ) from error
-        return Settings(encoder=self.model.load(claimed_device()), transform=transform, **options)
+        encoders = _load(self.models, claimed_device())
+        return Settings(encoders=encoders, transform=transform, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,7 +348,8 @@ def _do(piece: Piece, rows: list[tuple[int, CohortRow]]) -> str | None:
     if not fresh and not again:
         return None
     settings = piece.settings()
-    kind = dtype_class(str(getattr(settings.encoder, "dtype", "float32")))
+    kinds = [str(getattr(each, "dtype", "float32")) for each in settings.encoders.values()]
+    kind = " and ".join(map(dtype_class, kinds))
     lines.add([{"dtype_class": kind}])
     numbers = {job: number for number, job in jobs.items()}
     looked_at = time.monotonic()
@@ -360,18 +369,23 @@ def _do(piece: Piece, rows: list[tuple[int, CohortRow]]) -> str | None:
 
 def _runs(
     piece: Piece, jobs: Mapping[int, Job], fresh: Sequence[int], again: Sequence[int]
-) -> Iterator[Iterable[Job]]:
+) -> Iterator[Iterable[Sequence[Job]]]:
     """The slides that are done together: all that can be taken, or each that may kill its worker.
 
     Those that this piece had taken when its worker was lost, `again`, come last.
     """
-    taken = (jobs[number] for number in fresh if piece.take(number))
+    taken = (
+        # Who gets the first job of a slide decodes it, and is left the others.
+        [jobs[number] for number in (first, *filter(piece.take, others))]
+        for first, *others in piece.by_slide(fresh)
+        if piece.take(first)
+    )
     if piece.is_careful:
-        yield from ([job] for job in taken)
+        yield from ([slide] for slide in taken)
     else:
         # Nothing is started for no slide at all.
         yield from (chain([first], taken) for first in taken)
-    yield from ([jobs[number]] for number in again)
+    yield from ([[jobs[number] for number in same]] for same in piece.by_slide(again))
 
 
 _idle: dict[DecodingPool, tuple[tuple[Any, ...], threading.Timer]] = {}

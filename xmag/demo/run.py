@@ -12,7 +12,7 @@ from xmag.encoder import load_model
 from xmag.extract import extract_features
 from xmag.files import atomic_path, make_folder
 from xmag.plan import TilePlan, plan_tiles
-from xmag.slide import Slide
+from xmag.slide import Slide, scan_stem
 from xmag.tissue import find_tissue
 
 _MODEL = "xmag-mini"
@@ -34,6 +34,7 @@ def run_demo(
     *,
     slide: str | os.PathLike[str] | None = None,
     mpp: float | None = None,
+    region: int | None = None,
     progress: bool | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> DemoResult:
@@ -41,8 +42,8 @@ def run_demo(
 
     The model is the one inside the package. Without `slide`, one of real tissue is written to
     ``out/demo.svs`` first. `mpp` is the µm/px of level 0, where the slide's own is missing or
-    wrong. `tell` is called with a line for each step. Raises OutputError where `out` cannot be
-    written to, and what `extract_features` raises.
+    wrong, `region` the scan of a file that holds several. `tell` is called with a line for each
+    step. Raises OutputError where `out` cannot be written to, and what `extract_features` raises.
     """
     out = Path(out)
     make_folder(out)
@@ -51,10 +52,11 @@ def run_demo(
         tell(f"making a slide of real tissue: {path}")
         write_demo_slide(path)
     features, overlay, feature_map = (
-        out / f"{path.stem}{end}" for end in (".h5", "-overlay.png", "-features.png")
+        out / f"{scan_stem(path.stem, region)}{end}"
+        for end in (".h5", "-overlay.png", "-features.png")
     )
     encoder = load_model(_MODEL)
-    with Slide(path, mpp=mpp) as opened:
+    with Slide(path, mpp=mpp, region=region) as opened:
         tell(f"looking for tissue on {path}")
         start = time.perf_counter()
         tissue = find_tissue(opened)
@@ -72,6 +74,7 @@ def run_demo(
                 picture.save(temporary, format="PNG")
         width, height = opened.dimensions
         scale = "" if mpp is None else f", mpp={mpp:g}"
+        scale += "" if region is None else f", region={region}"
         summary = f"""\
 slide     {path}: {opened.format}, {width:,} x {height:,} px, {opened.mpp:.4g} µm/px\
  ({opened.mpp_source})

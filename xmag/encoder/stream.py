@@ -78,9 +78,12 @@ class TileStream(Generic[Tag]):
         taken = 0
         with torch.cuda.device(self._encoder.device):
             while taken < len(tiles):
-                taken += self._fill(chunk, tiles, taken, is_pinned=on_copied is not None)
+                taken += self._fill(chunk, tiles, taken)
+            copied = _recorded(self._copying)
             if on_copied is not None:
-                self._copied.append((_recorded(self._copying), on_copied))
+                self._copied.append((copied, on_copied))
+            else:  # whoever gave them may write to them again, and the copy may not be over
+                copied.synchronize()
         self.poll()
 
     def poll(self) -> None:
@@ -107,7 +110,7 @@ class TileStream(Generic[Tag]):
             self._land(self._flying.popleft())
         yield from self.landed()
 
-    def _fill(self, chunk: _Chunk[Tag], tiles: Tensor, taken: int, *, is_pinned: bool) -> int:
+    def _fill(self, chunk: _Chunk[Tag], tiles: Tensor, taken: int) -> int:
         """Copy tiles of a chunk, from `taken` on, as far as they fit; returns their number."""
         if self._filling is None:
             with torch.cuda.stream(self._copying):
@@ -118,8 +121,7 @@ class TileStream(Generic[Tag]):
         count = min(len(tiles) - taken, self._batch_size - batch.filled)
         with torch.cuda.stream(self._copying):
             target = batch.tiles[batch.filled : batch.filled + count]
-            # Memory that is not pinned may be written to again as soon as `put` returns.
-            target.copy_(tiles[taken : taken + count], non_blocking=is_pinned)
+            target.copy_(tiles[taken : taken + count], non_blocking=True)
         batch.parts.append((chunk, taken, count))
         batch.filled += count
         if batch.filled == self._batch_size:

@@ -4,6 +4,8 @@ Needs ``pip install "xmag[evaluate]"``: scikit-learn, and matplotlib for the pic
 """
 
 from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from xmag.evaluate.folds import Folds, Split
 from xmag.evaluate.pictures import (
@@ -18,12 +20,17 @@ from xmag.evaluate.report import Report
 from xmag.evaluate.results import Estimate, Result, Sampling
 from xmag.evaluate.validation import cross_validate, external
 
+if TYPE_CHECKING:
+    from xmag.evaluate.comparison import ComparedModel, Comparison, compare
+
 # Aliases of `probe`, by its method.
 linear_probe = partial(probe, method="linear")
 knn = partial(probe, method="knn")
 simpleshot = partial(probe, method="simpleshot")
 
 __all__ = [
+    "ComparedModel",
+    "Comparison",
     "Estimate",
     "Folds",
     "LinearProbe",
@@ -34,6 +41,7 @@ __all__ = [
     "SimpleShot",
     "Split",
     "calibration_figure",
+    "compare",
     "confusion_figure",
     "cross_validate",
     "external",
@@ -42,3 +50,10 @@ __all__ = [
     "roc_figure",
     "scatter_figure",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the comparison, whose encoders need torch; metrics and reports do without."""
+    if name in ("ComparedModel", "Comparison", "compare"):
+        return getattr(import_module("xmag.evaluate.comparison"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

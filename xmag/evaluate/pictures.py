@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from xmag.evaluate.comparison import Comparison
     from xmag.evaluate.report import Report
 
 _Draw = Callable[["Axes", Result], None]
@@ -99,6 +100,40 @@ def kaplan_meier_figure(report: "Report") -> "Figure":
     """
     _require(report, "Kaplan-Meier curve", "survival")
     return _figure(report, _draw_kaplan_meier, side_in=4.8)
+
+
+def cost_figure(comparison: "Comparison") -> "Figure":
+    """Figure of a metric against GFLOP a slide, on a log scale: a panel for each cohort.
+
+    Bars are the intervals. Models whose GFLOP are not known stand at their tiles a slide instead,
+    all of them. Raises MissingExtraError without matplotlib.
+    """
+    cohorts = list(comparison.models[0].estimates)
+    figure: Figure = optional("matplotlib.figure", "a picture").Figure(
+        figsize=(4.8 * len(cohorts), 4.0), dpi=_DPI, facecolor="white", layout="constrained"
+    )
+    known = all(one.gflop is not None for one in comparison.models)
+    for place, cohort in enumerate(cohorts):
+        axes = figure.add_subplot(1, len(cohorts), place + 1)
+        for number, one in enumerate(comparison.models):
+            estimate, cost = one.estimates[cohort], one.gflop if known else one.tiles
+            if estimate.value is None or cost is None:
+                continue
+            low, high = estimate.interval or (estimate.value, estimate.value)
+            spread = [[max(0, estimate.value - low)], [max(0, high - estimate.value)]]
+            axes.errorbar(
+                [cost], [estimate.value], yerr=spread, capsize=3,
+                color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
+                linestyle="none", label=f"{one.label}, {one.mpp:g} µm/px",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        _write(axes.set_xlabel, "GFLOP a slide" if known else "tiles a slide", fontsize=9)
+        _write(axes.set_ylabel, comparison.title, fontsize=9)
+        _write(axes.set_title, cohort, fontsize=9.5, color=_INK)
+        axes.grid(color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize=7.5, frameon=False, loc="best")
+    return figure
 
 
 def as_png(figure: "Figure") -> bytes:

@@ -109,7 +109,7 @@ class Report:
             )
         tables = [self.table()]
         if self.task in ("multilabel", "regression"):
-            tables += [_markdown(rows) for rows in map(self._of_each, self.results) if rows]
+            tables += [markdown(rows) for rows in map(self._of_each, self.results) if rows]
         return "\n".join([self.title, "", "\n\n".join(tables), "", *dict.fromkeys(notes)])
 
     @property
@@ -155,7 +155,7 @@ class Report:
             for title, name in zip(titles, names, strict=True):
                 interval = self.results[0].estimates[name].interval
                 rows.append([title, self._value(self.results[0], name), shown_interval(interval)])
-            return _markdown(rows)
+            return markdown(rows)
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
             own = " (cross-validated)" if result.trained_on == result.tested_on else ""
@@ -164,7 +164,7 @@ class Report:
             rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
-        return _markdown(rows)
+        return markdown(rows)
 
     def to_json(self) -> str:
         """The whole report as JSON; `from_json` restores an equal one.
@@ -255,10 +255,11 @@ class Report:
         cells = {(r.trained_on, r.tested_on): self._cell(r, metric) for r in self.results}
         rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
         rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
-        return _markdown(rows)
+        return markdown(rows)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """Markdown table of rows of cells, the first of which is its head."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

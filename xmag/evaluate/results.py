@@ -279,18 +279,62 @@ def _estimate(
 
     `undefined` says why it may have no value; of classes, that is found.
     """
-    places = [np.flatnonzero(result.repeats == repeat) for repeat in np.unique(result.repeats)]
-    repeats = [(rows, cases_of(result, rows)) for rows in places]
+    repeats = _repeats(result)
 
     def of_draws(weights: Floats) -> Floats:
-        parts = [values(cases, weights[:, rows]) for rows, cases in repeats]
-        return np.asarray(np.mean(parts, axis=0))
+        return _mean_of(values, repeats, weights)
 
-    value = float(np.mean([values(cases, None)[0] for _, cases in repeats]))
+    value = _mean_of(values, repeats, None)[0]
     if np.isnan(value):
         return Estimate(
             value=None, reason=undefined or _why_undefined([cases for _, cases in repeats])
         )
+    return _with_interval(float(value), of_draws, result, sampling)
+
+
+def difference(one: Result, other: Result, metric: str, sampling: Sampling) -> Estimate:
+    """Estimate of a metric of one result less that of another, of the same cases and splits.
+
+    The interval draws patients, the same for both (a paired bootstrap). Raises InputError for
+    results of other cases, or of other splits.
+    """
+    if not all(
+        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=name == "truth")
+        for name in ("rows", "truth", "patients", "splits", "repeats")
+    ):
+        raise InputError("the results are of different cases or splits; expected the same of both")
+    values, parts = TASKS[one.task][metric].values, [_repeats(one), _repeats(other)]
+
+    def of_draws(weights: Floats | None) -> Floats:
+        first, second = (_mean_of(values, repeats, weights) for repeats in parts)
+        return np.asarray(first - second)
+
+    value = float(of_draws(None)[0])
+    if np.isnan(value):
+        return Estimate(value=None, reason="one of the two is not defined")
+    return _with_interval(value, of_draws, one, sampling)
+
+
+_Repeats = Sequence[tuple[NDArray[np.int64], Any]]
+
+
+def _repeats(result: Result) -> _Repeats:
+    """The places of each repeat, and the predictions there."""
+    places = [np.flatnonzero(result.repeats == repeat) for repeat in np.unique(result.repeats)]
+    return [(rows, cases_of(result, rows)) for rows in places]
+
+
+def _mean_of(values: Callable[..., Floats], repeats: _Repeats, weights: Floats | None) -> Floats:
+    """The mean over repeats of a metric with weights of all predictions, (R, m)."""
+    parts = [
+        values(cases, None if weights is None else weights[:, rows]) for rows, cases in repeats
+    ]
+    return np.asarray(np.mean(parts, axis=0))
+
+
+def _with_interval(
+    value: float, of_draws: Callable[[Floats], Floats], result: Result, sampling: Sampling
+) -> Estimate:
     cases = cases_of(result)
     try:
         drawn = resampled(

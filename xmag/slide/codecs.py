@@ -30,6 +30,7 @@ from xmag.slide.integrity import (
     limits,
     segments,
 )
+from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
 
@@ -37,6 +38,10 @@ JPEG = 7
 APERIO_J2K_YCBCR = 33003
 JPEG_2000 = (APERIO_J2K_YCBCR, 33004, 33005, 34712)
 _ZSTD, _WEBP = 50000, 50001
+MAX_TILE_PX = 1 << 26
+"""Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
+_MAX_JPEG_2000_TILE_PX = 1 << 24
+"""OpenJPEG takes 24 bytes a px."""
 _PHOTOMETRIC_RGB = 2
 _APPLICATION = {*range(0xE0, 0xF0), 0xFE}
 """Markers of application segments and comments of a JPEG."""
@@ -84,6 +89,16 @@ def decode_many(
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
     """The n for which tiles of this (width, height) can be had at 1/n."""
     return tuple(n for n in (1, 2, 4, 8) if size[0] % n == 0 and size[1] % n == 0)
+
+
+def check_tile(size: tuple[int, int], compression: int) -> None:
+    """Raise UnsupportedSlideError where decoding a tile of this size would take too much memory."""
+    most = _MAX_JPEG_2000_TILE_PX if compression in JPEG_2000 else MAX_TILE_PX
+    if not (min(size) > 0 and size[0] * size[1] <= most):
+        raise UnsupportedSlideError(
+            f"its tiles are {size[0]}x{size[1]} px; expected at most {most} px each. Convert it"
+            " to a tiled pyramid"
+        )
 
 
 def decoder(coding: TileCoding) -> Decoder:
@@ -345,9 +360,9 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
     }
     unpack = unpackers.get(coding.compression)
     if unpack is None or coding.predictor not in (1, 2):
-        raise UnsupportedSlideError(
+        raise NeedsTiffslideError(
             f"its tiles are stored with TIFF compression {coding.compression} and predictor"
-            f" {coding.predictor}, which xmag does not read; convert it to a tiled JPEG TIFF"
+            f" {coding.predictor}, which xmag does not read"
         )
     row = coding.size[0] * coding.samples
     whole = row * coding.size[1]

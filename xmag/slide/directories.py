@@ -5,8 +5,11 @@ the directories are gone through first: where each lies, which tags it lists, ho
 What lies in the tiles is checked in `integrity`.
 """
 
+import logging
 import struct
-from collections.abc import Mapping, Set
+import threading
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -43,6 +46,30 @@ _ESSENTIAL_TAGS = _NUMBERS | {_SUB_IFDS, 347}
 """Tags without which tifffile would take the pixels for others than they are."""
 _MAX_LEVEL_PX = 1 << 40
 """A square of a million px; the largest scans are a tenth of that."""
+
+
+_filtering = threading.Lock()
+
+
+@contextmanager
+def tifffile_unheard() -> Iterator[None]:
+    """Context in which nothing that tifffile logs in this thread is heard.
+
+    It logs the texts of tags that it cannot parse, in which a patient may be named.
+    """
+    logger, thread = logging.getLogger("tifffile"), threading.get_ident()
+
+    def is_of_others(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    # A list is never changed: others may be going through it.
+    with _filtering:
+        logger.filters = [*logger.filters, is_of_others]
+    try:
+        yield
+    finally:
+        with _filtering:
+            logger.filters = [each for each in logger.filters if each is not is_of_others]
 
 
 def walk(file: BinaryIO, *, is_ndpi: bool) -> Mapping[int, Set[int]]:

@@ -3,6 +3,7 @@
 import io
 import struct
 import threading
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, UnsupportedSlideError
 from xmag.slide.codecs import over_white
-from xmag.slide.integrity import check_jpeg, check_scans
+from xmag.slide.integrity import check_jpeg, check_scans, segments
 from xmag.slide.reader import Level, Pixels, ScaleMetadata
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -21,6 +22,8 @@ _MAX_BYTES = 1 << 30
 """Most bytes of a plain image file; the image is held in memory as a whole."""
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 """PNG chunks that the pixels need; texts, profiles and animations are left out."""
+_PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
+_COM = 0xFE
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 
 
@@ -68,6 +71,29 @@ class ImageReader:
         (x, y), (width, height) = xy, size
         return pixels[y : y + height, x : x + width].copy()
 
+    def read_properties(self) -> Mapping[str, str]:
+        """Texts of a PNG, and comments of a JPEG."""
+        if self.format == "jpeg":
+            data = self._path.read_bytes()
+            # Not by Pillow, which logs what stands in the EXIF.
+            comments = [data[at + 4 : end] for marker, at, end in segments(data) if marker == _COM]
+            return (
+                {"jpeg.comment": b"\n".join(comments).decode(errors="replace")} if comments else {}
+            )
+        try:
+            kept = chunks_of_png(self._path.read_bytes(), _PNG_CHUNKS | _PNG_TEXTS)
+            with Image.open(kept, formats=["PNG"]) as image:
+                image.load()  # texts may follow the pixels
+                return {f"png.{k}": str(v) for k, v in image.info.items() if isinstance(v, str)}
+        except (OSError, ValueError, SyntaxError, struct.error) as error:
+            raise DamagedSlideError(
+                f"{self._path.name} is damaged ({type(error).__name__}); copy the file again"
+            ) from None
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Nothing: a plain image holds one."""
+        return {}
+
     def close(self) -> None:
         """Release the pixels. Closing twice is fine."""
         with self._lock:
@@ -82,7 +108,7 @@ class ImageReader:
                 pixels: Pixels = simplejpeg.decode_jpeg(data)
                 return pixels
             # Not by imagecodecs, whose libpng complains on stderr.
-            with Image.open(_pixels_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
+            with Image.open(chunks_of_png(self._path.read_bytes()), formats=["PNG"]) as image:
                 if image.mode == "RGB" and "transparency" in image.info:
                     return over_white(np.asarray(image.convert("RGBA")))
                 array = np.asarray(image)
@@ -94,12 +120,12 @@ class ImageReader:
             ) from error
 
 
-def _pixels_of_png(data: bytes) -> io.BytesIO:
-    """The PNG as a file object, with the chunks that its pixels need alone."""
+def chunks_of_png(data: bytes, wanted: Set[bytes] = _PNG_CHUNKS) -> io.BytesIO:
+    """The PNG as a file object, with the wanted chunks alone, by default those of its pixels."""
     kept, at = [PNG_MAGIC], len(PNG_MAGIC)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in _PNG_CHUNKS:
+        if data[at + 4 : at + 8] in wanted:
             kept.append(data[at:end])
         at = end
     return io.BytesIO(b"".join(kept))

@@ -39,6 +39,11 @@ _J2K_CHROMA_STEPS = ((1, 1), (2, 1), (2, 2))
 """Chroma subsampling factors (x, y) that OpenJPEG converts to RGB."""
 _J2K_MOST_ZEROS = 4096
 
+_JXL_BOXES = b"\0\0\0\x0cJXL \r\n\x87\n"
+_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+_JXL_HEADER_BYTES = 64
+"""More than what is read of a header takes."""
+
 
 def damaged(seen: str) -> DamagedSlideError:
     """The error for what was seen in a file, with its remedy."""
@@ -326,3 +331,70 @@ def check_webp(data: bytes, size: tuple[int, int]) -> None:
     # the last bits, and make the length even.
     if data[: 8 + int.from_bytes(data[4:8], "little")].endswith(bytes(8)):
         raise DamagedSlideError("its WebP ends in zeros, as where bytes were lost")
+
+
+def jpeg_xl_size(stream: bytes) -> tuple[int, int]:
+    """(width, height) that a JPEG XL says it has; ISO/IEC 18181-1, annex D, and -2 for its boxes.
+
+    Raises DamagedSlideError where it is none, or more than one image: animated, with a preview, or
+    with more channels than alpha.
+    """
+    at = 0
+    if stream.startswith(_JXL_BOXES):
+        while stream[at + 4 : at + 8] not in (b"jxlc", b"jxlp"):
+            length = int.from_bytes(stream[at : at + 4], "big")
+            if length < 8 or at + length > len(stream):
+                raise DamagedSlideError("its JPEG XL holds no image")
+            at += length
+        at += 12 if stream[at + 4 : at + 8] == b"jxlp" else 8
+    if stream[at : at + 2] != b"\xff\x0a":
+        raise DamagedSlideError("its bytes do not begin like a JPEG XL")
+    header = _Bits(stream[at + 2 : at + 2 + _JXL_HEADER_BYTES])
+    size = header.size()
+    if not header.take(1):  # all else is as it is by default
+        if header.take(1):
+            turned = header.take(3)
+            if header.take(1):
+                header.size()
+            if turned or header.take(1) or header.take(1):
+                raise DamagedSlideError("its JPEG XL is turned, animated, or has a preview")
+        if header.take(1):
+            raise DamagedSlideError("its JPEG XL holds floats")
+        header.choice((8, 0), (10, 0), (12, 0), (1, 6))  # bits a sample
+        header.take(1)  # whether 16 bits are enough to decode it
+        if header.choice((0, 0), (1, 0), (2, 4), (1, 12)) > 1:
+            raise DamagedSlideError("its JPEG XL has more channels than colours and alpha")
+    return size
+
+
+class _Bits:
+    """Bits of a JPEG XL header, the lowest first."""
+
+    def __init__(self, data: bytes) -> None:
+        self._value = int.from_bytes(data, "little")
+
+    def take(self, count: int) -> int:
+        taken = self._value & (1 << count) - 1
+        self._value >>= count
+        return taken
+
+    def choice(self, *kinds: tuple[int, int]) -> int:
+        """A number of one of four kinds: what is added to it, and its bits."""
+        added, bits = kinds[self.take(2)]
+        return added + self.take(bits)
+
+    def size(self) -> tuple[int, int]:
+        """(width, height); the width may be a ratio of the height."""
+        small = self.take(1)
+
+        def side() -> int:
+            return (
+                8 * (1 + self.take(5)) if small else self.choice((1, 9), (1, 13), (1, 18), (1, 30))
+            )
+
+        height = side()
+        ratio = self.take(3)
+        if not ratio:
+            return side(), height
+        across, down = _JXL_RATIOS[ratio - 1]
+        return height * across // down, height

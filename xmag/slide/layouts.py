@@ -5,25 +5,29 @@ thumbnails are never among them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tifffile import TiffPage
 
-from xmag.errors import InputError, UnsupportedSlideError
+from xmag.errors import UnsupportedSlideError
 from xmag.slide import metadata
-from xmag.slide.reader import ScaleMetadata, whole_factor
+from xmag.slide.reader import ScaleMetadata, choose_scan, whole_factor
 
-_XMP_TAG = 700
+_ASCII, _XMP_TAG = 2, 700
 _NDPI_SOURCE_LENS_TAG, _NDPI_FILTER_TAG, _NDPI_CAPTURE_MODE_TAG = 65421, 65434, 65441
 _MAX_JPEG_SIDE = 65_500
-_LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 50000})
+_LOSSLESS = frozenset({1, 5, 8, 32773, 32946, 34933, 50000, 50013})
 
 _Pages = Sequence[TiffPage]
 
 
 class NeedsOpenSlideError(UnsupportedSlideError):
     """The slide is laid out in a way that only OpenSlide reads."""
+
+
+class NeedsTiffslideError(UnsupportedSlideError):
+    """Pixels are stored in a way that xmag reads through tiffslide, if at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,24 +64,6 @@ def find_layout(pages: _Pages, region: int | None) -> TiffLayout:
     return (_aperio if any(map(_is_aperio, pages)) else _generic)(pages, region)
 
 
-def _choose(scans: Sequence[tuple[int, int]], region: int | None) -> int:
-    """The index of the scan to read; InputError, listing their sizes, where that is not clear.
-
-    By sizes alone: a name is free text, in which a patient may stand.
-    """
-    if region is None and len(scans) == 1:
-        return 0
-    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
-    if region is None:
-        raise InputError(
-            f"the file holds {len(scans)} scans; choose one with Slide(path, region=...), of"
-            f" {listing}"
-        )
-    if not (isinstance(region, int) and 0 <= region < len(scans)):
-        raise InputError(f"region={region!r} is not in the file; it holds {listing}")
-    return region
-
-
 def page_size(page: TiffPage) -> tuple[int, int]:
     """(width, height) of a page."""
     return page.imagewidth, page.imagelength
@@ -91,13 +77,13 @@ def _whole(pages: _Pages) -> tuple[PageLevel, ...]:
 def _one_scan(format: str, pages: _Pages, scale: ScaleMetadata, region: int | None) -> TiffLayout:
     """The layout of a file whose one scan has these pages as levels; a z-stack is refused."""
     _refuse_planes(pages[0], pages[1:])
-    _choose([page_size(pages[0])], region)
+    choose_scan([page_size(pages[0])], region)
     return TiffLayout(format=format, levels=_whole(pages), metadata=scale)
 
 
 def _is_associated(page: TiffPage) -> bool:
     """Whether a page says that it is a label, a macro (8) or a thumbnail."""
-    return bool(page.subfiletype & 8) or metadata.is_associated(page.description)
+    return bool(page.subfiletype & 8) or metadata.associated_kind(page.description) is not None
 
 
 def _scan_pages(pages: _Pages) -> list[TiffPage]:
@@ -106,6 +92,65 @@ def _scan_pages(pages: _Pages) -> list[TiffPage]:
     if not kept:
         raise _only_associated()
     return kept
+
+
+def associated_pages(pages: _Pages, layout: TiffLayout) -> dict[str, TiffPage]:
+    """The pages beside the levels of a layout, by what they show: "label", "macro", "thumbnail".
+
+    "other" is one of which the file does not say it.
+    """
+    kinds: dict[int, str | None] = {}
+    if layout.format == "leica":
+        macros = metadata.leica_macros(pages[0].description)
+        kinds = {macro.levels[0][2]: "macro" for macro in macros}
+    elif layout.format == "ome-tiff":
+        images = metadata.ome_images(pages[0].description, _samples(pages))
+        kinds = {image.page: metadata.associated_kind(image.name) for image in images}
+    levels = {level.page.offset for level in layout.levels}
+    found: dict[str, TiffPage] = {}
+    for number, page in enumerate(pages):
+        kind = kinds.get(number) or _kind(page, layout)
+        if kind is None or page.offset in levels:
+            continue
+        same = sum(name.partition("-")[0] == kind for name in found)
+        found[f"{kind}-{same + 1}" if same else kind] = page
+    return found
+
+
+def _kind(page: TiffPage, layout: TiffLayout) -> str | None:
+    """What a page shows beside the scan; None where it may be a part of that."""
+    if layout.format == "hamamatsu":
+        return "macro" if page.tags.valueof(_NDPI_SOURCE_LENS_TAG) == -1 else None
+    if (kind := metadata.associated_kind(page.description)) is not None:
+        return kind
+    if page.subfiletype & 8:
+        return "macro"
+    if page.is_tiled:
+        return None
+    return "thumbnail" if layout.format == "aperio" else "other"
+
+
+def texts(pages: _Pages, layout: TiffLayout) -> dict[str, str]:
+    """The text tags of the first level by their names in TIFF, and those of the first page.
+
+    And the fields of Aperio's descriptions, named as OpenSlide does.
+    """
+    base = layout.levels[0].page
+    found = {f"tiff.{name}": text for name, text in _texts(base)}
+    if pages[0].offset != base.offset:
+        found |= {f"tiff.page-0.{name}": text for name, text in _texts(pages[0])}
+    if layout.format == "aperio":
+        fields = metadata.aperio_fields(base.description)
+        found |= {f"aperio.{name}": value for name, value in fields.items()}
+    return found
+
+
+def _texts(page: TiffPage) -> Iterator[tuple[str, str]]:
+    for tag in page.tags:
+        if tag.code == _XMP_TAG:
+            yield tag.name, _xmp(page)
+        elif tag.dtype == _ASCII and isinstance(tag.value, str):
+            yield tag.name, tag.value
 
 
 def _only_associated() -> UnsupportedSlideError:
@@ -167,7 +212,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
     spacings = metadata.philips_spacings(pages[0].description)
     if not tiled or len(spacings) != len(tiled):
         raise ValueError(f"{len(tiled)} levels, but {len(spacings)} px spacings")
-    _choose([page_size(tiled[0])], region)
+    choose_scan([page_size(tiled[0])], region)
     width, height = page_size(tiled[0])
     levels = []
     for page, spacing in zip(tiled, spacings, strict=True):
@@ -184,7 +229,7 @@ def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
-    scan = scans[_choose([scan.levels[0][:2] for scan in scans], region)]
+    scan = scans[choose_scan([scan.levels[0][:2] for scan in scans], region)]
     if scan.planes > 1:
         raise _stack(f"{scan.planes} planes of each level")
     levels = []
@@ -242,9 +287,8 @@ def _hamamatsu(pages: _Pages, region: int | None) -> TiffLayout:
 
 
 def _ome(pages: _Pages, region: int | None) -> TiffLayout:
-    samples = [p.samplesperpixel if p.planarconfig == 1 else 1 for p in pages]
-    listed = metadata.ome_images(pages[0].description, samples)
-    images = [image for image in listed if not metadata.is_associated(image.name)]
+    listed = metadata.ome_images(pages[0].description, _samples(pages))
+    images = [image for image in listed if metadata.associated_kind(image.name) is None]
     if listed and not images:
         raise _only_associated()
     if not images or len({image.file for image in images}) > 1:
@@ -252,7 +296,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"
             " OME-TIFF that is one file"
         )
-    image = images[_choose([page_size(pages[image.page]) for image in images], region)]
+    image = images[choose_scan([page_size(pages[image.page]) for image in images], region)]
     if image.planes > 1:
         raise _stack(f"{image.planes} planes of each image")
     base = pages[image.page]
@@ -261,6 +305,11 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
         levels=_whole([base, *_sub_pages(base)]),
         metadata=_or_resolution(image.scale, base),
     )
+
+
+def _samples(pages: _Pages) -> list[int]:
+    """The interleaved samples of each page."""
+    return [p.samplesperpixel if p.planarconfig == 1 else 1 for p in pages]
 
 
 def _sub_pages(page: TiffPage) -> list[TiffPage]:
@@ -295,7 +344,7 @@ def _generic(pages: _Pages, region: int | None) -> TiffLayout:
         del scans[0]
     for scan in scans:
         _refuse_planes(scan[0], [other[0] for other in scans if other is not scan])
-    chosen = scans[_choose([page_size(scan[0]) for scan in scans], region)]
+    chosen = scans[choose_scan([page_size(scan[0]) for scan in scans], region)]
     return TiffLayout(format="tiff", levels=_whole(chosen), metadata=_resolution(chosen[0]))
 
 

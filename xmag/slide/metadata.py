@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 from xmag.slide.reader import ScaleMetadata
 
-_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 _ASSOCIATED = re.compile(
-    r"(label|macro|overview|thumbnail|preview|barcode)([ _-]?image)?"
+    r"(?P<kind>label|macro|overview|thumbnail|preview|barcode)([ _-]?image)?"
     r"(\s+-.*|\s+\d+\s?x\s?\d+.*|[\s_#\d]*)"
-    r"|.*[\W_](label|macro|overview|thumbnail)[ _]image"
+    r"|.*[\W_](?P<image>label|macro|overview|thumbnail)[ _]image"
     r"|\d+x\d+ -> ?\d+x\d+ -.*",
     re.IGNORECASE,
 )
@@ -24,21 +24,27 @@ _ASSOCIATED = re.compile(
 macro image", and Aperio's thumbnail, "2220x2967 -> 574x768 - "."""
 
 
-def is_associated(text: str) -> bool:
-    """Whether a description or a name says that an image is a label, a macro or a thumbnail.
+def associated_kind(text: str) -> str | None:
+    """Kind of image that a description or a name says it is, such as "label" or "macro"; or None.
 
     As free text may hold any word ("Macrophage CD68"), a whole line has to say so, and what
     Aperio writes behind a bar does not count.
     """
-    lines = text.partition("|")[0].splitlines()
-    return any(_ASSOCIATED.fullmatch(line.strip("\0 ")) for line in lines)
+    for line in text.partition("|")[0].splitlines():
+        if match := _ASSOCIATED.fullmatch(line.strip("\0 ")):
+            return (match["kind"] or match["image"] or "thumbnail").lower()
+    return None
+
+
+def aperio_fields(description: str) -> dict[str, str]:
+    """The fields of an Aperio ImageDescription: `... |AppMag = 20|MPP = 0.4990|...`."""
+    pairs = (field.partition("=") for field in description.split("|")[1:])
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def aperio_scale(description: str) -> ScaleMetadata:
-    """The scale in an Aperio ImageDescription: `... |AppMag = 20|MPP = 0.4990|...`."""
-    pairs = (field.partition("=") for field in description.split("|"))
-    fields = {key.strip(): value for key, _, value in pairs}
-    return _scale(fields, "MPP", "AppMag", source="Aperio MPP")
+    """The scale in an Aperio ImageDescription."""
+    return _scale(aperio_fields(description), "MPP", "AppMag", source="Aperio MPP")
 
 
 def resolution_scale(x: float, y: float, unit: int) -> ScaleMetadata:
@@ -81,10 +87,20 @@ class LeicaScan:
 
 def leica_scans(description: str) -> tuple[tuple[int, int], list[LeicaScan]]:
     """(the size of the slide in nm, the scans on it) in the XML of an SCN file, without macros."""
+    whole, images = _leica_images(description)
+    return whole, [image for image in images if (image.offset_nm, image.size_nm) != ((0, 0), whole)]
+
+
+def leica_macros(description: str) -> list[LeicaScan]:
+    """The images of the whole slide in the XML of an SCN file."""
+    whole, images = _leica_images(description)
+    return [image for image in images if (image.offset_nm, image.size_nm) == ((0, 0), whole)]
+
+
+def _leica_images(description: str) -> tuple[tuple[int, int], list[LeicaScan]]:
     collection = _first(ElementTree.fromstring(description), "collection")
     whole = (int(collection.attrib["sizeX"]), int(collection.attrib["sizeY"]))
-    scans = map(_leica_scan, collection.iterfind("{*}image"))
-    return whole, [scan for scan in scans if (scan.offset_nm, scan.size_nm) != ((0, 0), whole)]
+    return whole, [_leica_scan(image) for image in collection.iterfind("{*}image")]
 
 
 def _leica_scan(image: ElementTree.Element) -> LeicaScan:
@@ -174,7 +190,7 @@ def _ome_scale(pixels: ElementTree.Element, power: float | None) -> ScaleMetadat
     sizes = []
     for axis in "XY":
         size = _number(pixels.get(f"PhysicalSize{axis}"))
-        um = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        um = UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         if size is None or um is None:
             return ScaleMetadata(objective_power=power)
         sizes.append(size * um)

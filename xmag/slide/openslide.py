@@ -1,6 +1,8 @@
 """Reader of the formats that only OpenSlide knows, through the packages of `xmag[openslide]`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,11 @@ from xmag.slide.integrity import check_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.urls import without_folder
 
-SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
+SUFFIXES = frozenset({".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
+
+
+_MAX_ASSOCIATED_PX = 1 << 26
 
 
 class OpenSlideReader:
@@ -93,6 +98,40 @@ class OpenSlideReader:
                 f" {without_folder(str(error), self._path)}. Copy the file again"
             ) from None
         return over_white(np.asarray(region))
+
+    def read_properties(self) -> Mapping[str, str]:
+        """OpenSlide's properties."""
+        with self._told():
+            return dict(self._slide.properties)
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read OpenSlide's associated images, what is transparent on white."""
+        with self._told():
+            return {name: partial(self._associated, name) for name in self._slide.associated_images}
+
+    def _associated(self, name: str) -> Pixels:
+        if self._closed:
+            raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
+        with self._told():
+            sides = (f"openslide.associated.{name}.{side}" for side in ("width", "height"))
+            width, height = (int(self._slide.properties.get(side, 0)) for side in sides)
+            if width * height > _MAX_ASSOCIATED_PX:
+                raise UnsupportedSlideError(
+                    f"an image beside the scan of {self._name} is {width}x{height} px; expected at"
+                    f" most {_MAX_ASSOCIATED_PX} px in all"
+                )
+            return over_white(np.asarray(self._slide.associated_images[name]))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn errors of OpenSlide, also those of an earlier call, into one without their text."""
+        try:
+            yield
+        except self._errors:
+            raise DamagedSlideError(
+                f"OpenSlide cannot read what is beside the scan of {self._name}; copy the file"
+                " again"
+            ) from None
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""

@@ -6,15 +6,18 @@ Readers whose format hides its tiles (OpenSlide, plain images) offer `read_regio
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xmag.errors import InputError, SeveralScansError
+
 Pixels = NDArray[np.uint8]
 """uint8 RGB pixels, shape (height, width, 3)."""
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,28 @@ def downsample(base: tuple[int, int], size: tuple[int, int], stated: float | Non
     return float(whole_factor(base, size) or stated or mean)
 
 
+def choose_scan(scans: Sequence[tuple[int, int]], region: int | None) -> int:
+    """Index of the scan to read, of a file that holds scans of these (width, height).
+
+    Raises SeveralScansError, which lists them, where one must be chosen, and InputError where
+    `region` is none of them. They are told by their sizes alone: a name is free text, in which a
+    patient may stand.
+    """
+    if region is None and len(scans) == 1:
+        return 0
+    listing = ", ".join(f"region={i} ({w}x{h} px)" for i, (w, h) in enumerate(scans))
+    if region is None:
+        error = SeveralScansError(
+            f"the file holds {len(scans)} scans; choose one by region=, --region or a column"
+            f" 'region' of a CSV: {listing}"
+        )
+        error.scans = tuple(scans)
+        raise error
+    if not (isinstance(region, int) and 0 <= region < len(scans)):
+        raise InputError(f"region={region!r} is not in the file; it holds {listing}")
+    return region
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleMetadata:
     """Scale as a file states it, unjudged: (x, y) µm/px of level 0, objective power."""
@@ -97,6 +122,28 @@ class SlideReader(Protocol):
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class DescribedReader(SlideReader, Protocol):
+    """A reader that also has what a file holds beside the scan: its texts, and other images.
+
+    Patients are named there. So nothing of it is read before these are called, nor kept after, and
+    none of it stands in an error, log or repr. Errors are SlideErrors, raised `from None`. Readers
+    without these methods are taken for those of files that hold nothing else.
+    """
+
+    def read_properties(self) -> Mapping[str, str]:
+        """The texts of the file by their names, as it has them; DamagedSlideError where broken."""
+        ...
+
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read the images beside the scan, such as "label", "macro", "thumbnail".
+
+        Their names are of the reader's choice, lower-case, and no text of the file. The pixels are
+        checked as a tile's are: DamagedSlideError, and never a pixel that is made up.
+        """
         ...
 
 
@@ -129,3 +176,24 @@ class RegionReader(SlideReader, Protocol):
     def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
         """The pixels of a window wholly inside the level; `xy` in px of that level."""
         ...
+
+
+class Unshown(Mapping[str, _Value]):
+    """A mapping whose repr tells how many values there are, and none of them."""
+
+    def __init__(
+        self, slide: str, what: str, found: Mapping[str, Any], get: Callable[[Any], _Value]
+    ) -> None:
+        self._slide, self._what, self._found, self._get = slide, what, found, get
+
+    def __getitem__(self, name: str) -> _Value:
+        return self._get(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self._what} of {self._slide!r}>"

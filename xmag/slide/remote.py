@@ -108,6 +108,92 @@ class RemoteSource:
             self.bytes_fetched += sum(map(len, chunks))
 
 
+class RemoteFolder:
+    """Files below a URL, fetched as they are needed; usable from many threads at once.
+
+    Raises SlideError where the store cannot be reached.
+    """
+
+    version: str | None = None
+    """None: no ETag tells of all the files."""
+
+    def __init__(self, url: Url) -> None:
+        self.url, self.name = url, url.name
+        self._own_bytes = 0
+        self._sources = dict[str, RemoteSource | None]()
+        self._lock = threading.Lock()
+        with retold(SlideError, url):
+            self._store, _ = url.store()
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes that came over the network so far."""
+        with self._lock:
+            return self._own_bytes + sum(s.bytes_fetched for s in self._sources.values() if s)
+
+    def read_files(self, names: Sequence[str], most: int) -> list[bytes | None]:
+        """The first `most` bytes of files; None for those that are not there."""
+        with retold(SlideError, self.url):
+            urls = [self.url / name for name in names]
+            if self.url.scheme in ("http", "https"):
+                from fsspec.asyn import sync
+
+                servers = [_HttpServer(url, whole=True) for url in urls]
+                found = sync(self._store.loop, _fetch_each, servers, most)
+            else:
+                paths, zeros = [url.store()[1] for url in urls], [0] * len(urls)
+                ends = [most] * len(urls)
+                found = self._store.cat_ranges(paths, zeros, ends, on_error="return")
+            for chunk in found:
+                if isinstance(chunk, BaseException) and not _is_missing(chunk):
+                    raise chunk
+        files = [None if isinstance(chunk, BaseException) else bytes(chunk) for chunk in found]
+        with self._lock:
+            self._own_bytes += sum(len(data) for data in files if data is not None)
+        return files
+
+    def size(self, name: str) -> int | None:
+        """The length of a file; None where it is not there."""
+        source = self._source(name)
+        return None if source is None else source.size
+
+    def read_parts(self, name: str, ranges: _Ranges) -> list[bytes]:
+        """Ranges of the bytes of a file that is there; SlideError where it was replaced since."""
+        source = self._source(name)
+        assert source is not None
+        return source.read_many(ranges)
+
+    def _source(self, name: str) -> RemoteSource | None:
+        if name not in self._sources:
+            is_there = self.read_files([name], 1)[0] is not None
+            source = RemoteSource(self.url / name) if is_there else None
+            with self._lock:
+                self._sources.setdefault(name, source)
+        return self._sources[name]
+
+    def close(self) -> None:
+        """Close what was opened. Closing twice is fine."""
+        with self._lock:
+            for source in self._sources.values():
+                if source is not None:
+                    source.close()
+
+
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410)
+
+
+async def _fetch_each(servers: Sequence["_HttpServer"], most: int) -> list[bytes | BaseException]:
+    """The first bytes of files on a server, at most so many of each, or why there are none."""
+    gate = asyncio.Semaphore(_MOST_REQUESTS)
+    tasks = [asyncio.ensure_future(server._persistently(gate, 0, most)) for server in servers]
+    try:
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class _RangeFile(io.RawIOBase):
     """A read-only file object that fetches blocks as they are needed and keeps them.
 
@@ -200,13 +286,15 @@ class _HttpServer(_Store):
     """Byte ranges of a file on an HTTP server, through the session that fsspec sets up.
 
     fsspec would take a whole file for the range that it asked for, and log the URL with its
-    signature; here the whole file is an error before its body is read.
+    signature; here the whole file is an error before its body is read, unless it is `whole` that is
+    wanted.
     """
 
-    def __init__(self, url: Url) -> None:
+    def __init__(self, url: Url, *, whole: bool = False) -> None:
         super().__init__(url)
         import aiohttp
 
+        self._whole = whole
         limit = _TIMEOUT_S
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=limit, sock_read=limit)
         # A connection that breaks, a body that ends early, a server that is busy.
@@ -258,26 +346,28 @@ class _HttpServer(_Store):
             if is_empty or (answer.status == 416 and self._size is None):
                 self._size = 0
                 return b""
-            if answer.status == 200:
+            if answer.status == 200 and not self._whole:
                 # Its body is not read: leaving the context drops the connection.
                 raise UnsupportedSlideError(
                     f"{self._url} is on a server that does not give parts of files (it answers a"
                     " request for a range with the whole); xmag would have to fetch all of it:"
                     " download it, and open the local file"
                 )
-            if answer.status != 206:
+            if answer.status not in (200, 206):
                 passing = answer.status >= 500 or answer.status == 429
-                raise (_BusyError if passing else _StatusError)(answer.status)
+                raise (_BusyError if passing else StatusError)(answer.status)
             self.version = self.version or _version(answer.headers)
-            expected = self._expected(answer.headers.get("Content-Range", ""), offset, length)
+            expected = length
+            if answer.status == 206:
+                expected = self._expected(answer.headers.get("Content-Range", ""), offset, length)
             body = bytearray()
             async for piece in answer.content.iter_any():
                 body += piece
                 if len(body) > expected:
                     break
-        if len(body) != expected:
+        if len(body) != expected and answer.status == 206:
             raise _cut_short(self._url, len(body), expected, offset)
-        return bytes(body)
+        return bytes(body[:length])
 
     def _expected(self, content_range: str, offset: int, length: int) -> int:
         """Length of the answer by its Content-Range; SlideError where that does not fit."""
@@ -299,13 +389,15 @@ class _HttpServer(_Store):
         return expected
 
 
-class _StatusError(Exception):
+class StatusError(Exception):
+    """An answer of a server with an HTTP status that is an error."""
+
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
 
 
-class _BusyError(_StatusError):
+class _BusyError(StatusError):
     """A status that may pass."""
 
 

@@ -2,11 +2,12 @@
 
 import operator
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from PIL import Image
 
@@ -21,23 +22,37 @@ from xmag.errors import (
 from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
 from xmag.provenance import content_fingerprint, file_fingerprint
-from xmag.slide import openslide
+from xmag.slide import dicom_files, dicomweb, openslide
+from xmag.slide.dicom import DicomReader
 from xmag.slide.image import JPEG_MAGIC, PNG_MAGIC, ImageReader
-from xmag.slide.layouts import NeedsOpenSlideError
+from xmag.slide.layouts import NeedsOpenSlideError, NeedsTiffslideError
+from xmag.slide.omezarr import OmeZarrReader, is_omezarr
 from xmag.slide.pixels import read_box, read_level
-from xmag.slide.reader import Pixels, SlideReader
-from xmag.slide.remote import RemoteSource
+from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
+from xmag.slide.remote import RemoteFolder, RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
+from xmag.slide.tiffslide import OpenFile, TiffSlideReader, file_of
 from xmag.urls import Place, Url, place_of, readable
 
+if TYPE_CHECKING:
+    from openslide import OpenSlide
+    from tiffslide import TiffSlide
+
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DICOM_MAGIC_AT_128 = b"DICM"
-_SLIDE_SUFFIXES = (openslide.SUFFIXES - {".dcm"}) | {".svs", ".tif", ".tiff", ".btf", ".vsi"}
+_SLIDE_SUFFIXES = openslide.SUFFIXES | {
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".btf",
+    ".vsi",
+    ".zarr",
+}
 _ROUNDING = 1e-6
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +80,10 @@ class Slide:
     again.
 
     Args:
-        path: the slide file, or the URL of one ("https://...", "s3://..."), which is then read by
-            byte ranges and not copied.
+        path: the slide file (of a DICOM slide, any one, or their folder), or the URL of one
+            ("https://...", "s3://..."), which is then read by byte ranges and not copied. Or an
+            open `tiffslide.TiffSlide` or `openslide.OpenSlide`, which tells which file to open, and
+            stays yours.
         mpp: µm per level-0 px; overrides what the file says.
         region: which scan, where a file holds several.
 
@@ -83,13 +100,17 @@ class Slide:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Url,
+        path: "str | os.PathLike[str] | Url | TiffSlide | OpenSlide",
         *,
         mpp: float | None = None,
         region: int | None = None,
     ) -> None:
         given = checked_mpp(mpp)
-        place = place_of(path)
+        file = file_of(path)
+        if isinstance(file, OpenFile):
+            self._set(_tiff_reader(file, region), file.name, given, None)
+            return
+        place = place_of(file)
         place = place.absolute() if isinstance(place, Path) else place
         # Before it is read: what is written to it from now on is another version.
         version = _version(place)
@@ -100,6 +121,8 @@ class Slide:
             reader.close()
             raise
         self._version = self._remote.version if self._remote else version
+        if isinstance(reader, DicomReader):
+            self._version = reader.version
 
     @classmethod
     def from_reader(cls, reader: SlideReader, *, name: str, mpp: float | None = None) -> Self:
@@ -165,22 +188,34 @@ class Slide:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:
-        """Identity of the file (name, size, content hash); None without a file."""
+        """Identity of the file (name, size, content hash); None without a file.
+
+        A scan that is not the file's first has its `region` in it.
+        """
         if self._source is None:
             return None
-        if (there := self._remote) is not None:
-            return content_fingerprint(there.name, there.size, there.read_many)
-        return file_fingerprint(cast(Path, self._source[0]))
+        path, region = self._source
+        if isinstance(self._reader, OmeZarrReader):
+            found = self._reader.fingerprint()
+        elif isinstance(there := self._remote, RemoteSource):
+            found = content_fingerprint(there.name, there.size, there.read_many)
+        elif isinstance(self._reader, DicomReader):
+            base = self._reader.sources[0]
+            found = content_fingerprint(self._name, base.size, base.read_many)
+        else:
+            found = file_fingerprint(cast(Path, path))
+        return found | ({"region": region} if region else {})
 
     @property
     def bytes_fetched(self) -> int | None:
         """Bytes that came over the network so far; None for a file of this machine."""
-        return None if self._remote is None else self._remote.bytes_fetched
+        there = getattr(self._reader, "server", self._remote)
+        return None if there is None else int(there.bytes_fetched)
 
     @property
-    def _remote(self) -> RemoteSource | None:
+    def _remote(self) -> RemoteSource | RemoteFolder | None:
         source = getattr(self._reader, "source", None)
-        return source if isinstance(source, RemoteSource) else None
+        return source if isinstance(source, RemoteSource | RemoteFolder) else None
 
     @property
     def facts(self) -> SlideFacts:
@@ -255,6 +290,29 @@ class Slide:
         box = (0, 0, width, height)
         return Image.fromarray(read_box(reader, scale.level, scale.reduction, box, size))
 
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Texts of the file by their names, as it has them; read when asked for, and not kept.
+
+        Patients may be named in them: they stand in no result, and the mapping's repr only counts
+        them; ``dict(slide.properties)`` shows them. Empty for formats that have none. Raises
+        DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.read_properties() if isinstance(reader, DescribedReader) else {}
+        return Unshown(self._name, "properties", dict(found), str)
+
+    @property
+    def associated_images(self) -> Mapping[str, Image.Image]:
+        """Images in the file beside the scan, such as "label" and "macro", by their names; RGB.
+
+        Each is read when it is looked up, and not kept. Patients may be named on them. Empty for
+        formats that have none. Raises DamagedSlideError where they are broken.
+        """
+        reader = self.reader
+        found = reader.associated_images() if isinstance(reader, DescribedReader) else {}
+        return Unshown(self._name, "associated images", dict(found), _read_image)
+
     def close(self) -> None:
         """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
         self._closed = True
@@ -283,13 +341,19 @@ class Slide:
             self._reader = open_reader(*self._source)
 
 
+def _read_image(read: Callable[[], Pixels]) -> Image.Image:
+    return Image.fromarray(read())
+
+
 def _version(path: Place) -> str | None:
     """The size and the time of change of a file of this machine; None where there is none."""
     try:
         found = path.stat() if isinstance(path, Path) else None
     except OSError:
         return None  # opening it says why
-    return None if found is None else f"{found.st_size} bytes at {found.st_mtime_ns} ns"
+    if found is None or stat.S_ISDIR(found.st_mode):
+        return None  # a folder does not change with what is written to the files in it
+    return f"{found.st_size} bytes at {found.st_mtime_ns} ns"
 
 
 def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
@@ -303,10 +367,27 @@ def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     return first, second
 
 
-def is_slide_path(path: Place) -> bool:
-    """Whether a file in a folder looks like a slide by its name.
+def checked_region(region: int | None) -> int | None:
+    """The number of a scan in its file; InputError where it is none, from 0 on."""
+    is_whole = isinstance(region, int) and not isinstance(region, bool)
+    if region is not None and not (is_whole and region >= 0):
+        raise InputError(f"region is {region!r}; expected a whole number from 0 on, or None")
+    return region
 
-    Plain images are as often thumbnails, and a DICOM slide is many files: both have to be named.
+
+def scan_stem(stem: str, region: int | None) -> str:
+    """File name, less its suffix, for results of a scan: the file's, and which scan but the first.
+
+    So results of one file's scans never take each other's place.
+    """
+    return f"{stem}-region{region}" if region else stem
+
+
+def is_slide_path(path: Place) -> bool:
+    """Whether a file in a folder, or a folder (OME-Zarr), looks like a slide by its name.
+
+    Plain images are as often thumbnails, and have to be named. A DICOM slide is many files, which
+    `dicom_files.series_below` puts together.
     """
     return path.suffix.lower() in _SLIDE_SUFFIXES and not path.name.startswith(".")
 
@@ -317,16 +398,24 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
     Raises SlideError where nothing can be read, MissingExtraError where OpenSlide could read it
     but is not installed, InputError for a wrong `region`.
     """
+    if is_omezarr(path):
+        return OmeZarrReader(path, region=region)
     if isinstance(path, Url):
         return _open_remote(path, region)
+    if dicom_files.is_dicom(path):
+        return dicom_files.open_series(path, region)
+    return _open_file(path, region)
+
+
+def _open_file(path: Path, region: int | None) -> SlideReader:
     head = _first_bytes(path)
     if head.startswith(_TIFF_MAGIC):
         try:
-            return TiffReader(path, region=region)
+            return _tiff_reader(path, region)
         except NeedsOpenSlideError:
             return openslide.OpenSlideReader(path, region=region)
     # A .mrxs file is a JPEG.
-    for_openslide = path.suffix.lower() in openslide.SUFFIXES or _DICOM_MAGIC_AT_128 in head[128:]
+    for_openslide = path.suffix.lower() in openslide.SUFFIXES
     if head.startswith((PNG_MAGIC, JPEG_MAGIC)) and not for_openslide:
         return ImageReader(path, region=region)
     try:
@@ -340,11 +429,21 @@ def open_reader(path: Place, region: int | None) -> SlideReader:
         ) from error
 
 
+def _tiff_reader(place: Path | RemoteSource | OpenFile, region: int | None) -> TiffReader:
+    """The reader of a TIFF: the fast one, or the one of what that refuses."""
+    try:
+        return TiffReader(place, region=region)
+    except NeedsTiffslideError:
+        return TiffSlideReader(place, region=region)
+
+
 def _open_remote(url: Url, region: int | None) -> SlideReader:
+    if dicomweb.is_series(url):
+        return dicomweb.open_series(url, region)
     source = RemoteSource(url)
     try:
         if source.head.startswith(_TIFF_MAGIC):
-            return TiffReader(source, region=region)
+            return _tiff_reader(source, region)
         reason = "it is no TIFF"
     except NeedsOpenSlideError:
         reason = "only OpenSlide reads its kind of TIFF"
@@ -362,7 +461,7 @@ def _first_bytes(path: Path) -> bytes:
     refuse_special(path, UnsupportedSlideError)
     try:
         with path.open("rb") as file:
-            head = file.read(132)
+            head = file.read(16)
     # Without their causes: those name the folders, which do not belong into logs of cohorts.
     except FileNotFoundError:
         raise SlideError(
@@ -370,8 +469,8 @@ def _first_bytes(path: Path) -> bytes:
         ) from None
     except IsADirectoryError:
         raise SlideError(
-            f"{path.name} is a folder; expected a slide file (of a DICOM slide, any one of its"
-            " files)"
+            f"{path.name} is a folder; expected a slide file, or the folder of an OME-Zarr, or with"
+            " the files of a DICOM slide"
         ) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -1,28 +1,35 @@
 """Tiles of TIFF slides: tifffile parses the directories, everything after that is ours."""
 
-import logging
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 from xml.etree import ElementTree
 
-from tifffile import TiffFile, TiffFileError, TiffPage
+from tifffile import TIFF, TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
 from xmag.slide import codecs, directories
 from xmag.slide.directories import TileTable
 from xmag.slide.integrity import check_level, damaged
-from xmag.slide.layouts import NeedsOpenSlideError, TiffLayout, find_layout, page_size
+from xmag.slide.layouts import (
+    NeedsOpenSlideError,
+    NeedsTiffslideError,
+    PageLevel,
+    TiffLayout,
+    associated_pages,
+    find_layout,
+    page_size,
+    texts,
+)
+from xmag.slide.pixels import read_level
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
-from xmag.slide.remote import RemoteSource
-
-_MAX_TILE_PX = 1 << 26
-"""Tiles and strips above this are not decoded: a file that asks for gigabytes at once is broken."""
-_MAX_JPEG_2000_TILE_PX = 1 << 24
-"""OpenJPEG takes 24 bytes a px."""
 
 _MOST_GAP = 64
 """Bytes between tiles that are read along with them: some writers align tiles."""
@@ -34,6 +41,24 @@ _PARSE_ERRORS = (
     AttributeError, ZeroDivisionError, RuntimeError, ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """Errors of tifffile on a directory that makes no sense."""
+
+
+class Source(Protocol):
+    """Byte ranges of a file that is no local one."""
+
+    name: str
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length)."""
+        ...
+
+    def file(self) -> AbstractContextManager[Any]:
+        """A file object over it."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
 
 
 class LocalSource:
@@ -90,46 +115,85 @@ def _neighbours(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[in
         first = at
 
 
-class TiffReader:
+class DecodingReader:
+    """The half of a TileReader that decodes, with the decoder of each level."""
+
+    _decoders: Sequence[codecs.Decoder]
+
+    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
+        """The pixels of one tile at 1/`reduction`, in full tile size."""
+        return self._decoders[level](data, reduction)
+
+    def decode_many(
+        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
+    ) -> list[bool]:
+        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
+        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
+
+
+class TiffReader(DecodingReader):
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
-    def __init__(self, path: Path | RemoteSource, *, region: int | None = None) -> None:
-        try:
-            # What goes wrong on the way to a remote file comes before all else.
-            with path.open("rb") if isinstance(path, Path) else path.file() as file:
-                end = file.seek(0, 2)
-                is_ndpi = path.name.endswith(".ndpi")
-                layout = _read_layout(cast(BinaryIO, file), region, is_ndpi=is_ndpi)
+    def __init__(self, path: Path | Source, *, region: int | None = None) -> None:
+        self._place, self._region = path, region
+        with named(path.name):
+            with self._parsed() as (_, layout, end):
+                pass
             self._set(layout, end)
-        except XmagError as error:
-            raise type(error)(f"{path.name}: {error}") from error
         self.source = LocalSource(path) if isinstance(path, Path) else path
+
+    @contextmanager
+    def _parsed(self) -> Iterator[tuple[list[TiffPage], TiffLayout, int]]:
+        """The pages of the file, the pyramid among them, and where the file ends, while it is open.
+
+        What cannot be parsed in here is damage.
+        """
+        place = self._place
+        # What goes wrong on the way to a remote file comes before all else.
+        with place.open("rb") if isinstance(place, Path) else place.file() as file:
+            end = file.seek(0, 2)
+            is_ndpi = place.name.endswith(".ndpi")
+            with _layout_of(
+                cast(BinaryIO, file), self._region, self._opened, is_ndpi=is_ndpi
+            ) as found:
+                yield *found, end
+
+    def _opened(self, file: BinaryIO, *, is_ndpi: bool) -> AbstractContextManager[TiffFile]:
+        """The parser of a file."""
+        return TiffFile(file, is_ndpi=is_ndpi)
+
+    def _decoder(self, page: TiffPage, *, aperio: bool) -> codecs.Decoder:
+        """The decoder for the tiles of a page; UnsupportedSlideError where there is none."""
+        return codecs.decoder(_coding(page, aperio=aperio))
 
     def _set(self, layout: TiffLayout, end: int) -> None:
         self.format = layout.format
         self.metadata: ScaleMetadata = layout.metadata
-        self._decoders, self._tables, levels = list[codecs.Decoder](), list[TileTable](), []
+        decoders, levels = list[codecs.Decoder](), list[Level]()
+        self._tables = list[TileTable]()
         aperio = layout.format == "aperio"
         for number, stored in enumerate(layout.levels):
-            page, coding = stored.page, _coding(stored.page, aperio=aperio)
-            reductions = codecs.reductions(coding.size)
+            page, decoder = stored.page, self._decoder(stored.page, aperio=aperio)
+            size = tile_size(page)[:2]
+            reductions = codecs.reductions(size)
+            planes = page.samplesperpixel if page.planarconfig == 2 else 1
             level = Level(
                 size=stored.size,
                 downsample=stored.downsample or downsample(layout.levels[0].size, stored.size),
-                tile_size=coding.size,
+                tile_size=size,
                 origin=stored.origin,
                 stored_size=page_size(page),
                 reductions=tuple(n for n in reductions if not any(o % n for o in stored.origin)),
-                empty_tiles=page.databytecounts.count(0),
+                empty_tiles=page.databytecounts.count(0) // planes,
             )
             check_level(number, level)
-            tiles = level.tiles_across * level.tiles_down
+            tiles = level.tiles_across * level.tiles_down * planes
             directories.check_table(f"level {number}", level.size, tiles, page)
-            most = directories.most_bytes(*coding.size, coding.samples)
+            most = directories.most_bytes(*size, page.samplesperpixel)
             levels.append(level)
-            self._decoders.append(codecs.decoder(coding))
+            decoders.append(decoder)
             self._tables.append(TileTable(number, page, most=most, end=end, is_aperio=aperio))
-        self.levels: tuple[Level, ...] = tuple(levels)
+        self.levels, self._decoders = tuple(levels), decoders
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, as stored; None for those that are declared empty."""
@@ -144,31 +208,59 @@ class TiffReader:
         following = iter(chunks)
         return [next(following) if lengths[i] else None for i in indices]
 
-    def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
-        """The pixels of one tile at 1/`reduction`, in full tile size."""
-        return self._decoders[level](data, reduction)
+    def read_properties(self) -> Mapping[str, str]:
+        """The text tags of the first level and of the first page, and Aperio's fields."""
+        with named(self._place.name), self._parsed() as (pages, layout, _):
+            return texts(pages, layout)
 
-    def decode_many(
-        self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
-    ) -> list[bool]:
-        """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
+    def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
+        """Functions that read the pages beside the scan: "label", "macro", "thumbnail", "other"."""
+        with named(self._place.name), self._parsed() as (pages, layout, end):
+            beside = associated_pages(pages, layout)
+        return {kind: partial(self._page, kind, page, layout, end) for kind, page in beside.items()}
+
+    def _page(self, kind: str, page: TiffPage, layout: TiffLayout, end: int) -> Pixels:
+        """The pixels of a page that is no level."""
+        with named(f"{self._place.name}, {kind}"):
+            width, height = size = page_size(page)
+            if width * height > codecs.MAX_TILE_PX:
+                raise UnsupportedSlideError(
+                    f"it is {width}x{height} px; expected at most {codecs.MAX_TILE_PX} px in all"
+                )
+            alone = copy(self)
+            alone._set(replace(layout, levels=(PageLevel(page=page, size=size),)), end)
+            return read_level(alone, 0, 1, (0, 0), size)
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
         self.source.close()
 
 
-def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLayout:
-    """The pages of the slide in the file."""
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a name before the errors of a file."""
+    try:
+        yield
+    except XmagError as error:
+        again = type(error)(f"{name}: {error}")
+        vars(again).update(vars(error))
+        raise again from error
+
+
+@contextmanager
+def _layout_of(
+    file: BinaryIO,
+    region: int | None,
+    opened: Callable[..., AbstractContextManager[TiffFile]],
+    *,
+    is_ndpi: bool,
+) -> Iterator[tuple[list[TiffPage], TiffLayout]]:
+    """The pages of a file, and those of the slide in it."""
     codes = directories.walk(file, is_ndpi=is_ndpi)
     file.seek(0)
-    # Where a program does not log, logging writes on stderr what nobody takes. What counts of it is
-    # found out here and raised.
-    logger, taker = logging.getLogger("tifffile"), logging.NullHandler()
-    logger.addHandler(taker)
     try:
-        with TiffFile(file, is_ndpi=is_ndpi) as tiff:
+        # What counts of it is found out here and raised.
+        with directories.tifffile_unheard(), opened(file, is_ndpi=is_ndpi) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
             if not pages:
                 raise damaged("it begins like a TIFF, but holds no image")
@@ -177,11 +269,11 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
             except NeedsOpenSlideError:
                 for number, page in enumerate(pages):
                     directories.check_tags(number, page, codes)
-                    directories.check_for_openslide(number, page, _tile_size(page)[:2])
+                    directories.check_for_openslide(number, page, tile_size(page)[:2])
                 raise
             for number, level in enumerate(layout.levels):
                 directories.check_tags(number, level.page, codes)
-            return layout
+            yield pages, layout
     except _PARSE_ERRORS as error:
         if isinstance(error, XmagError):
             raise
@@ -189,8 +281,6 @@ def _read_layout(file: BinaryIO, region: int | None, *, is_ndpi: bool) -> TiffLa
         raise damaged(
             f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
         ) from None
-    finally:
-        logger.removeHandler(taker)
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
@@ -201,17 +291,22 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
             f"its pixels are {page.samplesperpixel} sample(s) of {dtype}, photometric"
             f" {page.photometric!r}; xmag reads 8-bit RGB (brightfield) slides"
         )
+    if page.photometric not in (2, 6):
+        raise UnsupportedSlideError(
+            f"its pixels are stored as photometric {page.photometric!r}; xmag reads RGB, RGBA and"
+            " YCbCr"
+        )
     # 2 is alpha that the colours are not multiplied by.
     known_alpha = page.samplesperpixel == 3 or page.extrasamples == (2,)
-    if page.photometric not in (2, 6) or page.planarconfig != 1 or not known_alpha:
-        raise UnsupportedSlideError(
-            f"its pixels are stored as photometric {page.photometric!r}, {page.planarconfig!r},"
-            f" extra samples {page.extrasamples}; xmag reads RGB, RGBA and YCbCr with interleaved"
-            " samples"
+    reversed_bits = page.fillorder != 1 and page.compression not in TIFF.IMAGE_COMPRESSIONS
+    if page.planarconfig != 1 or not known_alpha or reversed_bits:
+        raise NeedsTiffslideError(
+            f"its pixels are stored as {page.photometric!r}, {page.planarconfig!r}, extra samples"
+            f" {page.extrasamples}, fill order {page.fillorder}"
         )
     if not isinstance(page.jpegtables, bytes | None):
         raise damaged("its JPEG tables are no bytes")
-    width, height, rows = _tile_size(page)
+    width, height, rows = tile_size(page)
     return codecs.TileCoding(
         compression=int(page.compression),
         photometric=int(page.photometric),
@@ -225,7 +320,7 @@ def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:
     )
 
 
-def _tile_size(page: TiffPage) -> tuple[int, int, int]:
+def tile_size(page: TiffPage) -> tuple[int, int, int]:
     """(width, height, height of the last) tile; strips are tiles as wide as the image.
 
     Raises UnsupportedSlideError where decoding one would take too much memory.
@@ -236,10 +331,5 @@ def _tile_size(page: TiffPage) -> tuple[int, int, int]:
     else:
         width, height = page.imagewidth, max(1, min(page.rowsperstrip, page.imagelength))
         last = page.imagelength % height or height
-    most = _MAX_JPEG_2000_TILE_PX if page.compression in codecs.JPEG_2000 else _MAX_TILE_PX
-    if not (width > 0 and height > 0 and width * height <= most):
-        raise UnsupportedSlideError(
-            f"its tiles are {width}x{height} px; expected at most {most} px each. Convert it to a"
-            " tiled pyramid"
-        )
+    codecs.check_tile((width, height), int(page.compression))
     return width, height, last

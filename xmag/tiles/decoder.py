@@ -61,6 +61,7 @@ class DecodeJob:
     number: int
     path: str | Place
     mpp: float | None
+    region: int | None = None
     spec: TileSpec
     tissue: Literal["auto"] | None
     overlap: int
@@ -181,7 +182,7 @@ def decode(
 def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
     lost = None
     readings: list[Reading] = []
-    with Slide(job.path, mpp=job.mpp) as slide:
+    with Slide(job.path, mpp=job.mpp, region=job.region) as slide:
         yield Opened(job.number, slide.facts)
         planned, earlier = None, job.earlier
         if earlier is not None and earlier.is_to_compare(slide.facts):

@@ -44,7 +44,7 @@ class Reading:
 
     `sha256` is of the compressed bytes of all source tiles under them, whatever the threads and
     batches; of the pixels where a reader hides the bytes. `empty` is how many source tiles of the
-    level that is read the file declares empty.
+    level that is read the file declares empty; of those under the plan, where it has no list.
     """
 
     sha256: str
@@ -109,8 +109,9 @@ class Decoding:
     """Decodes the windows of tiles into batches, a run of source tiles at a time.
 
     What is damaged is an error, or with `damaged` "drop" noted in `lost`, bool (N,): the windows of
-    those tiles hold no pixels. `white` are source tiles without bytes in any level. With `hashed`,
-    `sha256` is there once all runs are done. `threads` is how many of this process decode at once.
+    those tiles hold no pixels. `absent` are source tiles without bytes, and `white` those without
+    any in all levels. With `hashed`, `sha256` is there once all runs are done. `threads` is how
+    many of this process decode at once.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Decoding:
         self._hashed, self._digests = hashed, dict[int, bytes]()
         self._stacking = threads >= _STACKING_THREADS
         self.white: list[int] = []
+        self.absent: list[int] = []
         self.lost = np.zeros(len(windows.start), np.bool_)
         # Asked once, because looking for the methods of a protocol is slow.
         self._tile_reader = reader if isinstance(reader, TileReader) else None
@@ -206,6 +208,10 @@ class Decoding:
             digest.update(source.to_bytes(8, "little") + part)
         return digest.hexdigest()
 
+    def reading(self) -> Reading:
+        """The Reading, once all runs are done."""
+        return Reading(self.sha256(), self._level.empty_tiles or len(self.absent))
+
     def _note(self, run: Run, contents: Sequence[bytes | Pixels | None]) -> None:
         """Hash the bytes, or the pixels, of a run's source tiles; None is one that is damaged.
 
@@ -264,6 +270,7 @@ class Decoding:
                 raise data
             if data is not None:
                 return decode_tile(reader, level, source, data, reduction)
+            self.absent.append(source)
             pixels = empty_tile(reader, level, source, reduction)
         except DamagedSlideError:
             if self._damaged == "error":

@@ -121,7 +121,7 @@ def read_rows(
                     elif not lost.all():
                         yield rows[~lost], tiles[~lost]
                 if note is not None:
-                    note(Reading(decoding.sha256(), level.empty_tiles))
+                    note(decoding.reading())
                 if decoding.white:
                     _warn_of_white(slide, level, decoding.white, plan)
             except DamagedSlideError as error:
@@ -141,7 +141,7 @@ def reading_of(slide: Slide, plan: TilePlan, *, threads: int | None = None) -> R
     with ThreadPoolExecutor(threads or default_threads(), "xmag-look") as pool:
         for _ in pool.map(decoding.look, decoding.runs):
             pass
-    return Reading(decoding.sha256(), level.empty_tiles)
+    return decoding.reading()
 
 
 def default_threads() -> int:
