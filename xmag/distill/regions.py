@@ -72,7 +72,7 @@ class ManifestSource:
     candidates: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Manifest:
     """Regions to train on, in a fixed order: a region's number is its id.
 
@@ -100,6 +100,10 @@ class Manifest:
     def __len__(self) -> int:
         """The number of regions."""
         return len(self.places)
+
+    def __repr__(self) -> str:
+        sites = f"{len(self.sources):,} slides of {len(self.sites):,} sites"
+        return f"<Manifest of {len(self):,} regions from {sites}, at {self.spec.mpp:g} µm/px>"
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -7,3 +7,7 @@ from xmag.draw.attention import attention_geojson, gallery, heatmap
 from xmag.draw.overview import feature_map, overlay
 
 __all__ = ["attention_geojson", "feature_map", "gallery", "heatmap", "overlay"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

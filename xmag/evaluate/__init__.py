@@ -46,3 +46,7 @@ __all__ = [
     "roc_figure",
     "scatter_figure",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

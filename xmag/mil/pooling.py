@@ -32,7 +32,7 @@ class MILOutput:
     pooled: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Attention:
     """Attention weights of the tiles of a bag; row i belongs to tile i of the bag.
 
@@ -51,6 +51,11 @@ class Attention:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        ends = f", from {self.scores.min():.3g} to {self.scores.max():.3g}" if len(self) else ""
+        places = "" if self.coords is not None else ", without places"
+        return f"<Attention of {len(self):,} tiles, {self.kind}{ends}{places}>"
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
