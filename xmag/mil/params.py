@@ -65,6 +65,8 @@ class Estimator(Shown):
     def _params_to_json(self) -> dict[str, Any]:
         """The parameters as JSON has them, but for those that are saved otherwise or not at all."""
         params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
+        if callable(params["progress"]):  # a function of the program's own
+            params["progress"] = None
         if not isinstance(params["random_state"], int):
             params["random_state"] = None  # a generator: where it stood is not known any more
         return params
