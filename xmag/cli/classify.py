@@ -204,6 +204,7 @@ def heatmap(
     model: str | None = None,
     gallery: bool = False,
     geojson: bool = False,
+    scale: draw.Scale = "rank",
     mpp: float | None = None,
 ) -> int:
     """Draw the attention of an estimator over a slide, or over those of one case."""
@@ -227,10 +228,11 @@ def heatmap(
         for path, slide, attention in zip(paths, opened, case, strict=True):
             stem = path.stem.removesuffix("-heatmap")
             caption = f"predicted: {words}"
-            pictures = {path: draw.heatmap(slide, attention, case=case, caption=caption)}
+            options: dict[str, Any] = {"case": case, "scale": scale}
+            pictures = {path: draw.heatmap(slide, attention, caption=caption, **options)}
             if gallery:
                 name = path.with_name(f"{stem}-gallery.png")
-                pictures[name] = draw.gallery(slide, attention, case=case)
+                pictures[name] = draw.gallery(slide, attention, **options)
             for file, picture in pictures.items():
                 with atomic_path(file) as temporary:
                     picture.save(temporary, format="PNG")
@@ -239,6 +241,8 @@ def heatmap(
                 written.append(path.with_name(f"{stem}.geojson"))
                 write_text(written[-1], json.dumps(draw.attention_geojson(attention, case=case)))
     write(sys.stdout, f"{', '.join(slide.name for slide in opened)}: {words}")
+    if draw.is_nearly_even(case[0], case):
+        write(sys.stderr, "xmag: attention is nearly even: all tiles got about as much")
     for file in written:
         write(sys.stdout, f"written   {file}")
     return ALL_DONE

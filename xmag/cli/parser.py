@@ -268,6 +268,8 @@ examples:
         _flag("--model", "the encoder, where there are no features", "NAME"),
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
+        _flag("--scale", "colours show the rank of a tile (default), or its weight",
+              choices=("rank", "weight")),
         _MPP,
     ), """\
 MODEL may be of any task. Several slides are one case: their colours have one scale. Without

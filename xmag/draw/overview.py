@@ -19,6 +19,7 @@ from xmag.draw.frame import (
     mean_on_grey,
     overlap_key,
     require_canvas,
+    tissue_area,
 )
 from xmag.errors import BagError
 from xmag.notebook import FOR_PIECE, KEPT, TISSUE
@@ -133,12 +134,7 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
     """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
-    if not tissue.mask.size:
-        return
-    mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
-    per_mask = tissue.downsample * per_level0
-    size = max(1, round(mask.width * per_mask)), max(1, round(mask.height * per_mask))
-    mask = mask.resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    mask = tissue_area(tissue, picture.size, per_level0)
     weight = max(1, round(max(picture.size) / 530))
     inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
     picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))

@@ -40,7 +40,8 @@ class Attention:
         scores: float32 (N,), not negative; they sum to 1 over a bag that has tiles.
         coords: int64 (N, 2), top-left corner of each tile, level-0 px; None for a bag without.
         kind: "softmax" for learned weights of a mean (ABMIL, CLAM-SB), "nystrom" for what
-            TransMIL's class token attends to, "custom" for an aggregator that says nothing.
+            TransMIL's class token attends to, "custom" for an aggregator that says nothing. Any
+            other is a name of your own, by which the legends of pictures call the scores.
         tiles: Size and scale of the tiles; None where the bag does not know.
     """
 
