@@ -19,7 +19,7 @@ from xmag.cohort import CohortReport, CohortRow
 from xmag.colours import component_colours, principal_components
 from xmag.extract import extract_features
 from xmag.geometry import TileSpec
-from xmag.mil import Attention
+from xmag.mil import Attention, SurvivalFunction
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
 from xmag.tissue import TissueMask
@@ -309,6 +309,15 @@ def test_every_repr_is_one_short_line_without_folders(path, folder, bag):
         assert slide.facts.version not in repr(slide.facts)  # when it was scanned, maybe
     assert re.match(r"<Provenance: .*, weights \S{12}, fp32>", repr(bag.provenance))
     assert repr(attention).startswith(f"<Attention of {len(bag)} tiles, softmax, from 0.0")
+
+
+def test_curves_are_told_in_a_line():
+    roc = xmag.metrics.roc_curve([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+    assert repr(roc) == "<RocCurve of 5 points>"
+    kaplan_meier = xmag.metrics.kaplan_meier(np.array([(1, 2.0), (0, 3.0), (1, 5.5), (0, 7.0)]))
+    assert repr(kaplan_meier) == "<KaplanMeier of 4 times: 0.375 at 7>"
+    steps = SurvivalFunction(np.array([1.0, 4.0]), np.array([0.9, 0.25]))
+    assert repr(steps) == "<SurvivalFunction: 0.25 at 4, 2 steps>"
 
 
 def test_completion_shows_what_is_public(path, bag):

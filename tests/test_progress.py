@@ -10,6 +10,7 @@ from contextlib import redirect_stderr
 import numpy as np
 import pytest
 import safetensors.torch
+from PIL import Image
 from support.encoders import ColourEncoder
 from support.fake_reader import FakeTileReader, noise
 from support.finetuning import LABELS, PATIENTS, QUICK, small_encoder, stores
@@ -20,6 +21,7 @@ from support.slides import write_svs
 
 import xmag
 from xmag.cohort import extract_cohort
+from xmag.distill import plan_images
 from xmag.extract import extract_features
 from xmag.finetune import finetune_slides
 from xmag.hub.registry import SCHEMA, ModelConfig
@@ -181,6 +183,17 @@ def test_fine_tuning_says_each_of_its_steps():
     assert (last["planning"].done, last["planning"].total) == (8, 8)
     assert last["fine-tuning"].done == last["fine-tuning"].total > 0
     assert len(result.history) == QUICK.epochs
+
+
+def test_sampling_of_regions_is_counted(tmp_path):
+    for number in range(2):
+        Image.fromarray(noise(1000, 1000, seed=number)).save(tmp_path / f"{number}.png")
+    events = []
+    manifest = plan_images(tmp_path, mpp=0.5, regions=2, progress=events.append)
+    assert [(event.what, event.done, event.total) for event in events] == [
+        ("looking", done, 2) for done in range(3)
+    ]
+    assert repr(manifest) == "<Manifest of 2 regions from 2 slides of 1 sites, at 0.5 µm/px>"
 
 
 def test_a_function_is_no_parameter_to_save(tmp_path):

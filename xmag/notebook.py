@@ -26,6 +26,7 @@ MOST_ROWS = 30
 TISSUE, KEPT, FOR_PIECE = (230, 159, 0), (0, 90, 160), (0, 158, 115)
 """Colours of tissue, of tiles, and of those for a small piece, in all pictures (Okabe and Ito)."""
 
+_IMAGE_STYLE = "max-width: 100%; border: 1px solid #c4c4c4"
 _PALE = 0.35
 """Share of its colour in the area of what also has an outline."""
 
@@ -63,7 +64,7 @@ def html(title: str, picture: "Image | None" = None, rows: Rows = ()) -> str:
     Xml.SubElement(page, "div").text = title.removeprefix("<").removesuffix(">")
     if picture is not None:
         data = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}"
-        Xml.SubElement(page, "img", src=data, alt=title, style="max-width: 100%")
+        Xml.SubElement(page, "img", src=data, alt=title, style=_IMAGE_STYLE)
     if rows:
         table = Xml.SubElement(page, "table")
         for number, row in enumerate(rows[: MOST_ROWS + 1]):

@@ -41,6 +41,7 @@ from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
 from xmag.training import Ranks
 from xmag.training.augmentation import Draws, token_sources
+from xmag.urls import base_name
 
 _DONE = "targets.json"
 _BEGUN = "targets.begun.json"
@@ -195,6 +196,10 @@ class CachedFeatures:
         self.cache, self.weight, self.dim = cache, weight, cache.dim
         self.name = str(fingerprint["teacher"]["name"])
         self.identity: Mapping[str, Any] = {**fingerprint["teacher"], "kept": fingerprint["kept"]}
+
+    def __repr__(self) -> str:
+        regions = f"{len(self.cache.good):,} regions"
+        return f"<CachedFeatures of {base_name(self.name)!r}: {regions}, {self.dim} features>"
 
     def available(self, regions: Numbers) -> NDArray[np.bool_]:
         """Mask of the regions that were not damaged when features were computed: bool (B,)."""

@@ -172,7 +172,7 @@ class Encoder(Shown):
     def _rows(self) -> Rows:
         about = self._provenance
         facts = {name: about.get(name) for name in ("terms", "revision", "weights_sha256")}
-        known = [[name, value] for name, value in facts.items() if value]
+        known = [[name, str(value)] for name, value in facts.items() if value]
         return [["provenance", ""], *known] if known else []
 
     def embed(self, tiles: Tiles) -> Tensor:
