@@ -17,12 +17,14 @@ from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
 from xmag.grid import Border
+from xmag.hub.registry import DEFAULT_MODEL
 from xmag.plan import TilePlan, plan_tiles, warn_of_lost_tissue
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar, tell
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
 from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
+from xmag.urls import base_name
 
 Transform = Callable[[Tiles], Tiles]
 """Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""
@@ -42,7 +44,7 @@ def extract_features(
     min_tissue: float | None = 0.25,
     border: Border = "shift",
     batch_size: int | None = None,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
     transform: Transform | None = None,
     damaged: Damaged = "error",
 ) -> FeatureBag:
@@ -59,7 +61,8 @@ def extract_features(
         min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
         border: As `plan_tiles` has it: "shift" or "drop".
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
         transform: Applied to each batch of tiles, for instance to normalise stains.
         damaged: What becomes of tiles some of whose bytes do not decode: "error" raises, "drop"
             leaves them out, warns, and counts them in the provenance. No pixel is made up in
@@ -95,6 +98,7 @@ def extract_features(
         else:
             slide = stack.enter_context(Slide(slide, mpp=mpp, region=region))
         # After the slide: the model may have to be fetched.
+        tell_of_loading(model, progress)
         encoder = resolve_encoder(model)
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
@@ -131,7 +135,7 @@ def _embed_plan(
     encoder: TileEncoder,
     *,
     batch_size: int,
-    progress: bool | None,
+    progress: ProgressOption,
     transform: Transform | None,
     damaged: Damaged,
 ) -> FeatureBag:
@@ -233,6 +237,13 @@ def resolve_encoder(model: TileEncoder | str | None) -> TileEncoder:
             " tile_spec, embed_dim, embed and provenance"
         )
     return model
+
+
+def tell_of_loading(model: Any, progress: ProgressOption) -> None:
+    """Say which models are loaded now, of those given by name."""
+    for one in model if isinstance(model, list | tuple) else [model]:
+        if one is None or isinstance(one, str | PathLike):
+            tell(progress, f"loading {base_name(DEFAULT_MODEL if one is None else one)}")
 
 
 def default_batch_size(encoder: TileEncoder) -> int:

@@ -9,7 +9,15 @@ import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
 
-from xmag.cli.console import FAILED, INTERRUPTED, WRONG_USE, console, one_line, write
+from xmag.cli.console import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USE,
+    console,
+    one_line,
+    say_torch_is_loading,
+    write,
+)
 from xmag.cli.parser import parse
 from xmag.errors import (
     BagError,
@@ -35,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("run")
     with console(verbose=options.pop("verbose", False)):
         try:
+            if not command.startswith("xmag.cli.slides:"):  # those of slides import it themselves
+                say_torch_is_loading()
             status: int = resolve_name(command)(**options)
         except XmagError as error:
             write(sys.stderr, f"xmag: error: {one_line(error)}")

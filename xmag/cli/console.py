@@ -58,6 +58,12 @@ def console(*, verbose: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def say_torch_is_loading() -> None:
+    """Say it, on a terminal: it takes seconds, in which there is nothing else to see."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        write(sys.stderr, "xmag: loading PyTorch")
+
+
 def one_line(message: object) -> str:
     """The message without line ends, its remedies in the words of the command line."""
     text = str(message)

@@ -278,6 +278,8 @@ examples:
         _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
         _flag("--gallery-mpp", "the same, read at this finer µm/px", "UM", type=float),
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
+        _flag("--scale", "colours show the rank of a tile (default), or its weight",
+              choices=("rank", "weight")),
         _MPP,
         _REGION,
     ), """\

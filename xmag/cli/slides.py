@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
+from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, say_torch_is_loading, write
 from xmag.errors import InputError, SeveralScansError, SlideScaleError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
@@ -82,6 +82,7 @@ def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options
                     f"{slide} is given beside other slides; expected slide files, or one folder, or"
                     " one CSV file"
                 )
+    say_torch_is_loading()
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 

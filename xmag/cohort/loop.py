@@ -22,22 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from xmag import files
 from xmag.bag import save_bag
 from xmag.cohort.claims import Share
 from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.pictures import KeptSlide, picture_of, require_own_picture, write_picture
 from xmag.cohort.report import CohortRow, Status
 from xmag.cohort.resume import Found, changed_slide, earlier_of
-from xmag.draw.overview import OVERLAY_PX, overlay
+from xmag.draw.overview import OVERLAY_PX
 from xmag.encoder import Encoder, TileStream, pinned
 from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
-from xmag.slide.reader import Pixels
 from xmag.tiles import (
     Begun,
     Decoded,
@@ -56,7 +54,7 @@ from xmag.tiles import (
     default_threads,
     reason_of,
 )
-from xmag.urls import Place, readable, without_folder
+from xmag.urls import readable, without_folder
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +76,17 @@ def rows_of(
     *,
     processes: int,
     pool: Callable[..., AbstractContextManager[DecodingPool]] = DecodingPool,
+    note: Callable[[int | None, int], object] = lambda *_: None,
 ) -> Generator[_Row, None, None]:
     """The rows of slides' jobs, each as soon as it is done.
 
     The jobs of a slide differ in their models alone. Slides that are no list are taken one by one.
-    `pool` opens the decoding processes. Raises MismatchError, of a list before any work, see
+    `pool` opens the decoding processes. `note` is told how many tiles a slide has that is planned,
+    or None, and how many are embedded. Raises MismatchError, of a list before any work, see
     `find_earlier`; OutputError where nothing more can be written.
     """
     with Share(slides, settings) as share, ExitStack() as stack:
-        loop = _Loop(share, settings, processes, pool, stack)
+        loop = _Loop(share, settings, processes, pool=pool, stack=stack, note=note)
         # However the caller stops: all ends with this call, and not with its last trace.
         rows = stack.enter_context(closing(loop.rows()))
         for job, row in rows:
@@ -132,10 +132,13 @@ class _Loop:
         share: Share,
         settings: Settings,
         processes: int,
+        *,
         pool: Callable[..., AbstractContextManager[DecodingPool]],
         stack: ExitStack,
+        note: Callable[[int | None, int], object],
     ) -> None:
-        self._share, self._settings = share, settings
+        self._share, self._settings, self._tell = share, settings, note
+        self._counted: deque[tuple[int | None, int]] = deque()
         self._saving = stack.enter_context(_saving_threads())
         self._streams: dict[str, TileStream[int]] = {}
         self._chunk = _SLOT_TILES
@@ -233,14 +236,14 @@ class _Loop:
         settings, job = self._settings, slide.job
         slide.found = self._share.earlier(job)
         if slide.found is not None:
-            is_missing = settings.overlay and not _picture_of(job, settings).exists()
+            is_missing = settings.overlay and not picture_of(job, settings).exists()
             seen = self._share.seen
             slide.earlier = earlier_of(slide.found, job, settings, seen, thumbnail=is_missing)
             return
         if isinstance(settings.out, Path):
             files.linked_to(settings.out / job.output, settings.out)
         if settings.overlay:
-            _require_own_picture(job, settings)
+            require_own_picture(job, settings)
 
     @contextmanager
     def _failing_alone(self, *slides: _UnderWay) -> Iterator[None]:
@@ -299,6 +302,7 @@ class _Loop:
             slide.plan, slide.thumbnail = event.plan, event.thumbnail
             width = self._settings.encoders[slide.job.model].embed_dim
             slide.features = np.empty((len(event.plan), width), "f4")
+            self._counted.append((len(event.plan), 0))
         elif isinstance(event, Finished):
             slide.reading = event.reading
             self._note_all_sent(slide, event.lost)
@@ -362,6 +366,7 @@ class _Loop:
             assert slide.features is not None
             slide.features[slide.landed : slide.landed + len(features)] = features
             slide.landed += len(features)
+            self._counted.append((None, len(features)))
             self._save_if_complete(slide)
 
     def _save_if_complete(self, slide: _UnderWay) -> None:
@@ -376,6 +381,8 @@ class _Loop:
 
     def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
         """The rows that are ready; waits until at most so many bags are still to be saved."""
+        while self._counted:  # here, where what it raises is no slide's failure
+            self._tell(*self._counted.popleft())
         while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
             slide, save = self._saves.popleft()
             with self._failing_alone(slide):
@@ -424,14 +431,9 @@ class _Loop:
         if slide.thumbnail is None:
             return
         assert slide.slide is not None
-        settings, seen = self._settings, slide.thumbnail
-        _require_own_picture(slide.job, settings)
-        own = PngInfo()
-        own.add_text("Software", "xmag")
-        kept = _Kept(slide.slide.name, slide.slide.mpp, seen.dimensions, seen.pixels)
-        with files.atomic_path(_picture_of(slide.job, settings), inside=settings.out) as path:
-            image = overlay(kept, tissue=seen.tissue, plan=slide.plan, max_px=OVERLAY_PX)
-            image.save(path, format="PNG", pnginfo=own)
+        require_own_picture(slide.job, self._settings)
+        kept = KeptSlide(slide.slide.name, slide.slide.mpp, slide.thumbnail)
+        write_picture(slide.job, self._settings, kept, slide.plan)
 
 
 def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> CohortRow:
@@ -456,33 +458,3 @@ def _at_call(number: int, function: Callable[[], None]) -> Callable[[], None]:
             function()
 
     return call
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Facts and thumbnail of a slide, to draw it where only a decoding process may open it."""
-
-    name: str
-    mpp: float | None
-    dimensions: tuple[int, int]
-    pixels: Pixels
-
-    def thumbnail(self, *, max_px: int) -> Image.Image:
-        """The thumbnail, which was made for `max_px`."""
-        assert max(self.pixels.shape) <= max_px
-        return Image.fromarray(self.pixels)
-
-
-def _picture_of(job: Job, settings: Settings) -> Place:
-    """Path of the overlay of a slide, beside its bag."""
-    output = settings.out / job.output
-    return output.with_name(output.name + ".png")
-
-
-def _require_own_picture(job: Job, settings: Settings) -> None:
-    """Raise OutputError where the picture of a slide would replace one that xmag did not write."""
-    files.require_own(_picture_of(job, settings), settings.out, _is_own_picture)
-
-
-def _is_own_picture(head: bytes) -> bool:
-    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0xmag" in head

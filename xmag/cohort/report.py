@@ -13,6 +13,7 @@ from typing import Any, Literal
 from xmag import files
 from xmag.cohort.jobs import Job
 from xmag.errors import OutputError
+from xmag.notebook import Rows, Shown
 from xmag.urls import Place
 
 Status = Literal["done", "skipped", "empty", "failed", "lost"]
@@ -49,8 +50,8 @@ class CohortRow:
     region: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CohortReport(Sequence[CohortRow]):
+@dataclass(frozen=True, slots=True, repr=False)
+class CohortReport(Shown, Sequence[CohortRow]):
     """The rows of a cohort, in the order of its slides."""
 
     rows: tuple[CohortRow, ...]
@@ -60,6 +61,30 @@ class CohortReport(Sequence[CohortRow]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} {status}" for status, count in self.counts().items())
+        tiles, noun = sum(row.tiles for row in self.rows), "slide" if len(self) == 1 else "slides"
+        return f"<CohortReport of {len(self):,} {noun}: {counts or 'none'}; {tiles:,} tiles>"
+
+    def _rows(self) -> Rows:
+        # What a person has to look at comes first.
+        rows = sorted(self.rows, key=lambda row: row.status in ("done", "skipped"))
+        names = ["status", "slide", "model", "tiles", "coverage", "seconds", "error"]
+        shares = ["" if row.coverage is None else f"{row.coverage:.0%}" for row in rows]
+        told = [
+            [
+                row.status,
+                row.slide,
+                row.model,
+                f"{row.tiles:,}",
+                share,
+                f"{row.seconds:.1f}",
+                row.error,
+            ]
+            for row, share in zip(rows, shares, strict=True)
+        ]
+        return [names, *told] if told else []
 
     @property
     def failed(self) -> tuple[CohortRow, ...]:

@@ -22,6 +22,7 @@ from xmag.evaluate.pictures import (
 )
 from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval, shown_p
 from xmag.metrics.bootstrap import TASKS, Interval
+from xmag.notebook import Rows, Shown
 
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +47,13 @@ _FORMAT = records.Format(
     migrations={1: _from_version_1},
 )
 _JSON_NAME = "report.json"
+HEADLINES = {
+    "classification": "auroc_ovr",
+    "multilabel": "auroc",
+    "regression": "r2",
+    "survival": "harrell_c",
+}
+"""The metric of each task that stands for all others where there is room for one."""
 _FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
     "classification": {
         "roc.png": roc_figure,
@@ -59,8 +67,8 @@ _FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
 """The pictures of each task, by the names of their files."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Report(Shown):
     """Report of an evaluation: results, metrics, settings. ``print(report)`` shows its table.
 
     Two reports can be compared with ``==``.
@@ -82,6 +90,17 @@ class Report:
     sampling: Sampling
     folds: Folds | None = None
     settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        name = HEADLINES[self.task]
+        several = len(self.results) > 1
+        found = [
+            f"{f'{r.tested_on} ' if several else ''}{self._cell(r, name)}" for r in self.results
+        ]
+        return f"<Report of {self.title}: {self._title(name)} {', '.join(found)}>"
+
+    def _rows(self) -> Rows:
+        return self._table()
 
     def __str__(self) -> str:
         notes = [
@@ -147,6 +166,9 @@ class Report:
         """
         if metric is not None:
             return self._cross_table(metric)
+        return markdown(self._table())
+
+    def _table(self) -> list[list[str]]:
         # With two classes, one AUROC, as both are equal.
         names = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
         titles = [self._title(name) for name in names]
@@ -155,7 +177,7 @@ class Report:
             for title, name in zip(titles, names, strict=True):
                 interval = self.results[0].estimates[name].interval
                 rows.append([title, self._value(self.results[0], name), shown_interval(interval)])
-            return markdown(rows)
+            return rows
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
             own = " (cross-validated)" if result.trained_on == result.tested_on else ""
@@ -164,7 +186,7 @@ class Report:
             rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
-        return markdown(rows)
+        return rows
 
     def to_json(self) -> str:
         """The whole report as JSON; `from_json` restores an equal one.
