@@ -1,9 +1,11 @@
 """What is in the page of a cohort and what is not, without a browser; and the report it is of."""
 
+import itertools
 import json
 import re
 import time
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -249,3 +251,62 @@ def test_the_command_writes_the_page_of_an_evaluation(tmp_path, capsys):
     assert f">{found.estimate('accuracy').value:.3f}</td>" in text
     assert main(["report", str(tmp_path), "--slides", "x.svs"]) == 2
     assert "leave out --slides" in capsys.readouterr().err
+
+
+def test_a_comparison_is_a_page_that_sorts_by_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    from xmag.evaluate import ComparedModel, Comparison, Estimate
+    from xmag.metrics.bootstrap import Interval
+
+    def model(name, value):
+        estimate = Estimate(value=value, interval=Interval(value - 0.1, value + 0.05))
+        return ComparedModel(
+            model=name, training="frozen", mpp=2.0, parameters=86_000_000, tiles=1234.5, gflop=57.0,
+            slides_per_minute=8.8, megabytes=3.1, estimates={"internal": estimate},
+            differences={"internal": estimate},
+        )  # fmt: skip
+
+    models = (model("a <b>", 0.8), model("10x", 0.75))
+    Comparison(metric="auroc_ovr", title="AUROC", models=models, reports={}).to_html(
+        tmp_path / "page.html"
+    )
+    text = (tmp_path / "page.html").read_text()
+    assert '<th scope="row">a &lt;b&gt;</th>' in text
+    assert '<th scope="row">10x</th>' in text  # a name, and no number
+    assert '<td class="number" data-value="0.75">0.750 (0.650–0.800)</td>' in text
+    assert '<td class="number" data-value="1234.5">1,234.5</td>' in text
+    assert text.count("<figure>") == 1
+
+
+_SEEN_AS = {  # Machado, Oliveira and Fernandes 2009, severity 1, of linear RGB
+    "protanope": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                  [-0.003882, -0.048116, 1.051998]],
+    "deuteranope": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                    [-0.011820, 0.042940, 0.968881]],
+    "tritanope": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                  [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(linear):
+    xyz = _XYZ @ np.clip(linear, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eyes", _SEEN_AS)
+def test_a_colour_blind_reader_tells_the_colours_apart(eyes):
+    folder = files("xmag.draw") / "html"
+    script, style = ((folder / name).read_text() for name in ("cohort.js", "page.css"))
+    cells = re.findall(r'", "(#[0-9a-f]{6})", \[', script)
+    cells += re.findall(r'const (?:KEPT|PIECE) = "(#[0-9a-f]{6})"', script)
+    cells += re.findall(r"\.swatch\.tissue { border-color: (#[0-9a-f]{6})", style)
+    stages = re.findall(r"--(?:planning|reading|embedding|saving): (#[0-9a-f]{6})", style)
+    assert (len(cells), len(stages)) == (7, 4)
+    for colours in (cells, stages):
+        values = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours]) / 255
+        linear = np.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
+        seen = [lab(np.array(_SEEN_AS[eyes]) @ colour) for colour in linear]
+        apart = min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2))
+        assert apart > 12  # 2.3 is just noticed

@@ -33,7 +33,8 @@ _MOST_PX = 1600
 _BYTES_PER_PX = 0.15
 """Bytes of a thumbnail by px, about: most of a slide is glass."""
 _TOP_TILES = 12
-_TILE_PX = 160
+_TILE_PX, _TILE_BYTES = 160, 12_000
+"""Side of a top tile where there is room for tiles of about so many bytes; else 3/5 of it."""
 _QUALITY = 80
 _TOP_SHARE = 0.1
 _NEARLY_EVEN = 1.5
@@ -298,9 +299,9 @@ def _add_top(card: Card, slide: Slide, room: float) -> None:
     if scores is not None:
         chosen = np.argsort(-scores, kind="stable")[:count]
         mean = max(float(scores.mean()), 1e-30)
-        texts = [f"{n}. {scores[i]:.2g}, {scores[i] / mean:.2g}× mean"
+        texts = [f"{n}. {scores[i]:.2g} ({scores[i] / mean:.2g}×)"
                  for n, i in enumerate(chosen, 1)]  # fmt: skip
-        title = "Tiles with the most attention"
+        title = "Tiles with the most attention (and how many times the mean it is)"
     else:
         component = card.values["component"]
         chosen = np.argsort(component, kind="stable")[
@@ -308,7 +309,8 @@ def _add_top(card: Card, slide: Slide, room: float) -> None:
         ]
         texts = [f"component 1: {component[i]:.2f}" for i in chosen]
         title = "Tiles from one end of the features' first component to the other"
-    tiles, size_px = bag.tiles, min(_TILE_PX, bag.tiles.size_px)
+    few = room < _TOP_TILES * _TILE_BYTES
+    tiles, size_px = bag.tiles, min(_TILE_PX * (3 if few else 5) // 5, bag.tiles.size_px)
     mpp = tiles.size_px * tiles.mpp / size_px
     # The corner of a tile at the border may be rounded over it, by half a px.
     last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)

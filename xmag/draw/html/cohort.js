@@ -2,7 +2,7 @@ const STAGES = ["planning", "reading", "embedding", "saving"];
 const DROPPED = {
   t: ["too little tissue", "#6e6e6e", [2, 3]],
   b: ["at the border", "#d55e00", [7, 4]],
-  r: ["outside the region of interest", "#b0447e", [2, 2]],
+  r: ["outside the region of interest", "#cc79a7", [9, 3, 2, 3]],
   d: ["damaged", "#000000", []],
 };
 const KEPT = "#005aa0";
@@ -201,6 +201,7 @@ class Viewer {
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(this.canvas);
     this.listen();
+    this.resize();
   }
 
   stop() {
