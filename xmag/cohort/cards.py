@@ -41,6 +41,8 @@ _NEARLY_EVEN = 1.5
 """Weight of the top tiles, as a multiple of their share, below which attention is nearly even."""
 _TISSUE_RGB = (230, 159, 0)
 _SMALLEST_TILE_PX = 64
+_MOST_CELLS = 250_000
+"""Most cells of a grid: a slide of 100,000 px a side has 50,000 of 0.1 mm."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,16 +119,22 @@ def _card(row: CohortRow, folder: Place | None, estimator: Any, room: float) -> 
         return card
     content |= {
         "size": list(bag.tiles.level0_size), "mpp": bag.tiles.level0_mpp,
-        "side": bag.tiles.size_level0, **_grid_of(bag.coords),
+        "side": bag.tiles.size_level0, "columns": [], "rows": [], "cells": [],
     }  # fmt: skip
+    _add_grid(card, _grid_of(bag.coords), room)
     if len(bag):
         _add_values(card, bag, estimator, room)
     return card
 
 
 def _grid_of(coords: NDArray[np.int64]) -> dict[str, Any]:
-    """Columns and rows of tiles, row by row, and a letter a cell, as in a TilePlan."""
+    """Columns and rows of tiles, row by row, and a letter a cell, as in a TilePlan.
+
+    None of them where tiles lie anywhere but on a grid, as a file of other software may have them.
+    """
     (columns, x), (rows, y) = (np.unique(axis, return_inverse=True) for axis in coords.T)
+    if len(columns) * len(rows) > _MOST_CELLS:
+        return {"columns": [], "rows": [], "cells": []}
     grid = np.full((len(rows), len(columns)), ".")
     grid[y, x] = "#"
     cells = ["".join(row) for row in grid.tolist()]
@@ -146,7 +154,7 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
         else:
             card.values["scores"] = scores
             content["facts"].insert(0, ("prediction", card.prediction))
-            if card.has_room(7 * len(bag), room):
+            if content["cells"] and card.has_room(7 * len(bag), room):
                 content |= {
                     "scores": _text(scores), "ranks": _text(np.rint(percentiles(scores)), np.uint8),
                     "ramp": colours(np.linspace(0, 100, 33)).tolist(),
@@ -154,7 +162,7 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
                 }  # fmt: skip
     components, shares = _principal_components(np.asarray(bag.features, np.float64))
     card.values["component"] = components[:, 0]
-    if card.has_room(8 * len(bag), room):
+    if content["cells"] and card.has_room(8 * len(bag), room):
         axes = ("blue to yellow", "dark to light", "green to magenta")
         told = [f"{n}, {axis} ({s:.0%} of the variance)" for n, axis, s in zip(
             range(1, 4), axes, shares, strict=True)]  # fmt: skip
@@ -211,10 +219,13 @@ def _look(job: Job, cards: Sequence[Card], room: float) -> dict[str, Any] | None
             if "cells" not in card.content:
                 card.content |= {"cells": [], "side": 0, "mpp": slide.mpp}
         tissue, plan = (None, None) if bag is None else _planned(slide, bag, cards)
+        for card in cards:
+            coords = None if card.bag is None else card.bag.coords
+            if plan is not None and coords is not None and np.array_equal(plan.coords, coords):
+                grid = {name: list(getattr(plan, name)) for name in ("columns", "rows", "cells")}
+                _add_grid(card, grid | {"side": plan.tiles.size_level0}, room)
         used = max(len(json.dumps(card.content)) for card in cards)
         picture = _picture(slide, tissue, 0.6 * max(room - used, 0))
-        for card in cards:
-            _add_grid(card, plan)
         left = room - used - (len(json.dumps(picture)) if picture else 0)
         for card in cards:
             _add_top(card, slide, left)
@@ -254,13 +265,12 @@ def _planned(
     return tissue, plan
 
 
-def _add_grid(card: Card, plan: TilePlan | None) -> None:
-    coords = None if card.bag is None else card.bag.coords
-    if plan is not None and coords is not None and np.array_equal(plan.coords, coords):
-        card.content |= {
-            "columns": list(plan.columns), "rows": list(plan.rows), "cells": list(plan.cells),
-            "side": plan.tiles.size_level0,
-        }  # fmt: skip
+def _add_grid(card: Card, grid: dict[str, Any], room: float) -> None:
+    """Add a grid where there is room for it."""
+    if card.has_room(len(json.dumps(grid)), room):
+        card.content |= grid
+    elif not card.content["cells"]:
+        card.content["notes"].append("Its tiles are not shown, for the size of the page")
 
 
 def _picture(slide: Slide, tissue: TissueMask | None, room: float) -> dict[str, Any] | None:

@@ -466,6 +466,7 @@ class Viewer {
 
   /* Choose a tile by its number, and show where it lies and its values. */
   choose(tile, isToCentre = false) {
+    if (!this.tiles[tile]) return; // the page had no room for the grid
     this.chosen = this.tiles[tile];
     if (isToCentre && this.scale < 3 * this.least) this.scale = 3 * this.least;
     const { clientWidth, clientHeight } = this.canvas;
