@@ -292,6 +292,25 @@ examples:
   xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
   xmag heatmap block-a.svs block-b.svs --classifier classifier --features features -o pictures
 """),
+    "report": _Command("report", "write the page of a cohort, or of an evaluation, as HTML", (
+        _flag("folder", "that xmag extract or xmag evaluate wrote to", "DIR"),
+        _flag("-o --out", "default: report.html in the folder", "FILE"),
+        _flag("--slides", "slide files, one folder, or one CSV file, as for xmag extract: for"
+              " pictures of them", "SLIDE", nargs="+"),
+        _flag("--classifier", "of xmag train: for its attention and predictions", "MODEL"),
+        _flag("--title", "of the page", "TEXT"),
+        _flag("--max-mb", "most megabytes of cards and pictures (default: 40)", "MB", type=float),
+    ), """\
+The page is one file, which a browser shows without server or network: a table of the slides that
+sorts and filters, and a card for each: its thumbnail to pan and zoom, tissue, tiles and the reasons
+of dropped cells, features and attention as layers; where the time went, and why tiles are missing.
+Names of slides are in it; labels, macro images and what a slide's file says of its patient are not.
+
+examples:
+  xmag report features --slides slides/
+  xmag report features --slides slides.csv --classifier classifier -o report.html
+  xmag report evaluation
+"""),
     "distill": _Command(
         "distill", "train an encoder to see at one scale what another sees at a finer one", (
         _flag("config", "what is done", "CONFIG.toml", type=Path),

@@ -177,7 +177,7 @@ def extract_cohort(
                 f"{error}. {len(rows)} of {len(jobs)} slides have their rows; once that is put"
                 " right, the same call goes on from there"
             ) from error
-    return CohortReport(tuple(rows[job] for job in jobs))
+    return CohortReport(tuple(rows[job] for job in jobs), settings.out, tuple(jobs))
 
 
 def _fill(

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +123,13 @@ class _UnderWay:
     reading: Reading | None = None
     landed: int = 0
     all_sent: bool = False
+    stages: dict[str, Any] = field(default_factory=dict)
+    """Seconds of each stage so far, by the field of CohortRow."""
+    sent_at: float = 0.0
+
+    def spent(self, stage: str, since: float) -> None:
+        """Add the time since then to a stage."""
+        self.stages[stage] = self.stages.get(stage, 0.0) + time.monotonic() - since
 
 
 class _Loop:
@@ -267,8 +275,9 @@ class _Loop:
             reason = without_folder(reason, job.path)
         error = readable(reason)
         row = CohortRow(
-            slide=job.name, status="failed", seconds=seconds, error=error, model=job.model
-        )
+            slide=job.name, status="failed", seconds=seconds, error=error, model=job.model,
+            **slide.stages,
+        )  # fmt: skip
         self._end(slide, row)
 
     def _end(self, slide: _UnderWay, row: CohortRow) -> None:
@@ -305,6 +314,9 @@ class _Loop:
             self._counted.append((len(event.plan), 0))
         elif isinstance(event, Finished):
             slide.reading = event.reading
+            slide.sent_at = time.monotonic()
+            slide.stages["planning_seconds"] = event.planning_seconds
+            slide.stages["reading_seconds"] = event.reading_seconds
             self._note_all_sent(slide, event.lost)
         elif isinstance(event, Failed):
             self._fail(slide, event.reason)
@@ -344,12 +356,16 @@ class _Loop:
                 own = tiles if len(slides) == 1 else tiles.copy()
                 with self._failing_alone(slide):
                     encoder = self._settings.encoders[slide.job.model]
-                    self._collect([(slide.number, embedded(encoder, own))])
+                    start = time.monotonic()
+                    features = embedded(encoder, own)
+                    slide.spent("embedding_seconds", start)
+                    self._collect([(slide.number, features)])
         is_pinned = self._is_pinned and transform is None and bool(on_gpu)
         on_copied = _at_call(len(on_gpu), event.release) if is_pinned else None
         for slide in on_gpu:
-            stream = self._streams[slide.job.model]
+            stream, start = self._streams[slide.job.model], time.monotonic()
             stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
+            slide.spent("embedding_seconds", start)
         if not is_pinned:
             event.release()
 
@@ -377,6 +393,7 @@ class _Loop:
     def _save(self, slide: _UnderWay, work: Callable[[], CohortRow]) -> None:
         """Let a thread do the work of saving a slide; its row is the result."""
         del self._under_way[slide.number]
+        slide.spent("embedding_seconds", slide.sent_at)
         self._saves.append((slide, self._saving.submit(work)))
 
     def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
@@ -399,6 +416,7 @@ class _Loop:
 
     def _saved(self, done: _UnderWay) -> CohortRow:
         """The row of a slide whose picture and bag are written now, in a thread that saves."""
+        start = time.monotonic()
         assert done.features is not None
         assert done.plan is not None
         assert done.slide is not None
@@ -419,7 +437,9 @@ class _Loop:
         made = Found.of(bag)
         share.seen.add(job, made.sha256, done.slide.version)
         status: Status = "done" if len(bag) else "empty"
-        return _row_of(job, status, made, seconds=time.monotonic() - done.start)
+        done.spent("saving_seconds", start)
+        row = _row_of(job, status, made, seconds=time.monotonic() - done.start)
+        return replace(row, **done.stages)
 
     def _made_up(self, slide: _UnderWay, row: CohortRow) -> CohortRow:
         """The row of a slide whose bag is there, and whose picture alone is written now."""

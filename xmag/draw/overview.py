@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.bag import FeatureBag, Pictured, placed
-from xmag.colours import component_colours as _component_colours
-from xmag.colours import principal_components as _principal_components
+from xmag.colours import component_colours, principal_components
 from xmag.draw.frame import (
     FAINT,
     Key,
@@ -84,15 +83,15 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
             " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
         )
     require_canvas(slide, bag.tiles, "the bag was")
-    scores, shares = _principal_components(np.asarray(bag.features, np.float64))
-    colours = _component_colours(scores).astype(np.float64)
+    scores, shares = principal_components(np.asarray(bag.features, np.float64))
+    colours = component_colours(scores).astype(np.float64)
     picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
     painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
         ends = np.zeros((2, 3))
         ends[:, component] = -1, 1
-        fills = tuple(tuple(c) for c in _component_colours(ends).tolist())
+        fills = tuple(tuple(c) for c in component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fills=fills))
     keys += overlap_key(coords, bag.tiles, "colour")

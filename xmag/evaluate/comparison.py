@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xmag import files, records
 from xmag.cohort import CohortReport, extract_cohort
 from xmag.cohort.jobs import Job, folder_of, jobs_of
+from xmag.draw.page import as_cells, document, table, write_page
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.end_to_end import EndToEnd, can_be_finetuned, check_end_to_end
@@ -36,7 +37,8 @@ from xmag.extract import resolve_encoder
 from xmag.finetune import Settings
 from xmag.metrics.bootstrap import TASKS
 from xmag.mil import MILClassifier
-from xmag.notebook import Rows, Shown
+from xmag.notebook import Shown
+from xmag.urls import Url, place_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,12 +115,9 @@ class Comparison(Shown):
 
     def to_markdown(self) -> str:
         """The table: models, their costs, and the metric with its interval in each cohort."""
-        return markdown(self._table())
+        return markdown(self._rows())
 
-    def _rows(self) -> Rows:
-        return self._table()
-
-    def _table(self) -> list[list[str]]:
+    def _rows(self) -> list[list[str]]:
         first = self.models[0]
         head = ["model", "µm/px", "parameters", "tiles a slide", "GFLOP a slide"]
         head += ["slides a minute", "MB a slide"]
@@ -157,6 +156,14 @@ class Comparison(Shown):
     def figure(self) -> "Figure":
         """Figure of the metric against GFLOP a slide; MissingExtraError without matplotlib."""
         return cost_figure(self)
+
+    def to_html(self, path: str | os.PathLike[str] | Url) -> None:
+        """Write table and picture as one HTML file; see `Report.to_html`."""
+        head, *rows = self._rows()
+        figures = {f"{self.title} against the cost of a slide": as_png(self.figure())}
+        tables = [table(head, as_cells(rows))]
+        title = f"Comparison of {len(self.models)} models"
+        write_page(place_of(path), document(title=title, tables=tables, figures=figures))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``compare.csv``, ``.md``, ``.png`` and ``.json`` to `folder`, which is made."""
