@@ -253,24 +253,24 @@ def test_tiles_with_similar_embeddings_have_similar_colours():
 def test_components_are_those_of_a_singular_value_decomposition():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(50, 12)) * np.linspace(3, 0.1, 12) + 7
-    scores, shares = overview._principal_components(features)
+    scores, shares = overview.principal_components(features)
     u, s, _ = np.linalg.svd(features - features.mean(0), full_matrices=False)
     np.testing.assert_allclose(shares, (s**2 / (s**2).sum())[:3], rtol=1e-9)
     for component in range(3):
         inner = np.abs(scores[:, component]) < 1
         correlation = np.corrcoef(scores[inner, component], u[inner, component])[0, 1]
         assert abs(correlation) > 1 - 1e-9
-    np.testing.assert_allclose(overview._principal_components(features[::-1])[0], scores[::-1])
+    np.testing.assert_allclose(overview.principal_components(features[::-1])[0], scores[::-1])
 
 
 def test_a_component_grows_with_the_feature_that_it_rests_on_most():
     rng = np.random.default_rng(2)
     for _ in range(8):
         direction = rng.normal(size=6)
-        scores, _ = overview._principal_components(rng.normal(size=(30, 1)) * direction)
+        scores, _ = overview.principal_components(rng.normal(size=(30, 1)) * direction)
         assert np.abs(scores[:, 1:]).max() == 0  # no variance there, and no noise scaled up
         features = rng.normal(size=(30, 6)) * 0.01 + rng.normal(size=(30, 1)) * direction
-        scores, _ = overview._principal_components(features)
+        scores, _ = overview.principal_components(features)
         heaviest = features[:, np.abs(direction).argmax()]
         assert np.corrcoef(scores[:, 0], heaviest)[0, 1] > 0.9
 
@@ -280,7 +280,7 @@ def test_component_colours_are_the_lab_colours_that_pillow_has():
     from PIL import ImageCms
 
     scores = np.array([[0, 0, 0], [0.5, 0.3, 0.2], [-0.6, 0.4, 0.1], [0.2, -0.5, -0.4]])
-    mine = overview._component_colours(scores)
+    mine = overview.component_colours(scores)
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB", 6504), "RGB", "LAB",
         renderingIntent=ImageCms.Intent.ABSOLUTE_COLORIMETRIC,

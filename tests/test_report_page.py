@@ -85,6 +85,12 @@ def test_a_report_is_loaded_as_it_was_written(report):
         assert mine.coverage == pytest.approx(its.coverage, abs=0.001)
 
 
+def test_the_scan_of_a_row_is_loaded_as_a_number(slides, tmp_path):
+    slide = next(path for path in sorted(slides.iterdir()) if path.suffix == ".svs")
+    extract_cohort([slide], tmp_path, model=ColourEncoder(spec=SPEC), processes=0, region=0)
+    assert [row.region for row in CohortReport.load(tmp_path)] == [0]
+
+
 def test_shares_of_a_cohort_are_loaded_together(slides, tmp_path):
     whole = []
     for share in (0, 1):

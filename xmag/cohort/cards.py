@@ -207,7 +207,7 @@ def _look(job: Job, cards: Sequence[Card], room: float) -> dict[str, Any] | None
     """The thumbnail of the slide and its tissue; adds dropped cells and top tiles to the cards."""
     bag = next((card.bag for card in cards if card.bag is not None), None)
     mpp = bag.tiles.level0_mpp if bag is not None and bag.tiles is not None else job.mpp
-    with Slide(job.path, mpp=mpp) as slide:
+    with Slide(job.path, mpp=mpp, region=job.region) as slide:
         record: Mapping[str, Any] = {}
         if bag is not None and bag.provenance is not None:
             record = bag.provenance.record

@@ -214,10 +214,9 @@ def _row(row: files.Row) -> CohortRow:
         for each in fields(CohortRow):
             text = files.without_apostrophe(row.values.get(each.name, ""))
             if text or each.name == "slide":
-                is_float = each.type in (float, float | None)
-                values[each.name] = (
-                    int(text) if each.type is int else float(text) if is_float else text
-                )
+                kinds: dict[Any, Any] = {int: int, int | None: int, float: float}
+                kinds[float | None] = float
+                values[each.name] = kinds.get(each.type, str)(text)
     except ValueError as error:
         raise InputError(
             f"line {row.line} of {row.table!r} was not written by xmag ({error}); expected a"
