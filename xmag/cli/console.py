@@ -23,6 +23,10 @@ _AS_FLAGS = {
     "damaged='drop'": "--damaged drop",
     "random_state": "--seed",
     "slide_timeout=": "--slide-timeout ",
+    "memory_limit=": "--memory-limit ",
+    "processes=0": "--processes 0",
+    "min_tissue=": "--min-tissue ",
+    "dtype='float32'": "--dtype float32",
     "folds=": "--folds ",
     "repeats=": "--repeats ",
 }

@@ -73,8 +73,19 @@ def _facts(slide: Slide) -> Iterator[tuple[str, str]]:
     yield label, f"read from level {scale_read.level}{reduced}, {how}"
 
 
-def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options: Any) -> int:
-    """Extract the features of a cohort, with these options of `extract_cohort`; print its rows."""
+def extract(
+    slides: list[str],
+    out: str,
+    *,
+    model: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> int:
+    """Extract the features of a cohort, with these options of `extract_cohort`; print its rows.
+
+    `device` and `dtype` are those of `load_model`.
+    """
     if len(slides) > 1:
         for slide in slides:
             if Path(slide).is_dir() or slide.lower().endswith(".csv"):
@@ -86,8 +97,9 @@ def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 
-    if model:
-        options["model"] = model if len(model) > 1 else model[0]
+    models = _loaded(model, device, dtype, on_gpus="gpus" in options)
+    if models:
+        options["model"] = models if len(models) > 1 else models[0]
     report = extract_cohort(slides if len(slides) > 1 else slides[0], out, **options)
     for row in report:
         of = f" ({row.model})" if row.model else ""
@@ -99,6 +111,21 @@ def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options
     noun = "slide" if len(model) < 2 else "bag"
     write(sys.stdout, f"{counted(len(report), noun)}: {counts}; see {report_path}")
     return FAILED if report.failed else ALL_DONE
+
+
+def _loaded(
+    names: Sequence[str], device: str | None, dtype: str | None, *, on_gpus: bool
+) -> Sequence[Any]:
+    """The models, loaded where a device or a dtype is given, else as they are named."""
+    if device is None and dtype is None:
+        return names
+    if on_gpus and device is not None:
+        raise InputError("--gpus and --device both say where the models are; give one of them")
+    from xmag.encoder import load_model
+    from xmag.hub.registry import DEFAULT_MODEL
+
+    options: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto"}
+    return [load_model(name, **options) for name in names or (DEFAULT_MODEL,)]
 
 
 def demo(
