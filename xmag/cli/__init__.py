@@ -33,6 +33,9 @@ _OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
 
 _REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 
+_LIGHT = tuple(f"xmag.cli.{name}:" for name in ("bags", "info", "slides"))
+"""Modules of commands that need no torch, or import it themselves."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; returns its exit status."""
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("run")
     with console(verbose=options.pop("verbose", False)):
         try:
-            if not command.startswith("xmag.cli.slides:"):  # those of slides import it themselves
+            if not command.startswith(_LIGHT):
                 say_torch_is_loading()
             status: int = resolve_name(command)(**options)
         except XmagError as error:

@@ -69,7 +69,6 @@ _OF_EXTRACT = "the folder that xmag extract wrote to (or: a column 'features' in
 
 # Flags that several commands share.
 VERBOSE = _flag("-v --verbose", "log to stderr")
-_SLIDE = _flag("slide", "a slide file", "SLIDE")
 _MPP = _flag(
     "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
 )
@@ -154,8 +153,9 @@ _TRAINING = (
 )  # fmt: skip
 
 COMMANDS = {
-    "info": Command("slides", "show what a slide holds", (
-        _SLIDE,
+    "info": Command("info", "show what slides hold, and files and folders that xmag wrote", (
+        _flag("slides", "slides; files of features; folders of xmag extract, train or evaluate",
+              "FILE|DIR", nargs="+"),
         _MPP,
         _REGION,
         _flag("--properties", "also what the scanner wrote, which may name the patient"),
@@ -326,6 +326,22 @@ examples:
   xmag report features --slides slides/
   xmag report features --slides slides.csv --classifier classifier -o report.html
   xmag report evaluation
+"""),
+    "export": Command("bags", "write features as other software reads them", (
+        _flag("bag", "a file of features", "BAG"),
+        _flag("-o --out", "the file to write: .pt for clam, .h5 for stamp", "FILE", required=True),
+        _flag("--layout", "whose files", choices=("clam", "stamp"), required=True),
+    ), """\
+examples:
+  xmag export features/a.h5 -o pt_files/a.pt --layout clam
+  xmag export features/a.h5 -o stamp/a.h5 --layout stamp
+"""),
+    "check": Command("bags", "verify the features in a folder", (
+        _flag("folder", "the folder that xmag extract wrote to", "DIR"),
+    ), """\
+Each file is read whole: its checksum is compared, all values are finite, one model made all with
+the same tiles and preprocessing (or one a folder, of several models), and report.csv lists no
+slide without features. Each fault is a line on stdout; exit status 1 where there is one.
 """),
     "distill": Command(
         "distill", "train an encoder to see at one scale what another sees at a finer one", (

@@ -1,76 +1,15 @@
-"""The commands on slides: info, extract, demo."""
+"""The commands that run models on slides: extract, demo."""
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, say_torch_is_loading, write
-from xmag.errors import InputError, SeveralScansError, SlideScaleError
-from xmag.geometry import TileSpec
-from xmag.slide import Slide
-from xmag.urls import place_of, readable
+from xmag.errors import InputError
+from xmag.urls import place_of
 
 # What needs torch is imported by the commands that call it.
-
-
-def info(
-    slide: str, *, mpp: float | None = None, region: int | None = None, properties: bool = False
-) -> int:
-    """Print the facts about a slide, or the scans of a file of which none is chosen.
-
-    With `properties` also what its scanner wrote, escaped as JSON.
-    """
-    try:
-        with Slide(slide, mpp=mpp, region=region) as opened:
-            facts = [*_facts(opened)]
-            if region is not None:
-                facts.insert(1, ("region", str(region)))
-            if properties:
-                for key, value in opened.properties.items():
-                    facts.append(("property", f"{json.dumps(key)}: {json.dumps(value)}"))
-    except SeveralScansError as error:
-        facts = [("slide", readable(place_of(slide).name))]
-        for number, (width, height) in enumerate(error.scans):
-            facts.append(("" if number else "scans", f"{number}: {width:,} x {height:,} px"))
-        facts.append(("", "choose one with --region"))
-    for label, value in facts:
-        write(sys.stdout, f"{label:<10}{value}")
-    return ALL_DONE
-
-
-def _facts(slide: Slide) -> Iterator[tuple[str, str]]:
-    """Facts about a slide, as (label, value)."""
-    width, height = slide.dimensions
-    mpp = slide.mpp
-    yield "slide", slide.name
-    yield "format", slide.format
-    size = f"{width:,} x {height:,} px"
-    if mpp is not None:
-        size += f", {width * mpp / 1e3:.3g} x {height * mpp / 1e3:.3g} mm"
-    yield "size", size
-    yield "scale", "unknown: give --mpp" if mpp is None else f"{mpp:.4g} µm/px ({slide.mpp_source})"
-    levels = zip(slide.level_dimensions, slide.level_downsamples, strict=True)
-    for level, ((width, height), by) in enumerate(levels):
-        scale = "" if mpp is None else f", {mpp * by:.4g} µm/px"
-        value = f"{level}: {width:,} x {height:,} px, 1/{by:.4g}{scale}"
-        yield "" if level else "levels", value
-    if mpp is None:
-        return
-    spec = TileSpec()
-    label = f"{spec.mpp:g} µm/px"
-    try:
-        scale_read = slide.scale_for(spec)
-    except SlideScaleError as error:
-        yield label, f"cannot be read: {error}"
-        return
-    reduced = f" decoded at 1/{scale_read.reduction}" if scale_read.reduction > 1 else ""
-    how = (
-        f"as it is, {scale_read.mpp:.4g} µm/px" if scale_read.factor == 1.0
-        else f"{scale_read.decoded_mpp:.4g} µm/px, resampled"
-    )  # fmt: skip
-    yield label, f"read from level {scale_read.level}{reduced}, {how}"
 
 
 def extract(
