@@ -33,7 +33,7 @@ _OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
 
 _REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 
-_LIGHT = tuple(f"xmag.cli.{name}:" for name in ("bags", "info", "slides"))
+_LIGHT = tuple(f"xmag.cli.{name}:" for name in ("bags", "doctor", "info", "slides"))
 """Modules of commands that need no torch, or import it themselves."""
 
 

@@ -343,6 +343,12 @@ Each file is read whole: its checksum is compared, all values are finite, one mo
 the same tiles and preprocessing (or one a folder, of several models), and report.csv lists no
 slide without features. Each fault is a line on stdout; exit status 1 where there is one.
 """),
+    "doctor": Command("doctor", "say what this machine has for xmag, and what it lacks", (), """\
+Versions, extras, the CPU and the dtype that pays on it, memory, GPUs, whether the official weights
+are in the cache or can be fetched, and the speed of a small model; what could be better comes with
+its remedy. Exit status 1 where xmag cannot work. It asks the Hub only for weights that are not in
+the cache.
+"""),
     "distill": Command(
         "distill", "train an encoder to see at one scale what another sees at a finer one", (
         _flag("config", "what is done", "CONFIG.toml", type=Path),
