@@ -9,6 +9,7 @@ import xmag
 import xmag.cohort
 from xmag.cli import main
 from xmag.cli.commands import COMMANDS
+from xmag.finetune import Settings, TileOptions, finetune_slides
 
 _OF_PROGRAMS = {"slides", "out", "progress", "transform", "executor", "shards", "tile_spec"}
 """What a command line does not have: callables, and what has no flag as it is an argument."""
@@ -42,6 +43,7 @@ FUNCTIONS = [
     ("compare", [xmag.MILClassifier]),
     ("report", [xmag.CohortReport.to_html]),
     ("heatmap", [xmag.draw.heatmap]),
+    ("finetune", [finetune_slides, Settings, TileOptions]),
 ]
 
 

@@ -15,6 +15,9 @@ def write_wheel(path: Path, *, without: str = "", extra: str = "") -> Path:
             name = f"xmag/{module.relative_to(PACKAGE).as_posix()}"
             if name != without:
                 archive.writestr(name, module.read_bytes())
+        for example in PACKAGE.parent.glob("examples/*.*"):
+            if f"xmag/examples/{example.name}" != without:
+                archive.write(example, f"xmag/examples/{example.name}")
         for name in ("xmag/py.typed", "xmag/hub/mini.safetensors", "xmag/demo/fields.avif", extra):
             if name:
                 archive.writestr(name, b"")
@@ -40,7 +43,9 @@ def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> 
     assert problems(wheel, PACKAGE) == [f"{extra} does not belong there"]
 
 
-@pytest.mark.parametrize("name", ["xmag/tiles/worker.py", "xmag/draw/html/page.css"])
+@pytest.mark.parametrize(
+    "name", ["xmag/tiles/worker.py", "xmag/draw/html/page.css", "xmag/examples/distill.toml"]
+)
 def test_a_file_that_is_left_out_is_found(tmp_path: Path, name: str) -> None:
     wheel = write_wheel(tmp_path / "xmag.whl", without=name)
     assert problems(wheel, PACKAGE) == [f"{name} is missing"]

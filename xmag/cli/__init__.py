@@ -33,7 +33,9 @@ _OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
 
 _REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 
-_LIGHT = tuple(f"xmag.cli.{name}:" for name in ("bags", "doctor", "info", "slides"))
+_LIGHT = tuple(
+    f"xmag.cli.{name}:" for name in ("bags", "completion", "doctor", "examples", "info", "slides")
+)
 """Modules of commands that need no torch, or import it themselves."""
 
 

@@ -308,6 +308,41 @@ examples:
   xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
   xmag heatmap block-a.svs block-b.svs --classifier classifier --features features -o pictures
 """),
+    "finetune": Command("finetune", "train an encoder and a classifier together, on slides", (
+        _flag("csv", "columns: slide, label, patient, and optionally mpp and region", "CSV",
+              type=Path),
+        _flag("-o --out", "the folder to write", "MODEL", required=True),
+        _flag("--label", "the column of labels (default: label)", "COLUMN"),
+        _flag("--model", "to start from (default: AI4PATH/XMAG)", "NAME"),
+        _flag("--aggregator", "abmil, mean, max, transmil or clam_sb (default: abmil)", "NAME"),
+        _flag("--mode", "learn from every tile of a slide at each step, or from some: sampled"
+              " (default: exact)", choices=("exact", "sampled")),
+        _flag("--sampled-tiles", "a slide and step (default: 256)", "N", type=int),
+        _flag("--epochs", "at most (default: 20)", "N", type=int),
+        _flag("--patience", "epochs without getting better before it stops, or 'none' (default: 5)",
+              "N", type=_or_none(int)),
+        _flag("--slides-per-step", "of all GPUs (default: 4)", "N", type=int),
+        _flag("--chunk-tiles", "tiles with a graph at a time, which decides the memory", "N",
+              type=int),
+        _flag("--learning-rate", "of the last block, at its peak (default: 5e-05)", "RATE",
+              type=float),
+        _flag("--frozen-blocks", "how many of the first stay as they are", "N", type=int),
+        _flag("--precision", "auto is bfloat16 on CUDA that has it, else float32 (default: auto)",
+              choices=("auto", "float32", "bfloat16")),
+        _flag("--seed", "of all draws (default: 0)", "N", type=int, dest="random_state"),
+        _DEVICE,
+        *_TILES,
+        _flag("--memory-gib", "of tiles; more go to files (default: 8)", "GIB", type=float),
+        _MPP,
+    ), """\
+A fifth of the patients is held out to choose the epoch whose weights are kept. MODEL is then a
+model for --model and for --classifier of the other commands. The same command again goes on where
+it was stopped, from MODEL/run. Several GPUs: torchrun --nproc-per-node=4 -m xmag finetune ...
+
+examples:
+  xmag finetune cohort.csv -o model --epochs 10
+  xmag heatmap slide.svs --classifier model
+"""),
     "report": Command("report", "write the page of a cohort, or of an evaluation, as HTML", (
         _flag("folder", "that xmag extract or xmag evaluate wrote to", "DIR"),
         _flag("-o --out", "default: report.html in the folder", "FILE"),
@@ -348,6 +383,16 @@ Versions, extras, the CPU and the dtype that pays on it, memory, GPUs, whether t
 are in the cache or can be fetched, and the speed of a small model; what could be better comes with
 its remedy. Exit status 1 where xmag cannot work. It asks the Hub only for weights that are not in
 the cache.
+"""),
+    "examples": Command("examples", "copy the examples that come with the package", (
+        _flag("folder", "where to", "DIR"),
+    )),
+    "completion": Command("completion", "print the script by which a shell completes commands", (
+        _flag("shell", "yours", choices=("bash", "zsh")),
+    ), """\
+examples:
+  source <(xmag completion bash)      for this shell; in ~/.bashrc, for all
+  source <(xmag completion zsh)       the same in ~/.zshrc
 """),
     "distill": Command(
         "distill", "train an encoder to see at one scale what another sees at a finer one", (
