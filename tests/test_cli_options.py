@@ -88,6 +88,7 @@ def calls_of(monkeypatch):
         (["--min-tissue", "0.4"], {"min_tissue": 0.4}),
         (["--min-tissue", "none"], {"min_tissue": None}),
         (["--overlap", "32"], {"overlap": 32}),
+        (["--roi", "regions"], {"roi": "regions"}),
         (["--batch-size", "8"], {"batch_size": 8}),
         (["--processes", "0"], {"processes": 0}),
         (["--memory-limit", "2g"], {"memory_limit": 2 << 30}),

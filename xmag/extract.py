@@ -42,7 +42,9 @@ def extract_features(
     mpp: float | None = None,
     region: int | None = None,
     min_tissue: float | None = 0.25,
+    overlap: int = 0,
     border: Border = "shift",
+    roi: Any = None,
     batch_size: int | None = None,
     progress: ProgressOption = None,
     transform: Transform | None = None,
@@ -54,12 +56,14 @@ def extract_features(
         slide: An open Slide, or the path of one, which is opened and closed again.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
-        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue` and `border`
-            are then not looked at.
+        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue`, `overlap`, `border`
+            and `roi` are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
         region: Which scan, where a file holds several. With a path only.
         min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
+        overlap: As `plan_tiles` has it: output px that neighbouring tiles share.
         border: As `plan_tiles` has it: "shift" or "drop".
+        roi: As `plan_tiles` has it: the region of interest, GeoJSON.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
             called with each `xmag.progress.ProgressEvent` instead.
@@ -103,8 +107,9 @@ def extract_features(
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(
-                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, border=border
-            )
+                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, overlap=overlap,
+                border=border, roi=roi,
+            )  # fmt: skip
         elif plan.spec != encoder.tile_spec:
             raise InputError(
                 f"the plan is for {plan.spec}, but the model wants {encoder.tile_spec}; make the"

@@ -171,6 +171,10 @@ COMMANDS = {
         _flag("--format", "of the files (default: h5)", choices=("h5", "safetensors")),
         _flag("--overlay", "also draw tissue and tiles (.png)"),
         *_TILES,
+        _flag(
+            "--roi", "regions of interest: a folder of GeoJSON files called as the slides, or the"
+            " file of one slide", "DIR|FILE",
+        ),
         _flag("--overlap", "px of the tiles that neighbours share (default: 0)", "PX", type=int),
         _flag(
             "--redo", "replace features that were made differently",

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, gpu_workers, share_of
-from xmag.cohort.jobs import Job, Settings, by_model, jobs_of
+from xmag.cohort.jobs import Job, Settings, by_model, jobs_of, within
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.encoder import TileEncoder
@@ -38,6 +38,7 @@ def extract_cohort(
     overlap: int = 0,
     min_tissue: float | None = 0.25,
     border: Border = "shift",
+    roi: str | PathLike[str] | None = None,
     overlay: bool = False,
     batch_size: int | None = None,
     processes: int | None = None,
@@ -87,6 +88,8 @@ def extract_cohort(
         min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
         border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
             leaves them out; see `plan_tiles`.
+        roi: A folder with a GeoJSON file of the region of interest of each slide, called as its id
+            (``below/a.geojson`` for ``below/a.svs``); or the file of one slide. See `plan_tiles`.
         overlay: Also write ``<output>.png``, a thumbnail with the tissue outline and the tiles.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         processes: Child processes that open and decode slides, by default one a core if the encoder
@@ -127,6 +130,8 @@ def extract_cohort(
     """
     # Before the model, which may have to be fetched.
     jobs = jobs_of(slides, format=format, mpp=mpp, region=region)
+    if roi is not None:
+        jobs = within(jobs, roi)
     if shard is not None:
         jobs = share_of(jobs, shard)
     if gpus is not None:

@@ -231,6 +231,7 @@ class _Loop:
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
             border=settings.border,
+            roi=slide.job.roi,
             thumbnail_px=OVERLAY_PX if settings.overlay else None,
             earlier=slide.earlier,
             damaged=settings.damaged,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +69,7 @@ class DecodeJob:
     overlap: int
     min_tissue: float | None
     border: Border
+    roi: Path | None = None
     thumbnail_px: int | None = None
     earlier: Earlier | None = None
     damaged: Damaged = "error"
@@ -228,6 +230,7 @@ def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
         overlap=job.overlap,
         min_tissue=job.min_tissue,
         border=job.border,
+        roi=job.roi,
     )
 
 
