@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from support.encoders import ColourEncoder
 from support.patient import SECRET, plant
 from support.slides import texture, write_svs
 
+from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.cli import main
 from xmag.cohort import CohortReport, CohortRow, extract_cohort
@@ -250,6 +252,22 @@ def test_a_classifier_that_does_not_fit_leaves_its_layer_out_and_says_so(report,
     with pytest.warns(XmagWarning, match="2 of 3 cards have no attention"):
         report.to_html(tmp_path / "report.html", classifier=classifier)
     assert any("No attention" in n for n in card_of(tmp_path / "report.html", "a.svs")["notes"])
+
+
+def test_the_page_says_as_the_heatmap_whether_attention_is_nearly_even(report, tmp_path):
+    """A network of which two epochs are trained looks at all tiles nearly alike."""
+    bag = FeatureBag.load(report.folder / "a.h5")
+    classifier = MILClassifier(random_state=0, epochs=2)
+    bags = [bag.features + n for n in range(8)]
+    classifier.fit(bags, [0, 1] * 4, groups=list("abcdefgh"), validation=None)
+    attention = classifier.attention(bag)
+    share = np.sort(attention.scores)[-math.ceil(len(bag) / 10) :].sum() / attention.scores.sum()
+    even = ": nearly even" if draw.is_nearly_even(attention) else ""
+    assert even
+    report.to_html(tmp_path / "report.html", classifier=classifier)
+    words = card_of(tmp_path / "report.html", "a.svs")["attention"]
+    assert words.startswith(f"The top {math.ceil(len(bag) / 10)} of {len(bag)} tiles hold")
+    assert words.endswith(f" {share:.0%} of the weight{even}.")
 
 
 def test_a_file_of_another_program_is_not_replaced(report, tmp_path):

@@ -47,7 +47,7 @@ class ProgressEvent:
 
 
 ProgressOption = bool | Callable[[ProgressEvent], object] | None
-"""What `progress=` takes."""
+"""Types that `progress=` takes."""
 
 
 def is_shown(progress: ProgressOption) -> bool:

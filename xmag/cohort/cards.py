@@ -18,10 +18,11 @@ from xmag.bag import FeatureBag
 from xmag.cohort.jobs import Job
 from xmag.cohort.report import STAGES, CohortRow
 from xmag.colours import component_colours, principal_components
-from xmag.draw.attention import colours, percentiles
+from xmag.draw.attention import colours, corners_inside, percentiles, weight_of_top
 from xmag.draw.page import data_url
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
+from xmag.notebook import TISSUE
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
 from xmag.tiles import reason_of
@@ -36,10 +37,6 @@ _TOP_TILES = 12
 _TILE_PX, _TILE_BYTES = 160, 12_000
 """Side of a top tile where there is room for tiles of about so many bytes; else 3/5 of it."""
 _QUALITY = 80
-_TOP_SHARE = 0.1
-_NEARLY_EVEN = 1.5
-"""Weight of the top tiles, as a multiple of their share, below which attention is nearly even."""
-_TISSUE_RGB = (230, 159, 0)
 _SMALLEST_TILE_PX = 64
 _MOST_CELLS = 250_000
 """Most cells of a grid: a slide of 100,000 px a side has 50,000 of 0.1 mm."""
@@ -146,7 +143,8 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
     content = card.content
     if estimator is not None:
         try:
-            scores = np.asarray(estimator.attention(bag).scores, np.float32)
+            attention = estimator.attention(bag)
+            scores = np.asarray(attention.scores, np.float32)
             card.prediction = _prediction(estimator, bag)
         except XmagError as error:
             card.missing = str(error)
@@ -158,7 +156,7 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
                 content |= {
                     "scores": _text(scores), "ranks": _text(np.rint(percentiles(scores)), np.uint8),
                     "ramp": colours(np.linspace(0, 100, 33)).tolist(),
-                    "attention": _how_even(scores),
+                    "attention": _sentence(weight_of_top(attention)),
                 }  # fmt: skip
     components, shares = principal_components(np.asarray(bag.features, np.float64))
     card.values["component"] = components[:, 0]
@@ -178,14 +176,8 @@ def _text(values: NDArray[Any], kind: type[np.generic] = np.float32) -> str:
     return base64.b64encode(np.ascontiguousarray(values.astype(kind)).data).decode()
 
 
-def _how_even(scores: NDArray[np.float32]) -> str:
-    """How much of the weight the top tenth of the tiles holds."""
-    top, total = math.ceil(_TOP_SHARE * len(scores)), float(scores.sum(dtype=np.float64))
-    if total <= 0 or len(scores) < 2:
-        return ""
-    share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
-    even = ": nearly even" if share < _NEARLY_EVEN * top / len(scores) else ""
-    return f"The top {top:,} of {len(scores):,} tiles hold {share:.0%} of the weight{even}."
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}." if words else ""
 
 
 def _prediction(estimator: Any, bag: FeatureBag) -> str:
@@ -288,7 +280,7 @@ def _picture(slide: Slide, tissue: TissueMask | None, room: float) -> dict[str, 
     if tissue is not None and tissue.mask.any():
         out = io.BytesIO()
         mask = Image.fromarray(tissue.mask.astype(np.uint8), "P")
-        mask.putpalette((0, 0, 0, *_TISSUE_RGB))
+        mask.putpalette((0, 0, 0, *TISSUE))
         mask.save(out, "PNG", optimize=True, bits=1, transparency=0)
         found |= {"mask": data_url(out.getvalue(), "png"), "downsample": tissue.downsample}
     return found
@@ -322,11 +314,9 @@ def _add_top(card: Card, slide: Slide, room: float) -> None:
     few = room < _TOP_TILES * _TILE_BYTES
     tiles, size_px = bag.tiles, min(_TILE_PX * (3 if few else 5) // 5, bag.tiles.size_px)
     mpp = tiles.size_px * tiles.mpp / size_px
-    # The corner of a tile at the border may be rounded over it, by half a px.
-    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
+    corners = np.maximum(corners_inside(slide, bag.coords, tiles), 0)
     for row, text in zip(chosen.tolist(), texts, strict=True):
-        corner = np.maximum(np.minimum(bag.coords[row], last), 0).tolist()
-        pixels = slide.read_region((corner[0], corner[1]), (size_px, size_px), mpp=mpp)
+        pixels = slide.read_region(tuple(corners[row].tolist()), (size_px, size_px), mpp=mpp)
         source = _jpeg(Image.fromarray(pixels))
         room -= len(source)
         if room < 0:

@@ -168,7 +168,7 @@ def _roi_sha256(file: Path) -> str:
 def by_model(
     model: Any, made: Callable[[Any], Made], encoder: Callable[[Made], TileEncoder]
 ) -> dict[str, Made]:
-    """What is made of one model, under "", or of each of several, under the names of their folders.
+    """Things made of one model, under "", or of each of several, under the names of their folders.
 
     Raises InputError for no models, and as `folder_of` does.
     """

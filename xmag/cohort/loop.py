@@ -173,7 +173,7 @@ class _Loop:
                 self._is_pinned = stack.enter_context(pinned(self._pool.arena.whole))
         self._under_way: dict[int, _UnderWay] = {}
         self._decoding: dict[int, list[_UnderWay]] = {}
-        """What is decoded together, by the number of the decoder's job."""
+        """Slides that are decoded together, by the number of the decoder's job."""
         self._numbers = 0
         self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
         self._done: deque[_Row] = deque()
@@ -471,7 +471,7 @@ def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> Co
 
 
 def _at_call(number: int, function: Callable[[], None]) -> Callable[[], None]:
-    """What calls the function when it is called for the `number`-th time."""
+    """A function that calls another when it is called for the `number`-th time."""
     calls = count(1)
 
     def call() -> None:

@@ -159,13 +159,11 @@ def gallery(
     every = _scores(attention, case)
     mean = float(every.mean()) if len(every) else 0.0
     read_mpp = tiles.mpp / finer * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
-    # The corner of a tile at the border may be rounded over it, by half a px.
-    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
+    inside = corners_inside(slide, coords, tiles)
     for place, row in enumerate(order):
         x, y = _GAP_PX + place % columns * across, 2 * line_px + place // columns * down
         corner_x, corner_y = coords[row].tolist()
-        corner = np.minimum(coords[row], last)
-        pixels = slide.read_region(tuple(corner), (size_px, size_px), mpp=read_mpp)
+        pixels = slide.read_region(tuple(inside[row]), (size_px, size_px), mpp=read_mpp)
         tile = Image.fromarray(pixels).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
         page.paste(tile, (x, y))
         edge = tuple(borders[row].tolist())
@@ -338,6 +336,32 @@ def is_nearly_even(attention: "Attention", case: Sequence["Attention"] = ()) -> 
     return bool(scores.sum() ** 2 / (scores**2).sum() >= _EVEN * len(scores))
 
 
+def weight_of_top(attention: "Attention", case: Sequence["Attention"] = ()) -> str:
+    """Share of the weight that the top tenth of the tiles holds, in words.
+
+    It is said where attention is nearly even. Empty where scores are no weights, that is negative,
+    or all 0.
+    """
+    scores = _scores(attention, case)
+    top, total = math.ceil(_TOP_SHARE * len(scores)), float(scores.sum(dtype=np.float64))
+    if not total > 0 or scores.min() < 0:
+        return ""
+    share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
+    held = f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
+    return f"{held}: nearly even" if is_nearly_even(attention, case) else held
+
+
+def corners_inside(
+    slide: Slide, coords: NDArray[np.int64], tiles: TileGeometry
+) -> NDArray[np.int64]:
+    """Corners of tiles (N, 2) so that all of each lies on the slide.
+
+    Those of tiles at the border may be rounded over it, by half a px.
+    """
+    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
+    return np.minimum(coords, last)
+
+
 def _name(attention: "Attention") -> str:
     """The name of the scores: attention of a model, or the kind of others."""
     if attention.kind in ("softmax", "nystrom"):
@@ -356,15 +380,10 @@ def _legend(attention: "Attention", case: Sequence["Attention"], scale: Scale) -
     if scale == "rank":
         text = f"rank of {_name(attention)} among {among}, 0 to 100"
     keys = [Key(text=text, line=FAINT, fills=ramp)]
-    top = math.ceil(_TOP_SHARE * len(scores))
-    total = float(scores.sum(dtype=np.float64))
-    if total > 0 and scores.min() >= 0:
-        share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
-        held = (
-            f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
-        )
-        keys.append(Key(text=f"{held}: nearly even" if is_nearly_even(attention, case) else held))
+    if held := weight_of_top(attention, case):
+        keys.append(Key(text=held))
         if len(case) > 1:
+            total = float(scores.sum(dtype=np.float64))
             own = float(attention.scores.sum(dtype=np.float64)) / total
             tiles = len(attention) / len(scores)
             text = f"this slide has {tiles:.0%} of the tiles, {own:.0%} of the weight"
