@@ -13,6 +13,7 @@ import numpy as np
 
 from xmag.demo import write_demo_slide
 from xmag.files import write_text
+from xmag.progress import progress_bar
 
 _LOG_HAZARD = 2.0
 """Log hazard of a patient for each slide with tumour."""
@@ -35,6 +36,7 @@ def main() -> None:
     known = ["time", "event", "log_hazard"] if args.survival else ["label"]
     rows.writerow(["slide", *known, "patient"])
     rng = np.random.default_rng(0)
+    bar = progress_bar(None, total=args.slides, desc="making slides", unit="slide")
     for patient in range((args.slides + 1) // 2):
         if args.survival:
             # None, the first, the second or both: half of the patients have tumour in one block.
@@ -48,6 +50,8 @@ def main() -> None:
             tumour = tumours[number % 2]
             write_demo_slide(args.out / name, size=tuple(args.size), seed=number, tumour=tumour)
             rows.writerow([name, *values, f"patient {patient}"])
+            bar.update()
+    bar.close()
     write_text(args.out / "cohort.csv", table.getvalue())
     print(f"{args.slides} slides, {args.out / 'cohort.csv'}")
 

@@ -353,6 +353,21 @@ def test_heatmap_shows_the_attention_of_every_task(models, tmp_path, capsys, kin
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.parametrize("scale", ["rank", "weight"])
+def test_heatmap_has_the_scale_that_is_asked_for(on_slides, tmp_path, capsys, scale):
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["--features", on_slides / "features", "-o", tmp_path / "x.png", "--scale", scale]
+    assert main([*map(str, args)]) == 0
+    out, err = capsys.readouterr()
+    caption = f"predicted: {out.splitlines()[0].removeprefix('0.svs: ')}"
+    clf = MILClassifier.load(on_slides / "classifier")
+    attention = clf.attention(on_slides / "features" / "0.h5")
+    assert draw.is_nearly_even(attention) == ("attention is nearly even" in err)
+    with Slide(on_slides / "0.svs") as slide, Image.open(tmp_path / "x.png") as image:
+        expected = draw.heatmap(slide, attention, caption=caption, scale=scale)
+        assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+
+
 def test_heatmaps_of_the_slides_of_a_patient_have_one_scale(models, tmp_path, capsys):
     slides = [models / f"{number}.svs" for number in range(2)]
     args = ["heatmap", *slides, "--classifier", models / "MILSurvival", "--geojson", "--gallery"]

@@ -1,6 +1,7 @@
 """A cohort: what is written where, what is done again, and what one bad slide costs."""
 
 import csv
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -647,3 +648,72 @@ def test_models_that_no_one_pass_takes_are_refused_before_any_work(folder, out, 
     with pytest.raises(InputError, match=message):
         run(folder, out, model=models)
     assert not out.exists()
+
+
+def write_roi(path, box):
+    left, top, right, bottom = box
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    return path
+
+
+BOXES = {"a": (0, 0, 900, 1200), "site 1/b": (600, 0, 1500, 600), "site 1/ç": (0, 0, 1500, 1200)}
+
+
+@pytest.fixture
+def regions(tmp_path):
+    for (name, box), end in zip(BOXES.items(), (".geojson", ".json", ".geojson"), strict=True):
+        write_roi(tmp_path / "regions" / f"{name}{end}", box)
+    return tmp_path / "regions"
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_regions_of_interest_are_those_of_the_slides_ids(folder, out, regions, processes):
+    options = {"overlap": 28, "min_tissue": None}
+    report = run(folder, out, roi=regions, processes=processes, **options)
+    assert report.counts() == {"done": 3}
+    for name, (left, top, right, bottom) in BOXES.items():
+        whole = extract_features(
+            folder / f"{name}.svs", model=ColourEncoder(), tissue=None, **options
+        )
+        x, y = (whole.coords + whole.tiles.side_level0 / 2).T
+        inside = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
+        bag = FeatureBag.load(out / f"{name}.h5")
+        assert np.array_equal(bag.coords, whole.coords[inside])
+        assert np.array_equal(bag.features, whole.features[inside])
+        roi = next(p for p in regions.rglob("*.*") if p.stem == name.rpartition("/")[2])
+        slide = folder / f"{name}.svs"
+        alone = extract_features(slide, model=ColourEncoder(), tissue=None, roi=roi, **options)
+        assert np.array_equal(bag.features, alone.features)
+        assert (len(bag) < len(whole)) == (name != "site 1/ç")
+
+
+def test_another_region_of_interest_is_not_taken_for_what_is_there(folder, out, regions):
+    run(folder, out, roi=regions)
+    assert run(folder, out, roi=regions).counts() == {"skipped": 3}
+    write_roi(regions / "a.geojson", (0, 0, 1500, 1200))
+    with pytest.raises(MismatchError, match="roi: a part of the slide there, another part of it"):
+        run(folder, out, roi=regions)
+    with pytest.raises(MismatchError, match="roi: a part of the slide there, all of it here"):
+        run(folder, out)
+    run(folder, out, on_mismatch="redo")
+    with pytest.raises(MismatchError, match="roi: all of the slide there, a part of it here"):
+        run(folder, out, roi=regions)
+
+
+def test_a_region_of_interest_that_is_missing_or_wrong_is_an_error_before_any_work(
+    folder, out, regions
+):
+    with pytest.raises(InputError, match="roi is one file for 3 slides"):
+        run(folder, out, roi=regions / "a.geojson")
+    (regions / "site 1" / "b.json").unlink()
+    with pytest.raises(InputError, match=r"1 of 3 slides have no region .* site 1/b\.svs"):
+        run(folder, out, roi=regions)
+    (regions / "site 1" / "b.json").write_text('{"type": "Point", "coordinates": [1, 2]}')
+    with pytest.raises(InputError, match=r"b\.json: "):
+        run(folder, out, roi=regions)
+    with pytest.raises(InputError, match="lies at a URL"):
+        run(folder, out, roi="s3://bucket/regions")
+    assert not out.exists()
+    assert run(folder / "a.svs", out, roi=regions / "a.geojson").counts() == {"done": 1}

@@ -6,6 +6,7 @@ from support.fake_reader import FakeTileReader
 from xmag import draw
 from xmag.bag import FeatureBag
 from xmag.draw import overview
+from xmag.draw.frame import tissue_area
 from xmag.errors import BagError, InputError
 from xmag.geometry import TileGeometry, TileSpec
 from xmag.plan import plan_tiles
@@ -56,9 +57,43 @@ def test_tissue_is_outlined_on_the_inside_of_its_border():
     corners = np.zeros_like(drawn)
     for y in (160, 560):
         for x in (240, 640):
-            corners[y - 6 : y + 6, x - 6 : x + 6] = True  # rounded by the enlarging
+            corners[y - 16 : y + 16, x - 16 : x + 16] = True  # rounded over two px of the mask
     assert drawn.sum() > 3000
     np.testing.assert_array_equal(drawn & ~corners, expected & ~corners)
+
+
+def test_the_outline_of_a_slanted_border_has_no_steps():
+    slide = white_slide(1600, 1600)
+    columns = np.arange(100)
+    mask = np.arange(100)[:, None] > 30 + columns // 3  # steps of 8 px on the picture
+    image = draw.overlay(slide, tissue=mask_of(slide, mask), max_px=800)
+    top = is_colour(image, ORANGE, (800, 800)).argmax(axis=0)[40:760]
+    jumps = np.diff(top)
+    assert jumps.min() >= 0
+    assert jumps.max() <= 1
+    assert np.abs(np.diff(top[::24]) - 8).max() <= 1
+    assert np.bincount(np.diff(np.flatnonzero(jumps))).nonzero()[0].max() <= 8  # no long level
+
+
+def test_tissue_of_the_last_row_and_column_is_outlined_to_the_border_of_the_slide():
+    slide = white_slide(1630, 1590)  # the mask, of whole px, leaves out 30 and 22 level-0 px
+    mask = np.zeros((49, 50), bool)
+    mask[30:, 35:] = True
+    image = draw.overlay(slide, tissue=mask_of(slide, mask, mpp=32.0), max_px=1630)
+    drawn = is_colour(image, ORANGE, (1630, 1590))
+    assert drawn[1589, 1120] and drawn[960, 1629]  # noqa: PT018
+    assert not drawn[1000:, 1160:].any()
+
+
+def test_smoothing_leaves_strands_and_the_area_of_tissue():
+    mask = np.zeros((60, 80), bool)
+    mask[20:50, 10:50] = True
+    mask[30, 50:75] = True  # a strand of one px
+    area = np.asarray(tissue_area(mask_of(white_slide(1280, 960), mask), (640, 480), 0.5)) > 0
+    exact = np.kron(mask, np.ones((8, 8), bool))
+    assert area[242:246, 400:590].all()
+    assert (area & exact).sum() > 0.97 * (area | exact).sum()
+    assert not area[:150].any()
 
 
 def test_a_mask_that_ends_before_the_slide_does_is_not_stretched():
@@ -218,24 +253,24 @@ def test_tiles_with_similar_embeddings_have_similar_colours():
 def test_components_are_those_of_a_singular_value_decomposition():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(50, 12)) * np.linspace(3, 0.1, 12) + 7
-    scores, shares = overview._principal_components(features)
+    scores, shares = overview.principal_components(features)
     u, s, _ = np.linalg.svd(features - features.mean(0), full_matrices=False)
     np.testing.assert_allclose(shares, (s**2 / (s**2).sum())[:3], rtol=1e-9)
     for component in range(3):
         inner = np.abs(scores[:, component]) < 1
         correlation = np.corrcoef(scores[inner, component], u[inner, component])[0, 1]
         assert abs(correlation) > 1 - 1e-9
-    np.testing.assert_allclose(overview._principal_components(features[::-1])[0], scores[::-1])
+    np.testing.assert_allclose(overview.principal_components(features[::-1])[0], scores[::-1])
 
 
 def test_a_component_grows_with_the_feature_that_it_rests_on_most():
     rng = np.random.default_rng(2)
     for _ in range(8):
         direction = rng.normal(size=6)
-        scores, _ = overview._principal_components(rng.normal(size=(30, 1)) * direction)
+        scores, _ = overview.principal_components(rng.normal(size=(30, 1)) * direction)
         assert np.abs(scores[:, 1:]).max() == 0  # no variance there, and no noise scaled up
         features = rng.normal(size=(30, 6)) * 0.01 + rng.normal(size=(30, 1)) * direction
-        scores, _ = overview._principal_components(features)
+        scores, _ = overview.principal_components(features)
         heaviest = features[:, np.abs(direction).argmax()]
         assert np.corrcoef(scores[:, 0], heaviest)[0, 1] > 0.9
 
@@ -245,7 +280,7 @@ def test_component_colours_are_the_lab_colours_that_pillow_has():
     from PIL import ImageCms
 
     scores = np.array([[0, 0, 0], [0.5, 0.3, 0.2], [-0.6, 0.4, 0.1], [0.2, -0.5, -0.4]])
-    mine = overview._component_colours(scores)
+    mine = overview.component_colours(scores)
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB", 6504), "RGB", "LAB",
         renderingIntent=ImageCms.Intent.ABSOLUTE_COLORIMETRIC,

@@ -4,18 +4,20 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import rankdata
 from shapely.geometry import box, shape
 from support.fake_reader import FakeTileReader
 
 from xmag import draw
-from xmag.draw.attention import colours, percentiles
+from xmag.draw.attention import _legend, colours, percentiles
+from xmag.draw.frame import plain, write
 from xmag.errors import BagError, InputError, SlideScaleError
 from xmag.geometry import TileGeometry, TileSpec, polygons_from_geojson
 from xmag.mil import Attention
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
+from xmag.tissue import TissueMask
 
 SIDE = 200
 
@@ -292,3 +294,141 @@ def test_scores_that_are_not_one_finite_number_a_tile_are_refused():
 def test_a_gallery_of_a_senseless_size_is_refused(options):
     with pytest.raises(InputError, match="expected an int from"):
         draw.gallery(noise_slide(), some_attention(), **options)
+
+
+def glass_with_tissue(width=1600, height=1216, *, tissue=(slice(320, None), slice(320, 960))):
+    """White glass, and stained tissue that ends at the lower border; 1 µm/px."""
+    pixels = np.full((height, width, 3), 240, np.uint8)
+    pixels[tissue] = (190, 110, 160)
+    return Slide.from_reader(FakeTileReader(pixels, mpp=1.0), name="a.svs")
+
+
+def grey_of(slide, max_px):
+    grey = np.asarray(slide.thumbnail(max_px=max_px).convert("L"), float)
+    return (0.8 * grey + 0.2 * 255)[..., None].repeat(3, 2)
+
+
+def test_a_heatmap_is_clipped_to_the_tissue():
+    slide, size = glass_with_tissue(), (1600, 1216)
+    attention = attention_of([0.1, 0.3, 0.6], [(200, 200), (400, 400), (1200, 0)], size=size)
+    picture = np.asarray(draw.heatmap(slide, attention, max_px=800), float)[:608, :800]
+    grey = grey_of(slide, 800)
+    expected = {}
+    for row, rank in enumerate((0, 50, 100)):
+        expected[row] = 0.4 * grey + 0.6 * colours(np.array(rank))
+    assert np.abs(picture[175:199, 175:199] - expected[0][175:199, 175:199]).max() <= 1.5
+    assert np.abs(picture[100:145, 100:200] - grey[100:145, 100:200]).max() <= 1.5
+    assert np.abs(picture[200:300, 200:300] - expected[1][200:300, 200:300]).max() <= 1.5
+    # Without any tissue a tile is coloured whole.
+    assert np.abs(picture[0:100, 600:700] - expected[2][0:100, 600:700]).max() <= 1.5
+    whole = np.asarray(draw.heatmap(slide, attention, tissue=None, max_px=800), float)
+    assert np.abs(whole[100:200, 100:200] - expected[0][100:200, 100:200]).max() <= 1.5
+    mask = np.zeros((38, 50), bool)
+    mask[:, :10] = True  # up to 320 level-0 px
+    given = TissueMask(mask=mask, mpp=32.0, downsample=32.0, method={})
+    own = np.asarray(draw.heatmap(slide, attention, tissue=given, max_px=800), float)
+    assert np.abs(own[100:200, 100:155] - expected[0][100:200, 100:155]).max() <= 1.5
+    assert np.abs(own[100:200, 165:200] - grey[100:200, 165:200]).max() <= 1.5
+
+
+@pytest.mark.parametrize("height", [1200, 1216, 1231])
+def test_tissue_of_the_last_row_is_coloured_to_the_border_of_the_slide(height):
+    slide, size = glass_with_tissue(height=height), (1600, height)
+    attention = attention_of([0.4, 0.6], [(400, height - 200), (600, height - 200)], size=size)
+    picture = np.asarray(draw.heatmap(slide, attention, max_px=1600), float)[:height]
+    for x, rank in ((500, 0), (700, 100)):
+        expected = 0.4 * grey_of(slide, 1600)[-1, x] + 0.6 * colours(np.array(rank))
+        assert np.abs(picture[-1, x] - expected).max() <= 1.5
+
+
+def test_a_slide_without_a_scale_is_not_clipped():
+    slide = Slide.from_reader(
+        FakeTileReader(np.full((1200, 1600, 3), 240, np.uint8), mpp=None), name="a.svs"
+    )
+    picture = np.asarray(draw.heatmap(slide, attention_of([1.0], [(0, 0)]), max_px=800), float)
+    expected = 0.4 * grey_of(slide, 800) + 0.6 * colours(np.array(50.0))
+    assert np.abs(picture[:100, :100] - expected[:100, :100]).max() <= 1.5
+
+
+@pytest.mark.parametrize("scores", [[0.1, 0.2, 0.7], [-2.0, 0.0, 6.0]])
+def test_on_the_scale_of_weights_a_colour_is_the_score_itself(scores):
+    slide = noise_slide()
+    attention = attention_of(scores, [(0, 0), (400, 0), (800, 0)])
+    options = {"scale": "weight", "tissue": None}
+    picture = np.asarray(draw.heatmap(slide, attention, max_px=800, **options), float)
+    grey = grey_of(slide, 800)
+    low = min(0, *scores)
+    for (x, y), score in zip(attention.coords // 2, scores, strict=True):
+        colour = colours(np.array(100 * (score - low) / (max(scores) - low)))
+        window = slice(y, y + 100), slice(x, x + 100)
+        assert np.abs(picture[window] - 0.4 * grey[window] - 0.6 * colour).max() <= 1.5
+    page = np.asarray(draw.gallery(slide, attention, scale="weight", count=3, tile_px=64))
+    assert page[70, 10].tolist() == colours(np.array(100.0)).tolist()
+    second = colours(np.array(100 * (scores[1] - low) / (max(scores) - low)))
+    assert page[70, 10 + 74].tolist() == second.tolist()
+    legend = [key.text for key in _legend(attention, [], "weight")]
+    assert legend[0] == f"attention, {low:.2g} to {max(scores):.2g}"
+
+
+def test_the_slides_of_a_case_have_one_scale_of_weights():
+    case = [attention_of([0.1, 0.2], [(0, 0), (400, 0)]), attention_of([0.7], [(0, 0)])]
+    page = np.asarray(
+        draw.gallery(noise_slide(), case[0], case=case, scale="weight", count=1, tile_px=64)
+    )
+    assert page[70, 10].tolist() == colours(np.array(100 * 0.2 / 0.7)).tolist()
+
+
+def test_an_unknown_scale_is_refused():
+    for function in (draw.heatmap, draw.gallery):
+        with pytest.raises(InputError, match="scale is 'log'; expected 'rank' or 'weight'"):
+            function(noise_slide(), some_attention(), scale="log")
+
+
+def test_attention_that_is_nearly_even_is_called_so():
+    coords = [(x * SIDE, 0) for x in range(8)]
+    even, sharp = (
+        attention_of(np.arange(8) + 100, coords),
+        attention_of(2.0 ** np.arange(8), coords),
+    )
+    legend = [key.text for key in _legend(even, [], "rank")]
+    assert legend == [
+        "rank of attention among the tiles, 0 to 100",
+        "the top 1 of 8 tiles holds 13% of the weight: nearly even",
+    ]
+    assert draw.is_nearly_even(even)
+    assert draw.is_nearly_even(even, [even, even])
+    assert not draw.is_nearly_even(sharp)
+    assert not any("even" in key.text for key in _legend(sharp, [], "rank"))
+    for scores in ([], [1.0], [-1.0, -1.0], [0.0, 0.0]):  # of nothing, and of scores that are none
+        assert not draw.is_nearly_even(attention_of(scores, coords[: len(scores)]))
+    # A tenth of the tiles without any: (9/10)^2 / (9/10) of all is what it is spread over.
+    at_limit = attention_of([0.0] + [1.0] * 9, [(x * 20, 0) for x in range(10)])
+    assert draw.is_nearly_even(at_limit)
+    assert not draw.is_nearly_even(replace(at_limit, scores=np.float32([0, 0] + [1] * 8)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("softmax", "attention"), ("nystrom", "attention"), ("custom", "custom scores"),
+        ("mitoses per mm²", "mitoses per mm2"),
+    ],
+)  # fmt: skip
+def test_scores_are_called_by_their_name(kind, name):
+    attention = replace(some_attention(), kind=kind)
+    assert _legend(attention, [], "rank")[0].text == f"rank of {name} among the tiles, 0 to 100"
+    assert _legend(attention, [], "weight")[0].text.startswith(f"{name}, 0 to ")
+
+
+def test_a_micrometre_is_written_with_its_own_letter():
+    font = ImageFont.load_default(20)
+    pages = []
+    for text in ("5 µm", "5 um"):
+        page = Image.new("L", (80, 40), 255)
+        write(ImageDraw.Draw(page), (5, 20), text, 0, font)
+        pages.append(np.asarray(page))
+    rows, columns = np.nonzero(pages[0] != pages[1])
+    assert columns.max() - columns.min() < 4  # the stem
+    below = np.nonzero((pages[1] < 255).any(axis=1))[0].max()
+    assert rows.max() >= below + 4  # reaches below the line
+    assert plain("0.5 µm/px, 0.5 \N{GREEK SMALL LETTER MU}m, é") == "0.5 µm/px, 0.5 µm, e"

@@ -11,10 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "xmag"
 
 def write_wheel(path: Path, *, without: str = "", extra: str = "") -> Path:
     with zipfile.ZipFile(path, "w") as archive:
-        for module in PACKAGE.rglob("*.py"):
+        for module in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("draw/html/*.*")]:
             name = f"xmag/{module.relative_to(PACKAGE).as_posix()}"
             if name != without:
                 archive.writestr(name, module.read_bytes())
+        for example in PACKAGE.parent.glob("examples/*.*"):
+            if f"xmag/examples/{example.name}" != without:
+                archive.write(example, f"xmag/examples/{example.name}")
         for name in ("xmag/py.typed", "xmag/hub/mini.safetensors", "xmag/demo/fields.avif", extra):
             if name:
                 archive.writestr(name, b"")
@@ -32,7 +35,7 @@ def test_the_package_and_nothing_else_is_fine(tmp_path: Path) -> None:
     [
         "tests/test_wheel.py", "xmag/slide/.env", "xmag/notes.txt", "xmag/slide/a.svs",
         "xmag-0.1.0.data/scripts/run.sh", "evil.pth", "xmag/../evil.py",
-        "xmag/hub/other.safetensors", "xmag/demo/other.avif",
+        "xmag/hub/other.safetensors", "xmag/demo/other.avif", "xmag/draw/other.js",
     ],
 )  # fmt: skip
 def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> None:
@@ -40,6 +43,9 @@ def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> 
     assert problems(wheel, PACKAGE) == [f"{extra} does not belong there"]
 
 
-def test_a_module_that_is_left_out_is_found(tmp_path: Path) -> None:
-    wheel = write_wheel(tmp_path / "xmag.whl", without="xmag/tiles/worker.py")
-    assert problems(wheel, PACKAGE) == ["xmag/tiles/worker.py is missing"]
+@pytest.mark.parametrize(
+    "name", ["xmag/tiles/worker.py", "xmag/draw/html/page.css", "xmag/examples/distill.toml"]
+)
+def test_a_file_that_is_left_out_is_found(tmp_path: Path, name: str) -> None:
+    wheel = write_wheel(tmp_path / "xmag.whl", without=name)
+    assert problems(wheel, PACKAGE) == [f"{name} is missing"]

@@ -17,12 +17,14 @@ from xmag.bag import FeatureBag
 from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
 from xmag.grid import Border
+from xmag.hub.registry import DEFAULT_MODEL
 from xmag.plan import TilePlan, plan_tiles, warn_of_lost_tissue
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar, tell
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
 from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
 from xmag.tissue import TissueMask, find_tissue
+from xmag.urls import base_name
 
 Transform = Callable[[Tiles], Tiles]
 """Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""
@@ -40,9 +42,11 @@ def extract_features(
     mpp: float | None = None,
     region: int | None = None,
     min_tissue: float | None = 0.25,
+    overlap: int = 0,
     border: Border = "shift",
+    roi: Any = None,
     batch_size: int | None = None,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
     transform: Transform | None = None,
     damaged: Damaged = "error",
 ) -> FeatureBag:
@@ -52,14 +56,17 @@ def extract_features(
         slide: An open Slide, or the path of one, which is opened and closed again.
         model: An encoder, a name or path for `load_model`, or None for the default model.
         tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
-        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue` and `border`
-            are then not looked at.
+        plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue`, `overlap`, `border`
+            and `roi` are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
         region: Which scan, where a file holds several. With a path only.
         min_tissue: As `plan_tiles` has it: smallest fraction of a tile's area that is tissue.
+        overlap: As `plan_tiles` has it: output px that neighbouring tiles share.
         border: As `plan_tiles` has it: "shift" or "drop".
+        roi: As `plan_tiles` has it: the region of interest, GeoJSON.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
         transform: Applied to each batch of tiles, for instance to normalise stains.
         damaged: What becomes of tiles some of whose bytes do not decode: "error" raises, "drop"
             leaves them out, warns, and counts them in the provenance. No pixel is made up in
@@ -95,12 +102,14 @@ def extract_features(
         else:
             slide = stack.enter_context(Slide(slide, mpp=mpp, region=region))
         # After the slide: the model may have to be fetched.
+        tell_of_loading(model, progress)
         encoder = resolve_encoder(model)
         if plan is None:
             mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(
-                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, border=border
-            )
+                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, overlap=overlap,
+                border=border, roi=roi,
+            )  # fmt: skip
         elif plan.spec != encoder.tile_spec:
             raise InputError(
                 f"the plan is for {plan.spec}, but the model wants {encoder.tile_spec}; make the"
@@ -131,7 +140,7 @@ def _embed_plan(
     encoder: TileEncoder,
     *,
     batch_size: int,
-    progress: bool | None,
+    progress: ProgressOption,
     transform: Transform | None,
     damaged: Damaged,
 ) -> FeatureBag:
@@ -233,6 +242,13 @@ def resolve_encoder(model: TileEncoder | str | None) -> TileEncoder:
             " tile_spec, embed_dim, embed and provenance"
         )
     return model
+
+
+def tell_of_loading(model: Any, progress: ProgressOption) -> None:
+    """Say which models are loaded now, of those given by name."""
+    for one in model if isinstance(model, list | tuple) else [model]:
+        if one is None or isinstance(one, str | PathLike):
+            tell(progress, f"loading {base_name(DEFAULT_MODEL if one is None else one)}")
 
 
 def default_batch_size(encoder: TileEncoder) -> int:

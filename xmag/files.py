@@ -378,6 +378,11 @@ def _harmless(cell: object) -> object:
     return f"'{cell}"
 
 
+def without_apostrophe(cell: str) -> str:
+    """The text that `csv_text` put an apostrophe before."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+
+
 def _rows(reader: Iterator[list[str]], columns: Sequence[str], table: str) -> Iterator[Row]:
     end = 1
     for cells in reader:

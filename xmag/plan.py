@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,9 +35,13 @@ from xmag.grid import (
     rounded,
     tissue_under,
 )
+from xmag.notebook import FOR_PIECE, KEPT, Shown, canvas_picture
 from xmag.slide import Slide
 from xmag.slide.reader import Level
 from xmag.tissue import TissueMask
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Coords = NDArray[np.int64]
 """Top-left corners (x, y) of tiles in level-0 px, shape (N, 2)."""
@@ -60,8 +64,8 @@ _ENOUGH = 0.9
 """Least share of tissue under tiles; where they cover less, there is a warning."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TilePlan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TilePlan(Shown):
     """The tiles of one slide, row by row, on a grid whose origin is level-0 (0, 0).
 
     `cells` draws the grid, a string a row and a character a cell: ``#`` is a tile, ``p`` a tile
@@ -147,6 +151,20 @@ class TilePlan:
     def __len__(self) -> int:
         """The number of tiles."""
         return len(self.coords)
+
+    def __repr__(self) -> str:
+        dropped = ", ".join(f"{len(v):,} {k}" for k, v in self.dropped.items() if len(v))
+        share = "" if self.coverage is None else f", {self.coverage:.0%} of the tissue"
+        size = f"{self.tiles.size_px} px at {self.tiles.mpp:.4g} µm/px"
+        tiles = "tile" if len(self) == 1 else "tiles"
+        return f"<TilePlan of {len(self):,} {tiles} of {size}{share}; dropped {dropped or 'none'}>"
+
+    def _picture(self) -> "Image":
+        found = self.tissue
+        tissue = None if found is None else (found.mask, found.downsample)
+        colours = np.where(self.for_piece[:, None], FOR_PIECE, KEPT).astype(np.uint8)
+        tiles = self.coords, self.tiles.size_level0, colours
+        return canvas_picture(self.tiles.level0_size, tissue=tissue, tiles=tiles, outlined=True)
 
     def _corners(self, letters: str) -> Coords:
         rows, columns = self._places(letters).T

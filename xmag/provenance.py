@@ -16,7 +16,7 @@ from typing import Any
 
 from xmag import records
 from xmag.errors import InputError
-from xmag.urls import readable
+from xmag.urls import base_name, readable
 
 PREPROCESSING_VERSION = 2
 """Changes only when the same slide and settings give other pixels or another plan."""
@@ -29,7 +29,7 @@ _SAMPLE_BLOCKS = 16
 _SAMPLE_BLOCK_BYTES = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Provenance(records.Record):
     """Provenance of a bag: JSON values only, read-only all the way down.
 
@@ -47,6 +47,12 @@ class Provenance(records.Record):
             if not isinstance(value, Mapping):
                 raise InputError(f"{part} is {value!r}; expected a mapping with str keys")
             object.__setattr__(self, part, _frozen(value, part))
+
+    def __repr__(self) -> str:
+        model, fingerprint = self.record.get("model"), self.fingerprint
+        name = base_name(model.get("name")) if isinstance(model, Mapping) else "unknown"
+        weights = str(fingerprint.get("weights_sha256"))[:12]
+        return f"<Provenance: {name}, weights {weights}, {fingerprint.get('dtype_class')}>"
 
     def __reduce__(self) -> tuple[type["Provenance"], tuple[Any, Any]]:
         return Provenance, (records.plain(self.fingerprint), records.plain(self.record))

@@ -13,8 +13,8 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,9 +33,13 @@ from xmag.morphology import (
     over_square,
     without_small,
 )
+from xmag.notebook import Shown, canvas_picture
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
 from xmag.slide.scale import check_area
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _Field = NDArray[np.float32]
 
@@ -119,8 +123,8 @@ TISSUE_METHOD: Mapping[str, Any] = _method(
 """Default `TissueMask.method`, which `find_tissue` without options records."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TissueMask:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TissueMask(Shown):
     """Tissue mask of a slide, on a coarse overview.
 
     `mask` is bool (height, width), copied and read-only; its px are `mpp` µm and `downsample`
@@ -131,11 +135,11 @@ class TissueMask:
     that differ, or a scale that is not positive.
     """
 
-    mask: Bools = field(repr=False)
+    mask: Bools
     mpp: float
     downsample: float
     method: Mapping[str, Any]
-    too_small: Bools | None = field(default=None, repr=False)
+    too_small: Bools | None = None
 
     def __post_init__(self) -> None:
         mask = np.array(self.mask)
@@ -238,6 +242,14 @@ class TissueMask:
     def fraction(self) -> float:
         """Share of the mask that is tissue, 0 to 1."""
         return float(self.mask.mean()) if self.mask.size else 0.0
+
+    def __repr__(self) -> str:
+        share = f"{self.fraction:.0%} of the slide, {self.area_mm2:.3g} mm²"
+        return f"<TissueMask of {share}, at {self.mpp:g} µm/px>"
+
+    def _picture(self) -> "Image | None":
+        height, width = self.mask.shape
+        return canvas_picture((width, height), tissue=(self.mask, 1.0)) if self.mask.size else None
 
     def to_geojson(self) -> dict[str, Any]:
         """The tissue as a GeoJSON FeatureCollection in level-0 px, which QuPath opens.

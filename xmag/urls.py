@@ -302,3 +302,9 @@ def _decoded(segment: str) -> str:
     """A segment without percent escapes, unless it would then be more than a name."""
     name = unquote(segment)
     return segment if {"/", "\\", "\0"} & set(name) or name in (".", "..") else name
+
+
+def base_name(model: object) -> str:
+    """The name of a model without the folders of a path, which are nobody else's business."""
+    text = str(model)
+    return PurePath(text).name if PurePath(text).is_absolute() else text

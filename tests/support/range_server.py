@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from support.serving import serving
 
 
 @dataclass
@@ -52,25 +53,9 @@ def serve_folder(folder: Path) -> Iterator[RangeServer]:
     """The files of a folder at `url`, on a free port of this machine."""
     pytest.importorskip("aiohttp", reason="fsspec reads from HTTP servers with it")
     state = RangeServer(folder)
-    handler = type("Handler", (_Handler,), {"state": state})
-    server = _Server(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(_Handler, released=state.released, state=state) as root:
+        state.url = root
         yield state
-    finally:
-        state.released.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has seen enough hangs up; that is not worth a word."""
 
 
 class _Handler(BaseHTTPRequestHandler):

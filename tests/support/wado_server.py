@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from support.dicom_slides import frames_of
+from support.serving import serving
 
 
 @dataclass
@@ -62,25 +63,9 @@ def serve_series(folder: Path) -> Iterator[WadoServer]:
             content = dataset.to_json_dict()
         content["00083002"] = {"vr": "UI", "Value": [syntax]}
         state.metadata.append(content)
-    handler = type("Handler", (_Handler,), {"state": state})
-    server = _Server(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}/dicom-web/{place}"
-    try:
+    with serving(_Handler, released=state.released, state=state) as root:
+        state.url = f"{root}/dicom-web/{place}"
         yield state
-    finally:
-        state.released.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has seen enough hangs up; that is not worth a word."""
 
 
 class _Handler(BaseHTTPRequestHandler):

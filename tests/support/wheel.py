@@ -7,8 +7,10 @@ from pathlib import Path
 
 _ALLOWED = re.compile(
     r"xmag/([a-z_0-9]+/)*[a-z_0-9]+\.py"
+    r"|xmag/examples/[A-Za-z_]+\.(py|md|toml|yaml)"
     r"|xmag/py\.typed"
     r"|xmag/demo/fields\.avif"
+    r"|xmag/draw/html/[a-z]+\.(html|css|js)"
     r"|xmag/hub/mini\.safetensors"
     r"|xmag-[\w.]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/LICENSE)"
 )
@@ -21,7 +23,9 @@ def problems(wheel: Path, package: Path) -> list[str]:
         names = archive.namelist()
         size = sum(info.file_size for info in archive.infolist())
     found = [f"{name} does not belong there" for name in names if not _ALLOWED.fullmatch(name)]
-    modules = {f"xmag/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
+    paths = [*package.rglob("*.py"), *package.glob("draw/html/*.*")]
+    modules = {f"xmag/{path.relative_to(package).as_posix()}" for path in paths}
+    modules |= {f"xmag/examples/{path.name}" for path in package.parent.glob("examples/*.*")}
     found += [f"{name} is missing" for name in sorted(modules - set(names))]
     if size > _MOST_BYTES:
         found.append(f"it unpacks to {size} bytes, more than {_MOST_BYTES}")

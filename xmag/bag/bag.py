@@ -34,14 +34,17 @@ from xmag.bag.formats import (
     decode,
     encode,
 )
+from xmag.colours import component_colours, principal_components
 from xmag.errors import BagError, InputError, OutputError, SlideScaleError, XmagError
 from xmag.files import local_copy, write_bytes
 from xmag.geometry import TileGeometry
+from xmag.notebook import Shown, canvas_picture
 from xmag.provenance import Provenance
-from xmag.urls import Place, Url, place_of
+from xmag.urls import Place, Url, base_name, place_of
 
 if TYPE_CHECKING:  # extras
     from anndata import AnnData
+    from PIL.Image import Image
     from wsidata import WSIData
 
 SCHEMA_VERSION = 1
@@ -55,7 +58,7 @@ Layout = Literal["clam", "stamp"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class FeatureBag:
+class FeatureBag(Shown):
     """The embeddings of one slide: row i of `features` belongs to the tile at `coords[i]`.
 
     Attributes:
@@ -100,7 +103,17 @@ class FeatureBag:
         return np.array(self.features, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
-        return f"<FeatureBag of {len(self)} tiles, {self.features.shape[1]} features each>"
+        model, share = _recorded(self, "model"), self.coverage
+        by = "" if model is None else f", by {base_name(model)}"
+        of = "" if share is None else f", {share:.0%} of the tissue"
+        return f"<FeatureBag of {len(self)} tiles, {self.features.shape[1]} features each{by}{of}>"
+
+    def _picture(self) -> "Image | None":
+        if self.coords is None or self.tiles is None:
+            return None
+        scores, _ = principal_components(np.asarray(self.features, np.float64))
+        tiles = self.coords, self.tiles.size_level0, component_colours(scores)
+        return canvas_picture(self.tiles.level0_size, tiles=tiles)
 
     def __reduce__(self) -> tuple[type["FeatureBag"], tuple[Any, ...]]:
         # Arrays come out of a pickle writable; going through the constructor mends that.

@@ -9,7 +9,15 @@ import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
 
-from xmag.cli.console import FAILED, INTERRUPTED, WRONG_USE, console, one_line, write
+from xmag.cli.console import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USE,
+    console,
+    one_line,
+    say_torch_is_loading,
+    write,
+)
 from xmag.cli.parser import parse
 from xmag.errors import (
     BagError,
@@ -25,6 +33,11 @@ _OF_THE_USER = InputError, BagError, MismatchError, SlideError, WeightsError
 
 _REPORT = "this was not foreseen: run it again with -v to see where it happened, and report that"
 
+_LIGHT = tuple(
+    f"xmag.cli.{name}:" for name in ("bags", "completion", "doctor", "examples", "info", "slides")
+)
+"""Modules of commands that need no torch, or import it themselves."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; returns its exit status."""
@@ -35,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("run")
     with console(verbose=options.pop("verbose", False)):
         try:
+            if not command.startswith(_LIGHT):
+                say_torch_is_loading()
             status: int = resolve_name(command)(**options)
         except XmagError as error:
             write(sys.stderr, f"xmag: error: {one_line(error)}")

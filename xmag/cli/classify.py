@@ -205,6 +205,7 @@ def heatmap(
     gallery: bool = False,
     gallery_mpp: float | None = None,
     geojson: bool = False,
+    scale: draw.Scale = "rank",
     mpp: float | None = None,
     region: int | None = None,
 ) -> int:
@@ -231,10 +232,11 @@ def heatmap(
         for path, slide, attention in zip(paths, opened, case, strict=True):
             stem = path.stem.removesuffix("-heatmap")
             caption = f"predicted: {words}"
-            pictures = {path: draw.heatmap(slide, attention, case=case, caption=caption)}
+            options: dict[str, Any] = {"case": case, "scale": scale}
+            pictures = {path: draw.heatmap(slide, attention, caption=caption, **options)}
             if gallery or gallery_mpp is not None:
                 name = path.with_name(f"{stem}-gallery.png")
-                pictures[name] = draw.gallery(slide, attention, case=case, mpp=gallery_mpp)
+                pictures[name] = draw.gallery(slide, attention, mpp=gallery_mpp, **options)
             for file, picture in pictures.items():
                 with atomic_path(file) as temporary:
                     picture.save(temporary, format="PNG")
@@ -243,6 +245,8 @@ def heatmap(
                 written.append(path.with_name(f"{stem}.geojson"))
                 write_text(written[-1], json.dumps(draw.attention_geojson(attention, case=case)))
     write(sys.stdout, f"{', '.join(slide.name for slide in opened)}: {words}")
+    if draw.is_nearly_even(case[0], case):
+        write(sys.stderr, "xmag: attention is nearly even: all tiles got about as much")
     for file in written:
         write(sys.stdout, f"written   {file}")
     return ALL_DONE

@@ -23,6 +23,10 @@ _AS_FLAGS = {
     "damaged='drop'": "--damaged drop",
     "random_state": "--seed",
     "slide_timeout=": "--slide-timeout ",
+    "memory_limit=": "--memory-limit ",
+    "processes=0": "--processes 0",
+    "min_tissue=": "--min-tissue",
+    "dtype='float32'": "--dtype float32",
     "folds=": "--folds ",
     "repeats=": "--repeats ",
 }
@@ -56,6 +60,12 @@ def console(*, verbose: bool) -> Iterator[None]:
             for each in loggers:
                 each.removeHandler(handler)
             logger.setLevel(level)
+
+
+def say_torch_is_loading() -> None:
+    """Say it, on a terminal: it takes seconds, in which there is nothing else to see."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        write(sys.stderr, "xmag: loading PyTorch")
 
 
 def one_line(message: object) -> str:

@@ -1,4 +1,4 @@
-"""Parser of the command line: the table of all commands and their flags.
+"""Parser of the command line, made of the table of commands.
 
 A flag is named as the option of the Python function that it is for. One that is not given is not
 passed on: the defaults are those of the functions. Nothing heavy is imported here, as `xmag --help`
@@ -8,21 +8,11 @@ must not wait for torch.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from difflib import get_close_matches
+from typing import Any
 
-from xmag.cli.console import write
-
-_Flag = tuple[list[str], dict[str, Any]]
-
-
-class _Command(NamedTuple):
-    """A command: the module of `xmag.cli` whose function of its name runs it, help, and flags."""
-
-    module: str
-    help: str
-    flags: tuple[_Flag, ...]
-    epilog: str = ""
+from xmag.cli.commands import COMMANDS, VERBOSE
+from xmag.cli.console import WRONG_USE, write
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -34,13 +24,34 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         prog="xmag", description=_DESCRIPTION, epilog=_EPILOG, **_STYLE
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command in _COMMANDS.items():
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
+    for name, command in COMMANDS.items():
         added = commands.add_parser(name, help=command.help, epilog=command.epilog, **_STYLE)
-        for names, options in (*command.flags, _VERBOSE):
+        for names, options in (*command.flags, VERBOSE):
             added.add_argument(*names, **options)
         added.set_defaults(run=f"xmag.cli.{command.module}:{name}")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(WRONG_USE)
     return vars(parser.parse_args(argv))
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Parser of one command, which shows its own help where it does not know an option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The flags of the command; SystemExit where there are others."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.print_help(sys.stderr)
+            name = unknown[0].partition("=")[0]
+            near = get_close_matches(name, self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            message = f"\n{self.prog}: error: unrecognized arguments: {' '.join(unknown)}{hint}\n"
+            self.exit(WRONG_USE, message)
+        return found, unknown
 
 
 class _Version(argparse.Action):
@@ -51,30 +62,6 @@ class _Version(argparse.Action):
 
         write(sys.stdout, f"xmag {version('xmag')}")
         parser.exit()
-
-
-def _flag(names: str, text: str | None, metavar: str | None = None, **options: Any) -> _Flag:
-    """A flag with a value that is shown as `metavar`, or one of its choices; or a switch."""
-    if metavar is None and options.keys().isdisjoint({"action", "choices"}):
-        options["action"] = "store_true"
-    if metavar is not None:
-        options["metavar"] = metavar
-    return names.split(), {"help": text, **options}
-
-
-def _gpus(text: str) -> int | Literal["all"]:
-    if text == "all":
-        return "all"
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; expected 'all' or 2")
-    return int(text)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; expected I/N such as 0/4 or 3/4")
-    return int(index), int(count)
 
 
 _STYLE: dict[str, Any] = {
@@ -95,204 +82,3 @@ examples:
 
 `xmag COMMAND --help` tells more. Exit status: 0 all done, 1 something failed, 2 wrong use.
 """
-
-_OF_EXTRACT = "the folder that xmag extract wrote to (or: a column 'features' in the CSV)"
-
-# Flags that several commands share.
-_VERBOSE = _flag("-v --verbose", "log to stderr")
-_SLIDE = _flag("slide", "a slide file", "SLIDE")
-_MPP = _flag(
-    "--mpp", "µm per px of level 0, where the file's own is missing or wrong", "UM", type=float
-)
-_REGION = _flag("--region", "which scan of a file that holds several, from 0 on", "N", type=int)
-_COHORT = (
-    _flag("csv", "columns: slide, patient, and what is to be predicted", "CSV", type=Path),
-    _flag("--features", _OF_EXTRACT, "DIR"),
-    _flag(
-        "--task",
-        "classification (default), regression or survival",
-        choices=("classification", "regression", "survival"),
-    ),
-    _flag(
-        "--label",
-        "the column of labels (default: label), or of numbers; several are as many"
-        " numbers to predict, or labels that are 0 or 1",
-        "COLUMN",
-        nargs="+",
-    ),
-    _flag("--time", "survival: the column of times (default: time)", "COLUMN"),
-    _flag("--event", "survival: the column of events, 0 or 1 (default: event)", "COLUMN"),
-)
-_BY = _flag(
-    "--by",
-    "what is a case: each slide (default), or all slides of a patient together",
-    choices=("slide", "patient"),
-)
-_CLASSIFIER = _flag("--classifier", "of xmag train", "MODEL", required=True)
-_TRAINING = (
-    _flag("--aggregator", "abmil (default), mean, max, transmil or clam_sb", "NAME"),
-    _flag(
-        "--epochs", "at most; training stops where validation gets no better (default: 100)", "N",
-        type=int,
-    ),
-    _flag("--fusion", "slides of a patient: one bag (early, default), or a mean of predictions",
-          choices=("early", "late")),
-    _flag("--loss", "survival: Cox's partial likelihood (default), or hazards of intervals",
-          choices=("cox", "nll")),
-    _flag("--ordinal", "classes have an order: that of these labels, or without any, of numbers",
-          "LABEL", nargs="*"),
-    _flag("--seed", "of all draws (default: 0)", "N", type=int, dest="random_state"),
-)  # fmt: skip
-
-_COMMANDS = {
-    "info": _Command("slides", "show what a slide holds", (
-        _SLIDE,
-        _MPP,
-        _REGION,
-        _flag("--properties", "also what the scanner wrote, which may name the patient"),
-    )),
-    "extract": _Command("slides", "extract the features of slides", (
-        _flag("slides", "slide files; or one folder; or one CSV file", "SLIDE", nargs="+"),
-        _flag("-o --out", "where to write", "DIR", required=True),
-        _flag(
-            "--model", "a Hub name, a path, or xmag-mini (default: AI4PATH/XMAG); given again, for"
-            " several models of the same tiles, which then have a folder each", "NAME",
-            action="append",
-        ),
-        _flag("--format", None, choices=("h5", "safetensors")),
-        _flag("--overlay", "also draw tissue and tiles (.png)"),
-        _flag(
-            "--border", "what becomes of tiles that would reach over the border of the slide: they"
-            " move inwards (default), or are left out", choices=("shift", "drop"),
-        ),
-        _flag(
-            "--redo", "replace features that were made differently",
-            action="store_const", const="redo", dest="on_mismatch",
-        ),
-        _flag(
-            "--damaged", "what becomes of a slide with damaged tiles: it fails (default), or loses"
-            " those tiles", choices=("error", "drop"),
-        ),
-        _flag("--slide-timeout", "seconds that decoding a slide may take", "S", type=float),
-        _flag(
-            "--gpus", "on how many GPUs of this machine, or 'all': a process on each (default: one"
-            " GPU)", "N", type=_gpus,
-        ),
-        _flag(
-            "--shard", "do every N-th slide alone, from the I-th on, counted from 0: for N"
-            " machines", "I/N", type=_shard,
-        ),
-        _MPP,
-        _REGION,
-    ), """\
-Features, and report.csv, are written below DIR at the paths that the slides have below their common
-folder. What is there already is kept, so that the same command goes on where it was stopped.
-
-examples:
-  xmag extract a.svs b.svs -o features
-  xmag extract slides/ -o features --model xmag-mini --format safetensors
-  xmag extract scan.tif -o features --mpp 0.25
-  xmag extract slides/ -o features --gpus all
-  xmag extract slides.csv -o s3://bucket/features --shard 0/4
-"""),
-    "demo": _Command("slides", "run the main job on a small slide", (
-        _flag("slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"),
-        _flag("-o --out", "default: demo", "DIR"),
-        _MPP,
-        _REGION,
-    )),
-    "train": _Command("classify", "train a classifier, or for another task", (
-        *_COHORT,
-        _BY,
-        _flag("-o --out", "the folder to write", "MODEL", required=True),
-        *_TRAINING,
-    ), """\
-CSV has the columns slide and patient, and label, or for survival event and time. A fifth of the
-patients is held out to choose the epoch whose weights are kept; xmag evaluate tells how good such
-a classifier is.
-
-examples:
-  xmag train cohort.csv --features features -o classifier
-  xmag train cohort.csv --features features -o model --task survival --by patient
-  xmag train cohort.csv --features features -o model --task regression --label tmb purity
-"""),
-    "predict": _Command("classify", "predict slides or patients from their features", (
-        _flag("inputs", "a CSV with a column slide, or feature files", "CSV|FILE", nargs="+",
-              type=Path),
-        _flag("--features", _OF_EXTRACT, "DIR"),
-        _CLASSIFIER,
-        _BY,
-        _flag("--times", "survival: when (default: at quarters of the training's times)", "T",
-              nargs="+", type=float),
-        _flag("-o --out", "also write the predictions there", "CSV"),
-    )),
-    "evaluate": _Command("classify", "cross-validate, or test a classifier on an external cohort", (
-        *_COHORT,
-        _BY,
-        _flag("-o --out", "where to write", "FOLDER", required=True),
-        _flag("--folds", "default: 5", "N", type=int),
-        _flag("--repeats", "default: 1", "N", type=int),
-        _flag("--folds-table", "a table of given splits instead", "FILE", type=Path),
-        _flag("--classifier", "test this one instead of training others", "MODEL"),
-        *_TRAINING,
-    ), """\
-CSV has the columns of xmag train; no patient is in two folds. FOLDER gets report.json and pictures.
-With --classifier, the cohort is an external one: nothing is trained, and the task is that of MODEL.
-
-examples:
-  xmag evaluate cohort.csv --features features -o evaluation
-  xmag evaluate cohort.csv --features features -o evaluation --task survival --by patient
-  xmag evaluate other.csv --features others --classifier classifier -o external
-"""),
-    "compare": _Command("classify", "compare encoders on a cohort: accuracy and cost", (
-        *(flag for flag in _COHORT if flag[0] != ["--features"]),
-        _flag("--models", "Hub names, paths, or xmag-mini; differences are to the first", "NAME",
-              nargs="+", required=True),
-        _flag("-o --out", "where to write features and table", "FOLDER", required=True),
-        _flag("--external", "other cohorts, for models fitted on the first", "CSV", nargs="+",
-              type=Path),
-        _flag("--metric", "default: AUROC, R² or Harrell's C", "NAME"),
-        _flag("--folds", "default: 5", "N", type=int),
-        _flag("--repeats", "default: 1", "N", type=int),
-        _flag("--finetune", "also train each model end to end in each fold, which takes long"),
-        _flag("--gpus", "on how many GPUs, or 'all', features are extracted", "N", type=_gpus),
-        _MPP,
-        _REGION,
-        *_TRAINING,
-    ), """\
-CSV has the columns of xmag train, and optionally mpp and id. Each model's features and reports go
-to FOLDER/<model>; the same command again does what is missing. FOLDER gets compare.csv, .md, .json
-and .png: the cost of each model a slide, and its accuracy in the same folds.
-
-examples:
-  xmag compare cohort.csv --models AI4PATH/XMAG other-model -o comparison
-  xmag compare cohort.csv --models a b --external other.csv -o comparison --folds 10
-"""),
-    "heatmap": _Command("classify", "draw what a classifier looked at on a slide", (
-        _flag("slides", "a slide file; several are those of one patient", "SLIDE", nargs="+"),
-        _CLASSIFIER,
-        _flag("--features", "the features of the slide, or a folder of xmag extract", "FILE|DIR"),
-        _flag("-o --out", "default: the slide's name with -heatmap.png; of several, a folder",
-              "PNG|DIR"),
-        _flag("--model", "the encoder, where there are no features", "NAME"),
-        _flag("--gallery", "also the tiles with most attention (-gallery.png)"),
-        _flag("--gallery-mpp", "the same, read at this finer µm/px", "UM", type=float),
-        _flag("--geojson", "also the tiles for QuPath (.geojson)"),
-        _MPP,
-        _REGION,
-    ), """\
-MODEL may be of any task. Several slides are one case: their colours have one scale. Without
---features they are extracted, with the encoder that is in MODEL if it was fine-tuned, with
-xmag-mini if MODEL was trained on its features, or else with that of --model.
-
-examples:
-  xmag heatmap slide.svs --classifier classifier --features features/slide.h5
-  xmag heatmap slide.svs --classifier classifier -o slide.png --gallery --geojson
-  xmag heatmap block-a.svs block-b.svs --classifier classifier --features features -o pictures
-"""),
-    "distill": _Command(
-        "distill", "train an encoder to see at one scale what another sees at a finer one", (
-        _flag("config", "what is done", "CONFIG.toml", type=Path),
-        _flag("--dry-run", "say what memory and time it needs; write nothing"),
-    )),
-}  # fmt: skip

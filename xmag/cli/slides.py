@@ -1,80 +1,30 @@
-"""The commands on slides: info, extract, demo."""
+"""The commands that run models on slides: extract, demo."""
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, write
-from xmag.errors import InputError, SeveralScansError, SlideScaleError
-from xmag.geometry import TileSpec
-from xmag.slide import Slide
-from xmag.urls import place_of, readable
+from xmag.cli.console import ALL_DONE, FAILED, counted, one_line, say_torch_is_loading, write
+from xmag.errors import InputError
+from xmag.urls import place_of
 
 # What needs torch is imported by the commands that call it.
 
 
-def info(
-    slide: str, *, mpp: float | None = None, region: int | None = None, properties: bool = False
+def extract(
+    slides: list[str],
+    out: str,
+    *,
+    model: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
 ) -> int:
-    """Print the facts about a slide, or the scans of a file of which none is chosen.
+    """Extract the features of a cohort, with these options of `extract_cohort`; print its rows.
 
-    With `properties` also what its scanner wrote, escaped as JSON.
+    `device` and `dtype` are those of `load_model`.
     """
-    try:
-        with Slide(slide, mpp=mpp, region=region) as opened:
-            facts = [*_facts(opened)]
-            if region is not None:
-                facts.insert(1, ("region", str(region)))
-            if properties:
-                for key, value in opened.properties.items():
-                    facts.append(("property", f"{json.dumps(key)}: {json.dumps(value)}"))
-    except SeveralScansError as error:
-        facts = [("slide", readable(place_of(slide).name))]
-        for number, (width, height) in enumerate(error.scans):
-            facts.append(("" if number else "scans", f"{number}: {width:,} x {height:,} px"))
-        facts.append(("", "choose one with --region"))
-    for label, value in facts:
-        write(sys.stdout, f"{label:<10}{value}")
-    return ALL_DONE
-
-
-def _facts(slide: Slide) -> Iterator[tuple[str, str]]:
-    """Facts about a slide, as (label, value)."""
-    width, height = slide.dimensions
-    mpp = slide.mpp
-    yield "slide", slide.name
-    yield "format", slide.format
-    size = f"{width:,} x {height:,} px"
-    if mpp is not None:
-        size += f", {width * mpp / 1e3:.3g} x {height * mpp / 1e3:.3g} mm"
-    yield "size", size
-    yield "scale", "unknown: give --mpp" if mpp is None else f"{mpp:.4g} µm/px ({slide.mpp_source})"
-    levels = zip(slide.level_dimensions, slide.level_downsamples, strict=True)
-    for level, ((width, height), by) in enumerate(levels):
-        scale = "" if mpp is None else f", {mpp * by:.4g} µm/px"
-        value = f"{level}: {width:,} x {height:,} px, 1/{by:.4g}{scale}"
-        yield "" if level else "levels", value
-    if mpp is None:
-        return
-    spec = TileSpec()
-    label = f"{spec.mpp:g} µm/px"
-    try:
-        scale_read = slide.scale_for(spec)
-    except SlideScaleError as error:
-        yield label, f"cannot be read: {error}"
-        return
-    reduced = f" decoded at 1/{scale_read.reduction}" if scale_read.reduction > 1 else ""
-    how = (
-        f"as it is, {scale_read.mpp:.4g} µm/px" if scale_read.factor == 1.0
-        else f"{scale_read.decoded_mpp:.4g} µm/px, resampled"
-    )  # fmt: skip
-    yield label, f"read from level {scale_read.level}{reduced}, {how}"
-
-
-def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options: Any) -> int:
-    """Extract the features of a cohort, with these options of `extract_cohort`; print its rows."""
     if len(slides) > 1:
         for slide in slides:
             if Path(slide).is_dir() or slide.lower().endswith(".csv"):
@@ -82,11 +32,13 @@ def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options
                     f"{slide} is given beside other slides; expected slide files, or one folder, or"
                     " one CSV file"
                 )
+    say_torch_is_loading()
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 
-    if model:
-        options["model"] = model if len(model) > 1 else model[0]
+    models = _loaded(model, device, dtype, on_gpus="gpus" in options)
+    if models:
+        options["model"] = models if len(models) > 1 else models[0]
     report = extract_cohort(slides if len(slides) > 1 else slides[0], out, **options)
     for row in report:
         of = f" ({row.model})" if row.model else ""
@@ -98,6 +50,21 @@ def extract(slides: list[str], out: str, *, model: Sequence[str] = (), **options
     noun = "slide" if len(model) < 2 else "bag"
     write(sys.stdout, f"{counted(len(report), noun)}: {counts}; see {report_path}")
     return FAILED if report.failed else ALL_DONE
+
+
+def _loaded(
+    names: Sequence[str], device: str | None, dtype: str | None, *, on_gpus: bool
+) -> Sequence[Any]:
+    """The models, loaded where a device or a dtype is given, else as they are named."""
+    if device is None and dtype is None:
+        return names
+    if on_gpus and device is not None:
+        raise InputError("--gpus and --device both say where the models are; give one of them")
+    from xmag.encoder import load_model
+    from xmag.hub.registry import DEFAULT_MODEL
+
+    options: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto"}
+    return [load_model(name, **options) for name in names or (DEFAULT_MODEL,)]
 
 
 def demo(

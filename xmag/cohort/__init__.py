@@ -1,23 +1,23 @@
 """Feature extraction of many slides into a folder of bags with a report; finished ones are kept."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from os import PathLike
 from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, gpu_workers, share_of
-from xmag.cohort.jobs import Job, Settings, by_model, jobs_of
+from xmag.cohort.jobs import Job, Settings, by_model, jobs_of, within
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, MismatchError, OutputError
-from xmag.extract import Transform, resolve_encoder
+from xmag.extract import Transform, resolve_encoder, tell_of_loading
 from xmag.grid import Border
-from xmag.progress import progress_bar
+from xmag.progress import CohortProgress, ProgressOption
 from xmag.tiles import Damaged
 from xmag.urls import place_of
 
@@ -38,6 +38,7 @@ def extract_cohort(
     overlap: int = 0,
     min_tissue: float | None = 0.25,
     border: Border = "shift",
+    roi: str | PathLike[str] | None = None,
     overlay: bool = False,
     batch_size: int | None = None,
     processes: int | None = None,
@@ -45,7 +46,7 @@ def extract_cohort(
     memory_limit: int | None = None,
     damaged: Damaged = "error",
     on_mismatch: Literal["error", "redo"] = "error",
-    progress: bool | None = None,
+    progress: ProgressOption = None,
     transform: Transform | None = None,
     gpus: int | Literal["all"] | None = None,
     executor: Executor | Callable[[], Executor] | None = None,
@@ -87,6 +88,8 @@ def extract_cohort(
         min_tissue: Smallest fraction of a tile's area that is tissue; see `plan_tiles`.
         border: "shift" moves tiles that would reach over the border of a slide inwards, "drop"
             leaves them out; see `plan_tiles`.
+        roi: A folder with a GeoJSON file of the region of interest of each slide, called as its id
+            (``below/a.geojson`` for ``below/a.svs``); or the file of one slide. See `plan_tiles`.
         overlay: Also write ``<output>.png``, a thumbnail with the tissue outline and the tiles.
         batch_size: Tiles a batch; by default 256 on an accelerator and 32 on a CPU.
         processes: Child processes that open and decode slides, by default one a core if the encoder
@@ -102,7 +105,8 @@ def extract_cohort(
             leaves those tiles out, with a warning, and counts them in the provenance.
         on_mismatch: What to do with a valid bag that was made with something else: "error" raises
             before any work, "redo" makes it again.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
         transform: Applied to each batch of tiles, for instance to normalise stains. With workers a
             function at the top of a module that they can import.
         gpus: On how many GPUs of this host, or "all": on several each has a worker process, which
@@ -126,12 +130,15 @@ def extract_cohort(
     """
     # Before the model, which may have to be fetched.
     jobs = jobs_of(slides, format=format, mpp=mpp, region=region)
+    if roi is not None:
+        jobs = within(jobs, roi)
     if shard is not None:
         jobs = share_of(jobs, shard)
     if gpus is not None:
         if executor is not None:
             raise InputError("gpus and executor both say who does the slides; give one of them")
         executor, processes = gpu_workers(gpus, processes)
+    tell_of_loading(model, progress)
     engine = None if executor is None else Engine(executor, shards=shards, model=model)
     encoders = (
         by_model(model, resolve_encoder, lambda encoder: encoder)
@@ -157,13 +164,17 @@ def extract_cohort(
     rows: dict[Job, CohortRow] = {}
     slides_jobs = [(job,) if "" in encoders else job.of_models(encoders) for job in jobs]
     jobs = list(chain.from_iterable(slides_jobs))
-    if engine is None:
-        found = rows_of(slides_jobs, settings, processes=settings.processes_for(len(slides_jobs)))
-    else:
-        found = engine.rows(jobs, settings)
-    with ReportFile(settings.out / report_name(shard), jobs, rows) as report:
+    with (
+        ReportFile(settings.out / report_name(shard), jobs, rows) as report,
+        CohortProgress(progress, len(jobs)) as shown,
+    ):
+        if engine is None:
+            count = settings.processes_for(len(slides_jobs))
+            found = rows_of(slides_jobs, settings, processes=count, note=shown.count)
+        else:
+            found = engine.rows(jobs, settings)
         try:
-            _fill(rows, found, report, len(jobs), progress)
+            _fill(rows, found, report, partial(shown.row, is_elsewhere=engine is not None))
         except MismatchError:
             raise
         except OutputError as error:
@@ -171,26 +182,19 @@ def extract_cohort(
                 f"{error}. {len(rows)} of {len(jobs)} slides have their rows; once that is put"
                 " right, the same call goes on from there"
             ) from error
-    return CohortReport(tuple(rows[job] for job in jobs))
+    return CohortReport(tuple(rows[job] for job in jobs), settings.out, tuple(jobs))
 
 
 def _fill(
     rows: dict[Job, CohortRow],
     source: Generator[tuple[Job, CohortRow], None, None],
     report: ReportFile,
-    total: int,
-    progress: bool | None,
+    note: Callable[[str, int], object],
 ) -> None:
-    """Collect the rows as they come, with report, log and progress bar."""
-    with (
-        closing(source) as done,
-        progress_bar(progress, total=total, desc="slides", unit="slide") as bar,
-    ):
-        counts = Counter[str]()
+    """Collect the rows as they come, with report, log and progress."""
+    with closing(source) as done:
         for job, row in done:
             rows[job] = replace(row, region=job.region)
-            counts[row.status] += 1
             logger.info("%s: %s %s", row.slide, row.status, row.error)
             report.update()
-            bar.update()
-            bar.set_postfix(counts, refresh=False)
+            note(row.status, row.tiles)

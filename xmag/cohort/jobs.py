@@ -14,7 +14,7 @@ from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
 from xmag.files import Row, read_csv
-from xmag.geometry import TileSpec
+from xmag.geometry import TileSpec, polygons_from_geojson
 from xmag.grid import Border
 from xmag.plan import check_grid, plan_options
 from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
@@ -41,6 +41,7 @@ class Job:
     """Job of a cohort: the path of a slide, its name in the report, and the output for its bag.
 
     `model` is the name of its model where there are several, and of the folder of that one's bags.
+    `roi` is the GeoJSON file of its region of interest, and `roi_sha256` what plans record of it.
     """
 
     path: Place
@@ -49,6 +50,8 @@ class Job:
     mpp: float | None
     model: str = ""
     region: int | None = None
+    roi: Path | None = None
+    roi_sha256: str | None = None
 
     def of_models(self, models: Iterable[str]) -> tuple["Job", ...]:
         """The jobs of each of these models on this slide."""
@@ -116,10 +119,56 @@ def jobs_of(
     return jobs
 
 
+def within(jobs: Sequence[Job], roi: str | PathLike[str]) -> list[Job]:
+    """The jobs with their regions of interest: of one slide, or from a folder by the slides' ids.
+
+    Raises InputError where a slide has none, and for a file that is no GeoJSON of polygons.
+    """
+    place = place_of(roi)
+    if not isinstance(place, Path):
+        raise InputError(f"roi lies at a URL, {place}; download it: expected files of this machine")
+    files = [place] * len(jobs)
+    if place.is_dir():
+        stems = [place / job.output.with_suffix("") for job in jobs]
+        files = [_geojson(stem) for stem in stems]
+    elif len(jobs) != 1:
+        raise InputError(
+            f"roi is one file for {len(jobs)} slides; expected a folder with a GeoJSON file of"
+            " each, called as its slide's id: a.geojson for a.svs"
+        )
+    if missing := [job.name for job, file in zip(jobs, files, strict=True) if not file.is_file()]:
+        wanted = next(file for file in files if not file.is_file())
+        raise InputError(
+            f"{len(missing)} of {len(jobs)} slides have no region of interest, such as"
+            f" {missing[0]}; expected the file {wanted}, or leave those slides out"
+        )
+    return [
+        replace(job, roi=file.absolute(), roi_sha256=_roi_sha256(file))
+        for job, file in zip(jobs, files, strict=True)
+    ]
+
+
+def _geojson(stem: Path) -> Path:
+    """The GeoJSON file of a slide; QuPath calls them .geojson, others .json."""
+    found = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".geojson", ".json")]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def _roi_sha256(file: Path) -> str:
+    try:
+        polygons = polygons_from_geojson(file)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    options = plan_options(
+        overlap=0, min_tissue=None, border="shift", tissue_method=None, roi=polygons
+    )
+    return str(options["roi_sha256"])
+
+
 def by_model(
     model: Any, made: Callable[[Any], Made], encoder: Callable[[Made], TileEncoder]
 ) -> dict[str, Made]:
-    """What is made of one model, under "", or of each of several, under the names of their folders.
+    """Things made of one model, under "", or of each of several, under the names of their folders.
 
     Raises InputError for no models, and as `folder_of` does.
     """

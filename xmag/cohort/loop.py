@@ -14,30 +14,29 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from xmag import files
 from xmag.bag import save_bag
 from xmag.cohort.claims import Share
 from xmag.cohort.jobs import Job, Settings
+from xmag.cohort.pictures import KeptSlide, picture_of, require_own_picture, write_picture
 from xmag.cohort.report import CohortRow, Status
 from xmag.cohort.resume import Found, changed_slide, earlier_of
-from xmag.draw.overview import OVERLAY_PX, overlay
+from xmag.draw.overview import OVERLAY_PX
 from xmag.encoder import Encoder, TileStream, pinned
 from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
-from xmag.slide.reader import Pixels
 from xmag.tiles import (
     Begun,
     Decoded,
@@ -56,7 +55,7 @@ from xmag.tiles import (
     default_threads,
     reason_of,
 )
-from xmag.urls import Place, readable, without_folder
+from xmag.urls import readable, without_folder
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +77,17 @@ def rows_of(
     *,
     processes: int,
     pool: Callable[..., AbstractContextManager[DecodingPool]] = DecodingPool,
+    note: Callable[[int | None, int], object] = lambda *_: None,
 ) -> Generator[_Row, None, None]:
     """The rows of slides' jobs, each as soon as it is done.
 
     The jobs of a slide differ in their models alone. Slides that are no list are taken one by one.
-    `pool` opens the decoding processes. Raises MismatchError, of a list before any work, see
+    `pool` opens the decoding processes. `note` is told how many tiles a slide has that is planned,
+    or None, and how many are embedded. Raises MismatchError, of a list before any work, see
     `find_earlier`; OutputError where nothing more can be written.
     """
     with Share(slides, settings) as share, ExitStack() as stack:
-        loop = _Loop(share, settings, processes, pool, stack)
+        loop = _Loop(share, settings, processes, pool=pool, stack=stack, note=note)
         # However the caller stops: all ends with this call, and not with its last trace.
         rows = stack.enter_context(closing(loop.rows()))
         for job, row in rows:
@@ -122,6 +123,13 @@ class _UnderWay:
     reading: Reading | None = None
     landed: int = 0
     all_sent: bool = False
+    stages: dict[str, Any] = field(default_factory=dict)
+    """Seconds of each stage so far, by the field of CohortRow."""
+    sent_at: float = 0.0
+
+    def spent(self, stage: str, since: float) -> None:
+        """Add the time since then to a stage."""
+        self.stages[stage] = self.stages.get(stage, 0.0) + time.monotonic() - since
 
 
 class _Loop:
@@ -132,10 +140,13 @@ class _Loop:
         share: Share,
         settings: Settings,
         processes: int,
+        *,
         pool: Callable[..., AbstractContextManager[DecodingPool]],
         stack: ExitStack,
+        note: Callable[[int | None, int], object],
     ) -> None:
-        self._share, self._settings = share, settings
+        self._share, self._settings, self._tell = share, settings, note
+        self._counted: deque[tuple[int | None, int]] = deque()
         self._saving = stack.enter_context(_saving_threads())
         self._streams: dict[str, TileStream[int]] = {}
         self._chunk = _SLOT_TILES
@@ -162,7 +173,7 @@ class _Loop:
                 self._is_pinned = stack.enter_context(pinned(self._pool.arena.whole))
         self._under_way: dict[int, _UnderWay] = {}
         self._decoding: dict[int, list[_UnderWay]] = {}
-        """What is decoded together, by the number of the decoder's job."""
+        """Slides that are decoded together, by the number of the decoder's job."""
         self._numbers = 0
         self._saves: deque[tuple[_UnderWay, Future[CohortRow]]] = deque()
         self._done: deque[_Row] = deque()
@@ -220,6 +231,7 @@ class _Loop:
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
             border=settings.border,
+            roi=slide.job.roi,
             thumbnail_px=OVERLAY_PX if settings.overlay else None,
             earlier=slide.earlier,
             damaged=settings.damaged,
@@ -233,14 +245,14 @@ class _Loop:
         settings, job = self._settings, slide.job
         slide.found = self._share.earlier(job)
         if slide.found is not None:
-            is_missing = settings.overlay and not _picture_of(job, settings).exists()
+            is_missing = settings.overlay and not picture_of(job, settings).exists()
             seen = self._share.seen
             slide.earlier = earlier_of(slide.found, job, settings, seen, thumbnail=is_missing)
             return
         if isinstance(settings.out, Path):
             files.linked_to(settings.out / job.output, settings.out)
         if settings.overlay:
-            _require_own_picture(job, settings)
+            require_own_picture(job, settings)
 
     @contextmanager
     def _failing_alone(self, *slides: _UnderWay) -> Iterator[None]:
@@ -264,8 +276,9 @@ class _Loop:
             reason = without_folder(reason, job.path)
         error = readable(reason)
         row = CohortRow(
-            slide=job.name, status="failed", seconds=seconds, error=error, model=job.model
-        )
+            slide=job.name, status="failed", seconds=seconds, error=error, model=job.model,
+            **slide.stages,
+        )  # fmt: skip
         self._end(slide, row)
 
     def _end(self, slide: _UnderWay, row: CohortRow) -> None:
@@ -299,8 +312,12 @@ class _Loop:
             slide.plan, slide.thumbnail = event.plan, event.thumbnail
             width = self._settings.encoders[slide.job.model].embed_dim
             slide.features = np.empty((len(event.plan), width), "f4")
+            self._counted.append((len(event.plan), 0))
         elif isinstance(event, Finished):
             slide.reading = event.reading
+            slide.sent_at = time.monotonic()
+            slide.stages["planning_seconds"] = event.planning_seconds
+            slide.stages["reading_seconds"] = event.reading_seconds
             self._note_all_sent(slide, event.lost)
         elif isinstance(event, Failed):
             self._fail(slide, event.reason)
@@ -340,12 +357,16 @@ class _Loop:
                 own = tiles if len(slides) == 1 else tiles.copy()
                 with self._failing_alone(slide):
                     encoder = self._settings.encoders[slide.job.model]
-                    self._collect([(slide.number, embedded(encoder, own))])
+                    start = time.monotonic()
+                    features = embedded(encoder, own)
+                    slide.spent("embedding_seconds", start)
+                    self._collect([(slide.number, features)])
         is_pinned = self._is_pinned and transform is None and bool(on_gpu)
         on_copied = _at_call(len(on_gpu), event.release) if is_pinned else None
         for slide in on_gpu:
-            stream = self._streams[slide.job.model]
+            stream, start = self._streams[slide.job.model], time.monotonic()
             stream.put(slide.number, torch.from_numpy(tiles), on_copied=on_copied)
+            slide.spent("embedding_seconds", start)
         if not is_pinned:
             event.release()
 
@@ -362,6 +383,7 @@ class _Loop:
             assert slide.features is not None
             slide.features[slide.landed : slide.landed + len(features)] = features
             slide.landed += len(features)
+            self._counted.append((None, len(features)))
             self._save_if_complete(slide)
 
     def _save_if_complete(self, slide: _UnderWay) -> None:
@@ -372,10 +394,13 @@ class _Loop:
     def _save(self, slide: _UnderWay, work: Callable[[], CohortRow]) -> None:
         """Let a thread do the work of saving a slide; its row is the result."""
         del self._under_way[slide.number]
+        slide.spent("embedding_seconds", slide.sent_at)
         self._saves.append((slide, self._saving.submit(work)))
 
     def _ready_rows(self, most_saves: int) -> Iterator[_Row]:
         """The rows that are ready; waits until at most so many bags are still to be saved."""
+        while self._counted:  # here, where what it raises is no slide's failure
+            self._tell(*self._counted.popleft())
         while self._saves and (len(self._saves) > most_saves or self._saves[0][1].done()):
             slide, save = self._saves.popleft()
             with self._failing_alone(slide):
@@ -392,6 +417,7 @@ class _Loop:
 
     def _saved(self, done: _UnderWay) -> CohortRow:
         """The row of a slide whose picture and bag are written now, in a thread that saves."""
+        start = time.monotonic()
         assert done.features is not None
         assert done.plan is not None
         assert done.slide is not None
@@ -412,7 +438,9 @@ class _Loop:
         made = Found.of(bag)
         share.seen.add(job, made.sha256, done.slide.version)
         status: Status = "done" if len(bag) else "empty"
-        return _row_of(job, status, made, seconds=time.monotonic() - done.start)
+        done.spent("saving_seconds", start)
+        row = _row_of(job, status, made, seconds=time.monotonic() - done.start)
+        return replace(row, **done.stages)
 
     def _made_up(self, slide: _UnderWay, row: CohortRow) -> CohortRow:
         """The row of a slide whose bag is there, and whose picture alone is written now."""
@@ -424,14 +452,9 @@ class _Loop:
         if slide.thumbnail is None:
             return
         assert slide.slide is not None
-        settings, seen = self._settings, slide.thumbnail
-        _require_own_picture(slide.job, settings)
-        own = PngInfo()
-        own.add_text("Software", "xmag")
-        kept = _Kept(slide.slide.name, slide.slide.mpp, seen.dimensions, seen.pixels)
-        with files.atomic_path(_picture_of(slide.job, settings), inside=settings.out) as path:
-            image = overlay(kept, tissue=seen.tissue, plan=slide.plan, max_px=OVERLAY_PX)
-            image.save(path, format="PNG", pnginfo=own)
+        require_own_picture(slide.job, self._settings)
+        kept = KeptSlide(slide.slide.name, slide.slide.mpp, slide.thumbnail)
+        write_picture(slide.job, self._settings, kept, slide.plan)
 
 
 def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> CohortRow:
@@ -448,7 +471,7 @@ def _row_of(job: Job, status: Status, bag: Found, *, seconds: float = 0.0) -> Co
 
 
 def _at_call(number: int, function: Callable[[], None]) -> Callable[[], None]:
-    """What calls the function when it is called for the `number`-th time."""
+    """A function that calls another when it is called for the `number`-th time."""
     calls = count(1)
 
     def call() -> None:
@@ -456,33 +479,3 @@ def _at_call(number: int, function: Callable[[], None]) -> Callable[[], None]:
             function()
 
     return call
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Facts and thumbnail of a slide, to draw it where only a decoding process may open it."""
-
-    name: str
-    mpp: float | None
-    dimensions: tuple[int, int]
-    pixels: Pixels
-
-    def thumbnail(self, *, max_px: int) -> Image.Image:
-        """The thumbnail, which was made for `max_px`."""
-        assert max(self.pixels.shape) <= max_px
-        return Image.fromarray(self.pixels)
-
-
-def _picture_of(job: Job, settings: Settings) -> Place:
-    """Path of the overlay of a slide, beside its bag."""
-    output = settings.out / job.output
-    return output.with_name(output.name + ".png")
-
-
-def _require_own_picture(job: Job, settings: Settings) -> None:
-    """Raise OutputError where the picture of a slide would replace one that xmag did not write."""
-    files.require_own(_picture_of(job, settings), settings.out, _is_own_picture)
-
-
-def _is_own_picture(head: bytes) -> bool:
-    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0xmag" in head

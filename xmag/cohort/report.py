@@ -3,17 +3,20 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import methodcaller
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from xmag import files
-from xmag.cohort.jobs import Job
-from xmag.errors import OutputError
-from xmag.urls import Place
+from xmag.cohort.jobs import Job, jobs_of
+from xmag.draw.page import write_page
+from xmag.errors import InputError, OutputError
+from xmag.notebook import Rows, Shown
+from xmag.urls import Place, Url, place_of
 
 Status = Literal["done", "skipped", "empty", "failed", "lost"]
 
@@ -35,6 +38,11 @@ class CohortRow:
     of the tissue that lies under tiles, None where no tissue is known. `empty_source_tiles` is how
     many tiles of the level that is read the slide declares empty. `model` is the name of the model,
     and of its folder, where there are several; `region` the scan that was asked for.
+
+    The seconds of the stages tell why a slide was slow: `planning_seconds` it took to open it and
+    to find its tissue and tiles, `reading_seconds` to decode these, `embedding_seconds` while the
+    model had them or was waited for, `saving_seconds` to write its file. Slides are done side by
+    side and decoded ahead, so that their sum is not `seconds`.
     """
 
     slide: str
@@ -47,19 +55,73 @@ class CohortRow:
     empty_source_tiles: int = 0
     model: str = ""
     region: int | None = None
+    planning_seconds: float = 0.0
+    reading_seconds: float = 0.0
+    embedding_seconds: float = 0.0
+    saving_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class CohortReport(Sequence[CohortRow]):
-    """The rows of a cohort, in the order of its slides."""
+STAGES = tuple(f.name for f in fields(CohortRow) if f.name.endswith("_seconds"))
+"""Names of the stages' fields of a row, in their order."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CohortReport(Shown, Sequence[CohortRow]):
+    """The rows of a cohort, in the order of its slides.
+
+    `folder` is where their bags are, and `jobs` are their slides, as far as that is known: for
+    `to_html`, which shows them.
+    """
 
     rows: tuple[CohortRow, ...]
+    folder: Place | None = field(default=None, repr=False, compare=False)
+    jobs: tuple[Job, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str] | Url) -> Self:
+        """The report of a folder that `extract_cohort` wrote to; of one done in shares, of all.
+
+        Raises InputError where there is none.
+        """
+        place = place_of(folder)
+        paths: list[Place] = [place / REPORT_NAME]
+        if isinstance(place, Path) and not paths[0].exists():
+            paths = [*sorted(place.glob(report_name((0, 0)).replace("0", "*")))] or paths
+        rows = []
+        for path in paths:
+            with files.local_copy(path, InputError) as local:
+                rows += [_row(row) for row in files.read_csv(local, required=_COLUMNS)]
+        return cls(tuple(rows), place)
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} {status}" for status, count in self.counts().items())
+        tiles, noun = sum(row.tiles for row in self.rows), "slide" if len(self) == 1 else "slides"
+        return f"<CohortReport of {len(self):,} {noun}: {counts or 'none'}; {tiles:,} tiles>"
+
+    def _rows(self) -> Rows:
+        # What a person has to look at comes first.
+        rows = sorted(self.rows, key=lambda row: row.status in ("done", "skipped"))
+        names = ["status", "slide", "model", "tiles", "coverage", "seconds", "error"]
+        shares = ["" if row.coverage is None else f"{row.coverage:.0%}" for row in rows]
+        told = [
+            [
+                row.status,
+                row.slide,
+                row.model,
+                f"{row.tiles:,}",
+                share,
+                f"{row.seconds:.1f}",
+                row.error,
+            ]
+            for row, share in zip(rows, shares, strict=True)
+        ]
+        return [names, *told] if told else []
 
     @property
     def failed(self) -> tuple[CohortRow, ...]:
@@ -85,9 +147,82 @@ class CohortReport(Sequence[CohortRow]):
         for row in self.rows:
             values = {name: getattr(row, name) for name in names}
             share = "" if row.coverage is None else f"{row.coverage:.3f}"
-            values |= {"seconds": f"{row.seconds:.2f}", "coverage": share}
+            values |= {name: f"{values[name]:.2f}" for name in names if "seconds" in name}
+            values["coverage"] = share
             rows.append([*values.values()])
         return files.csv_text([names, *rows])
+
+    def to_html(
+        self,
+        path: str | PathLike[str] | Url,
+        *,
+        slides: str | PathLike[str] | Iterable[str | PathLike[str]] | None = None,
+        classifier: Any = None,
+        title: str | None = None,
+        max_mb: float = 40,
+        progress: bool | None = None,
+    ) -> None:
+        """Write the report as one HTML file, which a browser shows without server or network.
+
+        It has the rows as a table that sorts and filters, and a card for each slide: its thumbnail
+        to pan and zoom, with tissue, tiles, dropped cells and their reasons, a map of the features
+        and the attention of a classifier as layers; tiles; where the time went, and why tiles are
+        missing. Bags are read from `folder`, and slides again for their pictures. Nothing of their
+        labels, macro images and properties is in it; names of slides are.
+
+        Args:
+            path: The file to write, such as ``out/report.html``.
+            slides: Where the slides are now, as `extract_cohort` takes them; by default where that
+                call, which made the report, had them. Without any, cards have no pictures.
+            classifier: A fitted MILClassifier, MILRegressor or MILSurvival, or the folder of one,
+                for its attention and predictions.
+            title: The page's, by default "Cohort of N slides".
+            max_mb: Most megabytes (10^6 bytes) of cards and pictures: those of many slides are
+                smaller.
+            progress: Show a bar on stderr; None does on a terminal and in a notebook.
+
+        A slide or bag that cannot be read has a card that says so. Raises InputError for slides of
+        which none is in the report, ModelError where there is no such classifier, and OutputError
+        where the file cannot be written, or would replace one that xmag did not write.
+        """
+        from xmag.cohort.page import cohort_page  # torch, and more than a report needs
+
+        report = self
+        if slides is not None:
+            jobs = tuple(jobs_of(slides, format="h5", mpp=None))
+            names = {row.slide for row in self.rows}
+            if not any(job.name in names for job in jobs):
+                raise InputError(
+                    f"none of the {len(jobs)} slides is in the report: its first is"
+                    f" {self.rows[0].slide if self.rows else None!r}, and theirs {jobs[0].name!r};"
+                    " give the slides as they were given to extract_cohort"
+                )
+            report = replace(self, jobs=jobs)
+        content = cohort_page(
+            report, title=title, classifier=classifier, max_mb=max_mb, progress=progress
+        )
+        write_page(place_of(path), content)
+
+
+_COLUMNS = tuple(field.name for field in fields(CohortRow))[:3]
+
+
+def _row(row: files.Row) -> CohortRow:
+    """The row that `to_csv` wrote; those of earlier versions lack columns."""
+    values: dict[str, Any] = {}
+    try:
+        for each in fields(CohortRow):
+            text = files.without_apostrophe(row.values.get(each.name, ""))
+            if text or each.name == "slide":
+                kinds: dict[Any, Any] = {int: int, int | None: int, float: float}
+                kinds[float | None] = float
+                values[each.name] = kinds.get(each.type, str)(text)
+    except ValueError as error:
+        raise InputError(
+            f"line {row.line} of {row.table!r} was not written by xmag ({error}); expected a"
+            f" {REPORT_NAME} of extract_cohort"
+        ) from error
+    return CohortRow(**values)
 
 
 def report_name(shard: tuple[int, int] | None) -> str:

@@ -75,7 +75,9 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
         if bag.provenance is None:
             differences = ["it has no provenance: another program wrote it"]
         else:
-            differences = expected.differences(bag.provenance) + _lost(bag.provenance, settings)
+            differences = expected.differences(bag.provenance) + _lost(
+                bag.provenance, job, settings
+            )
             if not differences:
                 return Found.of(bag)
     if settings.on_mismatch == "redo":
@@ -87,13 +89,16 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
     )
 
 
-def _lost(provenance: Provenance, settings: Settings) -> list[str]:
+def _lost(provenance: Provenance, job: Job, settings: Settings) -> list[str]:
     """Line saying that a bag lacks tiles, for damage or a region, where it may not; or none.
 
     That is no part of the fingerprint: such a bag may be mixed with others, but is incomplete.
     """
-    if (provenance.record.get("plan") or {}).get("roi_sha256"):
-        return ["roi: a part of the slide there, all of it here"]
+    roi_sha256 = (provenance.record.get("plan") or {}).get("roi_sha256")
+    if roi_sha256 != job.roi_sha256:
+        there = "all of the slide" if roi_sha256 is None else "a part of the slide"
+        here = "another part of it" if roi_sha256 else "a part of it"
+        return [f"roi: {there} there, {'all of it' if job.roi_sha256 is None else here} here"]
     lost = provenance.record.get("tiles", {}).get("damaged", 0)
     if lost and settings.damaged == "error":
         return [f"damaged: {lost} tiles dropped there, none here"]

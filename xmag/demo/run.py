@@ -12,6 +12,7 @@ from xmag.encoder import load_model
 from xmag.extract import extract_features
 from xmag.files import atomic_path, make_folder
 from xmag.plan import TilePlan, plan_tiles
+from xmag.progress import ProgressOption
 from xmag.slide import Slide, scan_stem
 from xmag.tissue import find_tissue
 
@@ -35,7 +36,7 @@ def run_demo(
     slide: str | os.PathLike[str] | None = None,
     mpp: float | None = None,
     region: int | None = None,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> DemoResult:
     """The features and two pictures of a slide, written into the folder `out`, and a summary.

@@ -62,3 +62,7 @@ __all__ = [
     "push_to_hub",
     "run_config",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -36,11 +36,12 @@ from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError
 from xmag.files import atomic_path, make_folder, write_text
 from xmag.geometry import TileSpec
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
 from xmag.training import Ranks
 from xmag.training.augmentation import Draws, token_sources
+from xmag.urls import base_name
 
 _DONE = "targets.json"
 _BEGUN = "targets.begun.json"
@@ -205,6 +206,10 @@ class CachedFeatures:
         self.name = str(fingerprint["teacher"]["name"])
         self.identity: Mapping[str, Any] = {**fingerprint["teacher"], "kept": fingerprint["kept"]}
 
+    def __repr__(self) -> str:
+        regions = f"{len(self.cache.good):,} regions"
+        return f"<CachedFeatures of {base_name(self.name)!r}: {regions}, {self.dim} features>"
+
     def available(self, regions: Numbers) -> NDArray[np.bool_]:
         """Mask of the regions that were not damaged when features were computed: bool (B,)."""
         return np.asarray(self.cache.good[regions])
@@ -240,7 +245,7 @@ def cache_features(
     settings: CacheSettings | None = None,
     device: str | torch.device = "auto",
     batch_regions: int = 16,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
     ranks: Ranks | None = None,
 ) -> FeatureCache:
     """Compute a teacher's features of all regions into a cache in `folder`; returns it opened.
@@ -256,7 +261,8 @@ def cache_features(
         settings: Whether to cache the low views too; None does not.
         device: Device on which regions are cut into tiles: best the teacher's.
         batch_regions: Regions of a batch, 16 tiles each.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
         ranks: The processes that share the work, each some of the shards; all of them call this.
 
     Raises:
@@ -289,7 +295,7 @@ class _Writer:
     device: torch.device
     batch_regions: int
 
-    def write(self, ranks: Ranks, progress: bool | None) -> None:
+    def write(self, ranks: Ranks, progress: ProgressOption) -> None:
         """Start or resume the folder, write this rank's shards, and finish it on rank 0."""
         begun = self.folder / _BEGUN
         if ranks.leads and not begun.is_file():

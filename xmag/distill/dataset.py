@@ -123,6 +123,9 @@ class SlideRegions:
         """The number of regions."""
         return len(self.manifest)
 
+    def __repr__(self) -> str:
+        return f"<SlideRegions of {len(self):,} regions, {len(self.damaged):,} damaged so far>"
+
     def read(self, indices: Sequence[int], /) -> Regions:
         """Read high views of regions: uint8 (B, 896, 896, 3), row i for region ``indices[i]``.
 

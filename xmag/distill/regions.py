@@ -34,7 +34,7 @@ from xmag.files import write_text
 from xmag.geometry import TileSpec
 from xmag.metrics.labels import as_labels
 from xmag.plan import Coords, plan_options, plan_tiles
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
 from xmag.slide import Slide, is_slide_path
 from xmag.tiles import default_threads
@@ -72,7 +72,7 @@ class ManifestSource:
     candidates: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Manifest:
     """Regions to train on, in a fixed order: a region's number is its id.
 
@@ -100,6 +100,10 @@ class Manifest:
     def __len__(self) -> int:
         """The number of regions."""
         return len(self.places)
+
+    def __repr__(self) -> str:
+        sites = f"{len(self.sources):,} slides of {len(self.sites):,} sites"
+        return f"<Manifest of {len(self):,} regions from {sites}, at {self.spec.mpp:g} µm/px>"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -226,7 +230,7 @@ def plan_slides(
     spec: TileSpec = REGION_SPEC,
     seed: int = 0,
     skip_refused: bool = False,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
 ) -> Manifest:
     """Sample regions over the tissue of slides into a manifest.
 
@@ -252,7 +256,8 @@ def plan_slides(
         seed: Of the draw.
         skip_refused: Go on without slides that cannot be used, and list them in
             `Manifest.refused`.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
 
     Raises:
         SlideScaleError: A slide has no µm/px, or no detail of 0.5 µm/px: it is not upsampled.
@@ -289,7 +294,7 @@ def plan_images(
     spec: TileSpec = REGION_SPEC,
     seed: int = 0,
     skip_refused: bool = False,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
 ) -> Manifest:
     """Sample random crops of large tiles (PNG and JPEG images of known µm/px) into a manifest.
 
@@ -382,7 +387,7 @@ class _Request:
 
 
 def _plan(
-    request: _Request, look: _Look, options: Mapping[str, Any], progress: bool | None
+    request: _Request, look: _Look, options: Mapping[str, Any], progress: ProgressOption
 ) -> Manifest:
     """Manifest of regions drawn from the candidates that `look` finds in each file."""
     root, names = request.files()

@@ -28,8 +28,10 @@ from xmag.distill.trainer import Trainer, ViewLoader
 from xmag.distill.views import SIDE, teacher_tiles
 from xmag.errors import InputError, MismatchError
 from xmag.files import make_folder
+from xmag.progress import ProgressOption, tell
 from xmag.training import Ranks, joined_ranks
 from xmag.training.augmentation import Draws
+from xmag.urls import base_name
 
 AnyTeacher = Teacher | TeacherFeatures
 """Accepted teachers: models, or features of them, online or cached, with a weight."""
@@ -47,7 +49,7 @@ def distill(
     validation: Sequence[int] | NDArray[np.int64] = (),
     about: Mapping[str, Any] | None = None,
     card: Card | None = None,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
 ) -> Summary:
     """Train a student on teachers' features, and export its EMA; returns a Summary.
 
@@ -67,7 +69,8 @@ def distill(
         validation: The numbers of the regions to validate on, which are not trained on.
         about: Identity of the data, as JSON values; it goes into the checkpoint and the model.
         card: Name, terms and license for the exported model's card.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
 
     Raises:
         InputError: Arguments that make no sense, or do not fit each other.
@@ -202,7 +205,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def run_config(
-    path: str | os.PathLike[str], *, dry_run: bool = False, progress: bool | None = None
+    path: str | os.PathLike[str], *, dry_run: bool = False, progress: ProgressOption = None
 ) -> Summary:
     """Train a student by distillation from a TOML configuration; returns a Summary.
 
@@ -230,7 +233,7 @@ class _ConfiguredRun:
     out: Path
     ranks: Ranks
     stack: ExitStack
-    progress: bool | None
+    progress: ProgressOption
 
     def train(self) -> Summary:
         """Sample regions, cache features where configured, train and export."""
@@ -344,6 +347,7 @@ class _ConfiguredRun:
 
     def _teacher(self, wanted: TeacherConfig, source: SlideRegions) -> TeacherFeatures:
         device = self.ranks.device()
+        tell(self.progress if self.ranks.leads else False, f"loading {base_name(wanted.name)}")
         teacher = load_teacher(wanted.name, device=device, dtype=wanted.dtype)
         if wanted.keep == "no":
             return OnlineFeatures(teacher=teacher, weight=wanted.weight)

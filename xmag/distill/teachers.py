@@ -25,6 +25,7 @@ from xmag.hub.configs import TIMM
 from xmag.hub.registry import ModelConfig
 from xmag.provenance import dtype_class
 from xmag.training.augmentation import Draws
+from xmag.urls import base_name
 from xmag.vit import ViTConfig
 
 TILE_SPEC = TileSpec(mpp=HIGH_MPP, size_px=TILE_PX)
@@ -162,6 +163,9 @@ class OnlineFeatures:
             )
         self.teacher, self.weight = teacher, weight
         self.name, self.dim, self.identity = teacher.name, teacher.dim, teacher.identity
+
+    def __repr__(self) -> str:
+        return f"<OnlineFeatures of {base_name(self.name)!r}: {self.dim} features>"
 
     def available(self, regions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Mask of the regions that have features: all, bool (B,)."""

@@ -35,6 +35,7 @@ from xmag.distill.views import SIDE, low_view, quarters
 from xmag.errors import InputError, ModelError
 from xmag.files import make_folder
 from xmag.geometry import TileSpec
+from xmag.progress import ProgressOption, tell
 from xmag.training import Ema, Loop, Progress, Ranks, Schedule
 from xmag.training.augmentation import NONE, augment, draw
 from xmag.training.checkpoint import tensors_of
@@ -309,7 +310,7 @@ class Trainer(Loop[int]):
         folder: Path,
         identity: Mapping[str, Any],
         *,
-        progress: bool | None,
+        progress: ProgressOption,
     ) -> None:
         """Train to the end, from the checkpoint in `folder` if there is one.
 
@@ -320,6 +321,8 @@ class Trainer(Loop[int]):
         if self._ranks.leads:
             make_folder(folder)
         self._ranks.wait()
+        shown = progress if self._ranks.leads else False
+        tell(shown, "preparing the first regions")
         if not self.resume(path, identity, self._ranks) and self.settings.loss.centre:
             self.find_centres(data)
         now = self.progress
@@ -335,7 +338,6 @@ class Trainer(Loop[int]):
                 now.untrained = self._validate(0)
             now.seconds += time.perf_counter() - started
             self._logged = now.seconds
-            shown = progress if self._ranks.leads else False
             self.run(shown, total=self.total_steps, initial=now.updates, unit="step")
 
     def steps(self, epoch: int) -> range:  # noqa: ARG002 (there is one: regions have epochs)

@@ -6,7 +6,7 @@ them, so that a colour means the same on each.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,30 @@ from xmag.draw.frame import (
     FAINT,
     INK,
     Key,
+    box_of,
     framed,
     mean_on_grey,
     overlap_key,
     plain,
     require_canvas,
+    tissue_area,
+    write,
 )
-from xmag.errors import BagError, InputError
+from xmag.errors import BagError, InputError, SlideScaleError
 from xmag.geometry import TileGeometry, TileSpec
 from xmag.plan import divisor
 from xmag.slide import Slide
+from xmag.tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:  # pictures are drawn without torch
     from xmag.mil import Attention
 
+Scale = Literal["rank", "weight"]
+"""Scale of the colours: the rank of a tile, or its score itself."""
+
 _TOP_SHARE = 0.1
+_EVEN = 0.9
+"""Least share of the tiles that attention is spread over, in effect, to be called nearly even."""
 _OPACITY = 0.6
 _GAP_PX = 10
 _LEAST_TILE_PX = 64
@@ -56,23 +65,31 @@ def heatmap(
     attention: "Attention",
     *,
     case: Sequence["Attention"] = (),
+    tissue: TissueMask | Literal["auto"] | None = "auto",
+    scale: Scale = "rank",
     caption: str = "",
     max_px: int = 1600,
 ) -> Image.Image:
-    """The slide in grey with each tile coloured by its attention, as an RGB image.
+    """The slide in grey with the tissue of each tile coloured by its attention, as an RGB image.
 
     Colour is the rank of a tile among those of the slide, from 0 (least) to 100 (most), along
     viridis: it shows which tiles got more than others on this slide, and the colours of two slides
     cannot be compared, unless they are of one `case`: then the rank is that among the tiles of all
     its slides. How unequal the weights are stands in the legend, as the share that the top tenth of
-    the tiles holds. Where tiles overlap, the mean of their ranks is shown.
+    the tiles holds, and whether that is nearly even: then tiles of any rank got about as much.
+    With scale="weight" colour is the score itself, from 0 (or the lowest, below it) to the highest.
+    Where tiles overlap, the mean of their ranks or weights is shown.
 
     Args:
         slide: The slide that the bag was made from.
         attention: Of a model of any task: ``attention(bag)``, or one of ``attention([bags])``.
             Other scores are drawn as
-            ``Attention(scores=..., coords=bag.coords, tiles=bag.tiles, kind="custom")``.
+            ``Attention(scores=..., coords=bag.coords, tiles=bag.tiles, kind="mitoses")``, with a
+            name of them as `kind`.
         case: All that ``attention([bags])`` gave; `attention` is one of them.
+        tissue: What is coloured of the tiles: "auto" finds the tissue, None is all of each. A tile
+            without any of it is coloured whole.
+        scale: "rank" or "weight".
         caption: A line below the slide's name, such as what was predicted.
         max_px: The longer side of the picture.
 
@@ -81,12 +98,14 @@ def heatmap(
     """
     coords, tiles = _placed(attention)
     require_canvas(slide, tiles, _WHOSE)
-    ranks = _ranks(attention, case)[:, None]
+    ranks = _percents(attention, case, scale)[:, None]
     image, mean, covered = mean_on_grey(slide, ranks, coords, tiles, max_px)
+    if (mask := _tissue(slide) if isinstance(tissue, str) else tissue) is not None:
+        covered &= _inside(mask, image, coords, tiles)[..., None]
     grey = np.asarray(image)
     tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
     picture = Image.fromarray(np.where(covered, np.rint(tinted), grey).astype(np.uint8))
-    keys = [*_legend(attention, case), *overlap_key(coords, tiles, "rank")]
+    keys = [*_legend(attention, case, scale), *overlap_key(coords, tiles, scale)]
     return framed(picture, slide, keys, caption=caption)
 
 
@@ -95,6 +114,7 @@ def gallery(
     attention: "Attention",
     *,
     case: Sequence["Attention"] = (),
+    scale: Scale = "rank",
     count: int = 12,
     tile_px: int | None = None,
     mpp: float | None = None,
@@ -107,9 +127,10 @@ def gallery(
     µm/px divided by a whole number; and by default it is shown with all px that this gives, 896 for
     a tile of 224 px at 2.0 µm/px that is read at 0.5. Below it stand its rank, its score, how many
     times the mean of all tiles (of all slides of the `case`) that is, and its place in level-0 px.
-    The border has the colour that the tile has in `heatmap`. Fewer tiles than `count` are all
-    shown. Raises what `heatmap` raises, InputError for a `count`, `tile_px` or `mpp` that makes no
-    sense, and what `Slide.read_region` raises: SlideScaleError where the slide is not that fine.
+    The border has the colour that the tile has in `heatmap` of that `scale`. Fewer tiles than
+    `count` are all shown. Raises what `heatmap` raises, InputError for a `count`, `tile_px` or
+    `mpp` that makes no sense, and what `Slide.read_region` raises: SlideScaleError where the slide
+    is not that fine.
     """
     coords, tiles = _placed(attention)
     require_canvas(slide, tiles, _WHOSE)
@@ -130,21 +151,19 @@ def gallery(
     page = Image.new("RGB", (columns * across + _GAP_PX, rows * down + 2 * line_px), "white")
     draw = ImageDraw.Draw(page)
     top, side_um = _top(len(order), len(coords)), tiles.size_px * tiles.mpp
-    title = f"{plain(slide.name)}: {top} of {side_um:.0f} um a side"
+    title = f"{plain(slide.name)}: {top} of {side_um:.0f} µm a side"
     if mpp is not None:
-        title += f", at {tiles.mpp / finer:.3g} um/px"
-    draw.text((_GAP_PX, line_px), title, INK, font, anchor="lm")
-    borders = colours(_ranks(attention, case))
+        title += f", at {tiles.mpp / finer:.3g} µm/px"
+    write(draw, (_GAP_PX, line_px), title, INK, font)
+    borders = colours(_percents(attention, case, scale))
     every = _scores(attention, case)
     mean = float(every.mean()) if len(every) else 0.0
     read_mpp = tiles.mpp / finer * (slide.mpp or tiles.level0_mpp) / tiles.level0_mpp
-    # The corner of a tile at the border may be rounded over it, by half a px.
-    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
+    inside = corners_inside(slide, coords, tiles)
     for place, row in enumerate(order):
         x, y = _GAP_PX + place % columns * across, 2 * line_px + place // columns * down
         corner_x, corner_y = coords[row].tolist()
-        corner = np.minimum(coords[row], last)
-        pixels = slide.read_region(tuple(corner), (size_px, size_px), mpp=read_mpp)
+        pixels = slide.read_region(tuple(inside[row]), (size_px, size_px), mpp=read_mpp)
         tile = Image.fromarray(pixels).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
         page.paste(tile, (x, y))
         edge = tuple(borders[row].tolist())
@@ -265,22 +284,106 @@ def _ranks(attention: "Attention", case: Sequence["Attention"]) -> NDArray[np.fl
     return percentiles(_scores(attention, case))[first : first + len(attention)]
 
 
-def _legend(attention: "Attention", case: Sequence["Attention"]) -> list[Key]:
+def _percents(
+    attention: "Attention", case: Sequence["Attention"], scale: Scale
+) -> NDArray[np.float64]:
+    """The places of the slide's tiles on the scale of colours, 0 to 100."""
+    if scale not in ("rank", "weight"):
+        raise InputError(f"scale is {scale!r}; expected 'rank' or 'weight'")
+    ranks = _ranks(attention, case)
+    if scale == "rank":
+        return ranks
+    low, high = _ends(_scores(attention, case))
+    return 100 * (attention.scores.astype(np.float64) - low) / max(high - low, 1e-300)
+
+
+def _ends(scores: NDArray[np.float32]) -> tuple[float, float]:
+    """The lowest and the highest end of a scale of these scores: from 0, if none is below it."""
+    return (min(0.0, float(scores.min())), float(scores.max())) if len(scores) else (0.0, 0.0)
+
+
+def _tissue(slide: Slide) -> TissueMask | None:
+    """The tissue of a slide; None where it is not known at which scale to look for it."""
+    try:
+        return find_tissue(slide)
+    except SlideScaleError:
+        return None
+
+
+def _inside(
+    tissue: TissueMask, image: Image.Image, coords: NDArray[np.int64], tiles: TileGeometry
+) -> NDArray[np.bool_]:
+    """The px of a picture that are tissue, or lie in a tile that has none."""
+    per_level0 = image.width / tiles.level0_size[0]
+    found = np.asarray(tissue_area(tissue, image.size, per_level0)) > 0
+    inside = found.copy()
+    for corner in coords:
+        left, top, right, bottom = box_of(corner, tiles.size_level0, per_level0)
+        window = slice(top, bottom + 1), slice(left, right + 1)
+        inside[window] |= not found[window].any()
+    return inside
+
+
+def is_nearly_even(attention: "Attention", case: Sequence["Attention"] = ()) -> bool:
+    """Whether attention is spread nearly evenly, so that ranks tell of small differences only.
+
+    In effect it is spread over (sum of w)² / sum of w² tiles (Kish's effective size), which here
+    are nine tenths of all or more.
+    """
+    scores = _scores(attention, case).astype(np.float64)
+    if len(scores) < 2 or scores.min() < 0 or not scores.any():
+        return False
+    return bool(scores.sum() ** 2 / (scores**2).sum() >= _EVEN * len(scores))
+
+
+def weight_of_top(attention: "Attention", case: Sequence["Attention"] = ()) -> str:
+    """Share of the weight that the top tenth of the tiles holds, in words.
+
+    It is said where attention is nearly even. Empty where scores are no weights, that is negative,
+    or all 0.
+    """
+    scores = _scores(attention, case)
+    top, total = math.ceil(_TOP_SHARE * len(scores)), float(scores.sum(dtype=np.float64))
+    if not total > 0 or scores.min() < 0:
+        return ""
+    share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
+    held = f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
+    return f"{held}: nearly even" if is_nearly_even(attention, case) else held
+
+
+def corners_inside(
+    slide: Slide, coords: NDArray[np.int64], tiles: TileGeometry
+) -> NDArray[np.int64]:
+    """Corners of tiles (N, 2) so that all of each lies on the slide.
+
+    Those of tiles at the border may be rounded over it, by half a px.
+    """
+    last = np.floor(np.array(slide.dimensions) - tiles.side_level0 + 1e-6).astype(np.int64)
+    return np.minimum(coords, last)
+
+
+def _name(attention: "Attention") -> str:
+    """The name of the scores: attention of a model, or the kind of others."""
+    if attention.kind in ("softmax", "nystrom"):
+        return "attention"
+    return "custom scores" if attention.kind == "custom" else plain(attention.kind)
+
+
+def _legend(attention: "Attention", case: Sequence["Attention"], scale: Scale) -> list[Key]:
     scores = _scores(attention, case)
     if not len(attention):
         return [Key(text="no tiles")]
     ramp = tuple(tuple(c) for c in colours(np.linspace(0, 100, 64)).tolist())
     among = f"the tiles of the {len(case)} slides" if len(case) > 1 else "the tiles"
-    keys = [Key(text=f"rank of attention among {among}, 0 to 100", line=FAINT, fills=ramp)]
-    top = math.ceil(_TOP_SHARE * len(scores))
-    total = float(scores.sum(dtype=np.float64))
-    if total > 0 and scores.min() >= 0:
-        share = float(np.sort(scores)[-top:].sum(dtype=np.float64)) / total
-        held = (
-            f"{_top(top, len(scores))} {'hold' if top > 1 else 'holds'} {share:.0%} of the weight"
-        )
+    low, high = _ends(scores)
+    text = f"{_name(attention)}, {low:.2g} to {high:.2g}"
+    if scale == "rank":
+        text = f"rank of {_name(attention)} among {among}, 0 to 100"
+    keys = [Key(text=text, line=FAINT, fills=ramp)]
+    if held := weight_of_top(attention, case):
         keys.append(Key(text=held))
         if len(case) > 1:
+            total = float(scores.sum(dtype=np.float64))
             own = float(attention.scores.sum(dtype=np.float64)) / total
             tiles = len(attention) / len(scores)
             text = f"this slide has {tiles:.0%} of the tiles, {own:.0%} of the weight"

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from xmag.bag import Canvas, Pictured
 from xmag.errors import InputError
 from xmag.geometry import TileGeometry
+from xmag.tissue import TissueMask
 
 Rgb = tuple[int, int, int]
 
@@ -21,6 +22,10 @@ FAINT: Rgb = (105, 105, 105)
 
 _LEAST_WIDTH_PX = 560
 """Least width of a picture: narrower ones are padded, so that the text below them fits."""
+
+_SMOOTH, _SMOOTH_STRANDS = 1.0, 0.6
+"""Reach in px of a mask by which its outline is smoothed, and that of strands of one or two px,
+which would be lost by as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,37 @@ def mean_on_grey(
     return grey, total / np.maximum(count, 1), count > 0
 
 
+def tissue_area(tissue: TissueMask, size: tuple[int, int], per_level0: float) -> Image.Image:
+    """The tissue on a picture of this size, 255 where it is, with smooth borders.
+
+    The mask is of whole px, and leaves out what there is of one at the right and lower border of
+    the slide: tissue that ends there goes on to the slide's own border.
+    """
+    mask, per_mask = np.asarray(tissue.mask, np.uint8) * 255, tissue.downsample * per_level0
+    if not mask.size:
+        return Image.new("L", size)
+    missing = [
+        length - round(count * per_mask)
+        for length, count in zip(size, mask.shape[::-1], strict=True)
+    ]
+    right, lower = (int(0 < gap < per_mask + 1) for gap in missing)
+    mask = np.pad(mask, ((0, lower), (0, right)), "edge")
+    whole = Image.fromarray(mask)
+    opened = whole.filter(ImageFilter.MinFilter(3)).filter(ImageFilter.MaxFilter(3))
+    strands = ImageChops.subtract(whole, opened)
+    shown = max(1, round(mask.shape[1] * per_mask)), max(1, round(mask.shape[0] * per_mask))
+    smooth, kept = (
+        image.resize(shown, Image.Resampling.NEAREST).filter(
+            ImageFilter.GaussianBlur(reach * per_mask)
+        )
+        for image, reach in ((whole, _SMOOTH), (strands, _SMOOTH_STRANDS))
+    )
+    smooth = ImageChops.lighter(smooth, kept)
+    area = Image.new("L", size)
+    area.paste(smooth.point(lambda v: 255 * (v > 127)))
+    return area
+
+
 def overlap_key(coords: NDArray[np.int64], tiles: TileGeometry, value: str) -> list[Key]:
     """The entry on tiles that overlap: columns or rows of them do, by more than rounding does."""
     gaps = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
@@ -100,14 +136,14 @@ def framed(
     page.paste(picture)
     draw = ImageDraw.Draw(page)
     y = picture.height + margin // 2 + line_px // 2
-    scale = "um/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} um/px"
+    scale = "µm/px unknown" if slide.mpp is None else f"{slide.mpp:.4g} µm/px"
     title = f"{slide.dimensions[0]:,} x {slide.dimensions[1]:,} px, {scale}"
-    name = _fitted(slide.name, font, width - 3 * margin - font.getlength(title))
-    draw.text((margin, y), name, INK, font, anchor="lm")
-    draw.text((width - margin, y), title, FAINT, font, anchor="rm")
+    name = _fitted(slide.name, font, width - 3 * margin - text_width(title, font))
+    write(draw, (margin, y), name, INK, font)
+    write(draw, (width - margin - text_width(title, font), y), title, FAINT, font)
     if caption:
         y += line_px
-        draw.text((margin, y), _fitted(caption, font, width - 2 * margin), INK, font, anchor="lm")
+        write(draw, (margin, y), _fitted(caption, font, width - 2 * margin), INK, font)
 
     x, y = margin + 5 * text_px, y + line_px
     if slide.mpp is not None:
@@ -115,8 +151,8 @@ def framed(
         draw.rectangle((margin, y - 2, margin + bar_px - 1, y + 1), fill=INK)
         for end in (margin, margin + bar_px - 2):
             draw.rectangle((end, y - 6, end + 1, y + 5), fill=INK)
-        text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
-        draw.text((margin + bar_px + 8, y), text, INK, font, anchor="lm")
+        text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} µm"
+        write(draw, (margin + bar_px + 8, y), text, INK, font)
         x += bar_px
 
     em, blank = font.getlength("m"), font.getlength(" ")
@@ -125,7 +161,7 @@ def framed(
         swatch_px, text_at = 2 * half, round(em * 0.9 + blank * 1.5) if key.line else 0
         if len(key.fills) > 2:
             swatch_px, text_at = round(em * 9) - half, round(em * 9)
-        length = text_at + round(font.getlength(f"{key.text}   "))
+        length = text_at + round(text_width(f"{key.text}   ", font))
         if x + length > width - margin and x > margin:
             x, y = margin, y + line_px
         for at in range(swatch_px if key.fills else 0):
@@ -134,16 +170,16 @@ def framed(
         if key.line is not None:
             box = (x, y - half, x + swatch_px, y + half)
             draw.rectangle(box, outline=key.line, width=key.weight)
-        draw.text((x + text_at, y), key.text, INK, font, anchor="lm")
+        write(draw, (x + text_at, y), plain(key.text), INK, font)
         x += length
     return page.crop((0, 0, width, y - line_px // 2 + line_px + margin - margin // 2))
 
 
 def _fitted(text: str, font: Any, room: float) -> str:
-    """The text in ASCII, its middle left out where it is longer than `room` px."""
+    """The text as the font has it, its middle left out where it is longer than `room` px."""
     whole = fitted = plain(text)
     kept = len(whole)
-    while kept > 8 and font.getlength(fitted) > room:
+    while kept > 8 and text_width(fitted, font) > room:
         kept -= 1
         fitted = f"{whole[: kept // 2]}...{whole[-(kept - kept // 2) :]}"
     return fitted
@@ -158,7 +194,33 @@ def _scale_bar(width_um: float, width_px: int) -> tuple[float, int]:
 
 
 def plain(text: str) -> str:
-    """The text in ASCII: the font that comes with Pillow has neither µ nor letters with accents."""
+    """The text in ASCII and µ: the font that comes with Pillow has no letters with accents."""
     decomposed = unicodedata.normalize("NFKD", text)
     kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return kept.encode("ascii", "replace").decode("ascii")
+    return "µ".join(
+        part.encode("ascii", "replace").decode("ascii")
+        for part in kept.split("\N{GREEK SMALL LETTER MU}")
+    )
+
+
+def text_width(text: str, font: Any) -> float:
+    """The width of what `write` writes, in px."""
+    return float(font.getlength(text.replace("µ", "u")))
+
+
+def write(
+    draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, ink: Rgb, font: Any
+) -> None:
+    """Write text whose middle left is `xy`; its µ, which the font lacks, is a u with a stem."""
+    x, y = xy
+    draw.text(xy, text.replace("µ", "u"), ink, font, anchor="lm")
+    if "µ" not in text:
+        return
+    ascent, descent = font.getmetrics()
+    base = round(y + (ascent - descent) / 2)
+    mask = font.getmask("u")
+    columns = np.array(mask, np.float64).reshape(mask.size[::-1]).sum(axis=0)
+    stem = np.flatnonzero(columns[: len(columns) // 2] > columns.max() / 2)
+    for place in (number for number, letter in enumerate(text) if letter == "µ"):
+        at = round(x + text_width(text[:place], font))
+        draw.rectangle((at + stem[0], base - 1, at + stem[-1], base + 0.22 * font.size), fill=ink)

@@ -5,10 +5,10 @@ tiles also differ in the line's weight.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.bag import FeatureBag, Pictured, placed
+from xmag.colours import component_colours, principal_components
 from xmag.draw.frame import (
     FAINT,
     Key,
@@ -18,25 +18,20 @@ from xmag.draw.frame import (
     mean_on_grey,
     overlap_key,
     require_canvas,
+    tissue_area,
 )
 from xmag.errors import BagError
+from xmag.notebook import FOR_PIECE, KEPT, TISSUE
 from xmag.plan import TilePlan
 from xmag.slide import Slide
 from xmag.tissue import TissueMask
 
-_TISSUE: Rgb = (230, 159, 0)
-_KEPT: Rgb = (0, 90, 160)
-_FOR_PIECE: Rgb = (0, 158, 115)
 _DROPPED: dict[str, tuple[str, Rgb]] = {
     "tissue": ("too little tissue", (196, 196, 196)),
     "border": ("at the border", (213, 94, 0)),
     "roi": ("outside the region of interest", (204, 121, 167)),
     "damaged": ("damaged", (0, 0, 0)),
 }
-_RGB_OF_XYZ = np.array(
-    [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
-)
-"""CIE XYZ (D65) to linear sRGB: IEC 61966-2-1."""
 
 OVERLAY_PX = 1600
 """The longer side of an overlay where the caller does not say."""
@@ -67,7 +62,7 @@ def overlay(
     if tissue is not None:
         _draw_outline(picture, tissue, per_level0)
         text = f"tissue, {tissue.fraction:.0%} of the slide"
-        keys.insert(0, Key(text=text, line=_TISSUE, weight=2))
+        keys.insert(0, Key(text=text, line=TISSUE, weight=2))
     return framed(picture, slide, keys)
 
 
@@ -88,15 +83,15 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
             " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
         )
     require_canvas(slide, bag.tiles, "the bag was")
-    scores, shares = _principal_components(np.asarray(bag.features, np.float64))
-    colours = _component_colours(scores).astype(np.float64)
+    scores, shares = principal_components(np.asarray(bag.features, np.float64))
+    colours = component_colours(scores).astype(np.float64)
     picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
     painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
         ends = np.zeros((2, 3))
         ends[:, component] = -1, 1
-        fills = tuple(tuple(c) for c in _component_colours(ends).tolist())
+        fills = tuple(tuple(c) for c in component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fills=fills))
     keys += overlap_key(coords, bag.tiles, "colour")
@@ -109,7 +104,7 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
     kept = [box_of(corner, side, per_level0) for corner in plan.coords]
     tint = picture.copy()
     for box in kept:
-        ImageDraw.Draw(tint).rectangle(box, fill=_KEPT)
+        ImageDraw.Draw(tint).rectangle(box, fill=KEPT)
     picture.paste(Image.blend(picture, tint, 0.09))
     draw = ImageDraw.Draw(picture)
     side_px = side * per_level0
@@ -124,59 +119,21 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
         keys.append(Key(text=f"{len(corners):,} {text}", line=line))
     weight = 2 if side_px >= _SMALLEST_DROPPED_PX else 1
     # Those for a piece last, as others may overlap them.
-    for is_for_piece, line in ((False, _KEPT), (True, _FOR_PIECE)):
+    for is_for_piece, line in ((False, KEPT), (True, FOR_PIECE)):
         for row in np.flatnonzero(plan.for_piece == is_for_piece) if is_outlined else ():
             draw.rectangle(kept[row], outline=line, width=weight)
     fill = ((215, 225, 240),)
     if pieces := int(np.count_nonzero(plan.for_piece)):
         text = f"{pieces:,} of them for a small piece of tissue"
-        keys.insert(0, Key(text=text, line=_FOR_PIECE, fills=fill, weight=2))
+        keys.insert(0, Key(text=text, line=FOR_PIECE, fills=fill, weight=2))
     tiles = "tile" if len(plan) == 1 else "tiles"
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
-    return [Key(text=f"{len(plan):,} {tiles}{share}", line=_KEPT, fills=fill, weight=2), *keys]
+    return [Key(text=f"{len(plan):,} {tiles}{share}", line=KEPT, fills=fill, weight=2), *keys]
 
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
     """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
-    if not tissue.mask.size:
-        return
-    mask = Image.fromarray(np.asarray(tissue.mask, np.uint8) * 255)
-    per_mask = tissue.downsample * per_level0
-    size = max(1, round(mask.width * per_mask)), max(1, round(mask.height * per_mask))
-    mask = mask.resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+    mask = tissue_area(tissue, picture.size, per_level0)
     weight = max(1, round(max(picture.size) / 530))
     inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
-    picture.paste(_TISSUE, (0, 0), ImageChops.subtract(mask, inner))
-
-
-def _principal_components(
-    features: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N, 3) scores of the first three components in [-1, 1]; (3,) shares of the variance."""
-    if len(features) == 0:
-        return np.zeros((0, 3)), np.zeros(3)
-    centred = features - features.mean(0)
-    variances, axes = np.linalg.eigh(centred.T @ centred)
-    variances, axes = variances[::-1][:3].clip(0), axes[:, ::-1][:, :3]
-    # The sign of a component is arbitrary: without a rule, a picture could change with the CPU.
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    scores = centred @ axes
-    low, high = np.percentile(scores, (2, 98), axis=0)
-    varies = high - low > 1e-9
-    unit = 2 * (scores - low) / np.where(varies, high - low, 1) - 1
-    scores = np.where(varies, unit.clip(-1, 1), 0)
-    missing = 3 - scores.shape[1]
-    total = max(float((centred**2).sum()), 1e-300)
-    return np.pad(scores, ((0, 0), (0, missing))), np.pad(variances, (0, missing)) / total
-
-
-def _component_colours(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """uint8 (N, 3) sRGB of (N, 3) scores: CIELAB's b, L and a (D65; IEC 61966-2-1)."""
-    blue_yellow, lightness, green_magenta = scores.T
-    y = (65 + 20 * lightness + 16) / 116
-    f = np.stack([y + 45 * green_magenta / 500, y, y - 55 * blue_yellow / 200], axis=1)
-    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
-    linear = (xyz * (0.95047, 1.0, 1.08883)) @ _RGB_OF_XYZ.T
-    linear = linear.clip(0, 1)
-    srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
-    return np.asarray(np.rint(srgb * 255), np.uint8)
+    picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))

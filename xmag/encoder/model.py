@@ -20,6 +20,8 @@ from xmag.files import write_text
 from xmag.geometry import TileSpec
 from xmag.hub.registry import FORMAT, ModelConfig
 from xmag.hub.weights import write_tensors
+from xmag.notebook import Rows, Shown
+from xmag.urls import base_name
 from xmag.vit import ViT
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class _TileForward(Normalised):
         return self.vit(images, self.positions)  # type: ignore[no-any-return]
 
 
-class Encoder:
+class Encoder(Shown):
     """A loaded model: uint8 tiles in, embeddings out. Immutable, and usable from many threads.
 
     Takes `vit` over: moves it, puts it into eval mode and freezes it. Made by `load_model`.
@@ -162,7 +164,16 @@ class Encoder:
         return self._forward.vit  # type: ignore[return-value] # of the _TileForward
 
     def __repr__(self) -> str:
-        return f"Encoder({self._provenance.get('name')!r}, {self._device}, {self._dtype})"
+        name, spec = base_name(self._provenance.get("name")), self.tile_spec
+        tiles = f"tiles of {spec.size_px} px at {spec.mpp:g} µm/px"
+        dtype = str(self._dtype).removeprefix("torch.")
+        return f"<Encoder {name!r}: {tiles}, {self.embed_dim} features; {self._device}, {dtype}>"
+
+    def _rows(self) -> Rows:
+        about = self._provenance
+        facts = {name: about.get(name) for name in ("terms", "revision", "weights_sha256")}
+        known = [[name, str(value)] for name, value in facts.items() if value]
+        return [["provenance", ""], *known] if known else []
 
     def embed(self, tiles: Tiles) -> Tensor:
         """The embeddings of tiles: float32 (B, D) on the encoder's device.

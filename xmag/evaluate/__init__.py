@@ -57,3 +57,7 @@ def __getattr__(name: str) -> Any:
     if name in ("ComparedModel", "Comparison", "compare"):
         return getattr(import_module("xmag.evaluate.comparison"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from xmag import files, records
 from xmag.cohort import CohortReport, extract_cohort
 from xmag.cohort.jobs import Job, folder_of, jobs_of
+from xmag.draw.page import as_cells, document, table, write_page
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.end_to_end import EndToEnd, can_be_finetuned, check_end_to_end
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, cost_figure
-from xmag.evaluate.report import Report, markdown
+from xmag.evaluate.report import HEADLINES, Report, markdown
 from xmag.evaluate.results import Estimate, Result, difference, shown
 from xmag.evaluate.tasks import name_of, task_of
 from xmag.evaluate.validation import cross_validate, external
@@ -36,6 +37,8 @@ from xmag.extract import resolve_encoder
 from xmag.finetune import Settings
 from xmag.metrics.bootstrap import TASKS
 from xmag.mil import MILClassifier
+from xmag.notebook import Shown
+from xmag.urls import Url, place_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,12 +48,6 @@ Cohort = tuple[Any, ...]
 
 INTERNAL = "internal"
 FROZEN, END_TO_END = "frozen", "end to end"
-_METRICS = {
-    "classification": "auroc_ovr",
-    "multilabel": "auroc",
-    "regression": "r2",
-    "survival": "harrell_c",
-}
 _FORMAT = records.Format(
     name="xmag.Comparison", version=1, writer="Comparison.save", remedy="compare again"
 )
@@ -92,8 +89,8 @@ class ComparedModel:
         return self.model if self.training == FROZEN else f"{self.model}, {self.training}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Comparison(Shown):
     """Models compared on one cohort; ``print(comparison)`` shows the table.
 
     Attributes:
@@ -112,8 +109,15 @@ class Comparison:
     def __str__(self) -> str:
         return self.to_markdown()
 
+    def __repr__(self) -> str:
+        found = [f"{one.label} {shown(one.estimates[INTERNAL].value)}" for one in self.models]
+        return f"<Comparison of {len(found)} models, {self.title}: {', '.join(found)}>"
+
     def to_markdown(self) -> str:
         """The table: models, their costs, and the metric with its interval in each cohort."""
+        return markdown(self._rows())
+
+    def _rows(self) -> list[list[str]]:
         first = self.models[0]
         head = ["model", "µm/px", "parameters", "tiles a slide", "GFLOP a slide"]
         head += ["slides a minute", "MB a slide"]
@@ -127,7 +131,7 @@ class Comparison:
             for cohort, estimate in one.estimates.items():
                 cells += [str(estimate), "" if one is first else str(one.differences[cohort])]
             rows.append(cells)
-        return markdown(rows)
+        return rows
 
     def to_csv(self) -> str:
         """The same as CSV text, with the numbers as they are."""
@@ -152,6 +156,14 @@ class Comparison:
     def figure(self) -> "Figure":
         """Figure of the metric against GFLOP a slide; MissingExtraError without matplotlib."""
         return cost_figure(self)
+
+    def to_html(self, path: str | os.PathLike[str] | Url) -> None:
+        """Write table and picture as one HTML file; see `Report.to_html`."""
+        head, *rows = self._rows()
+        figures = {f"{self.title} against the cost of a slide": as_png(self.figure())}
+        tables = [table(head, as_cells(rows))]
+        title = f"Comparison of {len(self.models)} models"
+        write_page(place_of(path), document(title=title, tables=tables, figures=figures))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``compare.csv``, ``.md``, ``.png`` and ``.json`` to `folder`, which is made."""
@@ -244,7 +256,7 @@ def compare(
         )
     estimator = MILClassifier(random_state=random_state) if estimator is None else estimator
     task = task_of(estimator, cohort[1])
-    metric = _METRICS[task.name] if metric is None else metric
+    metric = HEADLINES[task.name] if metric is None else metric
     if metric not in TASKS[task.name] or TASKS[task.name][metric].is_test:
         raise InputError(f"metric is {metric!r}; expected one of {list(TASKS[task.name])}")
     if finetune is not False:

@@ -34,7 +34,7 @@ class Split:
     repeat: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Folds:
     """Cross-validation splits of a cohort of `samples` cases.
 
@@ -77,6 +77,9 @@ class Folds:
 
     def __len__(self) -> int:
         return len(self.splits)
+
+    def __repr__(self) -> str:
+        return f"<Folds: {len(self)} splits of {self.samples:,} cases>"
 
     @classmethod
     def stratified(

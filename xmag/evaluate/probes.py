@@ -97,6 +97,10 @@ class _Probe(ABC):
     classes_: NDArray[Any]
     n_features_in_: int
 
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items())
+        return f"{type(self).__name__}({params})"
+
     @abstractmethod
     def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         """Fit to embeddings (n, D) and the indices of their classes (n,)."""

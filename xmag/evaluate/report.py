@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xmag import files, records
+from xmag.draw.page import as_cells, document, interval_bar, table, write_page
 from xmag.errors import InputError
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import (
@@ -22,6 +23,8 @@ from xmag.evaluate.pictures import (
 )
 from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval, shown_p
 from xmag.metrics.bootstrap import TASKS, Interval
+from xmag.notebook import Shown
+from xmag.urls import Url, place_of
 
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +49,13 @@ _FORMAT = records.Format(
     migrations={1: _from_version_1},
 )
 _JSON_NAME = "report.json"
+HEADLINES = {
+    "classification": "auroc_ovr",
+    "multilabel": "auroc",
+    "regression": "r2",
+    "survival": "harrell_c",
+}
+"""The metric of each task that stands for all others where there is room for one."""
 _FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
     "classification": {
         "roc.png": roc_figure,
@@ -57,10 +67,17 @@ _FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
     "survival": {"kaplan-meier.png": kaplan_meier_figure},
 }
 """The pictures of each task, by the names of their files."""
+_SHOWS = {
+    "roc.png": "ROC curves",
+    "confusion.png": "Confusion matrix",
+    "calibration.png": "Calibration curves",
+    "scatter.png": "Predicted against true numbers",
+    "kaplan-meier.png": "Kaplan-Meier curves of the risk groups",
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Report(Shown):
     """Report of an evaluation: results, metrics, settings. ``print(report)`` shows its table.
 
     Two reports can be compared with ``==``.
@@ -83,7 +100,27 @@ class Report:
     folds: Folds | None = None
     settings: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        name = HEADLINES[self.task]
+        several = len(self.results) > 1
+        found = [
+            f"{f'{r.tested_on} ' if several else ''}{self._cell(r, name)}" for r in self.results
+        ]
+        return f"<Report of {self.title}: {self._title(name)} {', '.join(found)}>"
+
     def __str__(self) -> str:
+        tables = map(markdown, self._tables())
+        return "\n".join([self.title, "", "\n\n".join(tables), "", *self._notes()])
+
+    def _tables(self) -> list[list[list[str]]]:
+        """The table of all metrics, and those of each label or target."""
+        tables = [self._rows()]
+        if self.task in ("multilabel", "regression"):
+            tables += [rows for rows in map(self._of_each, self.results) if rows]
+        return tables
+
+    def _notes(self) -> list[str]:
+        """Sentences on cases, intervals, and metrics that are not defined."""
         notes = [
             f"{self._percent} intervals: percentiles of {self.sampling.resamples:,} bootstrap draws"
             " of patients.",
@@ -107,10 +144,7 @@ class Report:
                 "The log-rank test takes each case for a patient of its own; for an honest p, give"
                 " one case for each patient."
             )
-        tables = [self.table()]
-        if self.task in ("multilabel", "regression"):
-            tables += [markdown(rows) for rows in map(self._of_each, self.results) if rows]
-        return "\n".join([self.title, "", "\n\n".join(tables), "", *dict.fromkeys(notes)])
+        return list(dict.fromkeys(notes))
 
     @property
     def task(self) -> str:
@@ -147,6 +181,10 @@ class Report:
         """
         if metric is not None:
             return self._cross_table(metric)
+        return markdown(self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        """The table of all metrics, the first row its head."""
         # With two classes, one AUROC, as both are equal.
         names = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
         titles = [self._title(name) for name in names]
@@ -155,7 +193,7 @@ class Report:
             for title, name in zip(titles, names, strict=True):
                 interval = self.results[0].estimates[name].interval
                 rows.append([title, self._value(self.results[0], name), shown_interval(interval)])
-            return markdown(rows)
+            return rows
         rows = [["trained on", "tested on", "cases", "patients", *titles]]
         for result in self.results:
             own = " (cross-validated)" if result.trained_on == result.tested_on else ""
@@ -164,7 +202,7 @@ class Report:
             rows.append([result.trained_on, f"{result.tested_on}{own}", *sizes, *values])
         if not any(result.trained_on for result in self.results):
             rows = [row[1:] for row in rows]
-        return markdown(rows)
+        return rows
 
     def to_json(self) -> str:
         """The whole report as JSON; `from_json` restores an equal one.
@@ -202,6 +240,38 @@ class Report:
         for name, data in pictures.items():
             files.write_bytes(Path(folder) / name, data)
         files.write_text(Path(folder) / _JSON_NAME, text)
+
+    def to_html(self, path: str | os.PathLike[str] | Url) -> None:
+        """Write the report as one HTML file, which a browser shows without server or network.
+
+        It has the tables, which sort by their columns, the pictures of `save`, and the settings.
+        Raises OutputError where it cannot be written, or would replace a file that xmag did not
+        write, and MissingExtraError without matplotlib.
+        """
+        first, *others = self._tables()
+        rows = as_cells(first[1:])
+        if len(self.results) == 1:
+            names = {self._title(name): name for name in self._metrics}
+            first[0].append("0 to 1")
+            for row, (title, *_) in zip(rows, first[1:], strict=True):
+                estimate = self.results[0].estimates[names[title]]
+                row.append(_drawn(estimate))
+        write_page(
+            place_of(path),
+            document(
+                title="Evaluation",
+                lead=self.title,
+                tables=[
+                    table(first[0], rows),
+                    *(table(each[0], as_cells(each[1:])) for each in others),
+                ],
+                notes=self._notes(),
+                figures={
+                    _SHOWS[name]: as_png(draw(self)) for name, draw in _FIGURES[self.task].items()
+                },
+                settings=self.settings,
+            ),
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Report":
@@ -256,6 +326,14 @@ class Report:
         rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
         rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
         return markdown(rows)
+
+
+def _drawn(estimate: Estimate) -> str:
+    """A picture of an estimate and its interval, where both lie between 0 and 1."""
+    value, interval = estimate.value, estimate.interval
+    if value is None or interval is None or not 0 <= interval.low <= interval.high <= 1:
+        return ""
+    return interval_bar(value, interval.low, interval.high)
 
 
 def markdown(rows: list[list[str]]) -> str:

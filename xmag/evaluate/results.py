@@ -83,7 +83,7 @@ class Sampling:
             raise InputError(f"random_state is {self.random_state!r}; expected an int from 0 on")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Result:
     """Predictions and metrics of a cross-validation, or of one model on one cohort.
 
@@ -134,6 +134,10 @@ class Result:
     def __post_init__(self) -> None:
         for array in (getattr(self, name) for name in ARRAYS):
             array.flags.writeable = False
+
+    def __repr__(self) -> str:
+        cohort = f", tested on {self.tested_on}" if self.tested_on else ""
+        return f"<Result of {self.task}{cohort}: {self.cases:,} cases>"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Result):

@@ -19,3 +19,7 @@ __all__ = [
     "finetune_slides",
     "stored_tiles",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -28,7 +28,7 @@ _NEUTRAL = ("chunk_tiles", "checkpoint_steps")
 """Settings that do not change what is computed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FinetuneResult:
     """A fine-tuned encoder and the classifier that was trained with it.
 
@@ -46,6 +46,10 @@ class FinetuneResult:
     history: tuple[Epoch, ...]
     best_epoch: int | None
     exact_encoder: Encoder
+
+    def __repr__(self) -> str:
+        best = "" if self.best_epoch is None else f", best {self.best_epoch}"
+        return f"<FinetuneResult of {len(self.history)} epochs{best}: {self.encoder!r}>"
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save to a folder that both ``load_model`` and ``MILClassifier.load`` read.

@@ -28,8 +28,10 @@ from xmag.finetune.tilestore import (
 from xmag.finetune.trainer import Trainer
 from xmag.hub.registry import DEFAULT_MODEL
 from xmag.mil import aggregator as make_aggregator
+from xmag.progress import ProgressOption, tell
 from xmag.training import Ranks, joined_ranks, warn_of_early_best
 from xmag.training.splits import read_validation
+from xmag.urls import base_name
 
 Slides = Sequence[SlideLike | TileStore]
 Labels = Sequence[Any]
@@ -49,7 +51,7 @@ def finetune_slides(
     checkpoint: str | os.PathLike[str] | None = None,
     random_state: int = 0,
     device: str | torch.device = "auto",
-    progress: bool | None = None,
+    progress: ProgressOption = None,
 ) -> FinetuneResult:
     """Fine-tune an encoder and an aggregator end to end, on slides and slide-level labels.
 
@@ -73,7 +75,8 @@ def finetune_slides(
         random_state: Decides all draws: split, order, augmentation, dropout, fresh weights.
         device: "auto" takes CUDA, then MPS, then the CPU; started by torchrun, each process takes
             its own GPU. An `Encoder` is trained on its own device where this is "auto".
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
 
     Returns:
         The encoder, the classifier, and the history.
@@ -95,9 +98,14 @@ def finetune_slides(
     found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
     with joined_ranks() as ranks:
         check_processes(settings, ranks)
+        shown = progress if ranks.leads else False
+        if not isinstance(model, Encoder):
+            tell(shown, f"loading {base_name(DEFAULT_MODEL if model is None else model)}")
         encoder = _parent(model)
         where = _device(device, model, ranks)
-        sources = plan_slides([*slides, *others], spec=encoder.tile_spec, options=options)
+        sources = plan_slides(
+            [*slides, *others], spec=encoder.tile_spec, options=options, progress=shown
+        )
         cohort = make_cohort(
             sources, found, share=share, class_weight=settings.class_weight, seed=seed
         )
@@ -109,7 +117,6 @@ def finetune_slides(
             cohort, network, settings=settings, options=options, mode=mode, seed=seed
         )
         identity = identity_of(lineage, cohort, encoder, network, ranks=ranks.world)
-        shown = progress if ranks.leads else False
         own = cohort.shard(ranks.rank, ranks.world)
         with decoded([sources[i] for i in own], options=options, progress=shown) as stores:
             trainer = Trainer(

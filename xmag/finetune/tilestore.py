@@ -22,7 +22,7 @@ from xmag.files import atomic_path
 from xmag.geometry import TileSpec
 from xmag.grid import Border
 from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar
 from xmag.slide import Slide
 from xmag.tiles import Tiles, read_tiles
 from xmag.tissue import find_tissue
@@ -146,7 +146,7 @@ def stored_tiles(
     *,
     spec: TileSpec,
     options: TileOptions | None = None,
-    progress: bool | None = None,
+    progress: ProgressOption = None,
 ) -> Iterator[list[TileStore]]:
     """A context with the TileStore of each slide, to share decoded tiles between runs.
 
@@ -157,7 +157,8 @@ def stored_tiles(
         slides: Paths, or open slides.
         spec: The tiles that the model wants, ``encoder.tile_spec``.
         options: The selection of tiles, and their storage.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
 
     Raises:
         InputError: Slides without tiles; all of them are named.
@@ -165,27 +166,27 @@ def stored_tiles(
         OutputError: There is no room for the tiles.
     """
     options = options or TileOptions()
-    planned = plan_slides(slides, spec=spec, options=options)
+    planned = plan_slides(slides, spec=spec, options=options, progress=progress)
     with decoded(planned, options=options, progress=progress) as stores:
         yield stores
 
 
 def plan_slides(
-    slides: Sequence[SlideLike | TileStore], *, spec: TileSpec, options: TileOptions
+    slides: Sequence[SlideLike | TileStore],
+    *,
+    spec: TileSpec,
+    options: TileOptions,
+    progress: ProgressOption = False,
 ) -> list[Source]:
     """The plan of each slide that is no TileStore already, before anything is decoded.
 
     Raises what `stored_tiles` does, and InputError for stores of tiles of another size.
     """
     sources: list[Source] = []
-    for slide in slides:
-        if isinstance(slide, TileStore) and slide.tiles.shape[1] != spec.size_px:
-            raise InputError(
-                f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
-                f" wants {spec.size_px} px; make them with stored_tiles(slides,"
-                " spec=encoder.tile_spec)"
-            )
-        sources.append(slide if isinstance(slide, TileStore) else _planned(slide, spec, options))
+    with progress_bar(progress, total=len(slides), desc="planning", unit="slide") as bar:
+        for slide in slides:
+            sources.append(_source(slide, spec, options))
+            bar.update()
     if empty := [s for s in sources if isinstance(s, PlannedSlide) and not len(s.plan)]:
         raise _without_tiles([f"{entry.name!r} ({_why(entry.plan)})" for entry in empty])
     return sources
@@ -193,7 +194,7 @@ def plan_slides(
 
 @contextmanager
 def decoded(
-    sources: Sequence[Source], *, options: TileOptions, progress: bool | None
+    sources: Sequence[Source], *, options: TileOptions, progress: ProgressOption
 ) -> Iterator[list[TileStore]]:
     """A context with the decoded tiles (TileStore) of each source."""
     planned = {i: s for i, s in enumerate(sources) if isinstance(s, PlannedSlide)}
@@ -217,6 +218,18 @@ def decoded(
             else TileStore(tiles[i], s.name, s.plan.coords, s.identity, s.options)
             for i, s in enumerate(sources)
         ]
+
+
+def _source(slide: SlideLike | TileStore, spec: TileSpec, options: TileOptions) -> Source:
+    if not isinstance(slide, TileStore):
+        return _planned(slide, spec, options)
+    if slide.tiles.shape[1] != spec.size_px:
+        raise InputError(
+            f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
+            f" wants {spec.size_px} px; make them with stored_tiles(slides,"
+            " spec=encoder.tile_spec)"
+        )
+    return slide
 
 
 def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:

@@ -21,6 +21,7 @@ from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import training_loss
 from xmag.mil.heads import class_metrics
+from xmag.progress import ProgressOption
 from xmag.training import Ema, Loop, Progress, Ranks, Schedule, with_less_memory
 from xmag.training.augmentation import draw
 
@@ -99,7 +100,7 @@ class Trainer(Loop[list[list[int]]]):
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def train(
-        self, path: Path | None, identity: Mapping[str, Any], *, progress: bool | None
+        self, path: Path | None, identity: Mapping[str, Any], *, progress: ProgressOption
     ) -> Network:
         """Train to the end, from the checkpoint at `path` if there is one; the trained network.
 

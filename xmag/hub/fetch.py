@@ -11,6 +11,7 @@ from pathlib import Path
 from xmag.errors import HubError, InputError, WeightsError
 from xmag.files import refuse_special
 from xmag.hub.registry import MINI, MINI_WEIGHTS, find_known
+from xmag.progress import tell
 from xmag.urls import shown
 
 _logger = logging.getLogger("xmag.hub")
@@ -187,6 +188,7 @@ def _fetched(
     known = find_known(name)
     terms = known.terms if known else "not known to xmag; read its page"
     _logger.warning("fetching %s; terms of use: %s", page, terms)
+    tell(None, f"fetching {page}; terms of use: {terms}")
     # The weights come last: a snapshot that has them is whole. The first file is asked for by the
     # name of the revision, which huggingface_hub then remembers; the next by its commit.
     folder = cache

@@ -60,3 +60,7 @@ __all__ = [
     "uno_c",
     "weighted_f1",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class RocCurve:
     """ROC curve: its points from (0, 0) to (1, 1), one for each different score.
 
@@ -27,6 +27,9 @@ class RocCurve:
     fpr: Floats
     tpr: Floats
     thresholds: Floats
+
+    def __repr__(self) -> str:
+        return f"<RocCurve of {len(self.fpr):,} points>"
 
 
 def roc_curve(

@@ -35,7 +35,7 @@ class Survival:
         return len(self.time)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class KaplanMeier:
     """Kaplan-Meier estimate: the share of cases without an event, as a step function of time.
 
@@ -52,6 +52,10 @@ class KaplanMeier:
     low: Floats
     high: Floats
     at_risk: _Ints
+
+    def __repr__(self) -> str:
+        ends = f": {self.survival[-1]:.3g} at {self.times[-1]:g}" if len(self.times) else ""
+        return f"<KaplanMeier of {len(self.times):,} times{ends}>"
 
     def at(self, time: ArrayLike) -> Floats:
         """The share without an event at any times; 1 before the first."""

@@ -23,3 +23,7 @@ __all__ = [
     "load_estimator",
     "training_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

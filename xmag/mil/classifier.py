@@ -94,7 +94,8 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         device: "auto" takes CUDA or MPS where there is one.
         dtype: Compute dtype of training: "auto" is bfloat16 or float16 on CUDA, else float32.
             Weights stay in float32, and so do predictions.
-        progress: Show a bar on stderr; None does on a terminal and in a notebook.
+        progress: Show a bar on stderr; None does on a terminal and in a notebook. A function is
+            called with each `xmag.progress.ProgressEvent` instead.
         random_state: An int makes fits repeat themselves on the same machine.
 
     Attributes:

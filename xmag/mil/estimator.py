@@ -34,6 +34,7 @@ from xmag.mil.params import Estimator, seed_of
 from xmag.mil.pooling import Attention
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
 from xmag.mil.trainer import BagTrainer, Epoch, Settings
+from xmag.progress import ProgressOption
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
 from xmag.training.splits import held_out, read_validation, warn_without_groups
@@ -60,7 +61,7 @@ class MILEstimator(Estimator, Generic[H]):
     fusion: Fusion = "early"
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
-    progress: bool | None = None
+    progress: ProgressOption = None
     random_state: int | np.random.RandomState | np.random.Generator | None = None
 
     n_features_in_: int = field(init=False)

@@ -6,12 +6,14 @@ https://scikit-learn.org/stable/developers/develop.html.
 
 import copy
 import inspect
+import reprlib
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from xmag.errors import InputError
+from xmag.notebook import Rows, Shown
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
@@ -21,7 +23,7 @@ _NOT_SAVED = ("aggregator", "aggregator_options", "device")
 _UNCHANGED = "$UNCHANGED$"  # scikit-learn's own word for it, sklearn.utils.metadata_routing
 
 
-class Estimator:
+class Estimator(Shown):
     """scikit-learn's interface: get_params and set_params by the constructor, and routing."""
 
     @classmethod
@@ -53,9 +55,18 @@ class Estimator:
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def _rows(self) -> Rows:
+        params = [[name, _shown(value)] for name, value in self.get_params().items()]
+        names = [n for n in dir(self) if n.endswith("_") and not n.startswith("_")]
+        learned = [[n, _shown(getattr(self, n))] for n in names if hasattr(self, n)]
+        title = "fitted" if learned else "not fitted yet"
+        return [["parameter", "value"], *params, [title, ""], *learned]
+
     def _params_to_json(self) -> dict[str, Any]:
         """The parameters as JSON has them, but for those that are saved otherwise or not at all."""
         params = {k: _plain(v) for k, v in self.get_params().items() if k not in _NOT_SAVED}
+        if callable(params["progress"]):  # a function of the program's own
+            params["progress"] = None
         if not isinstance(params["random_state"], int):
             params["random_state"] = None  # a generator: where it stood is not known any more
         return params
@@ -140,3 +151,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _shown(value: Any) -> str:
+    """A parameter, or what was learned, in a few words."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"{len(value)} epochs"
+    return reprlib.repr(value.tolist() if isinstance(value, np.ndarray) else value)

@@ -32,7 +32,7 @@ class MILOutput:
     pooled: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Attention:
     """Attention weights of the tiles of a bag; row i belongs to tile i of the bag.
 
@@ -40,7 +40,8 @@ class Attention:
         scores: float32 (N,), not negative; they sum to 1 over a bag that has tiles.
         coords: int64 (N, 2), top-left corner of each tile, level-0 px; None for a bag without.
         kind: "softmax" for learned weights of a mean (ABMIL, CLAM-SB), "nystrom" for what
-            TransMIL's class token attends to, "custom" for an aggregator that says nothing.
+            TransMIL's class token attends to, "custom" for an aggregator that says nothing. Any
+            other is a name of your own, by which the legends of pictures call the scores.
         tiles: Size and scale of the tiles; None where the bag does not know.
     """
 
@@ -51,6 +52,11 @@ class Attention:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        ends = f", from {self.scores.min():.3g} to {self.scores.max():.3g}" if len(self) else ""
+        places = "" if self.coords is not None else ", without places"
+        return f"<Attention of {len(self):,} tiles, {self.kind}{ends}{places}>"
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:

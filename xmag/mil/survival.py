@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 _LEAST_EVENTS = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SurvivalFunction:
     """A predicted share without an event, as a step function of time, like scikit-survival's.
 
@@ -37,6 +37,9 @@ class SurvivalFunction:
 
     x: Floats
     y: Floats
+
+    def __repr__(self) -> str:
+        return f"<SurvivalFunction: {self.y[-1]:.3g} at {self.x[-1]:g}, {len(self.x):,} steps>"
 
     @property
     def domain(self) -> tuple[float, float]:

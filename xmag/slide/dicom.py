@@ -34,7 +34,7 @@ _BESIDE = {"LABEL": "label", "OVERVIEW": "macro", "THUMBNAIL": "thumbnail"}
 """Names of images beside the scan, by their kind."""
 SERIES = "SeriesInstanceUID"
 _SCAN = (SERIES, "FrameOfReferenceUID", "PyramidUID")
-"""What the instances of one scan share."""
+"""Attributes that the instances of one scan share."""
 
 _RAW, _J2K = 1, codecs.JPEG_2000[-1]
 RAW_SYNTAX, JPEG_SYNTAX, J2K_SYNTAX = (f"1.2.840.10008.1.2.{end}" for end in ("1", "4.50", "4.90"))

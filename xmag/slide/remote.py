@@ -145,7 +145,9 @@ class RemoteFolder:
                 ends = [most] * len(urls)
                 found = self._store.cat_ranges(paths, zeros, ends, on_error="return")
             for chunk in found:
-                if isinstance(chunk, BaseException) and not _is_missing(chunk):
+                # Of a zip file, older versions of fsspec give the KeyError of zipfile.
+                in_zip = self.url.scheme == "zip" and isinstance(chunk, KeyError)
+                if isinstance(chunk, BaseException) and not (in_zip or _is_missing(chunk)):
                     raise chunk
         files = [None if isinstance(chunk, BaseException) else bytes(chunk) for chunk in found]
         with self._lock:

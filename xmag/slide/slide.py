@@ -1,10 +1,11 @@
 """A slide: its size, its scale, its pixels; the reader for it is chosen by its first bytes."""
 
+import math
 import operator
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -21,6 +22,7 @@ from xmag.errors import (
 )
 from xmag.files import refuse_special
 from xmag.geometry import ReadScale, TileSpec, choose_scale
+from xmag.notebook import PICTURE_PX, Shown
 from xmag.provenance import content_fingerprint, file_fingerprint
 from xmag.slide import dicom_files, dicomweb, openslide
 from xmag.slide.dicom import DicomReader
@@ -49,6 +51,8 @@ _SLIDE_SUFFIXES = openslide.SUFFIXES | {
     ".zarr",
 }
 _ROUNDING = 1e-6
+_SHOWN_PX = 100_000_000
+"""Px of the coarsest level up to which a notebook shows a thumbnail: about a second's work."""
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
@@ -69,10 +73,10 @@ class SlideFacts:
     mpp: float | None
     mpp_source: str
     fingerprint: Mapping[str, Any] | None
-    version: str | None = None
+    version: str | None = field(default=None, repr=False)
 
 
-class Slide:
+class Slide(Shown):
     """A view of a slide file: it reads pixels and knows their scale, and nothing else.
 
     Coordinates are level-0 px from the top-left corner of the full canvas, as in OpenSlide. A
@@ -327,7 +331,14 @@ class Slide:
     def __repr__(self) -> str:
         width, height = self.dimensions
         scale = "unknown" if self._mpp is None else f"{self._mpp:.4g}"
-        return f"<Slide {self._name!r} {self.format} {width}x{height} px, {scale} µm/px>"
+        closed = ", closed" if self._closed else ""
+        return f"<Slide {self._name!r} {self.format} {width}x{height} px, {scale} µm/px{closed}>"
+
+    def _picture(self) -> Image.Image | None:
+        level = self._reader.levels[-1]
+        # Without a small level a thumbnail may take minutes, which nobody has asked for.
+        small = math.prod(level.size) <= _SHOWN_PX
+        return self.thumbnail(max_px=PICTURE_PX) if small and not self._closed else None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_reader": self.reader}

@@ -29,6 +29,7 @@ from xmag.slide.image import PNG_MAGIC, chunks_of_png
 from xmag.slide.integrity import check_zeros, damaged, jpeg_xl_size
 from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
+from xmag.slide.remote import RemoteSource
 from xmag.slide.tiff import TiffReader, tile_size
 
 _RGB = 2
@@ -242,9 +243,7 @@ class OpenFile:
 
     def file(self) -> Any:
         """A file object over it, with a position of its own."""
-        from xmag.slide.remote import _RangeFile
-
-        return _RangeFile(cast(Any, self))
+        return RemoteSource.file(cast(Any, self))
 
     def close(self) -> None:
         """Leave the file open: it is the caller's."""

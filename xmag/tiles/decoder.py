@@ -3,9 +3,11 @@
 The events are also what a decoding process and the one that started it say to each other.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -67,6 +69,7 @@ class DecodeJob:
     overlap: int
     min_tissue: float | None
     border: Border
+    roi: Path | None = None
     thumbnail_px: int | None = None
     earlier: Earlier | None = None
     damaged: Damaged = "error"
@@ -127,12 +130,15 @@ class Finished:
     """All that was wanted of the slide has been sent.
 
     `lost`, bool (N,), says which tiles of the plan were damaged and left out; None where none was.
-    `reading` is None where no tile was read.
+    `reading` is None where no tile was read. The seconds are those until the tiles were planned,
+    and those of decoding them; not those in which nobody took what was decoded.
     """
 
     number: int
     lost: NDArray[np.bool_] | None = None
     reading: Reading | None = None
+    planning_seconds: float = 0.0
+    reading_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,8 @@ def decode(
 def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
     lost = None
     readings: list[Reading] = []
+    planning = reading = 0.0
+    since = time.monotonic()
     with Slide(job.path, mpp=job.mpp, region=job.region) as slide:
         yield Opened(job.number, slide.facts)
         planned, earlier = None, job.earlier
@@ -194,6 +202,7 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
             small = _thumbnail(slide, plan.tissue, job.thumbnail_px) if wants_thumbnail else None
             # Computed here, where there are more of these than of the one that embeds and saves.
             _ = plan.uncovered_mm2
+            planning = time.monotonic() - since
             yield Planned(job.number, plan, small)
         if wants_tiles:
             lost = np.ones(len(plan), np.bool_)
@@ -201,12 +210,16 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
                 slide, plan, batch_size=batch_size, threads=threads, damaged=job.damaged,
                 note=readings.append,
             )  # fmt: skip
+            since = time.monotonic()
             with closing(batches):
                 for rows, tiles in batches:
                     lost[rows] = False
+                    reading += time.monotonic() - since
                     yield Decoded(job.number, tiles, _nothing)
+                    since = time.monotonic()
+            reading += time.monotonic() - since
     lost = lost if lost is not None and lost.any() else None
-    yield Finished(job.number, lost, readings[-1] if readings else None)
+    yield Finished(job.number, lost, readings[-1] if readings else None, planning, reading)
 
 
 def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
@@ -217,6 +230,7 @@ def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
         overlap=job.overlap,
         min_tissue=job.min_tissue,
         border=job.border,
+        roi=job.roi,
     )
 
 

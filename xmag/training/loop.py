@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xmag import records
-from xmag.progress import progress_bar
+from xmag.progress import ProgressOption, progress_bar
 from xmag.training.checkpoint import (
     Checkpoint,
     require_shared,
@@ -108,7 +108,7 @@ class Loop(ABC, Generic[Batch]):
             self.averaged.load_state_dict(self.best)
         return self.averaged.eval()
 
-    def run(self, progress: bool | None, **bar: Any) -> None:
+    def run(self, progress: ProgressOption, **bar: Any) -> None:
         """Train to the last epoch or to early stopping, with a progress bar as `bar` says."""
         self._started = time.perf_counter() - self.progress.seconds
         with progress_bar(progress, **bar) as self.bar:
