@@ -20,9 +20,9 @@ from xmag.distill.settings import Settings, TrainSettings
 from xmag.distill.teachers import OnlineFeatures, TeacherFeatures, check_teachers
 from xmag.distill.trainer import Stopwatch, ViewLoader, Views
 from xmag.errors import InputError
-from xmag.geometry import TileSpec
+from xmag.geometry import Resample, TileSpec
 from xmag.training import Ranks
-from xmag.training.augmentation import Augmentation
+from xmag.training.augmentation import NONE, Augmentation
 
 CPU = torch.device("cpu")
 PLACES = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
@@ -87,20 +87,24 @@ def kept(
     manifest: Manifest,
     *,
     low: bool = False,
+    kernel: Resample = "lanczos",
     teacher: RandomTeacher | None = None,
 ) -> FeatureCache:
     teacher = teacher or RandomTeacher(size_px=224)
-    source, settings = ArraySource(pixels), CacheSettings(low=low)
+    source, settings = ArraySource(pixels), CacheSettings(low=low, resample=kernel)
     return cache_features(folder, source, manifest, teacher, settings=settings, progress=False)
 
 
 def loader_of(
-    *teachers: TeacherFeatures, source: ArraySource, augmentation: Augmentation
+    *teachers: TeacherFeatures,
+    source: ArraySource,
+    augmentation: Augmentation,
+    kernel: Resample = "lanczos",
 ) -> ViewLoader:
     settings = Settings(augment=augmentation, train=TrainSettings(batch=3, views=2, seed=5))
     return ViewLoader(
-        source, teachers, TileSpec(), training=np.arange(3), settings=settings, ranks=Ranks(),
-        device=CPU,
+        source, teachers, TileSpec(resample=kernel), training=np.arange(3), settings=settings,
+        ranks=Ranks(), device=CPU,
     )  # fmt: skip
 
 
@@ -137,6 +141,33 @@ def test_kept_low_views_spare_the_slides(
         (found,) = loader.batches(0, 1, Stopwatch(CPU))
         assert torch.equal(found.low, expected.low)
         assert torch.equal(found.targets[0], expected.targets[0])
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_low_views_are_made_with_the_students_kernel(
+    tmp_path: Path, pixels: np.ndarray, manifest: Manifest, low: bool
+) -> None:
+    """Cached or not, they are what Pillow's reduce makes of the regions."""
+    with kept(tmp_path, pixels, manifest, low=low, kernel="area") as cache:
+        loader = loader_of(
+            CachedFeatures(cache=cache), source=ArraySource(pixels), augmentation=NONE,
+            kernel="area",
+        )  # fmt: skip
+        (plain,) = loader.plain(np.arange(3))
+        (found,) = loader.batches(0, 1, Stopwatch(CPU))
+    expected = np.stack([np.asarray(Image.fromarray(image).reduce(4)) for image in pixels])
+    order, _ = RegionSampler(np.arange(3), batch=3, seed=5).step(0)
+    assert np.array_equal(plain.low.numpy(), expected)
+    assert np.array_equal(found.low.numpy(), expected[[*order, *order]])
+
+
+def test_low_views_of_another_kernel_are_refused(
+    tmp_path: Path, pixels: np.ndarray, manifest: Manifest
+) -> None:
+    with kept(tmp_path, pixels, manifest, low=True) as cache:
+        teacher = CachedFeatures(cache=cache)
+        with pytest.raises(InputError, match=r"'lanczos', and the student's tiles with 'area'"):
+            loader_of(teacher, source=ArraySource(pixels), augmentation=NONE, kernel="area")
 
 
 def test_regions_without_features_leave_the_batch(

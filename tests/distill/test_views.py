@@ -13,6 +13,7 @@ from torch import Tensor
 from xmag.distill import views
 from xmag.distill.views import LOW_PX, REGION_PX, low_view, quarters, teacher_tiles
 from xmag.errors import InputError
+from xmag.slide.pixels import resample
 from xmag.training.augmentation import PAPER, Draws, augment, draw, map_tokens
 
 POSITIONS = [(flip, turns) for flip in (0, 1) for turns in range(4)]
@@ -47,6 +48,20 @@ def test_the_arithmetic_of_a_gpu_is_pillows_lanczos_in_every_bit(side: int) -> N
     images = extremes(side)[:, :, :, [2, 0, 1]]
     found = views._lanczos(torch.from_numpy(images))
     assert np.array_equal(found.numpy(), pillow(images))
+
+
+@pytest.mark.parametrize("side", [REGION_PX, 64, 20, 4])
+def test_the_area_view_is_what_a_tile_of_two_micrometres_is_read_as(side: int) -> None:
+    """Pillow's reduce, and the mean in whole numbers, halves rounded up."""
+    images = extremes(side)
+    found = low_view(torch.from_numpy(images), "area").numpy()
+    reduced = np.stack([np.asarray(Image.fromarray(image).reduce(4)) for image in images])
+    read = resample(images[0], (0, 0, side, side), (side // 4, side // 4), "area")
+    sums = images.astype(int).reshape(5, side // 4, 4, side // 4, 4, 3).sum((2, 4))
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, (sums + 8) // 16)
+    assert np.array_equal(found, reduced)
+    assert np.array_equal(found[0], read)
 
 
 def test_parts_of_weights_fit_tensorfloat_and_their_sums_float32() -> None:

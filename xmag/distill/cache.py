@@ -35,7 +35,7 @@ from xmag.distill.teachers import Teacher
 from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError
 from xmag.files import atomic_path, make_folder, write_text
-from xmag.geometry import TileSpec
+from xmag.geometry import Resample, TileSpec
 from xmag.progress import ProgressOption, progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
 from xmag.tiles import default_threads
@@ -63,24 +63,31 @@ _AHEAD = 3
 class CacheSettings:
     """Settings of a feature cache: with `low`, the low views of the regions are cached too.
 
-    They take 150 kB a region, and training then reads no slide. With `turned` the features of a
+    They take 150 kB a region, and training then reads no slide; `resample` is the kernel that they
+    are made with, which has to be the student's. With `turned` the features of a
     tile are the mean of those of its eight positions, four turns of it and of its mirror image:
     right for a student that is shown flips and turns, and eight times the work.
     """
 
     low: bool = False
     turned: bool = False
+    resample: Resample = "lanczos"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as the fingerprint of a cache has them, plain JSON values."""
         # The rest tells version 1, which had augmented features as well, that these are not.
         kept = {"kind": "plain", "variants": 1, "augmentation": None, "seed": None, "low": self.low}
-        return kept | ({"turned": True} if self.turned else {})
+        kept |= {"turned": True} if self.turned else {}
+        return kept | ({"resample": self.resample} if self.resample != "lanczos" else {})
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Self:
         """The settings that a fingerprint has."""
-        return cls(low=kept["low"], turned=kept.get("turned", False))
+        return cls(
+            low=kept["low"],
+            turned=kept.get("turned", False),
+            resample=kept.get("resample", "lanczos"),
+        )
 
 
 class FeatureCache:
@@ -234,6 +241,13 @@ class CachedFeatures:
                 f" cached features of {self.name} go with {LOW_PX} px at {LOW_MPP:g} µm/px;"
                 " expected a student of such tiles"
             )
+        kept = self.cache.settings
+        if kept.low and kept.resample != student.resample:
+            raise InputError(
+                f"the low views cached with the features of {self.name} are made with the kernel"
+                f" {kept.resample!r}, and the student's tiles with {student.resample!r}; expected"
+                " the same. Cache the features again, with the student's kernel as resample"
+            )
 
 
 def cache_features(
@@ -376,7 +390,8 @@ class _Writer:
                 f" {float(found.abs().max()):.3g}); check its weights, or scale its features down"
             )
         features = {"features": half.view(len(high), 1, _TILES, self.teacher.dim)}
-        return features | ({"low": low_view(high)} if self.settings.low else {})
+        settings = self.settings
+        return features | ({"low": low_view(high, settings.resample)} if settings.low else {})
 
     def _features(self, tiles: Tensor) -> Tensor:
         """The teacher's features of tiles, or the mean over their eight positions."""

@@ -357,7 +357,11 @@ class _ConfiguredRun:
             source,
             source.manifest,
             teacher,
-            settings=CacheSettings(low=wanted.keep_low, turned=wanted.keep == "turned"),
+            settings=CacheSettings(
+                low=wanted.keep_low,
+                turned=wanted.keep == "turned",
+                resample=self.config.student.resample,
+            ),
             device=device,
             progress=self.progress,
             ranks=self.ranks,
@@ -403,9 +407,14 @@ class _ConfiguredRun:
 
 def _student(wanted: StudentConfig) -> StudentStart:
     if wanted.weights is not None:
-        return pretrained_student(wanted.weights, config=wanted.config)
+        return pretrained_student(wanted.weights, config=wanted.config, resample=wanted.resample)
     assert wanted.config is not None
-    return fresh_student(wanted.config, layer_scale=wanted.layer_scale, seed=wanted.seed)
+    return fresh_student(
+        wanted.config,
+        layer_scale=wanted.layer_scale,
+        seed=wanted.seed,
+        resample=wanted.resample,
+    )
 
 
 def _about(manifest: Manifest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -13,6 +13,7 @@ from xmag import records
 from xmag.cores import usable_cores
 from xmag.distill.export import Card
 from xmag.errors import InputError
+from xmag.geometry import Resample
 from xmag.training import Augmentation
 from xmag.vit import ViTConfig
 
@@ -253,15 +254,18 @@ class StudentConfig:
 
     `weights` is a name or path that `load_model` takes, such as "facebook/dinov2-base". `config` is
     the name of an architecture or the fields of a ViTConfig; `layer_scale` and `seed` are those of
-    `fresh_student`, for a student without weights.
+    `fresh_student`, for a student without weights. `resample` is the kernel that its tiles are made
+    with, while it is trained and later: "lanczos" or "area".
     """
 
     weights: str | None = None
     config: str | ViTConfig | None = None
     layer_scale: float = 0.1
     seed: int = 0
+    resample: Resample = "lanczos"
 
     def __post_init__(self) -> None:
+        _require(self, ("resample",), lambda x: x in get_args(Resample), "'area' or 'lanczos'")
         if self.weights is None and self.config is None:
             raise InputError(
                 "student.weights and student.config are both missing; expected weights to begin"

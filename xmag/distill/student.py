@@ -12,6 +12,7 @@ from xmag.devices import Float32
 from xmag.distill.losses import Projection, block_means, summed
 from xmag.distill.views import LOW_MPP, SIDE
 from xmag.errors import InputError
+from xmag.geometry import Resample
 from xmag.hub import read_model
 from xmag.hub.registry import ModelConfig
 from xmag.vit import CONFIGS, ViT, ViTConfig, empty_vit
@@ -98,15 +99,20 @@ class Student(nn.Module):
 
 
 def fresh_student(
-    config: ModelConfig | ViTConfig | str, *, layer_scale: float = 0.1, seed: int = 0
+    config: ModelConfig | ViTConfig | str,
+    *,
+    layer_scale: float = 0.1,
+    seed: int = 0,
+    resample: Resample = "lanczos",
 ) -> StudentStart:
     """Randomly initialised student, reproducible by seed; torch's own generator is untouched.
 
     Matrices are drawn from a normal distribution of 0.02 cut at two of them, biases are 0, as
     DINOv2 begins; LayerScale begins at `layer_scale`, since DINOv2's 1e-5 keeps a ViT that is
-    trained from nothing close to a linear map for thousands of steps.
+    trained from nothing close to a linear map for thousands of steps. `resample` is the kernel that
+    its tiles are made with.
     """
-    model = student_config(config)
+    model = student_config(config, resample)
     if not 0 < layer_scale <= 1:
         raise InputError(f"layer_scale is {layer_scale!r}; expected a number in (0, 1]")
     with Float32():
@@ -131,20 +137,25 @@ def fresh_student(
 
 
 def pretrained_student(
-    name_or_path: str, *, config: ModelConfig | ViTConfig | str | None = None, **options: Any
+    name_or_path: str,
+    *,
+    config: ModelConfig | ViTConfig | str | None = None,
+    resample: Resample = "lanczos",
+    **options: Any,
 ) -> StudentStart:
     """Student initialised from a model that `load_model` reads, such as DINOv2.
 
-    `options` are revision, token, cache_dir and local_files_only, as for `load_model`. Raises
-    InputError where the model is for tiles of another scale than the student's 2.0 µm/px, and
-    HubError or WeightsError where it cannot be read.
+    `resample` is the kernel that its tiles are made with. `options` are revision, token, cache_dir
+    and local_files_only, as for `load_model`. Raises InputError where the model is for tiles of
+    another scale than the student's 2.0 µm/px, and HubError or WeightsError where it cannot be
+    read.
     """
     loaded = read_model(name_or_path, config=config, **options)
     if not isinstance(loaded.config, ModelConfig):
         raise InputError(
             f"the student {name_or_path} is a model that timm runs; expected a ViT that xmag runs"
         )
-    model = student_config(loaded.config)
+    model = student_config(loaded.config, resample)
     vit = empty_vit(model.vit)
     vit.load_state_dict(loaded.state, assign=True)
     known = ("name", "revision", "weights_sha256", "terms")
@@ -155,8 +166,10 @@ def pretrained_student(
     )
 
 
-def student_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
-    """ModelConfig of a student, whose tiles are at 2.0 µm/px, made with the Lanczos kernel.
+def student_config(
+    config: ModelConfig | ViTConfig | str, resample: Resample = "lanczos"
+) -> ModelConfig:
+    """ModelConfig of a student, whose tiles are at 2.0 µm/px, made with the kernel `resample`.
 
     Raises InputError for an unknown name and for a tile specification of another scale.
     """
@@ -176,8 +189,8 @@ def student_config(config: ModelConfig | ViTConfig | str) -> ModelConfig:
             " teacher's resolution. Start from other weights, or give a ModelConfig with"
             f" TileSpec(mpp={LOW_MPP:g}) if these may learn that scale"
         )
-    # The pixels it learns from are Lanczos resizes: what it is given later has to be as well.
-    return replace(config, tile_spec=replace(spec, resample="lanczos"))
+    # The kernel of the pixels it learns from: what it is given later has to be made with it too.
+    return replace(config, tile_spec=replace(spec, resample=resample))
 
 
 class SyncedBatchNorm(nn.Module):

@@ -140,6 +140,7 @@ class ViewLoader:
             )
         self.teachers, self.training, self.device = teachers, training, device
         self._settings, self._ranks = settings, ranks
+        self._kernel = spec.resample
         self._needs_pixels = any(teacher.needs_pixels for teacher in teachers)
         caches = [teacher.cache for teacher in teachers if isinstance(teacher, CachedFeatures)]
         lows = [LowViews(cache) for cache in caches if cache.settings.low]
@@ -185,7 +186,7 @@ class ViewLoader:
                 pixels = batch.pixels.to(self.device)
                 draws = draw(0, 0, batch.regions, 0, augmentation=NONE)
                 yield Views(
-                    low=pixels if self._reads_low else low_view(pixels),
+                    low=pixels if self._reads_low else low_view(pixels, self._kernel),
                     targets=[
                         teacher.targets(batch.regions, draws, pixels).to(self.device).float()
                         for teacher in self.teachers
@@ -207,7 +208,7 @@ class ViewLoader:
         train = self._settings.train
         with watch.part("low view and augment"):
             pixels = batch.pixels.to(self.device, non_blocking=True)
-            low = pixels if self._reads_low else low_view(pixels)
+            low = pixels if self._reads_low else low_view(pixels, self._kernel)
         lows: list[Tensor] = []
         targets: list[list[Tensor]] = [[] for _ in self.teachers]
         for view in range(train.views):

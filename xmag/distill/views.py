@@ -1,7 +1,8 @@
 """High and low view of a region: teacher tiles at 0.5 µm/px, and the student's tile at 2.0 µm/px.
 
-A region is `REGION_PX` wide at 0.5 µm/px, the high view. The low view is its Lanczos resize to
-`LOW_PX`: Pillow's, to the bit, on any device. Both are augmented by the same draw.
+A region is `REGION_PX` wide at 0.5 µm/px, the high view. The low view is its resize to `LOW_PX`:
+Pillow's Lanczos or the mean of 4 x 4 px, to the bit, on any device. Both are augmented by the same
+draw.
 """
 
 from functools import lru_cache
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from xmag.geometry import Resample
 from xmag.training.augmentation import checked_side
 
 HIGH_MPP, LOW_MPP = 0.5, 2.0
@@ -31,14 +33,17 @@ _PART = 16
 """Regions of a chunk in a resize on a GPU: enough to fill it, at 0.4 GB."""
 
 
-def low_view(high: Tensor) -> Tensor:
+def low_view(high: Tensor, kernel: Resample = "lanczos") -> Tensor:
     """Low views (2.0 µm/px) of regions at 0.5 µm/px: uint8 (B, S / 4, S / 4, 3).
 
     `high` is uint8 (B, S, S, 3) on any device, S a multiple of 4 and `REGION_PX` in training. The
     result is on the same device, and equals ``Image.resize(..., Image.Resampling.LANCZOS)`` in
-    every bit. Raises InputError for another shape or dtype.
+    every bit, or ``Image.reduce(4)`` with the `kernel` "area". Raises InputError for another shape
+    or dtype.
     """
     size = checked_side(high, SIDE)
+    if kernel == "area":
+        return _area(high)
     low = high.new_empty((len(high), size // SIDE, size // SIDE, 3))
     if high.device.type == "cpu":
         for image, into in zip(high.numpy(), low, strict=True):
@@ -72,6 +77,12 @@ def quarters(grid: Tensor, corners: Tensor) -> Tensor:
     below, right = (corner.to(grid.device) for corner in (corners // 2, corners % 2))
     result: Tensor = parts[rows, below, right]
     return result
+
+
+def _area(high: Tensor) -> Tensor:
+    """Means of 4 x 4 px, halves rounded up, as tiles are read with the kernel "area"."""
+    cells = high.unflatten(2, (-1, SIDE)).unflatten(1, (-1, SIDE))
+    return ((cells.sum((2, 4), dtype=torch.int32) + SIDE * SIDE // 2) >> 4).to(torch.uint8)
 
 
 def _lanczos(high: Tensor) -> Tensor:
