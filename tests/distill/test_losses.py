@@ -78,6 +78,15 @@ def test_both_losses_are_those_written_out(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_of_two_projections_the_loss_is_the_mean_of_both(distance: str) -> None:
+    both, teacher = vectors(5, 2, 7, seed=0), vectors(5, 16, 7, seed=2)
+    each = [float(global_loss(both[:, at], teacher, distance=distance)) for at in (0, 1)]
+    found = float(global_loss(both, teacher, distance=distance))
+    assert found == pytest.approx(sum(each) / 2)
+    assert abs(each[0] - each[1]) > 1e-3
+
+
 def test_the_default_distance_is_the_cosine() -> None:
     region, tiles, teacher = (
         vectors(3, 5, seed=0),

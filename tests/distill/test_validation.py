@@ -1,22 +1,25 @@
 """The cosines on regions held out, against NumPy, of the average and not of the student."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from support.distilling import STUDENT, TILE_PX, tiny_student
+from support.distilling import STUDENT, TILE_PX
 
 from xmag.distill.losses import block_means
 from xmag.distill.settings import Settings, TrainSettings
-from xmag.distill.student import Student
+from xmag.distill.student import Student, fresh_student
 from xmag.distill.trainer import Trainer, Views
+from xmag.hub.registry import ModelConfig
 from xmag.training import Ranks
 
 CPU = torch.device("cpu")
 
 
-def trainer() -> Trainer:
+def trainer(config: ModelConfig = STUDENT) -> Trainer:
     torch.manual_seed(0)
-    student = Student(tiny_student().vit, STUDENT, teacher_dims=[9])
+    student = Student(fresh_student(config).vit, config, teacher_dims=[9])
     run = Trainer(
         student, teachers={"t": 1.0}, settings=Settings(train=TrainSettings(batch=4)),
         total_steps=10, ranks=Ranks(), device=CPU,
@@ -61,6 +64,32 @@ def test_the_cosines_are_those_of_the_average_student(centred: bool) -> None:
         assert found[f"cosine/{level}/t"] == pytest.approx(expected, abs=1e-5)
         expected = mean_cosine(ours - ours.mean(0), theirs - theirs.mean(0))
         assert found[f"centred_cosine/{level}/t"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token+mean"])
+def test_the_global_level_is_of_what_the_embedding_is_made_of(pooling: str) -> None:
+    """Each part of the embedding has a head, and is compared with the one target of its region."""
+    config = replace(STUDENT, vit=replace(STUDENT.vit, registers=2, pooling=pooling))
+    run, given = trainer(config), held(70)
+    found = run.validate(given)
+
+    average = run.ema.module
+    mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in (STUDENT.mean, STUDENT.std))
+    parts = 2 if pooling == "token+mean" else 1
+    assert len(average.global_heads) == parts
+    with torch.no_grad():
+        embedding = average.vit.embed((given.low.permute(0, 3, 1, 2) / 255 - mean) / std)
+        ours = [
+            head(rows).double().numpy()
+            for head, rows in zip(average.global_heads, embedding.chunk(parts, 1), strict=True)
+        ]
+        projected = average(given.low)[0].region
+    assert projected.shape == ((70, 9) if parts == 1 else (70, 2, 9))
+    theirs = given.targets[0].double().numpy().mean(1)
+    expected = np.mean([mean_cosine(rows, theirs) for rows in ours])
+    assert found["cosine/global/t"] == pytest.approx(expected, abs=1e-5)
+    centred = [mean_cosine(rows - rows.mean(0), theirs - theirs.mean(0)) for rows in ours]
+    assert found["centred_cosine/global/t"] == pytest.approx(np.mean(centred), abs=1e-4)
 
 
 def test_a_student_that_says_the_same_of_all_has_no_centred_cosine() -> None:

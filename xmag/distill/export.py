@@ -18,6 +18,11 @@ from xmag.vit import ViT, empty_vit
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MADE_BY = "distillation.json"
+_POOLED = {
+    "token": "the class token",
+    "mean": "the mean of the patch tokens",
+    "token+mean": "the class token and the mean of the patch tokens",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ encoder = xmag.load_model("path/or/repository")
 | | |
 |---|---|
 | tiles | {spec.size_px} px at {spec.mpp:g} µm/px, resampled by `{spec.resample}` |
-| embedding | {vit.width}-d, the class token after the final norm |
+| embedding | {vit.embed_dim}-d, {_POOLED[vit.pooling]} after the final norm |
 | ViT | width {vit.width}, depth {vit.depth}, heads {vit.heads}, patch {vit.patch_px} px |
 | began from | {made_by["student"].get("name") or "random weights"} |
 | terms | {card.terms} |

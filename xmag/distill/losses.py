@@ -31,7 +31,10 @@ class Projection(NamedTuple):
     """Projections of B images by the heads of one teacher; None for a level not trained."""
 
     region: Tensor | None
-    """Class token through the global head, float32 (B, Dt)."""
+    """Class token or mean of patch tokens through the global head, float32 (B, Dt).
+
+    Both through heads of their own, (B, 2, Dt), where the student pools "token+mean".
+    """
     tiles: Tensor | None
     """Block means through the local head, float32 (B, 16, Dt)."""
 
@@ -56,7 +59,8 @@ def block_means(tokens: Tensor, blocks: int = SIDE) -> Tensor:
 def global_loss(projected: Tensor, teacher: Tensor, *, distance: str = "cosine") -> Tensor:
     """Global loss, a scalar: mean distance of regions to the means of 16 teacher vectors.
 
-    `projected` is (B, Dt), `teacher` (B, 16, Dt). For `distance` see `DISTANCES`.
+    `projected` is (B, Dt), or (B, 2, Dt) for the mean of two; `teacher` is (B, 16, Dt). For
+    `distance` see `DISTANCES`.
     """
     return global_distances(projected, teacher, distance).mean()
 
@@ -70,7 +74,13 @@ def local_loss(projected: Tensor, teacher: Tensor, *, distance: str = "cosine") 
 
 
 def global_distances(projected: Tensor, teacher: Tensor, distance: str) -> Tensor:
-    """Global distance of each region, (B,); "relational" compares with the regions of all ranks."""
+    """Global distance of each region, (B,); "relational" compares with the regions of all ranks.
+
+    Of two projections, (B, 2, Dt), it is the mean of their distances.
+    """
+    if projected.ndim == 3:
+        both = [global_distances(each, teacher, distance) for each in projected.unbind(1)]
+        return torch.stack(both).mean(0)
     target = teacher.mean(1)
     if distance == "relational":
         ours = _cosines(projected, gathered(projected))

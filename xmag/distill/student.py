@@ -31,10 +31,11 @@ class StudentStart:
 
 
 class Student(nn.Module):
-    """Student model: a ViT with a pair of heads for each teacher; uint8 images to projections.
+    """Student model: a ViT with heads for each teacher; uint8 images to projections.
 
-    `teacher_dims` are the widths of the teachers' features. A level that carries no weight in the
-    loss (`with_global`, `with_local`) has no heads.
+    `teacher_dims` are the widths of the teachers' features. Each teacher has a global head for what
+    the configuration pools, class token or mean of patch tokens (two for "token+mean"), and a local
+    one. A level that carries no weight in the loss (`with_global`, `with_local`) has no heads.
     """
 
     scale: Tensor
@@ -58,12 +59,15 @@ class Student(nn.Module):
                 " patch_px or size_px"
             )
         self.vit = vit
-        self._teachers = len(teacher_dims)
+        self._teachers, self._pooling = len(teacher_dims), config.vit.pooling
+        self._pooled = 2 if self._pooling == "token+mean" else 1
         self._patch_px, self._block_px = config.vit.patch_px, config.tile_spec.size_px // SIDE
         self._first_patch = 1 + config.vit.registers
         self.global_heads, self.local_heads = (
-            nn.ModuleList(ProjectionHead(config.vit.width, dim) for dim in teacher_dims if wanted)
-            for wanted in (with_global, with_local)
+            nn.ModuleList(
+                ProjectionHead(config.vit.width, dim) for dim in teacher_dims for _ in range(count)
+            )
+            for count in (self._pooled * with_global, int(with_local))
         )
         std, mean = (
             torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1)
@@ -85,17 +89,25 @@ class Student(nn.Module):
         images = low if len(low) else low.new_zeros((1, *low.shape[1:]))
         images = images.permute(0, 3, 1, 2) * self.scale + self.shift
         tokens = self.vit(images, self.vit.positions(grid))[: len(low)]
-        region = tokens[:, 0]
-        blocks = block_means(tokens[:, self._first_patch :], blocks_a_side)
+        patches = tokens[:, self._first_patch :]
+        pooled = {"token": tokens[:, :1], "mean": patches.mean(1, keepdim=True)}
+        regions = torch.cat([pooled[name] for name in self._pooling.split("+")], dim=1)
+        blocks = block_means(patches, blocks_a_side)
         return [
             Projection(
-                region=self.global_heads[i](region) if self.global_heads else None,
+                region=self._region(i, regions) if self.global_heads else None,
                 tiles=self.local_heads[i](blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
                 if self.local_heads
                 else None,
             )
             for i in range(self._teachers)
         ]
+
+    def _region(self, teacher: int, pooled: Tensor) -> Tensor:
+        """Pooled tokens (B, P, D) through the global heads of a teacher: (B, Dt), or (B, 2, Dt)."""
+        heads = self.global_heads[teacher * self._pooled :]
+        found = [head(rows) for head, rows in zip(heads, pooled.unbind(1), strict=False)]
+        return found[0] if len(found) == 1 else torch.stack(found, dim=1)
 
 
 def fresh_student(

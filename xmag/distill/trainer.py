@@ -413,17 +413,21 @@ class Trainer(Loop[int]):
                 found = [part[at][of_level] for part in parts]
                 if found[0] is None:
                     continue
-                ours = torch.cat(found).flatten(0, -2)
+                ours = torch.cat(found)
+                # Of a region there may be two vectors, and each is compared with its one target.
+                two = level == "global" and ours.ndim == 3
+                each = ours.unbind(1) if two else [ours.flatten(0, -2)]
                 theirs, centred = (
                     x.mean(1) if level == "global" else x.flatten(0, 1) for x in (shifted, target)
                 )
+                centred = centred - self._mean(centred)
                 pairs = {
-                    "cosine": (ours, theirs),
-                    "centred_cosine": (ours - self._mean(ours), centred - self._mean(centred)),
+                    "cosine": [(rows, theirs) for rows in each],
+                    "centred_cosine": [(rows - self._mean(rows), centred) for rows in each],
                 }
-                for kind, pair in pairs.items():
-                    cosines = F.cosine_similarity(*pair, dim=-1)
-                    result[f"{kind}/{level}/{name}"] = float(self._mean(cosines[:, None]))
+                for kind, of in pairs.items():
+                    cosines = torch.stack([F.cosine_similarity(*pair, dim=-1) for pair in of])
+                    result[f"{kind}/{level}/{name}"] = float(self._mean(cosines.mean(0)[:, None]))
         return result
 
     def find_centres(self, data: ViewLoader) -> None:
