@@ -35,7 +35,7 @@ def run(
     out: Path, *, every: int = 4, damaged: tuple[int, ...] = (), stalls_after: int = 10**9
 ) -> Summary:
     settings = Settings(
-        loss=LossSettings(centre=True, centre_regions=8),
+        loss=LossSettings(centre=True, standardise=True, centre_regions=8),
         train=TrainSettings(steps=STEPS, batch=4, lr=2e-3, seed=3),
         loader=LoaderSettings(threads=2),
         log=LogSettings(every=2, checkpoint_every=every, validate_every=6, tensorboard=False),
@@ -170,6 +170,7 @@ def test_a_checkpoint_tells_what_it_is_of(tmp_path: Path) -> None:
     assert (data["slides"], data["training_regions"], data["validation_regions"]) == (1, 10, 2)
     assert about["identity"]["teachers"][0]["name"] == "random"
     assert everything(tmp_path)["centre.0"].shape == (24,)
+    assert everything(tmp_path)["scale.0"].shape == (24,)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

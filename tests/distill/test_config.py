@@ -116,6 +116,8 @@ def test_values_reach_their_places(tmp_path: Path) -> None:
         ('"teacher"', '"t"\nkeep = "augmented"', r"is gone: .*unaugmented.*expected \"plain\""),
         ('"teacher"', '"t"\nvariants = 4', r"variants .*went with keep = \"augmented\": .*Delete"),
         ("[student]", "[loss]\ncosine = 0\n[student]", "the loss is 0"),
+        ("[student]", "[loss]\nstandardise = true\n[student]", r"without loss\.centre"),
+        ("[student]", '[student]\nresample = "box"', r"resample is 'box'; expected one of"),
         ("[student]", "[log]\nevery = 0\n[student]", r"log\.every is 0"),
         ('slides = "slides"', "", "expected one of the two"),
         ('slides = "slides"', 'images = "x"', "images need both"),

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.distilling import colourful_regions
 from support.models import TINY, random_vit
 from support.slides import texture, write_svs
 
 import xmag
 from xmag.cli import main
+from xmag.distill.dataset import SlideRegions
+from xmag.distill.regions import Manifest
 from xmag.distill.run import run_config
 from xmag.encoder import Encoder
 from xmag.errors import InputError, MismatchError, SlideScaleError
@@ -102,6 +105,26 @@ def test_the_command_says_what_it_would_do_and_then_does_it(
     assert main(["distill", str(config)]) == 0
     assert str(tmp_path / "run" / "model") in capsys.readouterr().out
     assert xmag.load_model(tmp_path / "run" / "model", device="cpu").embed_dim == 32
+
+
+def test_the_students_kernel_is_that_of_its_low_views_and_of_its_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    text = CONFIG.replace('"teacher"', '"teacher"\nkeep = "plain"\nkeep_low = true')
+    text = text.replace("[student]", '[student]\nresample = "area"')
+    text = text.replace("[log]", "[loss]\ncentre = true\nstandardise = true\n[log]")
+    text = text.replace("position_grid = 16 }", 'position_grid = 16, pooling = "token+mean" }')
+    run_config(config_of(folder, tmp_path, text), progress=False)
+    encoder = xmag.load_model(tmp_path / "run" / "model", device="cpu")
+    assert (encoder.tile_spec.resample, encoder.pooling) == ("area", "token+mean")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| embedding | 64-d, the class token and the mean of the patch tokens after" in card
+    (low,) = (tmp_path / "run" / "targets").glob("*/low-*.npy")
+    manifest = Manifest.load(tmp_path / "run" / "manifest.json")
+    with SlideRegions(manifest, folder / "slides") as source:
+        pixels = source.read(range(len(manifest)))
+    reduced = [np.asarray(Image.fromarray(image).reduce(4)) for image in pixels]
+    assert np.array_equal(np.load(low), np.stack(reduced))
 
 
 @pytest.mark.parametrize("keep", ["no", "plain"])

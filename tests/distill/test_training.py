@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from support.distilling import (
     STUDENT,
+    TILE_PX,
     ArraySource,
     RandomTeacher,
     colourful_regions,
@@ -85,6 +86,18 @@ def test_a_student_learns_what_an_untrained_one_does_not_know(tmp_path: Path, ce
         assert summary.validation[name] > summary.untrained[name] + 0.2
     encoder = xmag.load_model(tmp_path / "model", device="cpu")
     assert encoder.embed(source.regions[:2, :56, :56]).shape == (2, 32)
+
+
+def test_targets_are_standardised_by_the_tiles_of_the_training_regions(tmp_path: Path) -> None:
+    loss = LossSettings(centre=True, standardise=True, centre_regions=10)
+    source, teacher = ArraySource(colourful_regions(12)), RandomTeacher()
+    run(tmp_path, quick(loss), source=source, teachers=teacher)
+    kept = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
+    cells = source.regions.reshape(12, 4, TILE_PX, 4, TILE_PX, 3).swapaxes(2, 3)
+    features = teacher.features(torch.from_numpy(cells.reshape(-1, TILE_PX, TILE_PX, 3))).numpy()
+    learned = np.delete(features.reshape(12, 16, 24), [0, 5], axis=0).reshape(-1, 24)
+    np.testing.assert_allclose(kept["centre.0"], learned.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kept["scale.0"], 1 / learned.std(0), rtol=1e-4)
 
 
 def test_the_run_leaves_metrics_a_checkpoint_and_a_model(tmp_path: Path) -> None:

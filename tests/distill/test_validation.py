@@ -41,11 +41,14 @@ def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a * b).sum(1) / norms).mean())
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_cosines_are_those_of_the_average_student(centred: bool) -> None:
+@pytest.mark.parametrize(("centred", "scale"), [(False, 1.0), (True, 1.0), (True, 3.0)])
+def test_the_cosines_are_those_of_the_average_student(centred: bool, scale: float) -> None:
     run, given = trainer(), held(70)  # more than go through at once
+    scales = np.linspace(1, scale, 9)
     if centred:
         run.centres = [torch.full((9,), 1.0)]
+    if scale != 1:
+        run.scales = [torch.from_numpy(scales).float()]
     found = run.validate(given)
 
     average = run.ema.module
@@ -54,8 +57,8 @@ def test_the_cosines_are_those_of_the_average_student(centred: bool) -> None:
         tokens = average.vit((given.low.permute(0, 3, 1, 2) / 255 - mean) / std)
         region = average.global_heads[0](tokens[:, 0]).double().numpy()
         tiles = average.local_heads[0](block_means(tokens[:, 1:]).flatten(0, 1)).double().numpy()
-    target = given.targets[0].double().numpy()
-    shift = 1.0 if centred else 0.0
+    target = given.targets[0].double().numpy() * scales
+    shift = scales if centred else 0.0
     for level, ours, theirs in (
         ("global", region, target.mean(1)),
         ("local", tiles, target.reshape(-1, 9)),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,7 +40,9 @@ class LossSettings:
     their 16 tiles; a level of weight 0 is left out. A distance is the sum of "cosine", "smooth_l1"
     and "relational", each times its weight. With `centre` the mean of the teacher's features is
     subtracted first, so that the cosine measures differences of regions, not what they share; the
-    mean is that of `centre_regions` regions, computed once and kept.
+    mean is that of `centre_regions` regions, computed once and kept. With `standardise` each
+    dimension is then divided by its standard deviation over the tiles of the same regions, so that
+    a teacher's few large dimensions do not decide the cosine alone.
     """
 
     global_weight: float = 1.0
@@ -49,12 +51,15 @@ class LossSettings:
     smooth_l1: float = 0.0
     relational: float = 0.0
     centre: bool = False
+    standardise: bool = False
     centre_regions: int = 512
 
     def __post_init__(self) -> None:
         weights = ("global_weight", "local_weight", "cosine", "smooth_l1", "relational")
         _require(self, weights, lambda x: 0 <= x < math.inf, "a number from 0 on")
         _require(self, ("centre_regions",), lambda x: x > 0, "a positive number")
+        if self.standardise and not self.centre:
+            raise InputError("loss.standardise is true without loss.centre; expected both, or none")
         if not (self.global_weight + self.local_weight and any(self.distances().values())):
             raise InputError(
                 f"the loss is 0 whatever the student does: {self}; expected a positive"
@@ -265,7 +270,6 @@ class StudentConfig:
     resample: Resample = "lanczos"
 
     def __post_init__(self) -> None:
-        _require(self, ("resample",), lambda x: x in get_args(Resample), "'area' or 'lanczos'")
         if self.weights is None and self.config is None:
             raise InputError(
                 "student.weights and student.config are both missing; expected weights to begin"

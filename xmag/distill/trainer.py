@@ -43,6 +43,8 @@ from xmag.training.checkpoint import tensors_of
 CHECKPOINT = "checkpoint.safetensors"
 _AT_ONCE = 64
 """Images of a batch in validation."""
+_LEAST_DEVIATION = 1e-4
+"""Dimensions of a teacher that hardly vary are not blown up further than by this one's inverse."""
 
 
 class Stopwatch:
@@ -252,7 +254,8 @@ class Trainer(Loop[int]):
     """Trainer of a student; a batch is the number of a step.
 
     `teachers` maps names to weights. The gradients of a step are those of the mean over all its
-    images, on whichever rank. `centres` are the means to subtract from each teacher's features.
+    images, on whichever rank. `centres` are the means to subtract from each teacher's features, and
+    `scales` what to multiply them with then.
     """
 
     kind = "distillation"
@@ -291,6 +294,7 @@ class Trainer(Loop[int]):
         self.objective = Objective(settings.loss, teachers)
         self.metrics = ("loss", *self.objective.terms, "gradient_norm")
         self.centres: list[Tensor | None] = [None] * len(teachers)
+        self.scales: list[Tensor | None] = [None] * len(teachers)
         self._teachers, self._ranks = list(teachers), ranks
         self._dtype = compute_dtype(train.precision, device)
         self._model: nn.Module = student
@@ -398,16 +402,16 @@ class Trainer(Loop[int]):
         """Mean cosine similarities of the EMA student to each teacher, over all ranks.
 
         "cosine/global/NAME" and "cosine/local/NAME" compare as the loss does (with the teacher's
-        mean subtracted, where that is trained); "centred_cosine/..." subtracts, on both sides, the
-        mean over these very regions, so that only what tells them apart counts. A student with the
-        same output for every region has a centred cosine of 0.
+        mean subtracted and in units of its deviation, where that is trained); "centred_cosine/..."
+        subtracts, on both sides, the mean over these very regions, so that only what tells them
+        apart counts. A student with the same output for every region has a centred cosine of 0.
         """
         student, result = cast(Student, self.averaged), {}
         with self.autocast():
             parts = [student(low.to(self.device)) for low in torch.split(held.low, _AT_ONCE)]
         targets = [target.to(self.device) for target in held.targets]
         for at, (name, target, shifted) in enumerate(
-            zip(self._teachers, targets, self._centred(targets), strict=True)
+            zip(self._teachers, self._scaled(targets), self._centred(targets), strict=True)
         ):
             for level, of_level in (("global", 0), ("local", 1)):
                 found = [part[at][of_level] for part in parts]
@@ -431,25 +435,33 @@ class Trainer(Loop[int]):
         return result
 
     def find_centres(self, data: ViewLoader) -> None:
-        """Compute the teachers' mean features over the first regions, the same on all ranks."""
+        """Compute the teachers' mean features over the first regions, the same on all ranks.
+
+        Where the loss standardises, the inverse of their deviation over tiles too.
+        """
         count = min(self.settings.loss.centre_regions, len(data.training))
         regions, _ = data.sampler.positions(0, count)
         # In double precision, so that the mean does not depend on how ranks share the regions.
         sums = [
-            torch.zeros(1 + teacher.dim, dtype=torch.float64, device=self.device)
+            torch.zeros(1 + 2 * teacher.dim, dtype=torch.float64, device=self.device)
             for teacher in data.teachers
         ]
         for views in data.plain(np.sort(regions)):
             for total, target in zip(sums, views.targets, strict=True):
                 total[0] += len(target)
-                total[1:] += target.mean(1).double().sum(0)
+                squares = target.double().square().mean(1).sum(0)
+                total[1:] += torch.cat((target.mean(1).double().sum(0), squares))
         totals = [self._ranks.sum(total) for total in sums]
         if not totals[0][0]:
             raise InputError(
                 f"all of the {count} regions that the teachers' mean is to be found from are"
                 " damaged; expected whole ones. Check the slides, or sample again"
             )
-        self.centres = [(total[1:] / total[0]).float() for total in totals]
+        parts = [(total[1:] / total[0]).chunk(2) for total in totals]
+        self.centres = [mean.float() for mean, _ in parts]
+        if self.settings.loss.standardise:
+            deviations = [(of_squares - mean**2).clamp(min=0).sqrt() for mean, of_squares in parts]
+            self.scales = [(1 / d.clamp(min=_LEAST_DEVIATION)).float() for d in deviations]
 
     def save(self) -> None:
         """Save a checkpoint, if this rank does; what is logged so far is written before."""
@@ -460,17 +472,22 @@ class Trainer(Loop[int]):
         self._ranks.wait()
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint: those of `Loop`, the centres and the damaged regions."""
-        centres = {f"centre.{at}": c for at, c in enumerate(self.centres) if c is not None}
-        return super().state() | centres | {"data.damaged": self._data.damaged}
+        """Tensors of a checkpoint: those of `Loop`, centres and scales, and damaged regions."""
+        found = {
+            f"{name}.{at}": tensor
+            for name, of in (("centre", self.centres), ("scale", self.scales))
+            for at, tensor in enumerate(of)
+            if tensor is not None
+        }
+        return super().state() | found | {"data.damaged": self._data.damaged}
 
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Go back to the `state` and the `progress` (as JSON values) of a checkpoint."""
         super().restore(tensors, progress)
-        centres = tensors_of(tensors, "centre")
-        self.centres = [
-            centres[str(at)].to(self.device) if centres else None for at in range(len(self.centres))
-        ]
+        self.centres, self.scales = (
+            [of[str(at)].to(self.device) if of else None for at in range(len(self.centres))]
+            for of in (tensors_of(tensors, "centre"), tensors_of(tensors, "scale"))
+        )
         self._data.damaged.logical_or_(tensors["data.damaged"])
 
     def _log(self, taken: int) -> None:
@@ -514,11 +531,14 @@ class Trainer(Loop[int]):
         return total[:-1] / total[-1]
 
     def _centred(self, targets: Sequence[Tensor]) -> list[Tensor]:
-        """Targets with the teachers' means subtracted, where that is trained."""
-        return [
-            target if centre is None else target - centre
-            for target, centre in zip(targets, self.centres, strict=True)
-        ]
+        """Targets less the teachers' means, and standardised, where that is trained."""
+        found = zip(targets, self.centres, strict=True)
+        return self._scaled([t if centre is None else t - centre for t, centre in found])
+
+    def _scaled(self, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Targets in units of the teachers' deviations, where that is trained."""
+        found = zip(targets, self.scales, strict=True)
+        return [t if scale is None else t * scale for t, scale in found]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast context of the student's forward pass."""

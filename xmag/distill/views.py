@@ -81,8 +81,9 @@ def quarters(grid: Tensor, corners: Tensor) -> Tensor:
 
 def _area(high: Tensor) -> Tensor:
     """Means of 4 x 4 px, halves rounded up, as tiles are read with the kernel "area"."""
-    cells = high.unflatten(2, (-1, SIDE)).unflatten(1, (-1, SIDE))
-    return ((cells.sum((2, 4), dtype=torch.int32) + SIDE * SIDE // 2) >> 4).to(torch.uint8)
+    size = high.shape[1] // SIDE
+    sums = high.reshape(-1, size, SIDE, size, SIDE, 3).sum((2, 4), dtype=torch.int32)
+    return ((sums + SIDE**2 // 2) // SIDE**2).to(torch.uint8)
 
 
 def _lanczos(high: Tensor) -> Tensor:
