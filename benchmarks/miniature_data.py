@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xmag.distill.teachers import Teacher
 from xmag.distill.views import REGION_PX, SIDE, low_view, teacher_tiles
+from xmag.geometry import Resample
 
 _TILES_AT_ONCE = 512
 _CROPS = 5
@@ -72,14 +73,14 @@ def per_image(rows: Tensor | Rows) -> Rows:
     return np.asarray(rows, np.float32).reshape(-1, _CROPS, rows.shape[-1]).mean(1)
 
 
-def low_views(images: Images, device: torch.device) -> Tensor:
+def low_views(images: Images, device: torch.device, kernel: Resample) -> Tensor:
     """The low views of all crops: uint8 (N * 5, 224, 224, 3) on the device."""
-    return torch.cat([low_view(crops(some.to(device))) for some in images.pixels.split(4)])
+    return torch.cat([low_view(crops(some.to(device)), kernel) for some in images.pixels.split(4)])
 
 
-def teacher_rows(teacher: Teacher, images: Images, out: Path, device: torch.device) -> list[Rows]:
-    """The teacher's embeddings of images, of tiles at 20x and of the low views; kept in `out`."""
-    out.mkdir(exist_ok=True)
+def teacher_rows(teacher: Teacher, images: Images, out: Path, device: torch.device) -> Rows:
+    """The teacher's embeddings of images, of tiles at 20x; kept in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, pixels in enumerate(images.pixels.split(4)):
         paths.append(out / f"teacher-{number:03d}.npz")
@@ -87,12 +88,10 @@ def teacher_rows(teacher: Teacher, images: Images, out: Path, device: torch.devi
             continue
         high = crops(pixels.to(device))
         fine = taught(teacher, teacher_tiles(high)).unflatten(0, (-1, SIDE**2)).mean(1).cpu()
-        coarse = taught(teacher, low_view(high)).cpu()
         part = paths[-1].with_suffix(".part.npz")
-        np.savez(part, fine=per_image(fine), coarse=per_image(coarse))
+        np.savez(part, fine=per_image(fine))
         part.rename(paths[-1])
-    found = [np.load(path) for path in paths]
-    return [np.concatenate([each[name] for each in found]) for name in ("fine", "coarse")]
+    return np.concatenate([np.load(path)["fine"] for path in paths])
 
 
 def colours(low: Tensor) -> Rows:

@@ -6,7 +6,8 @@ IMAGES holds the folders her2st, brecahad, oscc and hgsc. PIECES gets their tiss
 out, at no more detail than the teacher sees; where it is there already, IMAGES is not read. FIELDS
 gets a folder of JPEGs of 896 px for each source, which are at 0.5 µm/px as far as the teacher is
 concerned, and fields.json, which says where each was taken. Sources whose images are smaller than
-448 µm give sheets: four fields of 448 px, whose seams lie between tiles of the teacher.
+448 µm give sheets: four fields of 448 px, whose seams lie between tiles of the teacher. Each field
+is stained otherwise, by factors of its optical density, before any teacher sees it.
 """
 
 import argparse
@@ -33,6 +34,8 @@ _LEAST_TISSUE = 0.93
 _FINEST_MPP = 0.4
 _QUALITY, _QUALITY_OF_SECTIONS = 82, 58
 """Of WebP; the sections are hard-compressed JPEGs, in which there is no more to keep."""
+_STAIN, _DENSITY = 0.25, 0.15
+"""Largest relative change of the optical density of each channel, and of all three alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +56,12 @@ class Source:
 
 SOURCES = {
     # From the 200 µm between printed spots.
-    "her2st": Source(mpp=0.686, regions=1200, low=0.43, high=0.58, sections=True),
+    "her2st": Source(mpp=0.686, regions=5200, low=0.43, high=0.58, sections=True),
     # By nuclei; images of 205 µm, of which a field of 448 px takes nearly all at 0.457 µm/px.
-    "brecahad": Source(mpp=0.2, regions=500, low=0.40, high=0.457, sheets=True),
+    "brecahad": Source(mpp=0.2, regions=2400, low=0.40, high=0.457, sheets=True),
     # By nuclei; images of 192 µm.
-    "oscc": Source(mpp=0.25, regions=450, low=0.39, high=0.4285, sheets=True),
-    "hgsc": Source(mpp=0.25, regions=150, low=0.43, high=0.58, sheets=True),
+    "oscc": Source(mpp=0.25, regions=2200, low=0.39, high=0.4285, sheets=True),
+    "hgsc": Source(mpp=0.25, regions=1000, low=0.43, high=0.58, sheets=True),
 }
 
 
@@ -136,10 +139,21 @@ def read_pieces(pieces: Path, name: str) -> list[Piece]:
     return found
 
 
+def stained(
+    pixels: NDArray[np.uint8], rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], list[float]]:
+    """Pixels with their optical density multiplied, and the factors for R, G and B."""
+    *each, common = rng.uniform(-1, 1, 4)
+    gains = (1 + _STAIN) ** np.array(each) * (1 + _DENSITY) ** common
+    light = np.maximum(np.arange(256), 1)[:, None] / 255
+    table = np.rint(255 * light**gains).astype(np.uint8)
+    return table[pixels, np.arange(3)], [round(float(gain), 3) for gain in gains]
+
+
 def drawn(
     pieces: Sequence[Piece], source: Source, side_px: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """A random square of tissue, `side_px` wide, turned at random; and where it was taken."""
+    """A random square of tissue, `side_px` wide, turned and stained; and where it was taken."""
     while True:
         weights = np.array([piece.tissue.sum() for piece in pieces], float)
         piece = pieces[int(rng.choice(len(pieces), p=weights / weights.sum()))]
@@ -156,6 +170,7 @@ def drawn(
     turned = np.rot90(np.asarray(field), int(rng.integers(4)))
     pixels = turned[:, ::-1] if rng.random() < 0.5 else turned
     place = {"image": piece.name, "mpp": round(mpp, 4), "x": round(x), "y": round(y)}
+    pixels, place["gains"] = stained(pixels, rng)
     return np.ascontiguousarray(pixels), place
 
 

@@ -30,13 +30,13 @@ from xmag.distill.export import MADE_BY, WEIGHTS
 from xmag.distill.regions import Manifest, plan_images
 from xmag.distill.run import MANIFEST, TARGETS, prepare
 from xmag.distill.settings import DistillConfig, Settings
-from xmag.distill.student import fresh_student
+from xmag.distill.student import StudentStart, fresh_student
 from xmag.distill.summary import TRAINING, VALIDATION
 from xmag.distill.teachers import Teacher
 from xmag.training import Ranks
 
 RESULTS = "students.jsonl"
-_TRIAL = 20, 60
+_TRIAL = 10, 30
 """Steps of a trial: those that are not timed, and those that are."""
 _SPARE = 0.92
 """Share of the time left that steps are planned for: checkpoints and the export take some."""
@@ -64,7 +64,7 @@ class Run:
             loss=loss,
             train=replace(base.train, steps=steps, seed=self.seed),
             loader=replace(base.loader, threads=2, processes=0),
-            log=replace(base.log, every=100, checkpoint_every=1000, validate_every=every),
+            log=replace(base.log, every=100, checkpoint_every=400, validate_every=every),
         )
 
 
@@ -107,7 +107,17 @@ def write_caches(
 
 def _kept(config: DistillConfig, number: int) -> CacheSettings:
     wanted = config.teachers[number]
-    return CacheSettings(low=wanted.keep_low, turned=wanted.keep == "turned")
+    return CacheSettings(
+        low=wanted.keep_low,
+        turned=wanted.keep == "turned",
+        resample=config.student.resample,
+    )
+
+
+def fresh(config: DistillConfig, seed: int = 0) -> StudentStart:
+    """A student of the configuration with random weights."""
+    assert config.student.config is not None
+    return fresh_student(config.student.config, seed=seed, resample=config.student.resample)
 
 
 class _Pace:
@@ -195,11 +205,10 @@ def _train(config: DistillConfig, out: Path, run: Run, pace: _Pace, threads: int
             pace.paces.put(seconds)
         pace.known.wait()
         steps = pace.steps.value
-        assert isinstance(config.student.config, str)
         summary = distill(
             source,
             teachers,
-            fresh_student(config.student.config, seed=run.seed),
+            fresh(config, run.seed),
             out / "runs" / run.name,
             settings=run.settings(config, steps),
             validation=held,
@@ -235,11 +244,10 @@ def _timed(
     """Seconds of a step while all others train too."""
     untimed, timed = _TRIAL
     training = np.setdiff1d(np.arange(len(source)), held)
-    assert isinstance(config.student.config, str)
     data, trainer = prepare(
         source,
         teachers,
-        fresh_student(config.student.config),
+        fresh(config),
         training,
         settings=run.settings(config, untimed + timed),
         ranks=Ranks(),

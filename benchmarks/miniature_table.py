@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from common import table
-from miniature_data import Images, Rows, colours, low_views, per_image, teacher_rows
+from miniature_data import (
+    Images,
+    Rows,
+    colours,
+    low_views,
+    per_image,
+    taught,
+    teacher_rows,
+)
 from miniature_scores import PROBES, hits, summary
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -15,11 +23,13 @@ from torch import Tensor
 
 from xmag.distill.student import Student, fresh_student
 from xmag.distill.teachers import Teacher
+from xmag.geometry import Resample
 
 UNTRAINED = 5
-TEACHER_20X, TEACHER_5X = "teacher at 20x", "teacher fed 5x pixels"
 BOTH, UNTRAINED_ROW, COLOURS = "global + local", "untrained", "colours"
 CLASS_TOKEN, PATCHES = "class token", "mean of patch tokens"
+POOLED = "class token and mean"
+"""What xmag-mini gives as an embedding."""
 Hits = dict[tuple[str, str], dict[str, list[NDArray[np.bool_]]]]
 """(model, embedding) -> probe -> for each seed, the hits of all images."""
 
@@ -34,20 +44,41 @@ def load_student(path: Path | None, seed: int, device: torch.device) -> Student:
 
 @torch.inference_mode()
 def embedded(student: Student, low: Tensor) -> dict[str, Rows]:
-    """The class tokens of images, and the means of their patch tokens."""
+    """The class tokens of images, the means of their patch tokens, and both side by side."""
     tokens = []
     for part in low.split(16):
         images = part.permute(0, 3, 1, 2) * student.scale + student.shift
         found = student.vit(images, student.vit.positions((16, 16)))
         tokens.append(torch.stack([found[:, 0], found[:, 1:].mean(1)], dim=1).cpu())
     both = torch.cat(tokens)
-    return {CLASS_TOKEN: per_image(both[:, 0]), PATCHES: per_image(both[:, 1])}
+    return {
+        CLASS_TOKEN: per_image(both[:, 0]),
+        PATCHES: per_image(both[:, 1]),
+        POOLED: per_image(both.flatten(1)),
+    }
+
+
+def at_20x(teacher: Teacher) -> str:
+    """The name of a teacher's row, of its tiles at 20x."""
+    return f"{teacher.name} at 20x"
+
+
+def fed_5x(teacher: Teacher) -> str:
+    """The name of a teacher's row, of the low views."""
+    return f"{teacher.name} fed 5x pixels"
 
 
 def scored(
-    images: Images, teacher: Teacher, out: Path, students: Sequence[Mapping[str, Any]]
+    images: Images,
+    teachers: Sequence[Teacher],
+    out: Path,
+    students: Sequence[Mapping[str, Any]],
+    kernel: Resample,
 ) -> Hits:
-    """What each model gets right, patients left out in turn; `students` are lines of results."""
+    """What each model gets right, patients left out in turn; `students` are lines of results.
+
+    `kernel` makes the low views, for all models that see them.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: Hits = {}
 
@@ -62,10 +93,11 @@ def scored(
             for probe in PROBES:
                 probes[probe].append(whole[probe])
 
-    fine, coarse = teacher_rows(teacher, images, out / "evaluation", device)
-    add(TEACHER_20X, {"mean of tiles": fine})
-    add(TEACHER_5X, {"tile": coarse})
-    low = low_views(images, device)
+    low = low_views(images, device, kernel)
+    for number, teacher in enumerate(teachers):
+        fine = teacher_rows(teacher, images, out / "evaluation" / str(number), device)
+        add(at_20x(teacher), {"mean of tiles": fine})
+        add(fed_5x(teacher), {"tile": per_image(taught(teacher, low).cpu())})
     names = {"both": BOTH, "global": "global only", "local": "local only"}
     for levels, model in names.items():
         for line in students:
@@ -91,9 +123,9 @@ def results(
             | scores
             | dict(cost)
         )
-    ours, gains = rows[BOTH, CLASS_TOKEN], []
+    ours, gains = rows[BOTH, POOLED], []
     for (model, embedding), theirs in rows.items():
-        if model != BOTH and embedding != PATCHES:
+        if model != BOTH and embedding not in (CLASS_TOKEN, PATCHES):
             of = {p: _both(ours[p], images, minus=theirs[p]) for p in PROBES}
             gains.append({"over": model, **of})
     return shown, gains

@@ -108,6 +108,19 @@ def test_a_region_is_drawn_by_its_seed_from_tissue_at_its_sources_scale(sheets: 
         assert piece.share(place["x"], place["y"], int(side)) >= 0.93
 
 
+def test_a_field_is_stained_by_one_factor_of_the_density_of_each_channel() -> None:
+    pixels = textured(64, 64)
+    found, gains = miniature_fields.stained(pixels, np.random.default_rng(3))
+    least, most = 1 / (1.25 * 1.15), 1.25 * 1.15
+    assert all(least <= gain <= most for gain in gains)
+    assert len({*gains}) == 3
+    for channel, gain in enumerate(gains):
+        before, after = (-np.log10(x[..., channel] / 255) for x in (pixels, found))
+        middle = (found[..., channel] > 60) & (found[..., channel] < 240)
+        # Half a grey level of rounding, and three digits of the factor.
+        assert after[middle] == pytest.approx(gain * before[middle], abs=0.005)
+
+
 def test_crops_are_the_centre_and_the_corners_and_colours_twelve_numbers_of_an_image() -> None:
     pixels = torch.from_numpy(textured(1024, 1024))[None]
     found = miniature_data.crops(pixels)
@@ -144,6 +157,9 @@ def test_the_file_inside_the_package_is_a_student_of_the_table_and_not_untrained
         miniature_table.embedded(miniature_table.load_student(file, 0, device), low.contiguous())
         for file in (MINI_WEIGHTS, None)
     )
+    for found in (shipped, fresh):
+        parts = [found[name] for name in (miniature_table.CLASS_TOKEN, miniature_table.PATCHES)]
+        assert np.array_equal(found[miniature_table.POOLED], np.concatenate(parts, axis=1))
     for name in (miniature_table.CLASS_TOKEN, miniature_table.PATCHES):
         assert shipped[name].shape == fresh[name].shape == (1, 192)
         assert not np.allclose(shipped[name], fresh[name], atol=0.1)
