@@ -170,6 +170,15 @@ def test_low_views_of_another_kernel_are_refused(
             loader_of(teacher, source=ArraySource(pixels), augmentation=NONE, kernel="area")
 
 
+def test_features_without_low_views_serve_students_of_both_kernels(
+    tmp_path: Path, pixels: np.ndarray, manifest: Manifest
+) -> None:
+    with kept(tmp_path, pixels, manifest) as cache:
+        before = cache.provenance.fingerprint
+    with kept(tmp_path, pixels, manifest, kernel="area") as cache:
+        assert cache.provenance.fingerprint == before
+
+
 def test_regions_without_features_leave_the_batch(
     tmp_path: Path, pixels: np.ndarray, manifest: Manifest
 ) -> None:

@@ -78,7 +78,9 @@ class CacheSettings:
         # The rest tells version 1, which had augmented features as well, that these are not.
         kept = {"kind": "plain", "variants": 1, "augmentation": None, "seed": None, "low": self.low}
         kept |= {"turned": True} if self.turned else {}
-        return kept | ({"resample": self.resample} if self.resample != "lanczos" else {})
+        # Features alone are those of any kernel, and version 1 had Lanczos low views alone.
+        named = self.low and self.resample != "lanczos"
+        return kept | ({"resample": self.resample} if named else {})
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Self:
