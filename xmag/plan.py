@@ -111,8 +111,9 @@ class TilePlan(Shown):
     @cached_property
     def for_piece(self) -> NDArray[np.bool_]:
         """The tiles, bool (N,), that are there only as the best one of a piece of tissue."""
-        letters = np.array([letter for row in self.cells for letter in row if letter in _KEPT])
-        return np.asarray(letters == PIECE)
+        return np.array(
+            [letter == PIECE for row in self.cells for letter in row if letter in _KEPT], np.bool_
+        )
 
     @property
     def coverage(self) -> float | None:
@@ -173,7 +174,8 @@ class TilePlan(Shown):
 
     def _places(self, letters: str) -> NDArray[np.intp]:
         """(row, column) of the cells with one of these letters, row by row."""
-        grid = np.array([list(row) for row in self.cells], "U1").reshape(len(self.rows), -1)
+        grid = np.frombuffer("".join(self.cells).encode("utf-32-le"), "<U1")
+        grid = grid.reshape(len(self.rows), len(self.columns))
         return np.argwhere(np.isin(grid, list(letters)))
 
     def without(self, damaged: NDArray[np.bool_]) -> "TilePlan":
