@@ -143,7 +143,7 @@ def transparent():
         (png(np.zeros((60, 90), np.uint8)), "the mask has 90x60 px and the slide 1500x1200"),
         (png(halves())[:70], "the image is damaged"),
         (png(halves())[:20], "px; expected at most"),
-        (png(halves()).replace(b"\0\0\0K", b"\1\0\0K", 1), "expected at most 67108864 px"),
+        (png(halves()).replace(b"\0\0\0K", b"\1\0\0K", 1), "expected at most 33554432 px"),
         (b"\xff\xd8\xff\xe0", "neither GeoJSON nor PNG"),
         (b"", "neither GeoJSON nor PNG"),
         (b'{"type": "Point", "coordinates": [1, 2]}', "expected areas"),

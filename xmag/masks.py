@@ -25,8 +25,8 @@ MASK_SUFFIXES = (".geojson", ".json", ".png")
 GIVEN_METHOD: Mapping[str, Any] = {"name": "given", "parameters": {}}
 """Method of all given masks, as fingerprints have it; each mask's has its sha256 besides."""
 
-_MOST_PX = 1 << 26
-"""Most px of an image: 8 µm/px of a slide of 65 mm a side. It is held in memory as a whole."""
+_MOST_PX = 1 << 25
+"""Most px of an image: all of a glass slide at 8 µm/px. It is held in memory as a whole."""
 
 
 def tissue_of(slide: Slide, choice: TissueMask | str | PathLike[str] | None) -> TissueMask | None:
