@@ -321,6 +321,26 @@ def test_where_tiles_overlap_the_map_shows_the_mean_of_their_colours():
     np.testing.assert_allclose(both, (third + fourth) / 2, atol=1.5)
 
 
+def test_the_map_is_coloured_where_tissue_is_if_that_is_known():
+    slide = white_slide(1600, 800)
+    coords = [(0, 0), (800, 0)]
+    bag = bag_of(slide, [[1.0, 0], [-1, 3]], coords, size=800)
+    mask = np.zeros((50, 100), bool)  # 16 px each
+    mask[:, 10:40] = True  # of the first tile; the second one holds none
+    whole, clipped = (
+        np.asarray(draw.feature_map(slide, bag, tissue=tissue, max_px=800), int)
+        for tissue in (None, mask_of(slide, mask))
+    )
+    empty = bag_of(slide, np.empty((0, 2)), np.empty((0, 2)), size=800)
+    grey = np.asarray(draw.feature_map(slide, empty, max_px=800), int)
+    columns = np.arange(800) // 8
+    inside = (columns >= 10) & (columns < 40) | (columns >= 50)
+    apart = np.abs(np.subtract.outer(np.array([80, 320, 400]), np.arange(800))).min(0) > 8
+    expected = np.where(inside[:, None], whole[:400], grey[:400])
+    assert (whole[:400] != grey[:400]).any(2).all()
+    np.testing.assert_array_equal(clipped[:400, apart], expected[:, apart])
+
+
 def test_a_tile_for_a_piece_of_tissue_is_green_and_the_legend_tells_of_coverage():
     slide = white_slide(1600, 1200)
     mask = np.zeros((75, 100), bool)

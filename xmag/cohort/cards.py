@@ -22,6 +22,7 @@ from xmag.draw.attention import colours, corners_inside, percentiles, weight_of_
 from xmag.draw.page import data_url
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
+from xmag.masks import read_mask
 from xmag.notebook import TISSUE
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
@@ -210,7 +211,7 @@ def _look(job: Job, cards: Sequence[Card], room: float) -> dict[str, Any] | None
             card.content["size"] = list(slide.dimensions)
             if "cells" not in card.content:
                 card.content |= {"cells": [], "side": 0, "mpp": slide.mpp}
-        tissue, plan = (None, None) if bag is None else _planned(slide, bag, cards)
+        tissue, plan = (None, None) if bag is None else _planned(slide, bag, cards, job)
         for card in cards:
             coords = None if card.bag is None else card.bag.coords
             if plan is not None and coords is not None and np.array_equal(plan.coords, coords):
@@ -230,21 +231,26 @@ def _note(cards: Sequence[Card], text: str) -> None:
 
 
 def _planned(
-    slide: Slide, bag: FeatureBag, cards: Sequence[Card]
+    slide: Slide, bag: FeatureBag, cards: Sequence[Card], job: Job
 ) -> tuple[TissueMask | None, TilePlan | None]:
     """Tissue and plan of the bag, made again: the bag says how, and which tiles came of it."""
     if bag.provenance is None:
         return None, None
     record, fingerprint = bag.provenance.record, records.plain(bag.provenance.fingerprint)
     options = records.plain(record["plan"])
-    if options["tissue"] not in (None, TISSUE_METHOD):
-        _note(cards, "Its tissue mask was given, and is not kept: dropped cells are not shown")
-        return None, None
-    tissue = find_tissue(slide) if options["tissue"] else None
+    tissue = None
+    if options["tissue"] is not None:
+        is_found = options["tissue"] == TISSUE_METHOD
+        tissue = find_tissue(slide) if is_found else _same_mask(slide, job, options["tissue"])
+        if tissue is None:
+            _note(cards, "Its tissue mask was given, and is not here: dropped cells are not shown")
+            return None, None
+    roi = job.roi if job.roi_sha256 == options["roi_sha256"] else None
     plan = plan_tiles(
-        slide, TileSpec.from_dict(fingerprint["tile_spec"]), tissue=tissue,
+        slide, TileSpec.from_dict(fingerprint["tile_spec"]), tissue=tissue, roi=roi,
         overlap=options["overlap_px"], min_tissue=options["min_tissue"], border=options["border"],
     )  # fmt: skip
+    tissue = plan.tissue  # in the region of interest
     assert bag.coords is not None  # as in each bag with provenance
     kept = {tuple(corner) for corner in bag.coords.tolist()}
     lost = np.array([tuple(corner) not in kept for corner in plan.coords.tolist()], np.bool_)
@@ -252,9 +258,18 @@ def _planned(
     if not np.array_equal(plan.coords, bag.coords):
         _note(cards, "Its tiles are others than this version plans: dropped cells are not shown")
         return tissue, None
-    if options["roi_sha256"] is not None:
+    if options["roi_sha256"] is not None and roi is None:
         plan = replace(plan, cells=tuple(row.replace("d", "r") for row in plan.cells))
     return tissue, plan
+
+
+def _same_mask(slide: Slide, job: Job, method: Mapping[str, Any]) -> TissueMask | None:
+    """The mask that was given for the slide; None where the one that is there now is not it."""
+    try:
+        found = None if job.tissue is None else read_mask(job.tissue, slide)
+    except XmagError:
+        return None
+    return found if found is not None and found.method == method else None
 
 
 def _add_grid(card: Card, grid: dict[str, Any], room: float) -> None:
@@ -279,10 +294,12 @@ def _picture(slide: Slide, tissue: TissueMask | None, room: float) -> dict[str, 
     found: dict[str, Any] = {"thumbnail": thumbnail, "px": max(image.size), "mask": None}
     if tissue is not None and tissue.mask.any():
         out = io.BytesIO()
-        mask = Image.fromarray(tissue.mask.astype(np.uint8), "P")
+        step = -(-max(tissue.mask.shape) // _MOST_PX)  # a given one may be as fine as it likes
+        cells = tissue.mask[step // 2 :: step, step // 2 :: step]
+        mask = Image.fromarray(cells.astype(np.uint8), "P")
         mask.putpalette((0, 0, 0, *TISSUE))
         mask.save(out, "PNG", optimize=True, bits=1, transparency=0)
-        found |= {"mask": data_url(out.getvalue(), "png"), "downsample": tissue.downsample}
+        found |= {"mask": data_url(out.getvalue(), "png"), "downsample": tissue.downsample * step}
     return found
 
 
@@ -400,7 +417,10 @@ def _facts(record: Mapping[str, Any], bag: FeatureBag) -> list[tuple[str, str]]:
     if tissue:
         share = tissue.get("coverage")
         covered = "" if share is None else f", {share:.0%} of it under tiles"
-        facts.append(("tissue", f"{tissue['mm2']:.3g} mm²{covered}"))
+        plan = record.get("plan") or {}
+        given = "" if (plan.get("tissue") or {}).get("name") != "given" else ", by a given mask"
+        inside = ", in a region of interest" if plan.get("roi_sha256") else ""
+        facts.append(("tissue", f"{tissue['mm2']:.3g} mm²{given}{inside}{covered}"))
     if dropped := _dropped(record):
         facts.append(("dropped cells", dropped))
     model = record.get("model") or {}

@@ -227,7 +227,7 @@ class _Loop:
             mpp=slide.job.mpp,
             region=slide.job.region,
             spec=settings.spec,
-            tissue=settings.tissue,
+            tissue="auto" if settings.tissue == "auto" else slide.job.tissue,
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
             border=settings.border,

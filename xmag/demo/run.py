@@ -69,7 +69,7 @@ def run_demo(
         bag.save(features)
         for picture, file in (
             (draw.overlay(opened, tissue=tissue, plan=plan), overlay),
-            (draw.feature_map(opened, bag), feature_map),
+            (draw.feature_map(opened, bag, tissue=tissue), feature_map),
         ):
             with atomic_path(file) as temporary:
                 picture.save(temporary, format="PNG")

@@ -101,7 +101,7 @@ def heatmap(
     ranks = _percents(attention, case, scale)[:, None]
     image, mean, covered = mean_on_grey(slide, ranks, coords, tiles, max_px)
     if (mask := _tissue(slide) if isinstance(tissue, str) else tissue) is not None:
-        covered &= _inside(mask, image, coords, tiles)[..., None]
+        covered &= tissue_inside(mask, image, coords, tiles)[..., None]
     grey = np.asarray(image)
     tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
     picture = Image.fromarray(np.where(covered, np.rint(tinted), grey).astype(np.uint8))
@@ -310,7 +310,7 @@ def _tissue(slide: Slide) -> TissueMask | None:
         return None
 
 
-def _inside(
+def tissue_inside(
     tissue: TissueMask, image: Image.Image, coords: NDArray[np.int64], tiles: TileGeometry
 ) -> NDArray[np.bool_]:
     """The px of a picture that are tissue, or lie in a tile that has none."""

@@ -9,6 +9,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.bag import FeatureBag, Pictured, placed
 from xmag.colours import component_colours, principal_components
+from xmag.draw.attention import tissue_inside
 from xmag.draw.frame import (
     FAINT,
     Key,
@@ -66,15 +67,18 @@ def overlay(
     return framed(picture, slide, keys)
 
 
-def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
+def feature_map(
+    slide: Slide, bag: FeatureBag, *, tissue: TissueMask | None = None, max_px: int = 1600
+) -> Image.Image:
     """The slide in grey with each tile coloured by its embedding, as an RGB image.
 
     Tiles of similar colour have similar embeddings: the first principal component of the bag's
     features runs from blue to yellow, the second from dark to light, the third from green to
     magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
-    percentile. Where tiles overlap, the mean of their colours is shown. The colours of two slides
-    cannot be compared. Raises BagError where the bag does not say how large its tiles are, and
-    InputError where it belongs to another canvas.
+    percentile. Where tiles overlap, the mean of their colours is shown. With `tissue`, as in
+    `heatmap`, that of the tiles alone is coloured. The colours of two slides cannot be compared.
+    Raises BagError where the bag does not say how large its tiles are, and InputError where it
+    belongs to another canvas.
     """
     coords = placed(bag, "a feature map")
     if bag.tiles is None:
@@ -86,6 +90,8 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     scores, shares = principal_components(np.asarray(bag.features, np.float64))
     colours = component_colours(scores).astype(np.float64)
     picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
+    if tissue is not None:
+        covered &= tissue_inside(tissue, picture, coords, bag.tiles)[..., None]
     painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xmag.devices import full_precision, resolve_device, resolve_dtype
+from xmag.devices import advise_dtype, full_precision, resolve_device, resolve_dtype
 from xmag.encoder.stream import TileStream
 from xmag.errors import InputError, ModelError
 from xmag.files import write_text
@@ -182,6 +182,7 @@ class Encoder(Shown):
         `pooling` says. `tiles` is uint8 (B, S, S, 3) RGB, an array or a tensor on any device; B may
         be 0. Raises InputError for anything else.
         """
+        advise_dtype(self._device.type, self._dtype)
         checked = self._checked(tiles)
         embedded, _ = self.embed_in_parts(checked, max(len(checked), 1))
         return embedded.clone()  # autograd refuses tensors made in inference mode

@@ -7,9 +7,10 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from xmag import files, records
 from xmag.cohort import CohortReport, extract_cohort
 from xmag.cohort.jobs import Job, folder_of, jobs_of
 from xmag.draw.page import as_cells, document, table, write_page
-from xmag.encoder import TileEncoder
+from xmag.encoder import TileEncoder, load_model
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.end_to_end import EndToEnd, can_be_finetuned, check_end_to_end
 from xmag.evaluate.folds import Folds
@@ -51,6 +52,7 @@ FROZEN, END_TO_END = "frozen", "end to end"
 _FORMAT = records.Format(
     name="xmag.Comparison", version=1, writer="Comparison.save", remedy="compare again"
 )
+_JSON_NAME = "compare.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,23 @@ class Comparison(Shown):
         files.write_text(Path(folder) / "compare.csv", self.to_csv())
         files.write_text(Path(folder) / "compare.md", self.to_markdown() + "\n")
         files.write_bytes(Path(folder) / "compare.png", picture)
-        files.write_text(Path(folder) / "compare.json", self.to_json())
+        files.write_text(Path(folder) / _JSON_NAME, self.to_json())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Comparison":
+        """Load the Comparison of a folder of `save`, without its `reports`; InputError for none."""
+        values = _FORMAT.load(Path(folder) / _JSON_NAME)
+        with _FORMAT.reading(_JSON_NAME):
+            models = tuple(_from_json(model) for model in values["models"])
+            return cls(metric=values["metric"], title=values["title"], models=models, reports={})
+
+
+def _from_json(values: dict[str, Any]) -> ComparedModel:
+    of_cohorts = {
+        name: {cohort: records.from_dict(Estimate, one) for cohort, one in values[name].items()}
+        for name in ("estimates", "differences")
+    }
+    return records.from_dict(ComparedModel, values | of_cohorts)
 
 
 def _numbers(estimate: Estimate) -> list[float | None]:
@@ -212,6 +230,8 @@ def compare(
     resamples: int = 1000,
     random_state: int = 0,
     finetune: Settings | bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     **extraction: Any,
 ) -> Comparison:
     """Comparison of encoders on a cohort: the same slides, folds and estimator, accuracy and cost.
@@ -242,6 +262,8 @@ def compare(
         finetune: True, or the settings, also to train each model end to end in each fold, with the
             aggregator of `estimator`, a MILClassifier: a row more for it, of the same cost. Models
             that are no ViT of xmag's have none, with a warning.
+        device: Of models given by name, as for `load_model`.
+        dtype: Likewise; fine-tuning has its own precision.
         extraction: Options of `extract_cohort`.
 
     Raises InputError for operands that do not fit each other, models whose folders would be called
@@ -261,7 +283,8 @@ def compare(
         raise InputError(f"metric is {metric!r}; expected one of {list(TASKS[task.name])}")
     if finetune is not False:
         check_end_to_end(estimator, extraction)
-    found = dict(_extracted(models, cohorts, Path(out), extraction))
+    load = partial(load_model, device=device, dtype=dtype)
+    found = dict(_extracted(models, cohorts, Path(out), extraction, load=load))
     if finetune is not False and (others := [n for n, one in found.items() if not one.is_vit]):
         warnings.warn(
             f"{', '.join(others)}: no ViT of xmag's, which alone is fine-tuned; such a model has a"
@@ -291,7 +314,7 @@ def compare(
             trained = EndToEnd(
                 one.model, _slides_of(one, cohorts, extraction), like=estimator,
                 settings=Settings() if finetune is True else finetune, extraction=extraction,
-                folder=folder, random_state=random_state,
+                folder=folder, random_state=random_state, device=device,
             )  # fmt: skip
             tuned = _reports(one.folder, data, trained, folds, options, name="end-to-end.json")
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints, which are large
@@ -330,11 +353,13 @@ def _extracted(
     cohorts: Mapping[str, Cohort],
     out: Path,
     extraction: Mapping[str, Any],
+    *,
+    load: Callable[[str | os.PathLike[str]], TileEncoder],
 ) -> Iterator[tuple[str, _Extracted]]:
     """The features of each model; those that are there already are kept."""
     names: list[str] = []
     for model in models:
-        encoder = resolve_encoder(model)
+        encoder = load(model) if isinstance(model, str | os.PathLike) else resolve_encoder(model)
         name = folder_of(encoder, names)
         names.append(name)
         parameters, gflop = costs_of(encoder)

@@ -62,11 +62,12 @@ class EndToEnd:
         extraction: Mapping[str, Any],
         folder: Path,
         random_state: int,
+        device: str = "auto",
     ) -> None:
         self._given = (model, slides)
         self._options: dict[str, Any] = {
             "like": like, "settings": settings, "extraction": extraction, "folder": folder,
-            "random_state": random_state,
+            "random_state": random_state, "device": device,
         }  # fmt: skip
         self._tiles = {name: extraction[name] for name in _OF_TILES if name in extraction}
         self._result: FinetuneResult | None = None
@@ -105,6 +106,7 @@ class EndToEnd:
                 tiles=TileOptions(**self._tiles),
                 checkpoint=self._options["folder"] / f"{digest}.checkpoint",
                 random_state=seed,
+                device=self._options["device"],
             )
         return self
 

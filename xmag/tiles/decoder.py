@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
 from xmag.grid import Border
+from xmag.masks import tissue_of
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
 from xmag.slide.reader import Pixels
 from xmag.tiles.arena import Tiles
 from xmag.tiles.decoding import Damaged, Reading
 from xmag.tiles.stream import default_threads, read_rows, reading_of
-from xmag.tissue import TissueMask, find_tissue
+from xmag.tissue import TissueMask
 from xmag.urls import Place
 
 
@@ -65,7 +66,7 @@ class DecodeJob:
     mpp: float | None
     region: int | None = None
     spec: TileSpec
-    tissue: Literal["auto"] | None
+    tissue: Path | Literal["auto"] | None
     overlap: int
     min_tissue: float | None
     border: Border
@@ -226,7 +227,7 @@ def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
     return plan_tiles(
         slide,
         job.spec,
-        tissue=find_tissue(slide) if job.tissue == "auto" else None,
+        tissue=tissue_of(slide, job.tissue),
         overlap=job.overlap,
         min_tissue=job.min_tissue,
         border=job.border,
