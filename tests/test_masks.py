@@ -219,8 +219,14 @@ def test_another_mask_is_not_taken_for_what_is_there(folder, masks, tmp_path):
     (masks / "a.png").write_bytes(png(halves()[:, ::-1]))
     with pytest.raises(MismatchError, match=r"a\.h5 .*\n.*tissue: the given mask is another one"):
         run()
-    with pytest.raises(MismatchError, match=r"plan\.tissue"):
+    with pytest.raises(MismatchError, match=r"plan\.tissue") as caught:
         run(tissue="auto")
+    assert "given mask" not in str(caught.value)
+    with Slide(folder / "a.svs") as slide:  # a mask of a program's, whose file nobody knows
+        mask = TissueMask.from_array(halves()[:, ::-1] > 0, slide)
+        extract_features(slide, model=MODEL, tissue=mask).save(tmp_path / "out" / "a.h5")
+    with pytest.raises(MismatchError, match="sha256 unknown there"):
+        run()
     assert run(on_mismatch="redo").counts() == {"done": 1, "skipped": 1}
     right = FeatureBag.load(tmp_path / "out" / "a.h5").coords
     assert right[:, 0].min() > 0

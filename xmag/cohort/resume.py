@@ -96,8 +96,8 @@ def _lost(provenance: Provenance, job: Job, settings: Settings) -> list[str]:
     """
     plan = provenance.record.get("plan") or {}
     mask_sha256 = (plan.get("tissue") or {}).get("sha256")
-    if mask_sha256 != job.tissue_sha256:
-        there, here = (str(mask)[:8] for mask in (mask_sha256, job.tissue_sha256))
+    if job.tissue_sha256 not in (None, mask_sha256):  # of any other tissue the fingerprint tells
+        there, here = ((mask or "unknown")[:8] for mask in (mask_sha256, job.tissue_sha256))
         return [f"tissue: the given mask is another one, sha256 {there} there, {here} here"]
     roi_sha256 = plan.get("roi_sha256")
     if roi_sha256 != job.roi_sha256:
