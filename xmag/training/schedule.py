@@ -36,13 +36,9 @@ class Schedule:
     warmup: int
     floor: float = 0.0
 
-    def factor(self, step: int) -> float:
-        """The learning-rate factor at `step`, from 0."""
-        return warmup_cosine(step, total=self.total, warmup=self.warmup, floor=self.floor)
-
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of `step`: the factor times the rate that a group began with."""
-        factor = self.factor(step)
+        factor = warmup_cosine(step, total=self.total, warmup=self.warmup, floor=self.floor)
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
