@@ -84,10 +84,10 @@ def make_result(
         device=device,
         dtype="bfloat16" if network.encoder.half_precision else "float32",
     )
-    counts = np.bincount(cohort.targets, minlength=len(cohort.classes))
+    counts = np.bincount(cohort.targets, minlength=len(cohort.head.classes))
     classifier = MILClassifier.from_module(
         network.aggregator,
-        classes=cohort.classes,
+        classes=cohort.head.classes,
         in_dim=encoder.embed_dim,
         class_prior=(counts / counts.sum()).tolist(),
         provenance=_provenance_of_bags(encoder, cohort, transform),
@@ -129,7 +129,7 @@ def lineage_of(
             "mpp": options.mpp,
             "transform": None if transform is None else name_of(transform),
         },
-        "classes": len(cohort.classes),
+        "classes": len(cohort.head.classes),
         "train_slides": len(cohort.train),
         "validation_slides": len(cohort.validation),
         "random_state": seed,
@@ -148,17 +148,14 @@ def identity_of(
         "encoder_sha256": encoder.provenance.get("weights_sha256"),
         "aggregator_sha256": hashlib.sha256(safetensors.torch.save(head)).hexdigest(),
         "slides_sha256": hashlib.sha256(json.dumps(slides).encode()).hexdigest(),
-        "labels": [repr(cohort.classes[k]) for k in cohort.targets],
+        "labels": [repr(cohort.head.classes[k]) for k in cohort.targets],
         "train": list(cohort.train),
         "processes": ranks,
     }
 
 
 def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:
-    """Encoder with the trained weights, float32 on the CPU, under the terms of its parent.
-
-    Its weights_sha256 is that of the file that `Encoder.save` writes.
-    """
+    """Encoder with the trained weights, float32 on the CPU, and the SHA-256 of its file."""
     before = parent.provenance
     origin = {key: before.get(key) for key in ("name", "revision", "weights_sha256")}
     state = {key: t.detach().to("cpu", torch.float32) for key, t in vit.state_dict().items()}

@@ -20,7 +20,6 @@ from xmag.finetune.network import Network, parameter_groups
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import training_loss
-from xmag.mil.heads import class_metrics
 from xmag.progress import ProgressOption
 from xmag.training import Ema, Loop, Progress, Ranks, Schedule, with_less_memory
 from xmag.training.augmentation import draw
@@ -55,10 +54,7 @@ class FinetuneProgress(Progress):
 
 
 class Trainer(Loop[list[list[int]]]):
-    """Trainer on one rank; a batch is the slides of a step, for each rank.
-
-    `stores` has the tiles of this rank's slides, by their index in `cohort`.
-    """
+    """Trainer on one rank, which has the `stores` of its slides, by their index in `cohort`."""
 
     kind = "fine-tuning"
     module: Network
@@ -102,10 +98,7 @@ class Trainer(Loop[list[list[int]]]):
     def train(
         self, path: Path | None, identity: Mapping[str, Any], *, progress: ProgressOption
     ) -> Network:
-        """Train to the end, from the checkpoint at `path` if there is one; the trained network.
-
-        `identity` is that of `Checkpoint`. Where a checkpoint cannot be written, a warning says so.
-        """
+        """Train to the end, from the checkpoint at `path` (of `identity`) if it is there."""
         self._path, self._identity = path, identity
         if path is not None and self.resume(path, identity, self._ranks):
             self._kept = f"the checkpoint {path} is kept"
@@ -234,7 +227,7 @@ class Trainer(Loop[list[list[int]]]):
         """Validation loss, AUROC and balanced accuracy of the current (EMA) network."""
         slides, cohort = self._cohort.validation, self._cohort
         network = cast(Network, self.averaged).eval()
-        found = torch.zeros(len(slides), len(cohort.classes), dtype=torch.float64)
+        found = torch.zeros(len(slides), len(cohort.head.classes), dtype=torch.float64)
         for place in range(self._ranks.rank, len(slides), self._ranks.world):
             found[place] = with_less_memory(
                 partial(self._logits, network, slides[place]), self._halve
@@ -242,7 +235,7 @@ class Trainer(Loop[list[list[int]]]):
         logits = self._ranks.sum(found).numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]
-        return class_metrics(logits, labels, weights)
+        return cohort.head.validate(logits, labels, weights)
 
     @torch.no_grad()
     def _logits(self, network: Network, slide: int) -> Tensor:

@@ -49,10 +49,7 @@ def with_outputs(
     least: int = 1,
     last_layer: type[nn.Module] = nn.Linear,
 ) -> nn.Module:
-    """An aggregator as `aggregator` makes it, with any number of outputs from `least` on.
-
-    xmag's own end in `last_layer`, made of the width before it and the outputs.
-    """
+    """An `aggregator` of `least` outputs or more; those by name end in a `last_layer`."""
     for what, size, lowest in (("in_dim", in_dim, 1), ("classes", outputs, least)):
         if not _is_int(size) or not lowest <= size <= _LARGEST_DIM:
             raise InputError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import dense
 from xmag.errors import BagError, InputError, MismatchError, XmagWarning
-from xmag.mil.heads import hashables
+from xmag.metrics.labels import Bools, Floats, Ints, as_labels
 from xmag.provenance import Provenance
 from xmag.training.splits import require_disjoint, units
 
@@ -29,10 +29,7 @@ Fusion = Literal["early", "late"]
 Features = NDArray[np.float32]
 
 Origin = tuple[int, Provenance | None]
-"""Width D and provenance of a bag, in which the bags of a classifier agree."""
-
-TrainedOrigin = tuple[int, Mapping[str, Any] | None]
-"""Width D and fingerprint of the bags that an estimator was trained on."""
+"""Width D and provenance of a bag, in which the bags of an estimator agree."""
 
 _WANTED = (
     "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
@@ -51,10 +48,7 @@ class Bag:
 
 
 class Bags:
-    """The cases of an argument `what`, each a list of bags: files are read at each access.
-
-    Raises InputError for anything but a list of `least` cases or more, and for an empty case.
-    """
+    """The cases of an argument `what`, each a list of bags: files are read at each access."""
 
     def __init__(self, cases: Any, *, what: str = "X", least: int = 0) -> None:
         if isinstance(cases, FeatureBag | str | bytes | os.PathLike | Mapping) or not (
@@ -82,9 +76,9 @@ class Bags:
     @property
     def has_lists(self) -> bool:
         """Whether any case is a list of bags."""
-        return any(is_list(case) for case in self._cases)
+        return any(map(is_list, self._cases))
 
-    def alone(self) -> tuple["Bags", NDArray[np.int64]]:
+    def alone(self) -> tuple["Bags", Ints]:
         """Every bag as a case of its own, n of them, and the case it is of, int64 (n,)."""
         places = [(i, j) for i in range(len(self)) for j in range(len(self._sources(i)))]
         apart = copy.copy(self)
@@ -96,18 +90,9 @@ class Bags:
         return apart, np.array([i for i, _ in places], dtype=np.int64)
 
     def each(
-        self,
-        of: Callable[[list[Features]], NDArray[np.float64]],
-        of_empty: str,
-        *,
-        width: int,
-        origin: TrainedOrigin,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Results of `of` for the bags of each case that have tiles, float64 (n, width).
-
-        It is 0 for cases without tiles; these are True in the second array, bool (n,), and a
-        warning says what their result is: `of_empty`. Raises as `read_matching`.
-        """
+        self, of: Callable[[list[Features]], Floats], of_empty: str, *, width: int, origin: Origin
+    ) -> tuple[Floats, Bools]:
+        """Results (n, width) of `of` for each case, 0 where it has no tiles, and where that is."""
         found, empty = np.zeros((len(self), width)), np.zeros(len(self), dtype=np.bool_)
         for row in range(len(self)):
             features = [
@@ -119,11 +104,12 @@ class Bags:
         self.warn_of_empty(np.flatnonzero(empty).tolist(), of_empty)
         return found, empty
 
-    def read_matching(self, index: int, origin: TrainedOrigin) -> list[Bag | FeatureBag]:
+    def read_matching(self, index: int, origin: Origin) -> list[Bag | FeatureBag]:
         """Read a case; raises where it has not the width and fingerprint of the training."""
         bags = self[index]
         for slide, bag in enumerate(bags):
-            require_trained_origin(self.name(index, slide), origin_of(bag), origin)
+            name = self.name(index, slide)
+            require_same_origin(name, origin_of(bag), "those of the training", origin)
         return bags
 
     def warn_of_empty(self, rows: Sequence[int], what: str) -> None:
@@ -161,16 +147,12 @@ def is_list(case: Any) -> bool:
 
 
 def joined(bags: Sequence[Features]) -> tuple[Features, list[int]]:
-    """Features of several bags as one, (N, D), and the order in which they come there.
-
-    The order is by content, so that it does not depend on how they were listed: what depends on the
-    order of tiles (TransMIL, `max_tiles`) is the same for any.
-    """
+    """Features of bags as one, (N, D), in an order that does not depend on how they are listed."""
     order = by_content(bags)
     return bags[0] if len(bags) == 1 else np.concatenate([bags[i] for i in order]), order
 
 
-def mean_of(bags: Sequence[Features]) -> NDArray[np.float64]:
+def mean_of(bags: Sequence[Features]) -> Floats:
     """The mean of all tiles of bags, (D,)."""
     sums = [bag.sum(axis=0, dtype=np.float64) for bag in bags]
     return np.asarray(sum(sums) / max(1, sum(map(len, bags))))
@@ -193,29 +175,27 @@ class BagDataset:
         bags: The samples of an argument X, of which the dataset has some.
         cases: The case that each of `bags` is of, int64 (n,).
         tiles: The number of tiles of each of `bags` when it was first read.
-        digests: The digests of the features of each of `bags`, one for each bag of a case; empty
-            for a bag without tiles.
+        digests: Of the features of each bag of each of `bags`; empty for a bag without tiles.
         means: The mean of the tiles of each of `bags`, (n, D); 0 for one without.
         groups: The patient of each of `bags`; None where they are not known.
-        first: The name of the first bag with a provenance, with which all others agree; of the
-            first of all without any.
-        origin: The width D of all features, and the provenance of that bag, None without any.
+        first: The name of the bag that `origin` is of: the first with a provenance, if any has one.
+        origin: Width and provenance, with which all bags agree.
         rows: The place in `bags` of each sample of the dataset, int64 (n,).
-        targets: (n, ...).
-        weights: float64 (n,).
+        targets: (n, ...), of these samples.
+        weights: float64 (n,), of these samples.
     """
 
     bags: Bags
-    cases: NDArray[np.int64]
+    cases: Ints
     tiles: list[int]
     digests: list[list[bytes]]
-    means: NDArray[np.float64]
+    means: Floats
     groups: list[Hashable] | None
     first: str
     origin: Origin
-    rows: NDArray[np.int64]
+    rows: Ints
     targets: NDArray[Any]
-    weights: NDArray[np.float64]
+    weights: Floats
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -248,7 +228,7 @@ class BagDataset:
             if digest
         ]
 
-    def units(self) -> NDArray[np.int64]:
+    def units(self) -> Ints:
         """Ids of what must not be split, int64 (n,): patients, cases, and equal bags."""
         ties: list[Hashable] = list(self.cases) if self.groups is None else self.groups
         slides = self.slides
@@ -256,7 +236,7 @@ class BagDataset:
         unit_of = {row: unit for (row, _, _), unit in zip(slides, found, strict=True)}
         return np.array([unit_of[int(row)] for row in self.rows], dtype=np.int64)
 
-    def subset(self, mask: NDArray[np.bool_]) -> Self:
+    def subset(self, mask: Bools) -> Self:
         """The part of the dataset where `mask`, bool (n,), is True."""
         return replace(
             self, rows=self.rows[mask], targets=self.targets[mask], weights=self.weights[mask]
@@ -281,15 +261,10 @@ class BagDataset:
 def read_dataset(
     bags: Bags, targets: NDArray[Any], groups: Any, *, fusion: Fusion = "early", of: str = ""
 ) -> BagDataset:
-    """Dataset of the cases that have tiles; `of` is put before the name of `groups` in messages.
-
-    Reads every bag once, so that what is wrong with one is known before hours of training. Warns
-    of cases without tiles. Raises BagError for a bag that cannot be read, is not finite or is of
-    another width, and MismatchError for one that was made otherwise.
-    """
+    """Dataset of the cases that have tiles, of which every bag is read once; see `fit`."""
     whole, cases = bags, np.arange(len(bags))
     if groups is not None:
-        groups = hashables(groups, count=len(bags), what=f"{of}groups")
+        groups = as_labels(groups, f"{of}groups", n=len(bags))
     if fusion == "late":
         bags, cases = whole.alone()
         targets, groups = targets[cases], groups and [groups[case] for case in cases]
@@ -303,9 +278,7 @@ def read_dataset(
                 first, origin = bags.name(row, slide), origin_of(bag)
         features = [bag.features for bag in slides]
         tiles.append(sum(map(len, features)))
-        means.append(
-            mean_of(features) if features else np.full(slides[0].features.shape[1], np.nan)
-        )
+        means.append(mean_of(features))
         digests.append([_digest(bag.features) for bag in slides])
     assert origin is not None  # of one bag or more
     filled = np.bincount(cases, weights=tiles, minlength=len(whole)) > 0
@@ -336,11 +309,7 @@ def origin_of(bag: Bag | FeatureBag) -> Origin:
 
 
 def require_same_origin(name: str, seen: Origin, reference: str, expected: Origin) -> None:
-    """Raise where the width and provenance of a bag are not those of a reference.
-
-    BagError for another width, MismatchError where both provenances are known and their
-    fingerprints differ.
-    """
+    """Raise BagError for another width than expected, MismatchError for another fingerprint."""
     if seen[0] != expected[0]:
         raise BagError(
             f"{name} has {seen[0]} features a tile, and {reference} {expected[0]}; expected the"
@@ -353,13 +322,6 @@ def require_same_origin(name: str, seen: Origin, reference: str, expected: Origi
             f"{name} was made otherwise than {reference}: {'; '.join(differences)}. Extract the"
             " features again with the same model and settings"
         )
-
-
-def require_trained_origin(name: str, seen: Origin, trained: TrainedOrigin) -> None:
-    """Raise as `require_same_origin` where a bag is not like those of the training."""
-    width, fingerprint = trained
-    expected = None if fingerprint is None else Provenance(fingerprint, {})
-    require_same_origin(name, seen, "those of the training", (width, expected))
 
 
 def _read(source: Any) -> Bag | FeatureBag:

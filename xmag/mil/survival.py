@@ -13,15 +13,17 @@ from torch.nn import functional
 
 from xmag import records
 from xmag.errors import BagError, InputError
+from xmag.metrics.labels import Floats, Ints, require_length
 from xmag.metrics.survival import Survival, as_survival, concordances, harrell_c
 from xmag.mil.bags import BagLike
+from xmag.mil.confidence import Known
 from xmag.mil.estimator import MILEstimator
 from xmag.mil.heads import Head, Objective, case_weights
+from xmag.mil.params import is_whole
 from xmag.mil.pooling import full
-from xmag.mil.trainer import BagTrainer, Settings
+from xmag.mil.trainer import BagTrainer
 
 Loss = Literal["cox", "nll"]
-Floats = NDArray[np.float64]
 
 _LEAST_EVENTS = 2
 
@@ -80,10 +82,9 @@ def _log_risk_sums(risk: Tensor, time: Tensor) -> Tensor:
 class CoxObjective:
     """Cox's loss of a whole training set, in steps of a few bags.
 
-    A bag's risk set is the training set, and not its batch, which may have no event at all. The
-    risks of bags outside of the batch are those of their last step (0 before the first). The loss
-    of a bag has the exact gradient of `cox_loss` by its risk: of its own event, and of all events
-    at whose time it was still at risk. `risk` (n,) are those of the last steps.
+    A bag's risk set is the training set, not its batch, which may have no event at all: `risk` (n,)
+    are those of the last steps, 0 before the first. The loss of a bag has the exact gradient of
+    `cox_loss` by its risk: of its own event, and of all events at whose time it was at risk.
     """
 
     def __init__(self, event: Tensor, time: Tensor) -> None:
@@ -128,10 +129,7 @@ class SurvivalHead(Head):
     def read(values: Any, count: int, what: str) -> Survival:
         """Checked (event, time) of each bag; InputError as `as_survival`."""
         survival = as_survival(values, what)
-        if len(survival) != count:
-            raise InputError(
-                f"{what} has {len(survival)} values for {count} bags; expected one for each"
-            )
+        require_length(survival, count, what)
         return survival
 
     @staticmethod
@@ -148,7 +146,7 @@ class SurvivalHead(Head):
         """Raise InputError for fewer than two events among the bags that have tiles."""
         _require_events(targets[:, 0], " with tiles")
 
-    def strata(self, targets: Floats) -> NDArray[np.int64]:
+    def strata(self, targets: Floats) -> Ints:
         """Whether there was an event."""
         return targets[:, 0].astype(np.int64)
 
@@ -197,11 +195,6 @@ class CoxHead(SurvivalHead):
         """Risk (n,): the log hazard, 0 for the mean of the training."""
         risk: Floats = logits[:, 0] - self.center
         return risk
-
-    @staticmethod
-    def fuse(logits: Floats) -> Floats:
-        """The mean log hazard, (1,), over logits (k, 1)."""
-        return np.asarray(logits.mean(axis=0))
 
     def survived(self, logits: Floats) -> Floats:
         """Share without an event at each of `steps`, (n, k)."""
@@ -317,7 +310,7 @@ def _require_events(event: NDArray[Any], which: str = "") -> None:
         )
 
 
-def interval_of(time: Floats, edges: Floats) -> NDArray[np.int64]:
+def interval_of(time: Floats, edges: Floats) -> Ints:
     """The interval between `edges` that each time lies in; the last one for times beyond it."""
     place = np.searchsorted(edges, time, side="right") - 1
     return np.clip(place, 0, len(edges) - 2).astype(np.int64)
@@ -355,24 +348,22 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
     def _new_head(self, labels: Survival) -> CoxHead | DiscreteHead:
         return CoxHead() if self.loss == "cox" else DiscreteHead.of(labels, self.intervals)
 
-    def _settings(self) -> Settings:
+    def _require_params(self) -> None:
+        super()._require_params()
         records.require(self, "loss", self.loss in ("cox", "nll"), '"cox" or "nll"')
-        whole = isinstance(self.intervals, int | np.integer) and self.intervals is not True
-        records.require(self, "intervals", whole and self.intervals >= 2, "an int from 2 on")
-        return super()._settings()
+        records.require(self, "intervals", is_whole(self.intervals, 2), "an int from 2 on")
 
-    def _adopt(self, trainer: BagTrainer) -> int:
-        best = super()._adopt(trainer)
+    def _adopt(self, trainer: BagTrainer, known: Known) -> None:
+        super()._adopt(trainer, known)
         data, model = trainer.train, self._batched()
         if isinstance(self._head, CoxHead):
             try:
-                logits = np.stack([model.logits(data[i]) for i in range(len(data))])
+                logits = np.stack([model.logits([data[i]]) for i in range(len(data))])
             except BagError:  # a file is gone, and training ended by it: as each was seen last
                 logits = cast(CoxObjective, trainer.objective).risk[:, None].numpy()
             self._head = self._head.with_baseline(logits, data.targets)
-        return best
 
-    def predict(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
+    def predict(self, X: Sequence[BagLike]) -> Floats:
         """The risk of each bag, float64 (n,): larger for an earlier event.
 
         With "cox" it is the log hazard above the mean of the training, with "nll" minus the
@@ -382,23 +373,17 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         logits = self._logits(X)
         return self._head.predictions(logits)
 
-    def predict_survival_function(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-    ) -> list[SurvivalFunction]:
+    def predict_survival_function(self, X: Sequence[BagLike]) -> list[SurvivalFunction]:
         """The share without an event over time, a step function for each bag; see `predict`."""
         logits, head = self._logits(X), self._head
         return [SurvivalFunction(head.steps, row) for row in head.survived(logits)]
 
-    def _logits(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
+    def _logits(self, X: Sequence[BagLike]) -> Floats:
         logits, empty = self._predict_logits(X, "their prediction is that of the mean of training")
         return np.where(empty[:, None], self._head.center, logits)
 
     def score(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-        y: Any,
-        sample_weight: Sequence[float] | None = None,
+        self, X: Sequence[BagLike], y: Any, sample_weight: Sequence[float] | None = None
     ) -> float:
         """Harrell's C of the predicted risks; `sample_weight` (n,) weighs the cases."""
         risk = self.predict(X)

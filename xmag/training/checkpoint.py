@@ -27,14 +27,9 @@ _VERSION_1 = ("xmag-finetune-checkpoint", "xmag-distillation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """State of a training run to resume from.
+    """State of a training run of a `kind`: JSON values of its progress, and tensors by name.
 
-    Attributes:
-        kind: The training that it is of, such as "fine-tuning".
-        identity: All that decides the weights of the run, as JSON values; only a run with the same
-            one resumes from it.
-        progress: How far the run is, as JSON values.
-        tensors: Weights, moments of the optimizer and other tensors by name.
+    `identity` is all that decides the weights; only a run with the same one resumes from it.
     """
 
     kind: str
@@ -57,11 +52,10 @@ class Checkpoint:
     def load(
         cls, path: Path, *, kind: str, identity: Mapping[str, Any] | None = None
     ) -> Self | None:
-        """The checkpoint at `path`, None where there is no file; tensors are on the CPU.
+        """The checkpoint at `path`, on the CPU; None where there is no file.
 
-        Raises WeightsError for a file that is damaged, no checkpoint of this kind, or of another
-        version of xmag, and MismatchError for one of a run with another `identity`, where that is
-        given, with what is different.
+        Raises WeightsError for a file that is damaged or no such checkpoint, and MismatchError for
+        one of a run with another `identity`, with what is different.
         """
         if not path.exists():
             return None

@@ -26,10 +26,9 @@ Result = TypeVar("Result")
 
 
 class Ema:
-    """Exponential moving average (EMA) of a module's parameters and buffers, in float32.
+    """Exponential moving average (EMA) of parameters and buffers, float32; counters are copied.
 
-    `module` is a frozen copy that holds the average; call `update` after the optimizer's step.
-    Integer buffers (counters) are copied as they are.
+    `module` is a frozen copy that holds it; call `update` after the optimizer's step.
     """
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:
@@ -42,8 +41,8 @@ class Ema:
     def update(self, module: nn.Module, *, step: int | None = None) -> None:
         """Move the average towards `module`: average = decay * average + (1 - decay) * module.
 
-        With the number of a `step` the decay is at most (1 + step) / (10 + step): the first
-        weights, which know nothing, would otherwise stay in the average for long.
+        With the number of a `step` the decay is at most (1 + step) / (10 + step): the first weights
+        would otherwise stay for long.
         """
         decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         now, averages = module.state_dict(), self.module.state_dict()
@@ -61,9 +60,8 @@ class Ema:
 class Progress:
     """Progress of a training in plain values, for a checkpoint; a trainer may add its own.
 
-    `epoch` epochs are done, `step` steps of the next, and `updates` steps in all, in `seconds`.
-    `losses` are the validation losses of the epochs so far. `best_epoch` (from 1) is the epoch
-    whose weights are kept, None without validation.
+    `epoch` epochs are done, `step` steps of the next, and `updates` in all. `losses` are those of
+    validation, `best_epoch` (from 1) the epoch whose weights are kept, None without validation.
     """
 
     epoch: int = 0
@@ -78,14 +76,8 @@ class Loop(ABC, Generic[Batch]):
     """Base class of trainers: `run` trains to the end, from wherever `progress` is.
 
     A trainer defines `steps` and `step`, and `end_epoch` and `save` where it has validation and
-    checkpoints. What changes in training is in `progress` and in `state`, so that a run that is
-    resumed from both goes on as one that never stopped.
-
-    Attributes:
-        kind: The training that its checkpoints are of, such as "distillation".
-        progress: How far the training is.
-        best: The weights of the best epoch so far, on the CPU; None without validation.
-        bar: The progress bar while `run` runs, which trainers move.
+    checkpoints of a `kind`. All that changes in training is in `progress` and `state`, so that it
+    can be resumed. `best` are the weights of the best epoch, on the CPU; trainers move the `bar`.
     """
 
     kind: ClassVar[str] = "training"
@@ -181,11 +173,7 @@ class Loop(ABC, Generic[Batch]):
         Checkpoint(kind=self.kind, identity=identity, progress=progress, tensors=tensors).save(path)
 
     def resume(self, path: Path, identity: Mapping[str, Any], ranks: Ranks) -> bool:
-        """Go on from the checkpoint at `path`; False where there is none.
-
-        Raises what `Checkpoint.load` does, and OutputError where there is no folder for it, or
-        ranks read different ones.
-        """
+        """Go on from the checkpoint at `path`, as `Checkpoint.load`; False where there is none."""
         found = Checkpoint.load(path, kind=self.kind, identity=identity)
         if found is not None:
             self.restore(found.tensors, found.progress)
@@ -229,10 +217,9 @@ class Loop(ABC, Generic[Batch]):
 def with_less_memory(
     run: Callable[[], Result], halve: Callable[[torch.cuda.OutOfMemoryError], None]
 ) -> Result:
-    """Result of `run`, called again after each `halve` as long as CUDA runs out of memory.
+    """Result of `run`, called anew after each `halve` as long as CUDA runs out of memory.
 
-    `halve` makes the parts smaller that `run` computes at once, says so in the log, and raises
-    ModelError where they cannot be any smaller. `run` has to begin anew at every call.
+    `halve` makes the parts that `run` computes at once smaller, or raises ModelError.
     """
     while True:
         try:

@@ -64,8 +64,7 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """A context in which the processes of torchrun form a process group; yields the `Ranks`.
 
-    Without torchrun's variables, or where the program has joined a group by itself already, that
-    group is used and left as it is.
+    A group that the program has joined already is used and left as it is.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(
