@@ -66,8 +66,7 @@ def uses_half(precision: Precision, device: torch.device) -> bool:
     """Whether the encoder computes in bfloat16, for CUDA alone; "auto" does if it is native."""
     if precision == "bfloat16" and device.type != "cuda":
         raise InputError(
-            f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto" or'
-            ' "float32"'
+            f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto"'
         )
     native = resolve_dtype("auto", device) == torch.bfloat16
     return precision == "bfloat16" or (precision == "auto" and native)
@@ -79,8 +78,7 @@ def freeze(vit: ViT, blocks: int | None) -> None:
         return
     if not 0 <= blocks <= vit.config.depth:
         raise InputError(
-            f"frozen_blocks is {blocks!r}; expected None, or 0 to {vit.config.depth}, the depth of"
-            " the model"
+            f"frozen_blocks is {blocks!r}; expected None, or 0 to the depth {vit.config.depth}"
         )
     for name, parameter in vit.named_parameters():
         layer = _layer_of(name, vit.config.depth)

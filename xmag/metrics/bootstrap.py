@@ -335,8 +335,7 @@ def resampled(
             break
         if tries > _MOST_TRIES and count < tries:
             raise InputError(
-                "the metric is not defined in almost any resample; give more patients of the rare"
-                " classes"
+                "the metric is hardly ever defined; give more patients of the rare classes"
             )
     return np.concatenate(kept)[:resamples]
 
@@ -349,8 +348,7 @@ def drawn_weights(
     number = int(groups.max()) + 1 if len(groups) else 0
     if number < 2:
         raise InputError(
-            f"there is {number} patient to resample; an interval needs at least two, and some 20"
-            " to mean anything"
+            f"there is {number} patient to resample; expected two or more, and rather 20"
         )
     _, classes = np.unique(codes, return_inverse=True)
     has_class = np.zeros((number, classes.max() + 1))

@@ -50,8 +50,7 @@ def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = 
     """
     if classes is None:
         raise InputError(
-            "quadratic kappa needs the order of the classes, from lowest to highest; give"
-            " classes=[...]"
+            "quadratic kappa needs the order of the classes, from lowest on; give classes=[...]"
         )
     cases = decided_cases(y_true, y_pred, classes)
     value = float(quadratic_kappas(cases, None)[0])

@@ -65,8 +65,7 @@ def as_labels(
     array_shape = getattr(values, "shape", None)
     if array_shape is not None and len(array_shape) != 1:
         raise InputError(
-            f"{name} has shape {tuple(array_shape)}; expected one label for each case, of shape"
-            " (n,)"
+            f"{name} has shape {tuple(array_shape)}; expected one label for each case, (n,)"
         )
     # An array gives Python's own numbers by tolist(), but would take tuples for rows.
     plain = [_plain(value) for value in values]
@@ -150,8 +149,8 @@ def class_order(
     unknown = [label for label in found if label not in set(order)]
     if unknown:
         raise InputError(
-            f"{name} has the label {unknown[0]!r}, which is not in classes"
-            f" {_listed(order)}; add it there, or leave such cases out"
+            f"{name} has the label {unknown[0]!r}, which is not in classes {_listed(order)}; add it"
+            " there, or leave such cases out"
         )
     return order
 
@@ -247,8 +246,7 @@ def scored_cases(
     order = class_order(truth, classes)
     if len(order) < 2:
         raise InputError(
-            f"y_true has one class only, {order[0]!r}, and nothing to tell it from; give cases of"
-            " two classes or more"
+            f"y_true has one class only, {order[0]!r}; give cases of two classes or more"
         )
     return Cases(
         truth=encode(truth, order),

@@ -198,8 +198,8 @@ def brier_score(y: Any, survival: ArrayLike, times: ArrayLike, *, train: Any) ->
     at, predicted = np.asarray(times, np.float64), np.asarray(survival, np.float64)
     if at.ndim != 1 or predicted.shape != (len(seen), len(at)):
         raise InputError(
-            f"survival has shape {predicted.shape} for {len(seen)} cases and times of shape"
-            f" {at.shape}; expected (cases, times)"
+            f"survival has shape {predicted.shape} for {len(seen)} cases and times {at.shape};"
+            " expected (cases, times)"
         )
     first, last = seen.time.min(), seen.time.max()
     if not len(at) or (np.diff(at) <= 0).any() or at[0] < first or at[-1] >= last:
@@ -311,8 +311,7 @@ def _defined(found: Floats, survival: Survival) -> float:
     if math.isnan(value):
         _require_event(survival)
         raise InputError(
-            "no two cases can be compared: after each event nobody is observed any longer; give"
-            " more cases"
+            "no two cases can be compared: after each event nobody is observed; give more cases"
         )
     return value
 

@@ -58,15 +58,13 @@ def with_outputs(
     if isinstance(name_or_module, nn.Module):
         if options:
             raise InputError(
-                f"options {sorted(options)} were given beside a module; they are for aggregators"
-                f" by name ({', '.join(AGGREGATORS)}). Set up the module before it is given"
+                f"options {sorted(options)} were given beside a module; set up the module before"
             )
         return name_or_module
     kind = AGGREGATORS.get(name_or_module) if isinstance(name_or_module, str) else None
     if kind is None:
         raise InputError(
-            f"aggregator is {name_or_module!r}; expected one of {', '.join(map(repr, AGGREGATORS))}"
-            " or a torch.nn.Module"
+            f"aggregator is {name_or_module!r}; expected one of {list(AGGREGATORS)}, or a module"
         )
     _check_options(str(name_or_module), kind, options)
     made = kind(in_dim=in_dim, classes=outputs, **options)
@@ -86,8 +84,7 @@ def aggregator_config(module: nn.Module) -> dict[str, Any]:
         if type(module) is kind:
             return {"name": name, "options": dict(module.options)}
     raise InputError(
-        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected one of"
-        f" {', '.join(kind.__name__ for kind in AGGREGATORS.values())}"
+        f"the aggregator is a {type(module).__name__}; expected one of {list(AGGREGATORS)}"
     )
 
 

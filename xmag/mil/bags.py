@@ -212,9 +212,8 @@ class BagDataset:
         expected = (self.tiles[row], self.origin[0])
         if shapes != {expected}:
             raise BagError(
-                f"{self.bags.name(row)} has changed while training: features"
-                f" {', '.join(map(str, sorted(shapes)))}, at first {expected}. Leave the files"
-                " alone, and fit again"
+                f"{self.bags.name(row)} has changed while training: features {sorted(shapes)}, at"
+                f" first {expected}. Leave the files alone, and fit again"
             )
         return [part for part in features if len(part)]
 
@@ -339,8 +338,7 @@ def _read(source: Any) -> Bag | FeatureBag:
 def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] == 0:
         raise BagError(
-            f"it is an array of {array.dtype} with shape {array.shape}; expected floats (N, D), a"
-            " row for each tile"
+            f"it is an array of {array.dtype} with shape {array.shape}; expected floats (N, D)"
         )
     with np.errstate(over="ignore"):
         features: NDArray[np.float32] = array.astype(np.float32, copy=False)
@@ -349,7 +347,6 @@ def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
         row, column = np.argwhere(~finite)[0]
         raise BagError(
             f"it holds {array[row, column]} in row {row} ({np.count_nonzero(~finite)} such values"
-            " in all); expected values that are finite in float32: extract the features again, or"
-            " leave the bag out"
+            " in all); expected finite ones: extract the features again, or leave the bag out"
         )
     return features

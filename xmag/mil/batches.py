@@ -196,9 +196,8 @@ class BatchedAggregator:
         rows = len(self._sizes) * max(self._sizes, default=0)
         if len(self._sizes) <= 1:
             raise ModelError(
-                f"{self.device} has no memory left for a bag of {rows} tiles alone ({error})."
-                " Free some, give max_tiles= (a random part of each bag in training), or"
-                ' device="cpu"'
+                f"{self.device} has no memory left for a bag of {rows} tiles alone ({error}). Free"
+                ' some, give max_tiles= (a random part of each bag in training), or device="cpu"'
             ) from error
         self.limit = rows // 2
         _logger.warning("%s is out of memory: going on with %d tiles", self.device, self.limit)

@@ -273,8 +273,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             if missing := [repr(head.classes[i]) for i in np.flatnonzero(counts == 0)]:
                 warnings.warn(
                     f"no bag to validate with is of the class {', '.join(missing)}, so the epoch to"
-                    " keep is chosen without it; give more patients, or"
-                    " validation=(X, y, groups)",
+                    " keep is chosen without it; give more patients, or validation=(X, y, groups)",
                     XmagWarning,
                     stacklevel=3,
                 )

@@ -77,8 +77,7 @@ class Novelty:
         patients = np.unique(groups)
         if len(patients) < LEAST_PATIENTS:
             raise InputError(
-                f"there are {len(patients)} patients to measure novelty from; expected"
-                f" {LEAST_PATIENTS} or more"
+                f"there are {len(patients)} patients for novelty; expected {LEAST_PATIENTS} or more"
             )
         fold_of = np.empty(len(patients), np.int64)
         fold_of[rng.permutation(len(patients))] = np.arange(len(patients)) % _FOLDS
@@ -141,10 +140,8 @@ class Known:
         remedy = "a temperature is fitted to cases that are new to the estimator: leave it out"
         for row, slide, digest in data.slides:
             if digest in (self.digests or ()):
-                raise InputError(
-                    f"{data.bags.name(row, slide)} has the features of a bag of the training;"
-                    f" {remedy}"
-                )
+                name = data.bags.name(row, slide)
+                raise InputError(f"{name} has the features of a bag of the training; {remedy}")
         if data.groups is None:
             return
         if self.patients is None and self.digests is not None:

@@ -413,17 +413,14 @@ class MILEstimator(Estimator, Generic[H]):
         self.history_, self.best_epoch_ = list(history), best_epoch
 
     def _predict_logits(self, X: Any, of_empty: str) -> tuple[Floats, Bools]:
-        """The logits of bags (n, C), and the mask of those without tiles, bool (n,).
-
-        Warns of these; `of_empty` says what their prediction is.
-        """
+        """The logits of bags (n, C), and which have no tiles: a warning says their prediction."""
         self._require_fitted()
         logits, empty = Bags(X).each(
             self._batched().logits, of_empty,
             width=self._head.outputs, origin=self._origin,
         )  # fmt: skip
         if hasattr(self, "temperature_"):
-            logits = cast(Any, self._head).tempered(logits, self.temperature_)
+            logits = self._head.tempered(logits, self.temperature_)
         return logits, empty
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -99,8 +99,14 @@ class Head(Protocol):
         loss = float((weights * losses).sum() / weights.sum())
         return {"validation_loss": loss, **self.metrics(logits, targets)}
 
+    def tempered(self, logits: Floats, temperature: float) -> Floats:
+        """The logits (n, C) of calibrated probabilities, which predict the same."""
+        return logits / temperature
+
     def to_json(self) -> dict[str, Any]:
-        """The head as JSON values, from which `from_json` takes them."""
+        """The fields as JSON values, from which `from_json` takes them."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -170,10 +176,6 @@ class ClassHead(Head):
         labels = torch.from_numpy(targets)
         return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
 
-    def tempered(self, logits: Floats, temperature: float) -> Floats:
-        """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
-        return logits / temperature
-
     def encode(self, labels: Sequence[Hashable], what: str) -> Ints:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
         return indices(labels, self.classes, what)
@@ -218,8 +220,7 @@ def case_weights(values: Any, count: int) -> Floats:
     weights = np.ones(count) if values is None else np.asarray(values, dtype=np.float64)
     if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise InputError(
-            f"sample_weight has shape {weights.shape} for {count} bags; expected a number from 0 on"
-            " for each"
+            f"sample_weight has shape {weights.shape} for {count} bags; expected numbers from 0 on"
         )
     return weights
 
@@ -232,13 +233,11 @@ def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
         first = seen.setdefault(label, label)
         if type(first) is not type(label):
             raise InputError(
-                f"the labels hold both {first!r} and {label!r}, which Python takes for the same;"
-                " expected labels of one type"
+                f"the labels hold both {first!r} and {label!r}, which are equal; expected one type"
             )
     if len(seen) < 2:
         raise InputError(
-            f"the labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected two or"
-            " more"
+            f"the labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected more"
         )
     return ordered(list(seen))
 
@@ -261,8 +260,7 @@ def indices(labels: Sequence[Hashable], classes: Sequence[Hashable], what: str) 
     for index, label in enumerate(labels):
         if label not in known:
             raise InputError(
-                f"{what}[{index}] is {label!r}; expected one of the classes that were trained:"
-                f" {list(classes)}"
+                f"{what}[{index}] is {label!r}; expected one of the trained classes {list(classes)}"
             )
     return encode(labels, classes)
 
@@ -282,8 +280,7 @@ def class_weights(weight: ClassWeight, classes: Sequence[Hashable], drawn: Float
         )
     if unknown := [label for label in weight if label not in classes]:
         raise InputError(
-            f"class_weight has the class {unknown[0]!r}; expected those of the labels:"
-            f" {list(classes)}"
+            f"class_weight has the class {unknown[0]!r}; expected those of y: {list(classes)}"
         )
     for label, value in weight.items():
         if isinstance(value, bool | str) or not (math.isfinite(value) and value > 0):

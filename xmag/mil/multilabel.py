@@ -64,8 +64,7 @@ class LabelsHead(Head):
             row, column = wrong[0]
             raise InputError(
                 f"{what}[{row}, {column}] is {array[row, column]:g} ({len(wrong)} such values in"
-                " all); expected 0 or 1. Leave out cases of which a label is missing, or train one"
-                " classifier for each label"
+                " all); expected 0 or 1. Leave such cases out, or train a classifier for each label"
             )
         return array.astype(np.int64)
 
@@ -74,8 +73,7 @@ class LabelsHead(Head):
         table = self.read(labels, len(labels), what)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} labels, and the training {self.outputs}; expected the"
-                " same"
+                f"{what} has {table.shape[1]} labels; expected {self.outputs}, as in the training"
             )
         return table
 
@@ -121,11 +119,6 @@ class LabelsHead(Head):
         """Values that a temperature divides, here logits (n, L), and the log losses of them."""
         plain, labels = replace(self, balanced=False), torch.from_numpy(targets)
         return logits, lambda scaled: plain._losses(scaled, labels)
-
-    @staticmethod
-    def tempered(logits: Floats, temperature: float) -> Floats:
-        """The logits (n, L) of calibrated probabilities; each stays on its side of 0.5."""
-        return logits / temperature
 
     def metrics(self, logits: Floats, targets: Ints) -> dict[str, float | None]:
         """Validation AUROC, a mean over labels; None where none has both 0 and 1."""

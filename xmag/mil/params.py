@@ -39,10 +39,8 @@ class Estimator(Shown):
         """Set constructor parameters and return self; InputError for an unknown name."""
         known = self._defaults()
         if unknown := sorted(set(params) - set(known)):
-            raise InputError(
-                f"{type(self).__name__} has no parameter {unknown[0]!r}; expected one of"
-                f" {sorted(known)}"
-            )
+            name = type(self).__name__
+            raise InputError(f"{name} has no parameter {unknown[0]!r}; expected {sorted(known)}")
         for name, value in params.items():
             setattr(self, name, value)
         return self
@@ -137,8 +135,7 @@ def seed_of(random_state: Any) -> int:
     if is_whole(random_state, 0) and random_state < 2**63:
         return int(random_state)
     raise InputError(
-        f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
-        " NumPy"
+        f"random_state is {random_state!r}; expected None, an int from 0 on, or NumPy's generator"
     )
 
 

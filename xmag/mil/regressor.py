@@ -66,8 +66,7 @@ class RegressionHead(Head):
         table = labels.reshape(len(labels), -1)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} targets, and the training {self.outputs}; expected"
-                " the same"
+                f"{what} has {table.shape[1]} targets; expected {self.outputs}, as in the training"
             )
         return ((table - self.mean) / self.scale).astype(np.float32)
 
@@ -107,10 +106,6 @@ class RegressionHead(Head):
         """Validation R², a mean over targets; None where one is constant."""
         r2 = _mean_r2(targets.astype(np.float64), logits, np.ones(len(targets)))
         return {"validation_r2": r2 if np.isfinite(r2) else None}
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "flat": self.flat}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -165,10 +160,9 @@ class MILRegressor(MILEstimator[RegressionHead]):
         Raises BagError for a bag that cannot be read, is of another width or not finite, and
         MismatchError for one that was made otherwise than those of the training.
         """
-        self._require_fitted()
-        what = "their prediction is the mean of the training"
         # Logits are 0 where a bag has no tiles.
-        found = self._head.predictions(self._predict_logits(X, what)[0])
+        logits, _ = self._predict_logits(X, "their prediction is the mean of the training")
+        found = self._head.predictions(logits)
         return found[:, 0] if self._head.flat else found
 
     def score(
@@ -179,8 +173,7 @@ class MILRegressor(MILEstimator[RegressionHead]):
         truth = RegressionHead.read(y, len(predicted), "y")
         if truth.shape != predicted.shape:
             raise InputError(
-                f"y has shape {truth.shape}, and the predictions {predicted.shape}; expected the"
-                " same"
+                f"y has shape {truth.shape}; expected that of the predictions, {predicted.shape}"
             )
         table, guesses = (values.reshape(len(truth), -1) for values in (truth, predicted))
         found = _mean_r2(table, guesses, case_weights(sample_weight, len(truth)))

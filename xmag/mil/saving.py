@@ -93,17 +93,14 @@ class EstimatorFolder:
         """The JSON values and weights of a folder; errors are those of `MILEstimator.load`."""
         for file in (self.description, self.weights):
             if not file.is_file():
-                raise ModelError(
-                    f"{self.path} has no {file.name}; expected a folder that"
-                    f" {self._estimator}.save wrote to its end"
-                )
+                wanted = f"expected a folder that {self._estimator}.save wrote to its end"
+                raise ModelError(f"{self.path} has no {file.name}; {wanted}")
         values = self.format.load(self.description)
         found, expected = sha256_of(self.weights), values.pop("weights_sha256", None)
         if found != expected:
             raise WeightsError(
-                f"{self.weights} does not belong to {self.description.name}: its SHA-256 is"
-                f" {found}, and not {expected}. It was damaged, or saving was interrupted; save the"
-                f" {self._noun} again, or copy the whole folder again"
+                f"{self.weights} does not belong to {self.description.name}: its SHA-256 is {found},"
+                f" not {expected}. It is damaged, or saving was interrupted; save or copy again"
             )
         state = read_tensors(self.weights)
         for key, value in state.items():
@@ -175,8 +172,7 @@ def _described(saved: Saved, config: dict[str, Any], head: Head) -> nn.Module:
             ).float()  # fmt: skip
     except (InputError, TypeError) as error:
         raise ModelError(
-            f"the description of the aggregator is damaged ({error}); save the estimator again, or"
-            " copy it again"
+            f"the description of the aggregator is damaged ({error}); save or copy it again"
         ) from error
 
 

@@ -54,8 +54,7 @@ class SurvivalFunction:
         low, high = self.domain
         if times.size and not (low <= times.min() and times.max() <= high):
             raise InputError(
-                f"times go from {times.min():g} to {times.max():g}; expected {low:g} to {high:g},"
-                " which the training knows of"
+                f"times go from {times.min():g} to {times.max():g}; expected {low:g} to {high:g}"
             )
         shares: Floats = np.append(1.0, self.y)[np.searchsorted(self.x, times, side="right")]
         return shares
@@ -175,11 +174,11 @@ class CoxHead(SurvivalHead):
     """Survival head of one logit: the log hazard, above a baseline hazard that is the same for all.
 
     Once training has ended, `center` is the mean of its logits, whose level Cox's loss leaves open,
-    and `steps` (k,) and `cumulative` (k,) are the times and the cumulative hazard there (Breslow).
+    and `times` (k,) and `cumulative` (k,) are those of the cumulative hazard there (Breslow).
     """
 
     center: float = 0.0
-    steps: Floats = field(default_factory=lambda: np.zeros(0))
+    times: Floats = field(default_factory=lambda: np.zeros(0))
     cumulative: Floats = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -197,7 +196,7 @@ class CoxHead(SurvivalHead):
         return risk
 
     def survived(self, logits: Floats) -> Floats:
-        """Share without an event at each of `steps`, (n, k)."""
+        """Share without an event at each of `times`, (n, k)."""
         hazard = np.exp(self.predictions(logits))[:, None]
         return np.asarray(np.exp(-hazard * self.cumulative))
 
@@ -208,12 +207,7 @@ class CoxHead(SurvivalHead):
         events = np.bincount(place, targets[:, 0], len(times))
         own = np.bincount(place, np.exp(logits[:, 0] - center), len(times))
         at_risk = np.cumsum(own[::-1])[::-1]
-        return replace(self, center=center, steps=times, cumulative=np.cumsum(events / at_risk))
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        arrays = {"times": self.steps.tolist(), "cumulative": self.cumulative.tolist()}
-        return {"center": self.center, **arrays}
+        return replace(self, center=center, times=times, cumulative=np.cumsum(events / at_risk))
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> Self:
@@ -222,7 +216,7 @@ class CoxHead(SurvivalHead):
         times, hazards = (_rising(values.pop(key)) for key in ("times", "cumulative"))
         if len(times) != len(hazards) or not math.isfinite(center):
             raise ValueError("the baseline does not fit")
-        return cls(center=center, steps=times, cumulative=hazards)
+        return cls(center=center, times=times, cumulative=hazards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -258,7 +252,7 @@ class DiscreteHead(SurvivalHead):
         return len(self.base)
 
     @property
-    def steps(self) -> Floats:
+    def times(self) -> Floats:
         """The ends of the intervals, (K,)."""
         return self.edges[1:]
 
@@ -276,7 +270,7 @@ class DiscreteHead(SurvivalHead):
         return np.asarray(-self.survived(logits).sum(axis=1))
 
     def survived(self, logits: Floats) -> Floats:
-        """Share without an event at each of `steps`, (n, K)."""
+        """Share without an event at each of `times`, (n, K)."""
         return np.asarray(np.exp(self._log_survived(logits)))
 
     def _log_survived(self, logits: Floats) -> Floats:
@@ -288,10 +282,6 @@ class DiscreteHead(SurvivalHead):
         # log(1 - hazard), which is below 0 but for rounding
         step = np.minimum(np.diff(mean, prepend=0), -np.finfo(np.float64).tiny)
         return np.asarray(np.log(-np.expm1(step)) - step - self.base)
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        return {"edges": self.edges.tolist(), "base": self.base.tolist()}
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> Self:
@@ -376,7 +366,7 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
     def predict_survival_function(self, X: Sequence[BagLike]) -> list[SurvivalFunction]:
         """The share without an event over time, a step function for each bag; see `predict`."""
         logits, head = self._logits(X), self._head
-        return [SurvivalFunction(head.steps, row) for row in head.survived(logits)]
+        return [SurvivalFunction(head.times, row) for row in head.survived(logits)]
 
     def _logits(self, X: Sequence[BagLike]) -> Floats:
         logits, empty = self._predict_logits(X, "their prediction is that of the mean of training")

@@ -129,8 +129,7 @@ def draw(
     epochs = np.broadcast_to(np.asarray(epoch, np.int64), numbers.shape)
     if min(seed, view, *epochs.tolist(), *numbers.tolist(), 0) < 0:
         raise InputError(
-            f"seed {seed}, epoch {epoch}, view {view} and the items are numbers from 0 on; expected"
-            " none below"
+            f"seed {seed}, epoch {epoch}, view {view} and items; expected none of them below 0"
         )
     words = np.empty((len(numbers), _WORDS), np.uint32)
     for row, (turn, item) in enumerate(zip(epochs.tolist(), numbers.tolist(), strict=True)):

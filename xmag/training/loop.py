@@ -185,8 +185,7 @@ class Loop(ABC, Generic[Batch]):
         updates = self.progress.updates
         if float(ranks.mean(torch.tensor(float(updates)))) != updates:
             raise OutputError(
-                f"the processes do not read the same checkpoint at {path}; expected a folder that"
-                " all machines share"
+                f"the processes do not read the same checkpoint at {path}; expected a shared folder"
             )
         return found is not None
 

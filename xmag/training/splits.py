@@ -114,9 +114,8 @@ def require_disjoint(
 def warn_without_groups() -> None:
     """Warn that the validation split is by slide, as no patients (groups) were given."""
     warnings.warn(
-        "no groups were given, so the validation split is by slide: if a patient has several"
-        " slides, they may lie on both sides, and training stops too late. Give"
-        " groups= (the patient of each bag)",
+        "no groups were given, so the validation split is by slide: slides of a patient may lie on"
+        " both sides, and training stops too late. Give groups= (the patient of each bag)",
         XmagWarning,
         stacklevel=4,
     )
