@@ -78,7 +78,7 @@ def freeze(vit: ViT, blocks: int | None) -> None:
         return
     if not 0 <= blocks <= vit.config.depth:
         raise InputError(
-            f"frozen_blocks is {blocks!r}; expected None, or 0 to the depth {vit.config.depth}"
+            f"frozen_blocks is {blocks!r}; expected None, or 0 to {vit.config.depth}, the depth"
         )
     for name, parameter in vit.named_parameters():
         layer = _layer_of(name, vit.config.depth)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +19,7 @@ from xmag.finetune.cohort import Cohort
 from xmag.finetune.network import Network
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileOptions
-from xmag.finetune.trainer import Epoch, FinetuneProgress
+from xmag.finetune.trainer import Epoch, Trainer
 from xmag.mil import AGGREGATORS, MILClassifier, aggregator_config
 from xmag.provenance import Provenance
 from xmag.vit import ViT
@@ -64,16 +64,10 @@ class FinetuneResult:
 
 
 def make_result(
-    network: Network,
-    parent: Encoder,
-    cohort: Cohort,
-    *,
-    progress: FinetuneProgress,
-    lineage: Mapping[str, Any],
-    transform: Transform | None,
-    device: torch.device,
+    trainer: Trainer, parent: Encoder, lineage: Mapping[str, Any], transform: Transform | None
 ) -> FinetuneResult:
-    """The FinetuneResult of a run; `network` has the final weights, `lineage` their origin."""
+    """The FinetuneResult of a run that is done; `lineage` is the origin of its weights."""
+    progress, cohort, network = trainer.progress, trainer.cohort, cast(Network, trainer.result())
     best = None if progress.best_epoch is None else progress.best_epoch - 1  # from 0, as the rows
     lineage = {**lineage, "best_epoch": best, "epochs_trained": progress.epoch}
     exact = _exact_encoder(network.encoder.vit, parent, lineage)
@@ -81,7 +75,7 @@ def make_result(
         copy.deepcopy(exact.vit),
         exact.config,
         provenance=exact.provenance,
-        device=device,
+        device=trainer.device,
         dtype="bfloat16" if network.encoder.half_precision else "float32",
     )
     counts = np.bincount(cohort.targets, minlength=len(cohort.head.classes))
@@ -91,7 +85,7 @@ def make_result(
         in_dim=encoder.embed_dim,
         class_prior=(counts / counts.sum()).tolist(),
         provenance=_provenance_of_bags(encoder, cohort, transform),
-        device=device,
+        device=trainer.device,
     )
     classifier.history_ = [asdict(row) for row in progress.history]
     classifier.best_epoch_ = best

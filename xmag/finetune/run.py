@@ -124,16 +124,13 @@ def finetune_slides(
                 seed=seed, ranks=ranks, device=where,
             )  # fmt: skip
             path = None if checkpoint is None else Path(checkpoint)
-            trained = trainer.train(path, identity, progress=shown)
+            trainer.train(path, identity, shown)
         now = trainer.progress
         if now.best_epoch is not None and ranks.leads:
             warn_of_early_best(
                 now.best_epoch, trained=now.epoch, epochs=settings.epochs, stacklevel=2
             )
-        return make_result(
-            trained, encoder, cohort, progress=now, lineage=lineage, transform=options.transform,
-            device=where,
-        )  # fmt: skip
+        return make_result(trainer, encoder, lineage, options.transform)
 
 
 def _parent(model: Encoder | str | os.PathLike[str] | None) -> Encoder:

@@ -73,7 +73,7 @@ class Trainer(Loop[list[list[int]]]):
         device: torch.device,
     ) -> None:
         self.settings, self.device = settings, device
-        self._cohort, self._stores = cohort, stores
+        self.cohort, self._stores = cohort, stores
         self._mode, self._seed, self._ranks = mode, seed, ranks
         self._shards = shards(cohort.train, cohort.targets, world=ranks.world)
         self._chunk = settings.chunk_tiles or (64 if device.type == "cuda" else 16)
@@ -96,8 +96,8 @@ class Trainer(Loop[list[list[int]]]):
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def train(
-        self, path: Path | None, identity: Mapping[str, Any], *, progress: ProgressOption
-    ) -> Network:
+        self, path: Path | None, identity: Mapping[str, Any], progress: ProgressOption
+    ) -> None:
         """Train to the end, from the checkpoint at `path` (of `identity`) if it is there."""
         self._path, self._identity = path, identity
         if path is not None and self.resume(path, identity, self._ranks):
@@ -110,7 +110,6 @@ class Trainer(Loop[list[list[int]]]):
             raise KeyboardInterrupt(
                 f"interrupted in epoch {self.progress.epoch}; {self._kept}: {remedy}"
             ) from stop
-        return cast(Network, self.result())
 
     def save(self) -> None:
         """Save a checkpoint, if this rank does; a warning where it cannot be written."""
@@ -163,11 +162,11 @@ class Trainer(Loop[list[list[int]]]):
     def end_epoch(self) -> float | None:
         """Validate and record an epoch; the validation loss, None without validation."""
         now = self.progress
-        validation = self._validate() if self._cohort.validation else {}
+        validation = self._validate() if self.cohort.validation else {}
         now.history.append(
             Epoch(
                 epoch=now.epoch,
-                train_loss=now.loss_sum / len(self._cohort.train),
+                train_loss=now.loss_sum / len(self.cohort.train),
                 **validation,
                 tiles=now.tiles,
                 seconds=self.seconds() - sum(row.seconds for row in now.history),
@@ -187,11 +186,11 @@ class Trainer(Loop[list[list[int]]]):
         self.optimizer.zero_grad()  # of the slide before, or of a try that ran out of memory
         store, rows = self._stores[slide], self._rows(slide)
         key = self._seed, self.progress.epoch, slide
-        target = self._cohort.targets[slide]
+        target = self.cohort.targets[slide]
         label = torch.tensor([target], device=self.device)
         # Over the number of slides, and not over the sum of their weights, in which the weight of
         # a single slide would cancel.
-        weight = self._cohort.weights[target] / slides_in_step
+        weight = self.cohort.weights[target] / slides_in_step
         draws = None
         if (augmentation := self.settings.augmentation) is not None:
             seed = seed_of("augment", self._seed)
@@ -225,13 +224,12 @@ class Trainer(Loop[list[list[int]]]):
 
     def _validate(self) -> dict[str, float | None]:
         """Validation loss, AUROC and balanced accuracy of the current (EMA) network."""
-        slides, cohort = self._cohort.validation, self._cohort
+        slides, cohort = self.cohort.validation, self.cohort
         network = cast(Network, self.averaged).eval()
         found = torch.zeros(len(slides), len(cohort.head.classes), dtype=torch.float64)
         for place in range(self._ranks.rank, len(slides), self._ranks.world):
-            found[place] = with_less_memory(
-                partial(self._logits, network, slides[place]), self._halve
-            )
+            logits_of = partial(self._logits, network, slides[place])
+            found[place] = with_less_memory(logits_of, self._halve)
         logits = self._ranks.sum(found).numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]

@@ -105,10 +105,9 @@ class Metric:
         """The checked operands of the metric; `within` matters to metrics of scores alone."""
         if self.read is not None:
             self.function(y_true, y_hat)  # raises for what it does not take
-            count = len(np.asarray(y_hat))
-            return self.read(
-                y_true, y_hat, None if within is None else labels.numbered(within, count, "within")
-            )
+            n = len(np.asarray(y_hat))
+            strata = None if within is None else labels.numbered(within, n, "within")
+            return self.read(y_true, y_hat, strata)
         if self.needs_order and classes is None:
             self.function(y_true, y_hat)  # raises, and says why an order is needed
         if self.of_scores:
@@ -149,9 +148,8 @@ def _number(
         return ratio(total, mass)
 
     needs = "two different known values and predictions" if compares else "two different values"
-    return _columns(
-        function, title, each=each, read=_numbers, undefined=f"no split has {needs} of some target"
-    )
+    undefined = f"no split has {needs} of some target"
+    return _columns(function, title, each=each, read=_numbers, undefined=undefined)
 
 
 def _numbers(y_true: Any, y_hat: Any, within: Ints | None) -> Outcomes:

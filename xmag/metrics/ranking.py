@@ -44,9 +44,8 @@ def roc_curve(
     """
     cases = scored_cases(y_true, scores, classes)
     place = _positive_place(cases, positive)
-    hits, alarms, thresholds = _steps(
-        _column(cases, place), cases.truth == place, np.ones((1, len(cases)))
-    )
+    weights = np.ones((1, len(cases)))
+    hits, alarms, thresholds = _steps(_column(cases, place), cases.truth == place, weights)
     return RocCurve(
         fpr=np.append(0.0, alarms[0] / alarms[0, -1]),
         tpr=np.append(0.0, hits[0] / hits[0, -1]),
@@ -155,10 +154,8 @@ def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
     """Macro one-vs-one AUROC (R,) under each row of weights (R, n)."""
     size = len(cases.classes)
     pairs = permutations(range(size), 2) if size > 2 else [(1, 0)]
-    areas = [
-        _areas(cases, weights, _column(cases, i), cases.truth == i, cases.truth == j)
-        for i, j in pairs
-    ]
+    truth = cases.truth
+    areas = [_areas(cases, weights, _column(cases, i), truth == i, truth == j) for i, j in pairs]
     return np.asarray(np.mean(areas, axis=0))
 
 

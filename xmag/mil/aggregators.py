@@ -64,7 +64,8 @@ def with_outputs(
     kind = AGGREGATORS.get(name_or_module) if isinstance(name_or_module, str) else None
     if kind is None:
         raise InputError(
-            f"aggregator is {name_or_module!r}; expected one of {list(AGGREGATORS)}, or a module"
+            f"aggregator is {name_or_module!r}; expected one of {', '.join(map(repr, AGGREGATORS))}"
+            " or a torch.nn.Module"
         )
     _check_options(str(name_or_module), kind, options)
     made = kind(in_dim=in_dim, classes=outputs, **options)
@@ -84,7 +85,7 @@ def aggregator_config(module: nn.Module) -> dict[str, Any]:
         if type(module) is kind:
             return {"name": name, "options": dict(module.options)}
     raise InputError(
-        f"the aggregator is a {type(module).__name__}; expected one of {list(AGGREGATORS)}"
+        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected its own"
     )
 
 

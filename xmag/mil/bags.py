@@ -57,47 +57,50 @@ class Bags:
             raise InputError(
                 f"{what} is a {type(cases).__name__}; {_WANTED}. A single bag is [bag]"
             )
-        self._cases, self._names = list(cases), [f"{what}[{index}]" for index in range(len(cases))]
-        if len(self) < least:
+        if len(cases) < least:
             raise InputError(f"{what} is empty; expected one bag or more")
-        for name, case in zip(self._names, self._cases, strict=True):
+        self.has_lists = any(map(is_list, cases))
+        self._names: list[str] = []  # of the cases
+        self._cases: list[list[tuple[str, Any]]] = []  # name and source of each of their bags
+        for index, case in enumerate(cases):
+            name = f"{what}[{index}]"
             if is_list(case) and not case:
                 raise InputError(f"{name} is an empty {type(case).__name__}; leave the case out")
-            if is_list(case) and any(is_list(bag) for bag in case):
+            if is_list(case) and any(map(is_list, case)):
                 raise InputError(f"{name}: it is a {type(case).__name__}; {_WANTED}")
+            if is_list(case):
+                bags = [(_named(f"{name}[{place}]", bag), bag) for place, bag in enumerate(case)]
+            else:
+                name = _named(name, case)
+                bags = [(name, case)]
+            self._names.append(name)
+            self._cases.append(bags)
 
     def __len__(self) -> int:
         return len(self._cases)
 
     def __getitem__(self, index: int) -> list[Bag | FeatureBag]:
         """The bags of a case, in their order."""
-        return [self._read(index, slide) for slide in range(len(self._sources(index)))]
-
-    @property
-    def has_lists(self) -> bool:
-        """Whether any case is a list of bags."""
-        return any(map(is_list, self._cases))
+        return [_read(name, source) for name, source in self._cases[index]]
 
     def alone(self) -> tuple["Bags", Ints]:
         """Every bag as a case of its own, n of them, and the case it is of, int64 (n,)."""
-        places = [(i, j) for i in range(len(self)) for j in range(len(self._sources(i)))]
         apart = copy.copy(self)
-        apart._cases = [self._sources(i)[j] for i, j in places]
-        apart._names = [
-            f"{self._names[i]}[{j}]" if is_list(self._cases[i]) else self._names[i]
-            for i, j in places
-        ]
-        return apart, np.array([i for i, _ in places], dtype=np.int64)
+        apart._cases = [[bag] for case in self._cases for bag in case]
+        apart._names = [name for case in self._cases for name, _ in case]
+        return apart, np.repeat(np.arange(len(self)), [len(case) for case in self._cases])
 
     def each(
         self, of: Callable[[list[Features]], Floats], of_empty: str, *, width: int, origin: Origin
     ) -> tuple[Floats, Bools]:
-        """Results (n, width) of `of` for each case, 0 where it has no tiles, and where that is."""
+        """Results (n, width) of `of` for each case; 0 where it has no tiles, which the mask says.
+
+        A warning says so too, and what their result is: `of_empty`.
+        """
         found, empty = np.zeros((len(self), width)), np.zeros(len(self), dtype=np.bool_)
         for row in range(len(self)):
-            features = [
-                bag.features for bag in self.read_matching(row, origin) if len(bag.features)
-            ]
+            bags = self.read_matching(row, origin)
+            features = [bag.features for bag in bags if len(bag.features)]
             empty[row] = not features
             if features:
                 found[row] = of(features)
@@ -121,24 +124,11 @@ class Bags:
 
     def name(self, index: int, slide: int | None = None) -> str:
         """The name of a case, or of a bag of it, in messages: its index, and its file if any."""
-        name, bag = self._names[index], self._cases[index]
-        if is_list(bag):
-            if slide is None:
-                return name
-            name, bag = f"{name}[{slide}]", bag[slide]
-        return f"{name} ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else name
+        return self._names[index] if slide is None else self._cases[index][slide][0]
 
-    def _sources(self, index: int) -> Sequence[Any]:
-        case = self._cases[index]
-        return case if is_list(case) else [case]
 
-    def _read(self, index: int, slide: int) -> Bag | FeatureBag:
-        try:
-            return _read(self._sources(index)[slide])
-        except InputError as error:
-            raise InputError(f"{self.name(index, slide)}: {error}") from error
-        except (BagError, OSError) as error:
-            raise BagError(f"{self.name(index, slide)}: {error}") from error
+def _named(name: str, bag: Any) -> str:
+    return f"{name} ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else name
 
 
 def is_list(case: Any) -> bool:
@@ -212,8 +202,8 @@ class BagDataset:
         expected = (self.tiles[row], self.origin[0])
         if shapes != {expected}:
             raise BagError(
-                f"{self.bags.name(row)} has changed while training: features {sorted(shapes)}, at"
-                f" first {expected}. Leave the files alone, and fit again"
+                f"{self.bags.name(row)} has changed while training: features"
+                f" {str(sorted(shapes))[1:-1]}, at first {expected}. Leave the files alone"
             )
         return [part for part in features if len(part)]
 
@@ -243,9 +233,7 @@ class BagDataset:
 
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
-        require_same_origin(
-            validation.first, validation.origin, "the bags to train on", self.origin
-        )
+        require_same_origin(validation.first, validation.origin, "those to train on", self.origin)
         require_disjoint(
             [digest for *_, digest in self.slides],
             [digest for *_, digest in validation.slides],
@@ -323,16 +311,22 @@ def require_same_origin(name: str, seen: Origin, reference: str, expected: Origi
         )
 
 
-def _read(source: Any) -> Bag | FeatureBag:
-    if isinstance(source, FeatureBag):
-        return source
-    if isinstance(source, str | os.PathLike):
-        return FeatureBag.load(source)
-    if isinstance(source, torch.Tensor):
-        source = dense(source)
-    if isinstance(source, np.ndarray):
-        return Bag(features=_checked(source))
-    raise InputError(f"it is a {type(source).__name__}; {_WANTED}")
+def _read(name: str, source: Any) -> Bag | FeatureBag:
+    """The bag that an accepted value stands for; errors begin with its name."""
+    try:
+        if isinstance(source, FeatureBag):
+            return source
+        if isinstance(source, str | os.PathLike):
+            return FeatureBag.load(source)
+        if isinstance(source, torch.Tensor):
+            source = dense(source)
+        if isinstance(source, np.ndarray):
+            return Bag(features=_checked(source))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except (BagError, OSError) as error:
+        raise BagError(f"{name}: {error}") from error
+    raise InputError(f"{name}: it is a {type(source).__name__}; {_WANTED}")
 
 
 def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
@@ -347,6 +341,6 @@ def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
         row, column = np.argwhere(~finite)[0]
         raise BagError(
             f"it holds {array[row, column]} in row {row} ({np.count_nonzero(~finite)} such values"
-            " in all); expected finite ones: extract the features again, or leave the bag out"
+            " in all); expected values finite in float32: extract again, or leave the bag out"
         )
     return features

@@ -196,9 +196,8 @@ class MILEstimator(Estimator, Generic[H]):
         """
         self._require_fitted()
         model, origin = self._batched(), self._origin
-        vectors, _ = Bags(X).each(
-            model.pooled, "their vector is 0", width=model.width(origin[0]), origin=origin
-        )
+        width = model.width(origin[0])
+        vectors, _ = Bags(X).each(model.pooled, "their vector is 0", width=width, origin=origin)
         return vectors.astype(np.float32)
 
     def calibrate(
@@ -234,9 +233,8 @@ class MILEstimator(Estimator, Generic[H]):
             raise InputError("no case to calibrate with has any tile; give others")
         of = self._batched().logits
         logits = np.stack([of(data.features(row)) for row in range(len(data))])
-        self.temperature_ = fit_temperature(
-            *cast(Any, self._head).calibration(logits, data.targets)
-        )
+        values, losses = cast(Any, self._head).calibration(logits, data.targets)
+        self.temperature_ = fit_temperature(values, losses)
         return self
 
     def novelty(self, X: Sequence[BagLike]) -> Floats:
@@ -248,8 +246,8 @@ class MILEstimator(Estimator, Generic[H]):
         any percentile, one from elsewhere near 100. A case without tiles is at 100, with a warning.
 
         The mean is that of the features, and not `embed`: a trained aggregator has learned its
-        training cases by heart, and new ones of the same cohort lie elsewhere (AUROC 0.09 to 0.88
-        in benchmarks/mil_confidence.py, where 0.5 is right). After Lee et al. 2018, "A Simple
+        training cases by heart, and new ones of the same cohort lie elsewhere (see
+        benchmarks/mil_confidence.py). After Lee et al. 2018, "A Simple
         Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks".
 
         Raises InputError where `fit` had fewer than 10 patients (cases, without groups) with tiles.
@@ -260,9 +258,8 @@ class MILEstimator(Estimator, Generic[H]):
                 f"this {type(self).__name__} cannot tell what is novel; expected one that was"
                 f" fitted to {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
             )
-        means, empty = Bags(X).each(
-            mean_of, "their novelty is 100", width=self.n_features_in_, origin=self._origin
-        )
+        of_empty, origin = "their novelty is 100", self._origin
+        means, empty = Bags(X).each(mean_of, of_empty, width=origin[0], origin=origin)
         return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -149,10 +149,8 @@ class ClassHead(Head):
             if len(present) > 1
         ]
         balanced = balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
-        return {
-            "validation_auroc": fmean(areas) if areas else None,
-            "validation_balanced_accuracy": balanced,
-        }
+        area = fmean(areas) if areas else None
+        return {"validation_auroc": area, "validation_balanced_accuracy": balanced}
 
     def objective(self, targets: Ints, device: torch.device) -> Objective:
         """Cross-entropy of each bag."""
@@ -233,11 +231,12 @@ def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
         first = seen.setdefault(label, label)
         if type(first) is not type(label):
             raise InputError(
-                f"the labels hold both {first!r} and {label!r}, which are equal; expected one type"
+                f"the labels hold both {first!r} and {label!r}, which Python takes for the same;"
+                " expected labels of one type"
             )
     if len(seen) < 2:
         raise InputError(
-            f"the labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected more"
+            f"labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected two or more"
         )
     return ordered(list(seen))
 
@@ -260,7 +259,7 @@ def indices(labels: Sequence[Hashable], classes: Sequence[Hashable], what: str) 
     for index, label in enumerate(labels):
         if label not in known:
             raise InputError(
-                f"{what}[{index}] is {label!r}; expected one of the trained classes {list(classes)}"
+                f"{what}[{index}] is {label!r}; expected one of the classes {list(classes)}"
             )
     return encode(labels, classes)
 

@@ -64,7 +64,8 @@ class LabelsHead(Head):
             row, column = wrong[0]
             raise InputError(
                 f"{what}[{row}, {column}] is {array[row, column]:g} ({len(wrong)} such values in"
-                " all); expected 0 or 1. Leave such cases out, or train a classifier for each label"
+                " all); expected 0 or 1. Leave out cases of which a label is missing, or train one"
+                " classifier for each label"
             )
         return array.astype(np.int64)
 
@@ -73,7 +74,7 @@ class LabelsHead(Head):
         table = self.read(labels, len(labels), what)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} labels; expected {self.outputs}, as in the training"
+                f"{what} has {table.shape[1]} labels, and the training {self.outputs}; give as many"
             )
         return table
 

@@ -39,8 +39,10 @@ class Estimator(Shown):
         """Set constructor parameters and return self; InputError for an unknown name."""
         known = self._defaults()
         if unknown := sorted(set(params) - set(known)):
-            name = type(self).__name__
-            raise InputError(f"{name} has no parameter {unknown[0]!r}; expected {sorted(known)}")
+            raise InputError(
+                f"{type(self).__name__} has no parameter {unknown[0]!r}; expected one of"
+                f" {sorted(known)}"
+            )
         for name, value in params.items():
             setattr(self, name, value)
         return self

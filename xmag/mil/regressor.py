@@ -66,7 +66,7 @@ class RegressionHead(Head):
         table = labels.reshape(len(labels), -1)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} targets; expected {self.outputs}, as in the training"
+                f"{what} has {table.shape[1]} targets, the training {self.outputs}; give as many"
             )
         return ((table - self.mean) / self.scale).astype(np.float32)
 

@@ -99,8 +99,8 @@ class EstimatorFolder:
         found, expected = sha256_of(self.weights), values.pop("weights_sha256", None)
         if found != expected:
             raise WeightsError(
-                f"{self.weights} does not belong to {self.description.name}: its SHA-256 is {found},"
-                f" not {expected}. It is damaged, or saving was interrupted; save or copy again"
+                f"{self.weights} does not belong to {self.description.name}: its SHA-256 is"
+                f" {found}, not {expected}. It is damaged, or saving was interrupted; save it again"
             )
         state = read_tensors(self.weights)
         for key, value in state.items():

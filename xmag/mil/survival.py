@@ -54,7 +54,8 @@ class SurvivalFunction:
         low, high = self.domain
         if times.size and not (low <= times.min() and times.max() <= high):
             raise InputError(
-                f"times go from {times.min():g} to {times.max():g}; expected {low:g} to {high:g}"
+                f"times go from {times.min():g} to {times.max():g}; expected {low:g} to {high:g},"
+                " which the training knows of"
             )
         shares: Floats = np.append(1.0, self.y)[np.searchsorted(self.x, times, side="right")]
         return shares
