@@ -152,10 +152,6 @@ class BatchedAggregator:
         parts = np.split(self._attention(whole), ends[:-1])
         return [parts[order.index(i)] for i in range(len(bags))]
 
-    def width(self, in_dim: int) -> int:
-        """The length E of pooled vectors; InputError for an aggregator that gives none."""
-        return len(self.pooled([np.zeros((1, in_dim), np.float32)]))
-
     def _vectors(self, bags: Sequence[Features], field: Literal["logits", "pooled"]) -> Floats:
         """A field of the output for a case as one bag, (1, E), or for each bag of it, (k, E)."""
         # By content: what rounding does to a sum does not depend on how bags were listed.

@@ -85,16 +85,8 @@ class MILEstimator(Estimator, Generic[H]):
         """The head for the labels of the training."""
         raise NotImplementedError
 
-    def _balance(
-        self,
-        head: H,  # noqa: ARG002
-        train: BagDataset,  # noqa: ARG002
-        check: BagDataset | None,  # noqa: ARG002
-    ) -> Ints | None:
-        """Set the weights of bags in the loss; the strata to draw equally often, None for none.
-
-        Here all weights are 1, and nothing is drawn more often than once an epoch.
-        """
+    def _balance(self, head: H, train: BagDataset, check: BagDataset | None) -> Ints | None:  # noqa: ARG002
+        """Set the weights of bags in the loss; the strata to draw equally often, None for none."""
         return None
 
     def fit(
@@ -196,7 +188,7 @@ class MILEstimator(Estimator, Generic[H]):
         """
         self._require_fitted()
         model, origin = self._batched(), self._origin
-        width = model.width(origin[0])
+        width = len(model.pooled([np.zeros((1, origin[0]), np.float32)]))
         vectors, _ = Bags(X).each(model.pooled, "their vector is 0", width=width, origin=origin)
         return vectors.astype(np.float32)
 

@@ -67,16 +67,11 @@ def cox_loss(risk: Tensor, event: Tensor, time: Tensor) -> Tensor:
     `risk` is the log hazard (n,), `event` bool (n,), `time` (n,). Cox 1972, "Regression models and
     life-tables"; Breslow 1974.
     """
-    return -(risk - _log_risk_sums(risk, time))[event].mean()
-
-
-def _log_risk_sums(risk: Tensor, time: Tensor) -> Tensor:
-    """Log of the sum of hazards of the cases still at risk at the time of each, (n,)."""
     order = torch.argsort(time, descending=True, stable=True)
     sums = torch.logcumsumexp(risk[order], dim=0)
     # Cases of one time are at risk together: each has the sum of the last of them.
     last = torch.searchsorted(-time[order], -time, side="right") - 1
-    return sums[last]
+    return -(risk - sums[last])[event].mean()
 
 
 class CoxObjective:
