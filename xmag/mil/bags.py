@@ -59,6 +59,7 @@ class Bags:
             )
         if len(cases) < least:
             raise InputError(f"{what} is empty; expected one bag or more")
+        cases = list(cases)
         self.has_lists = any(map(is_list, cases))
         self._names: list[str] = []  # of the cases
         self._cases: list[list[tuple[str, Any]]] = []  # name and source of each of their bags
