@@ -230,7 +230,7 @@ class Regression(Task):
 
     def read(self, y: Any, name: str, n: int) -> NDArray[np.float64]:
         """Numbers, float64 (n,) or (n, T), NaN where missing."""
-        return as_numbers(y, n, name, of="cases", classes="give a classifier")
+        return as_numbers(y, n, name)
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64] | None:
         """Quarters of a single target; cases without it are spread too."""
