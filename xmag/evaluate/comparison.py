@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ Cohort = tuple[Any, ...]
 """Slides as `extract_cohort` takes them, y, and optionally groups; a case each."""
 
 INTERNAL = "internal"
+_COSTS = ("tiles a slide", "GFLOP a slide", "slides a minute", "MB a slide")
 FROZEN, END_TO_END = "frozen", "end to end"
 _FORMAT = records.Format(
     name="xmag.Comparison", version=1, writer="Comparison.save", remedy="compare again"
@@ -118,16 +119,13 @@ class Comparison(Shown):
         return markdown(self._rows())
 
     def _rows(self) -> list[list[str]]:
-        first = self.models[0]
-        head = ["model", "µm/px", "parameters", "tiles a slide", "GFLOP a slide"]
-        head += ["slides a minute", "MB a slide"]
+        first, rows = self.models[0], [["model", "µm/px", "parameters", *_COSTS]]
         for cohort in first.estimates:
-            head += [f"{self.title}, {cohort}", f"less {first.model}, {cohort}"]
-        rows = [head]
+            rows[0] += [f"{self.title}, {cohort}", f"less {first.model}, {cohort}"]
         for one in self.models:
             size = None if one.parameters is None else one.parameters / 1e6
-            costs = [f"{one.tiles:,.1f}", shown(one.gflop), shown(one.slides_per_minute)]
-            cells = [one.label, f"{one.mpp:g}", f"{shown(size)} M", *costs, shown(one.megabytes)]
+            costs = map(shown, (one.gflop, one.slides_per_minute, one.megabytes))
+            cells = [one.label, f"{one.mpp:g}", f"{shown(size)} M", f"{one.tiles:,.1f}", *costs]
             for cohort, estimate in one.estimates.items():
                 cells += [str(estimate), "" if one is first else str(one.differences[cohort])]
             rows.append(cells)
@@ -135,23 +133,23 @@ class Comparison(Shown):
 
     def to_csv(self) -> str:
         """The same as CSV text, with the numbers as they are."""
-        names = ["model", "training", "mpp", "parameters", "tiles", "gflop"]
-        names += ["slides_per_minute", "megabytes"]
-        head, rows = list(names), list[list[Any]]()
+        names = [item.name for item in fields(ComparedModel)][:-2]  # estimates and differences
+        rows: list[list[Any]] = [[*names]]
         for cohort in self.models[0].estimates:
             for name in (f"{cohort} {self.metric}", f"{cohort} difference"):
-                head += [name, f"{name} low", f"{name} high"]
+                rows[0] += [name, f"{name} low", f"{name} high"]
         for one in self.models:
             row = [getattr(one, name) for name in names]
             for cohort, estimate in one.estimates.items():
-                row += [*_numbers(estimate), *_numbers(one.differences[cohort])]
+                for found in (estimate, one.differences[cohort]):
+                    row += [found.value, *(found.interval or (None, None))]
             rows.append(["" if value is None else value for value in row])
-        return files.csv_text([head, *rows])
+        return files.csv_text(rows)
 
     def to_json(self) -> str:
         """The table as JSON; the reports are beside, in the folders of the models."""
-        content = {"metric": self.metric, "title": self.title}
-        return _FORMAT.dumps(content | {"models": [records.plain(m) for m in self.models]}) + "\n"
+        content = {"metric": self.metric, "title": self.title, "models": self.models}
+        return _FORMAT.dumps(records.plain(content)) + "\n"
 
     def figure(self) -> "Figure":
         """Figure of the metric against GFLOP a slide; MissingExtraError without matplotlib."""
@@ -169,14 +167,10 @@ class Comparison(Shown):
         """Write ``compare.csv``, ``.md``, ``.png`` and ``.json`` to `folder`, which is made."""
         picture = as_png(self.figure())
         files.make_folder(folder)
-        files.write_text(Path(folder) / "compare.csv", self.to_csv())
-        files.write_text(Path(folder) / "compare.md", self.to_markdown() + "\n")
-        files.write_bytes(Path(folder) / "compare.png", picture)
-        files.write_text(Path(folder) / "compare.json", self.to_json())
-
-
-def _numbers(estimate: Estimate) -> list[float | None]:
-    return [estimate.value, *(estimate.interval or (None, None))]
+        texts = {"csv": self.to_csv(), "md": self.to_markdown() + "\n", "json": self.to_json()}
+        for suffix, text in texts.items():
+            files.write_text(Path(folder, f"compare.{suffix}"), text)
+        files.write_bytes(Path(folder, "compare.png"), picture)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,9 +267,9 @@ def compare(
     options = {"classes": classes, "ordered": ordered, "level": level, "resamples": resamples}
     options["random_state"] = random_state
     if not isinstance(folds, Folds):
-        labels = _part(cohort[1], kept[INTERNAL])
-        read = task.read(labels, "the cohort", len(kept[INTERNAL]))
-        groups = _part((*cohort, None)[2], kept[INTERNAL])
+        rows_kept = kept[INTERNAL]
+        labels, groups = (_part(x, rows_kept) for x in (*cohort, None)[1:3])
+        read = task.read(labels, "the cohort", len(rows_kept))
         folds = task.folds(read, groups, folds, repeats=repeats, random_state=random_state)
     reports: dict[str, tuple[Report, ...]] = {}
     rows: list[ComparedModel] = []
@@ -288,10 +282,10 @@ def compare(
         rows.append(_row(name, one, reports[name], reports, metric))
         if finetune is not False and one.is_vit:
             folder = one.folder / "finetuning"
+            settings = Settings() if finetune is True else finetune
             trained = EndToEnd(
-                one.model, _slides_of(one, cohorts, extraction), like=estimator,
-                settings=Settings() if finetune is True else finetune, extraction=extraction,
-                folder=folder, random_state=random_state,
+                one.model, _slides_of(one, cohorts, extraction), like=estimator, settings=settings,
+                extraction=extraction, folder=folder, random_state=random_state,
             )  # fmt: skip
             tuned = _reports(one.folder, data, trained, folds, options, name="end-to-end.json")
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints, which are large
@@ -372,8 +366,7 @@ def _speed(folder: Path) -> tuple[int, float]:
 
 
 def _note_speed(folder: Path, report: CohortReport, seconds: float) -> None:
-    done = sum(row.status in ("done", "empty") for row in report)
-    if done:
+    if done := sum(row.status in ("done", "empty") for row in report):
         slides, before = _speed(folder)
         text = json.dumps({"slides": slides + done, "seconds": before + seconds})
         files.write_text(folder / "speed.json", text + "\n")
@@ -454,18 +447,15 @@ def _row(
     of_all: Mapping[str, Sequence[Report]],
     metric: str,
 ) -> ComparedModel:
-    rows = [row for report in one.reports.values() for row in report if row.output and row.tiles]
-    bags = [
-        one.folder / _folder(cohort) / row.output
+    sizes = [
+        (row.tiles, Path(bag).stat().st_size)
         for cohort, report in one.reports.items()
-        for row in report
+        for row, bag in zip(report, one.bags(cohort), strict=True)
         if row.output and row.tiles
     ]
-    tiles = sum(row.tiles for row in rows) / len(rows)
+    tiles, size = np.mean(sizes, axis=0).tolist()
     slides, seconds = _speed(one.folder)
-    reference = _results(next(iter(of_all.values())))
-    sampling = reports[0].sampling
-    own = _results(reports)
+    own, reference = _results(reports), _results(next(iter(of_all.values())))
     return ComparedModel(
         model=name,
         training=FROZEN,
@@ -474,10 +464,10 @@ def _row(
         tiles=tiles,
         gflop=None if one.gflop_per_tile is None else tiles * one.gflop_per_tile,
         slides_per_minute=60 * slides / seconds if seconds else None,
-        megabytes=sum(path.stat().st_size for path in bags) / len(bags) / 1e6,
+        megabytes=size / 1e6,
         estimates={cohort: result.estimates[metric] for cohort, result in own.items()},
         differences={
-            cohort: difference(result, reference[cohort], metric, sampling)
+            cohort: difference(result, reference[cohort], metric, reports[0].sampling)
             for cohort, result in own.items()
         },
     )

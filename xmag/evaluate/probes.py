@@ -12,15 +12,9 @@ from xmag.evaluate.report import Report
 from xmag.evaluate.results import Sampling, with_estimates
 from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
 from xmag.evaluate.validation import fit, result_of, settings_of
+from xmag.metrics import labels
 from xmag.metrics.decisions import accuracies
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    class_array,
-    class_order,
-    decided_cases,
-    encode,
-)
+from xmag.metrics.labels import Labels
 
 Distance = Literal["cosine", "euclidean"]
 Method = Literal["linear", "knn", "simpleshot"]
@@ -70,22 +64,17 @@ def probe(
     order = agreed_classes([train, test], classes, ordered=ordered)
     Trial.across(train, test).check(order, on_identical=on_identical, stacklevel=3)
     fitted = fit(estimator, train, order)
-    result = result_of(order, [test], [fitted.predict(test)], trained_on=train.name)
-    found = {}
-    if isinstance(fitted.estimator, LinearProbe):
-        found = {"C": fitted.estimator.C_, "iterations": fitted.estimator.n_iter_}
+    result = result_of(order, [test], [test.task.predict(fitted, test)], trained_on=train.name)
+    own = fitted.estimator
+    found = {"C": own.C_, "iterations": own.n_iter_} if isinstance(own, LinearProbe) else {}
+    both = train_groups is not None and groups is not None
     return Report(
         title=f"{title.format(**estimator.get_params())}: {len(train):,} training cases",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
         settings=settings_of(
-            "held out",
-            estimator,
-            task=train.task,
-            grouped=train_groups is not None and groups is not None,
-            training_cases=len(train),
-            **found,
+            "held out", estimator, train.task, grouped=both, training_cases=len(train), **found
         ),
     )
 
@@ -112,13 +101,13 @@ class _Probe(ABC):
     def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
         """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
         embeddings = _embeddings(X)
-        labels = as_labels(y, "y", n=len(embeddings))
-        order = class_order(labels, None)
+        given = labels.as_labels(y, "y", n=len(embeddings))
+        order = labels.class_order(given, None)
         if len(order) < 2:
             raise InputError(f"y has one class only, {order}; expected at least two classes")
-        self.classes_ = class_array(order)
+        self.classes_ = labels.class_array(order)
         self.n_features_in_ = embeddings.shape[1]
-        self._fit(embeddings, encode(labels, order))
+        self._fit(embeddings, labels.encode(given, order))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
@@ -145,8 +134,8 @@ class _Probe(ABC):
 
     def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
         """Accuracy of `predict`, weighted by `sample_weight` (n,)."""
-        labels, predicted = as_labels(y, "y"), as_labels(self.predict(X), "predict")
-        cases = decided_cases(labels, predicted, list(dict.fromkeys([*labels, *predicted])))
+        truth, found = labels.as_labels(y, "y"), labels.as_labels(self.predict(X), "predict")
+        cases = labels.decided_cases(truth, found, list(dict.fromkeys([*truth, *found])))
         weights = None if sample_weight is None else np.asarray(sample_weight, np.float64)[None]
         return float(accuracies(cases, weights)[0])
 

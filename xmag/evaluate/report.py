@@ -30,12 +30,7 @@ from xmag.urls import Url, place_of
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """A report of the time when all were of classification."""
     results = [
-        {
-            **{name: one[name] for name in one if name != "class_aurocs"},
-            "of_each": {"auroc": one["class_aurocs"]},
-            "event_weights": [],
-            "brier": [],
-        }
+        {**one, "of_each": {"auroc": one["class_aurocs"]}, "event_weights": [], "brier": []}
         for one in values["results"]
     ]
     return {**values, "task": "classification", "results": results}
@@ -370,9 +365,7 @@ def _result_to_dict(result: Result) -> dict[str, Any]:
         "trained_on": result.trained_on,
         "tested_on": result.tested_on,
         "estimates": {name: _estimate_to_dict(e) for name, e in result.estimates.items()},
-        "of_each": {
-            name: [_estimate_to_dict(e) for e in found] for name, found in result.of_each.items()
-        },
+        "of_each": {name: [*map(_estimate_to_dict, e)] for name, e in result.of_each.items()},
         **{name: _without_nan(getattr(result, name).tolist()) for name in ARRAYS},
     }
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.evaluate.tasks import Classification, Task
+from xmag.evaluate.tasks import CLASSIFICATION, Task
 from xmag.metrics.labels import Labels, as_labels
 
 OnIdentical = Literal["raise", "warn"]
@@ -43,13 +43,13 @@ class Samples:
     rows: NDArray[np.int64]
     y: Any
     groups: tuple[Hashable, ...] | None
-    task: Task = field(default_factory=Classification)
+    task: Task
     columns: tuple[Hashable, ...] | None = None
     whole: "Samples | None" = None
 
     @classmethod
     def of(
-        cls, x: Any, y: Any, groups: Labels | None, *, name: str, task: Task | None = None
+        cls, x: Any, y: Any, groups: Labels | None, *, name: str, task: Task = CLASSIFICATION
     ) -> "Samples":
         """Make Samples; InputError unless there is one label and one patient for each case."""
         try:
@@ -58,7 +58,6 @@ class Samples:
             raise InputError(
                 f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
             ) from error
-        task = task or Classification()
         labels = task.read(y, f"{name}: y", n)
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
