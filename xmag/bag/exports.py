@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # extras, and Pillow
     from PIL.Image import Image
     from wsidata import WSIData
 
+    from xmag.bag.bag import FeatureBag
+
 _THUMBNAIL_PX = 1024
 
 _STAMP_UM, _STAMP_PX = 256.0, 224
@@ -63,18 +65,30 @@ class Pictured(Canvas, Protocol):
         """The whole slide, with at most `max_px` px on its longer side."""
 
 
-def to_anndata(
-    features: NDArray[np.float32],
-    coords: NDArray[np.int64],
-    tiles: TileGeometry,
-    *,
-    provenance: str | None,
-    slide: Pictured | None,
-) -> "AnnData":
-    """The AnnData of a bag; see `FeatureBag.to_anndata`. Its spatial part is laid out as scanpy's.
+def placed(bag: "FeatureBag", what: str) -> NDArray[np.int64]:
+    """The coords of a bag; BagError, which says `what` needs them, where it has none."""
+    if bag.coords is None:
+        remedy = "give FeatureBag(bag.features, coords, tiles=) what another file says of them"
+        if bag.tiles_um is not None:
+            remedy = "it has them in µm, and bag.on(slide) places them on their slide"
+        raise BagError(f"{what} needs the places of the tiles, and bag.coords is None: {remedy}")
+    return bag.coords
 
-    Raises BagError for a slide of another size.
-    """
+
+def placed_tiles(bag: "FeatureBag", what: str) -> tuple[NDArray[np.int64], TileGeometry]:
+    """The coords and the tiles of a bag; BagError, which says `what` needs them, without them."""
+    coords = placed(bag, what)
+    if bag.tiles is None:
+        raise BagError(
+            f"{what} needs to know the size of its tiles, and bag.tiles is None; give"
+            " FeatureBag(..., tiles=), or take a bag that xmag made"
+        )
+    return coords, bag.tiles
+
+
+def to_anndata(bag: "FeatureBag", slide: Pictured | None) -> "AnnData":
+    """The AnnData of a bag, laid out as scanpy's; see `FeatureBag.to_anndata`."""
+    coords, tiles = placed_tiles(bag, "to_anndata")
     try:
         import pandas as pd
         from anndata import AnnData
@@ -96,12 +110,12 @@ def to_anndata(
         places.append(f"{x}_{y}" + (f"-{seen[x, y]}" if seen[x, y] else ""))
         seen[x, y] += 1
     table = AnnData(
-        X=features.copy(),
+        X=bag.features.copy(),
         obs=pd.DataFrame(coords, columns=["x", "y"], index=names(places)),
-        var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
+        var=pd.DataFrame(index=names(map(str, range(bag.features.shape[1])))),
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2
-    table.uns.update(_made_by(tiles, provenance))
+    table.uns.update(_made_by(bag, tiles))
     if slide is not None:  # scanpy and squidpy fail on scale factors without a picture
         image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
         scales = {
@@ -114,20 +128,12 @@ def to_anndata(
     return table
 
 
-def to_wsidata(
-    features: NDArray[np.float32],
-    coords: NDArray[np.int64],
-    tiles: TileGeometry,
-    wsi: "WSIData",
-    *,
-    table: str,
-    tile_key: str,
-    provenance: str | None,
-) -> None:
+def to_wsidata(bag: "FeatureBag", wsi: "WSIData", *, table: str, tile_key: str) -> None:
     """Add tiles and features to a WSIData; see `FeatureBag.to_wsidata`.
 
     Names and columns are those of LazySlide's tile_tissues and feature_extraction.
     """
+    coords, tiles = placed_tiles(bag, "to_wsidata")
     try:
         from geopandas import GeoDataFrame
         from shapely import box
@@ -162,15 +168,16 @@ def to_wsidata(
         spec.ops_downsample *= 1 + 1e-9
         wsi.attrs.setdefault(wsi.TILE_SPEC_KEY, {})[tile_key] = spec.to_dict()
     add_features(
-        wsi, table, tile_key, features.copy(),
-        obsm={"spatial": coords + side / 2}, uns=_made_by(tiles, provenance),
+        wsi, table, tile_key, bag.features.copy(),
+        obsm={"spatial": coords + side / 2}, uns=_made_by(bag, tiles),
     )  # fmt: skip
 
 
-def _made_by(tiles: TileGeometry, provenance: str | None) -> dict[str, str]:
+def _made_by(bag: "FeatureBag", tiles: TileGeometry) -> dict[str, str]:
     """Geometry and provenance of a bag for `uns`, as JSON texts."""
     geometry = {"tiles": json.dumps(tiles.to_dict(), sort_keys=True)}
-    return geometry if provenance is None else {**geometry, "provenance": provenance}
+    provenance = bag.provenance
+    return geometry if provenance is None else {**geometry, "provenance": provenance.to_json()}
 
 
 def _require_size(tiles: TileGeometry, size: tuple[int, int], name: str) -> None:
@@ -199,9 +206,7 @@ def trident_attributes(tiles: TileGeometry | None, name: str) -> dict[str, Any]:
     }
 
 
-def stamp_content(
-    features: NDArray[np.float32], coords: NDArray[np.int64], tiles: TileGeometry, extractor: str
-) -> Content:
+def stamp_content(bag: "FeatureBag", extractor: str) -> Content:
     """Features as STAMP loads them: `feats` float16 and `coords` float32 in µm.
 
     STAMP takes the scale from the root attributes `unit`, `tile_size_um` and `tile_size_px`. Its
@@ -209,13 +214,14 @@ def stamp_content(
     attribute `tiles` is ours, and says what STAMP's leave out. Raises BagError for a feature that
     float16 cannot hold.
     """
+    coords, tiles = placed_tiles(bag, "export")
     with np.errstate(over="ignore"):
-        half = features.astype(np.float16)
+        half = bag.features.astype(np.float16)
     if not np.isfinite(half).all():
         row, column = np.argwhere(~np.isfinite(half))[0]
         raise BagError(
-            f"features hold {features[row, column]} in row {row}; expected at most 65504, which is"
-            " all that STAMP's float16 holds: scale the features, or use another layout"
+            f"features hold {bag.features[row, column]} in row {row}; expected at most 65504, which"
+            " is all that STAMP's float16 holds: scale the features, or use another layout"
         )
     return Content(
         features=half,

@@ -7,20 +7,10 @@ tiles also differ in the line's weight.
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from xmag.bag import FeatureBag, Pictured, placed
+from xmag.bag import FeatureBag, Pictured, placed_tiles
 from xmag.colours import component_colours, principal_components
-from xmag.draw.frame import (
-    FAINT,
-    Key,
-    Rgb,
-    box_of,
-    framed,
-    mean_on_grey,
-    overlap_key,
-    require_canvas,
-    tissue_area,
-)
-from xmag.errors import BagError
+from xmag.draw import frame
+from xmag.draw.frame import FAINT, Key, Rgb, box_of
 from xmag.notebook import FOR_PIECE, KEPT, TISSUE
 from xmag.plan import TilePlan
 from xmag.slide import Slide
@@ -63,7 +53,7 @@ def overlay(
         _draw_outline(picture, tissue, per_level0)
         text = f"tissue, {tissue.fraction:.0%} of the slide"
         keys.insert(0, Key(text=text, line=TISSUE, weight=2))
-    return framed(picture, slide, keys)
+    return frame.framed(picture, slide, keys)
 
 
 def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
@@ -76,16 +66,11 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
     cannot be compared. Raises BagError where the bag does not say how large its tiles are, and
     InputError where it belongs to another canvas.
     """
-    coords = placed(bag, "a feature map")
-    if bag.tiles is None:
-        raise BagError(
-            "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
-            " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
-        )
-    require_canvas(slide, bag.tiles, "the bag was")
+    coords, tiles = placed_tiles(bag, "a feature map")
+    frame.require_canvas(slide, tiles, "the bag was")
     scores, shares = principal_components(np.asarray(bag.features, np.float64))
     colours = component_colours(scores).astype(np.float64)
-    picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
+    picture, mean, covered = frame.mean_on_grey(slide, colours, coords, tiles, max_px)
     painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
@@ -94,8 +79,8 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
         fills = tuple(tuple(c) for c in component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fills=fills))
-    keys += overlap_key(coords, bag.tiles, "colour")
-    return framed(Image.blend(picture, Image.fromarray(painted), 0.7), slide, keys)
+    keys += frame.overlap_key(coords, tiles, "colour")
+    return frame.framed(Image.blend(picture, Image.fromarray(painted), 0.7), slide, keys)
 
 
 def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[Key]:
@@ -133,7 +118,7 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
 
 def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
     """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
-    mask = tissue_area(tissue, picture.size, per_level0)
+    mask = frame.tissue_area(tissue, picture.size, per_level0)
     weight = max(1, round(max(picture.size) / 530))
     inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
     picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))
