@@ -284,8 +284,8 @@ def compare(
             folder = one.folder / "finetuning"
             settings = Settings() if finetune is True else finetune
             trained = EndToEnd(
-                one.model, _slides_of(one, cohorts, extraction), like=estimator, settings=settings,
-                extraction=extraction, folder=folder, random_state=random_state,
+                model=one.model, slides=_slides_of(one, cohorts, extraction), like=estimator,
+                settings=settings, extraction=extraction, folder=folder, random_state=random_state,
             )  # fmt: skip
             tuned = _reports(one.folder, data, trained, folds, options, name="end-to-end.json")
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints, which are large

@@ -62,15 +62,13 @@ class Samples:
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
         patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
+        columns = getattr(y, "columns", None)  # of a table, or a column of one
+        if columns is None and isinstance(getattr(y, "name", None), str):
+            columns = [y.name]
         return cls(
-            name=name,
-            data=x,
-            rows=np.arange(n),
-            y=labels,
-            groups=patients,
-            task=task,
-            columns=_names_of(y),
-        )
+            name=name, data=x, rows=np.arange(n), y=labels, groups=patients, task=task,
+            columns=None if columns is None else tuple(columns),
+        )  # fmt: skip
 
     def part(self, rows: Sequence[int]) -> "Samples":
         """The cases of these rows."""
@@ -120,12 +118,10 @@ class Trial:
         return [
             cls(
                 name=f"split {number} of {data.name}",
-                train=data.part(split.train),
-                test=data.part(split.test),
-                repeat=split.repeat,
+                train=data.part(split.train), test=data.part(split.test), repeat=split.repeat,
             )
             for number, split in enumerate(folds.splits)
-        ]
+        ]  # fmt: skip
 
     @classmethod
     def across(cls, train: Samples, test: Samples) -> "Trial":
@@ -203,14 +199,6 @@ def agreed_classes(
             "ordered=True needs the order of the classes, lowest first; give classes=[...]"
         )
     return task.order(parts, classes)
-
-
-def _names_of(y: Any) -> tuple[Hashable, ...] | None:
-    """The names of the columns of a table, or of a column."""
-    found = getattr(y, "columns", None)
-    if found is None and isinstance(getattr(y, "name", None), str):
-        found = [y.name]
-    return None if found is None else tuple(found)
 
 
 def digests(x: Any) -> NDArray[np.object_]:
