@@ -109,7 +109,13 @@ class FeatureBag(Shown):
         slide without a scale, and InputError where tiles would lie outside of the slide.
         """
         if self.coords is not None or (um := self.tiles_um) is None:
-            return self._scaled(slide)
+            tiles, mpp = self.tiles, slide.mpp
+            if self.provenance is not None or tiles is None or mpp is None:
+                return self
+            if tiles.level0_size != slide.dimensions or math.isclose(tiles.level0_mpp, mpp):
+                return self
+            exact = mpp * tiles.size_level0 / tiles.size_px
+            return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
         if slide.mpp is None:
             raise SlideScaleError(
                 f"the bag has its tiles in µm, and {slide.name!r} does not say how many µm a px"
@@ -122,27 +128,14 @@ class FeatureBag(Shown):
                 f" {slide.name!r} has {slide.dimensions} px of {slide.mpp:g} µm; give the slide"
                 " that the features were made from"
             )
-        tiles = None
-        if um.size_px is not None:
-            tiles = TileGeometry(
-                size_px=um.size_px,
-                mpp=um.size_um / um.size_px,
-                size_level0=max(1, round(um.size_um / slide.mpp)),
-                overlap_px=0,
-                level0_mpp=slide.mpp,
-                level0_size=slide.dimensions,
-            )
+        if um.size_px is None:
+            return replace(self, coords=coords, tiles=None)
+        tiles = TileGeometry(
+            size_px=um.size_px, mpp=um.size_um / um.size_px, overlap_px=0,
+            size_level0=max(1, round(um.size_um / slide.mpp)),
+            level0_mpp=slide.mpp, level0_size=slide.dimensions,
+        )  # fmt: skip
         return replace(self, coords=coords, tiles=tiles)
-
-    def _scaled(self, slide: Canvas) -> "FeatureBag":
-        """The bag with the slide's µm/px in place of those that another program rounded."""
-        tiles, mpp = self.tiles, slide.mpp
-        if self.provenance is not None or tiles is None or mpp is None:
-            return self
-        if tiles.level0_size != slide.dimensions or math.isclose(tiles.level0_mpp, mpp):
-            return self
-        exact = mpp * tiles.size_level0 / tiles.size_px
-        return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
 
     @property
     def coverage(self) -> float | None:
@@ -159,8 +152,7 @@ class FeatureBag(Shown):
         ``numpy.mean(bag)`` calls it with `options`, and gets what NumPy makes of `features`.
         """
         if options:
-            of_numpy: NDArray[np.float32] = np.mean(self.features, **options)
-            return of_numpy
+            return np.mean(self.features, **options)  # type: ignore[no-any-return]
         if not len(self):
             raise BagError("the bag has no tiles, and so no mean; leave the slide out")
         return np.asarray(self.features.mean(axis=0, dtype=np.float64), np.float32)
@@ -319,15 +311,11 @@ def save_bag(
     if bag.provenance is not None:
         header["provenance"] = bag.provenance.to_json()
     if bag.tiles is not None:
-        header["tiles"] = json.dumps(bag.tiles.to_dict(), sort_keys=True, allow_nan=False)
+        header["tiles"] = exports.tiles_text(bag.tiles)
     header["bag_sha256"] = _digest(bag.features, coords, header)
+    attributes = exports.trident_attributes(bag.tiles, bag._recorded("slide") or place.name)
     content = Content(
-        features=bag.features,
-        coords=coords,
-        header=header,
-        coords_attributes=exports.trident_attributes(
-            bag.tiles, bag._recorded("slide") or place.name
-        ),
+        features=bag.features, coords=coords, header=header, coords_attributes=attributes
     )
     _write(place, content, check, inside)
 

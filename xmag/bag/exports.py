@@ -104,8 +104,7 @@ def to_anndata(bag: "FeatureBag", slide: Pictured | None) -> "AnnData":
         return pd.Index(list(values), dtype=object)
 
     # Tiles of a closer look stand twice at a place, where those they are under overlap.
-    seen: Counter[tuple[int, int]] = Counter()
-    places = list[str]()
+    seen, places = Counter[tuple[int, int]](), list[str]()
     for x, y in coords.tolist():
         places.append(f"{x}_{y}" + (f"-{seen[x, y]}" if seen[x, y] else ""))
         seen[x, y] += 1
@@ -118,13 +117,10 @@ def to_anndata(bag: "FeatureBag", slide: Pictured | None) -> "AnnData":
     table.uns.update(_made_by(bag, tiles))
     if slide is not None:  # scanpy and squidpy fail on scale factors without a picture
         image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
-        scales = {
-            "tissue_hires_scalef": image.shape[1] / slide.dimensions[0],
-            "spot_diameter_fullres": tiles.side_level0,
-        }
-        table.uns["spatial"] = {
-            Path(slide.name).stem: {"images": {"hires": image}, "scalefactors": scales}
-        }
+        scale = image.shape[1] / slide.dimensions[0]
+        scales = {"tissue_hires_scalef": scale, "spot_diameter_fullres": tiles.side_level0}
+        picture = {"images": {"hires": image}, "scalefactors": scales}
+        table.uns["spatial"] = {Path(slide.name).stem: picture}
     return table
 
 
@@ -175,9 +171,13 @@ def to_wsidata(bag: "FeatureBag", wsi: "WSIData", *, table: str, tile_key: str) 
 
 def _made_by(bag: "FeatureBag", tiles: TileGeometry) -> dict[str, str]:
     """Geometry and provenance of a bag for `uns`, as JSON texts."""
-    geometry = {"tiles": json.dumps(tiles.to_dict(), sort_keys=True)}
-    provenance = bag.provenance
-    return geometry if provenance is None else {**geometry, "provenance": provenance.to_json()}
+    made = {} if bag.provenance is None else {"provenance": bag.provenance.to_json()}
+    return {"tiles": tiles_text(tiles), **made}
+
+
+def tiles_text(tiles: TileGeometry) -> str:
+    """The geometry of tiles as JSON."""
+    return json.dumps(tiles.to_dict(), sort_keys=True, allow_nan=False)
 
 
 def _require_size(tiles: TileGeometry, size: tuple[int, int], name: str) -> None:
@@ -227,7 +227,7 @@ def stamp_content(bag: "FeatureBag", extractor: str) -> Content:
         features=half,
         features_name="feats",
         coords=(coords * tiles.level0_mpp).astype(np.float32),
-        header={"tiles": json.dumps(tiles.to_dict(), sort_keys=True)},
+        header={"tiles": tiles_text(tiles)},
         attributes={
             "extractor": extractor,
             "unit": "um",

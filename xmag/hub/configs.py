@@ -232,14 +232,11 @@ def _config_of(
         heads = ("pooler",) if kind == "vit" else ()
         return ResolvedConfig(config=config, source="read", heads=heads, knows_mpp=kind != "vit")
     if isinstance(values.get("architecture"), str):
-        config_of_timm = _timm_config(values)
+        terms = values.get("pretrained_cfg", {}).get("license")
         return ResolvedConfig(
-            config=config_of_timm,
-            source="read",
-            terms=values.get("pretrained_cfg", {}).get("license"),
-            heads=("head",),
+            config=_timm_config(values), source="read", terms=terms, heads=("head",),
             knows_mpp=False,
-        )
+        )  # fmt: skip
     return None
 
 

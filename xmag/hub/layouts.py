@@ -162,25 +162,28 @@ def _renamed(state: Mapping[str, Tensor], names: _Names) -> dict[str, Tensor]:
 def _check(
     state: Mapping[str, Tensor], config: ViTConfig, *, where: str, prefix: str, layout: str
 ) -> None:
-    expected = {key: tuple(t.shape) for key, t in empty_vit(config).state_dict().items()}
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    problems = {
-        "missing": sorted(set(expected) - set(state)),
-        "unexpected": sorted(set(state) - set(expected)),
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+    if listed := misfits(state, empty_vit(config).state_dict()):
         raise WeightsError(
             f"{where} (layout {layout}, prefix {prefix!r}) does not fit a ViT of width"
             f" {config.width}, depth {config.depth}, {config.registers} registers and mlp"
             f" {config.mlp!r}. {listed}. Give config= for the model that these weights are of"
         )
     check_finite(state, where)
+
+
+def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The keys that are missing, unexpected or of another shape, in words; empty without any."""
+    shapes = {key: tuple(t.shape) for key, t in expected.items()}
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "misshapen": [
+            f"{key} {tuple(state[key].shape)} for {shape}"
+            for key, shape in shapes.items()
+            if key in state and tuple(state[key].shape) != shape
+        ],
+    }
+    return "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
