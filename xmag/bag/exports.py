@@ -149,9 +149,7 @@ def to_wsidata(bag: "FeatureBag", wsi: "WSIData", *, table: str, tile_key: str) 
     if tile_key in wsi.shapes:
         there = wsi.shapes[tile_key].bounds.to_numpy()
         if there.shape != ends.shape or not np.allclose(there, ends, rtol=0, atol=1):
-            raise InputError(
-                f"the WSIData has other tiles called {tile_key!r}; give another tile_key="
-            )
+            raise InputError(f"the WSIData has other {tile_key!r}; give another tile_key=")
     else:
         squares = {"tile_id": np.arange(len(coords)), "geometry": box(*ends.T)}
         wsi.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(squares))

@@ -61,12 +61,7 @@ class Card:
 
 
 def cards_of(
-    rows: Sequence[CohortRow],
-    *,
-    folder: Place | None,
-    job: Job | None,
-    estimator: Any,
-    room: float,
+    rows: Sequence[CohortRow], *, folder: Place | None, job: Job | None, estimator: Any, room: float
 ) -> tuple[list[Card], dict[str, Any] | None]:
     """The cards of the rows of one slide, and what they show of it; None where it is not opened.
 

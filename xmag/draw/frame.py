@@ -83,10 +83,8 @@ def tissue_area(tissue: TissueMask, size: tuple[int, int], per_level0: float) ->
     mask, per_mask = np.asarray(tissue.mask, np.uint8) * 255, tissue.downsample * per_level0
     if not mask.size:
         return Image.new("L", size)
-    missing = [
-        length - round(count * per_mask)
-        for length, count in zip(size, mask.shape[::-1], strict=True)
-    ]
+    height, width = mask.shape
+    missing = size[0] - round(width * per_mask), size[1] - round(height * per_mask)
     right, lower = (int(0 < gap < per_mask + 1) for gap in missing)
     mask = np.pad(mask, ((0, lower), (0, right)), "edge")
     whole = Image.fromarray(mask)

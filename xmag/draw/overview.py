@@ -50,7 +50,11 @@ def overlay(
     per_level0 = picture.width / slide.dimensions[0]
     keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
     if tissue is not None:
-        _draw_outline(picture, tissue, per_level0)
+        # The border of the mask, inside of it: 3 px wide on a picture of 1600 px.
+        mask = frame.tissue_area(tissue, picture.size, per_level0)
+        weight = max(1, round(max(picture.size) / 530))
+        inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
+        picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))
         text = f"tissue, {tissue.fraction:.0%} of the slide"
         keys.insert(0, Key(text=text, line=TISSUE, weight=2))
     return frame.framed(picture, slide, keys)
@@ -114,11 +118,3 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
     tiles = "tile" if len(plan) == 1 else "tiles"
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
     return [Key(text=f"{len(plan):,} {tiles}{share}", line=KEPT, fills=fill, weight=2), *keys]
-
-
-def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
-    """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
-    mask = frame.tissue_area(tissue, picture.size, per_level0)
-    weight = max(1, round(max(picture.size) / 530))
-    inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
-    picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))

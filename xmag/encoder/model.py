@@ -256,9 +256,7 @@ class Encoder(Shown):
         if not isinstance(tiles, np.ndarray | Tensor):
             raise InputError(f"tiles are a {type(tiles).__name__}; {wanted} in an array or tensor")
         if tiles.ndim != 4 or tuple(tiles.shape[1:]) != (size, size, 3):
-            raise InputError(
-                f"tiles have shape {tuple(tiles.shape)}; {wanted}. A single tile is tile[None]"
-            )
+            raise InputError(f"tiles are {tuple(tiles.shape)}; {wanted}. One tile is tile[None]")
         if tiles.dtype not in (np.uint8, torch.uint8):
             raise InputError(
                 f"tiles have dtype {tiles.dtype}; {wanted}, not yet normalised: the encoder does it"

@@ -119,10 +119,8 @@ def _module(config: TimmConfig, state: Mapping[str, Tensor], name: str) -> nn.Mo
                 config.architecture, pretrained=False, **args, num_classes=0
             )
         except (RuntimeError, TypeError, ValueError) as error:
-            raise WeightsError(
-                f"timm {timm.__version__} cannot build {config.architecture} with"
-                f" {config.model_args}: {error}"
-            ) from error
+            what = f"{config.architecture} with {config.model_args}"
+            raise WeightsError(f"timm {timm.__version__} cannot build {what}: {error}") from error
     own, about = model.state_dict(), getattr(model, "pretrained_cfg", None) or {}
     head = about.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))

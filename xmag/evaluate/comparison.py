@@ -31,6 +31,7 @@ from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, cost_figure
 from xmag.evaluate.report import HEADLINES, Report, markdown
 from xmag.evaluate.results import Estimate, Result, difference, shown
+from xmag.evaluate.samples import taken
 from xmag.evaluate.tasks import name_of, task_of
 from xmag.evaluate.validation import cross_validate, external
 from xmag.extract import resolve_encoder
@@ -315,6 +316,10 @@ def _slides_of(
     }
 
 
+def _part(values: Any, rows: Sequence[int]) -> Any:
+    return values if values is None or len(values) == len(rows) else taken(values, rows)
+
+
 def _folder(cohort: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", cohort)
 
@@ -333,11 +338,15 @@ def _extracted(
         names.append(name)
         parameters, gflop = costs_of(encoder)
         reports = {}
-        for label, (slides, *_) in cohorts.items():
+        for label, (given, *_) in cohorts.items():
             start = time.monotonic()
             place = out / name / _folder(label)
-            reports[label] = extract_cohort(slides, place, model=encoder, **extraction)
-            _note_speed(out / name, reports[label], time.monotonic() - start)
+            reports[label] = extract_cohort(given, place, model=encoder, **extraction)
+            spent = time.monotonic() - start
+            if done := sum(row.status in ("done", "empty") for row in reports[label]):
+                slides, seconds = _speed(out / name)
+                text = json.dumps({"slides": slides + done, "seconds": seconds + spent})
+                files.write_text(out / name / "speed.json", text + "\n")
         yield name, _Extracted(
             folder=out / name, mpp=encoder.tile_spec.mpp, parameters=parameters,
             gflop_per_tile=gflop, reports=reports, model=model, is_vit=can_be_finetuned(encoder),
@@ -365,30 +374,19 @@ def _speed(folder: Path) -> tuple[int, float]:
     return 0, 0.0
 
 
-def _note_speed(folder: Path, report: CohortReport, seconds: float) -> None:
-    if done := sum(row.status in ("done", "empty") for row in report):
-        slides, before = _speed(folder)
-        text = json.dumps({"slides": slides + done, "seconds": before + seconds})
-        files.write_text(folder / "speed.json", text + "\n")
-
-
 def _kept(name: str, content: Cohort, found: Mapping[str, _Extracted]) -> list[int]:
     """The slides of a cohort that every model has tiles of."""
     tables = {model: one.reports[name] for model, one in found.items()}
     count = len(next(iter(tables.values())))
     if len(content[1]) != count:
-        raise InputError(
-            f"{name} has {count} slides and {len(content[1])} labels; expected as many"
-        )
+        raise InputError(f"{name} has {count} slides and {len(content[1])} labels; give as many")
     missing: dict[int, str] = {}
     for model, rows in tables.items():
         for place, row in enumerate(rows):
             if row.status not in ("done", "skipped") or not row.tiles:
                 missing.setdefault(place, f"{row.slide} ({model}: {row.error or 'no tiles'})")
     if len(missing) == count:
-        raise InputError(
-            f"no slide of {name} has features of every model; the first is {missing[0]}"
-        )
+        raise InputError(f"no slide of {name} has features of every model; first {missing[0]}")
     if missing:
         warnings.warn(
             f"{len(missing)} of {count} slides of {name} are left out for all models, first"
@@ -397,14 +395,6 @@ def _kept(name: str, content: Cohort, found: Mapping[str, _Extracted]) -> list[i
             stacklevel=3,
         )
     return [place for place in range(count) if place not in missing]
-
-
-def _part(values: Any, rows: Sequence[int]) -> Any:
-    if values is None or len(values) == len(rows):
-        return values
-    if isinstance(values, np.ndarray):
-        return values[list(rows)]
-    return values.iloc[list(rows)] if hasattr(values, "iloc") else [values[row] for row in rows]
 
 
 def _reports(
@@ -416,7 +406,7 @@ def _reports(
     *,
     name: str = "evaluation.json",
 ) -> tuple[Report, ...]:
-    """The reports of one model; those of an earlier call, where all that they rest on is the same.
+    """The reports of one model, of an earlier call where all that they rest on is the same.
 
     Bags are compared by size and time of writing.
     """

@@ -72,9 +72,7 @@ class Folds:
                     f" {self.samples - 1}, as there are {self.samples} cases"
                 )
         if both := set(split.train) & set(split.test):
-            raise InputError(
-                f"split {number} has case {min(both)} on both sides; expected each case on one"
-            )
+            raise InputError(f"split {number} has case {min(both)} on both sides; expected one")
 
     def __len__(self) -> int:
         return len(self.splits)
@@ -264,9 +262,7 @@ def _check_options(folds: int, repeats: int, random_state: int) -> None:
 def _check_counts(labels: Sequence[Any], codes: _Codes, patients: _Codes, folds: int) -> None:
     names = dict(zip(codes.tolist(), labels, strict=True))
     if len(names) < 2:
-        raise InputError(
-            f"y has one class only, {labels[:1]}; expected cases of at least two classes"
-        )
+        raise InputError(f"y has one class only, {labels[:1]}; expected two classes or more")
     number = len(np.unique(patients))
     of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
     few = min(of_class)

@@ -147,10 +147,8 @@ class _Probe(ABC):
         """Set parameters of the constructor; InputError for others."""
         for name, value in parameters.items():
             if name not in self._parameters:
-                raise InputError(
-                    f"{type(self).__name__} has no parameter {name!r}; expected one of"
-                    f" {self._parameters}"
-                )
+                kind, known = type(self).__name__, self._parameters
+                raise InputError(f"{kind} has no parameter {name!r}; expected one of {known}")
             setattr(self, name, value)
         return self
 
@@ -222,10 +220,8 @@ class NearestNeighbours(_Probe):
 
     def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         if not 1 <= self.k <= len(embeddings):
-            raise InputError(
-                f"k is {self.k} for {len(embeddings)} training cases; expected 1 to"
-                f" {len(embeddings)}"
-            )
+            cases = len(embeddings)
+            raise InputError(f"k is {self.k} for {cases} training cases; expected 1 to {cases}")
         if self.metric not in ("cosine", "euclidean"):
             raise InputError(f"metric is {self.metric!r}; expected 'cosine' or 'euclidean'")
         self._mean = embeddings.mean(0) if self.center else np.zeros_like(embeddings[0])

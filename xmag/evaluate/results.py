@@ -297,9 +297,7 @@ def _repeats(result: Result) -> _Repeats:
 
 def _mean_of(values: Callable[..., Floats], repeats: _Repeats, weights: Floats | None) -> Floats:
     """The mean over repeats of a metric with weights of all predictions, (R, m)."""
-    parts = [
-        values(cases, None if weights is None else weights[:, rows]) for rows, cases in repeats
-    ]
+    parts = [values(cases, None if weights is None else weights[:, at]) for at, cases in repeats]
     return np.asarray(np.mean(parts, axis=0))
 
 

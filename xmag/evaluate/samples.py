@@ -73,8 +73,8 @@ class Samples:
     def part(self, rows: Sequence[int]) -> "Samples":
         """The cases of these rows."""
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
-        is_array = isinstance(self.y, np.ndarray)
-        labels = self.y[list(rows)] if is_array else tuple(self.y[row] for row in rows)
+        y = taken(self.y, rows)
+        labels = tuple(y) if isinstance(y, list) else y
         return replace(self, rows=self.rows[list(rows)], y=labels, groups=groups, whole=self)
 
     def __len__(self) -> int:
@@ -83,11 +83,7 @@ class Samples:
     @property
     def x(self) -> Any:
         """The cases: rows of a table or array, or a list from a sequence."""
-        if hasattr(self.data, "iloc"):
-            return self.data.iloc[self.rows]
-        if hasattr(self.data, "shape"):
-            return self.data[self.rows]
-        return [self.data[row] for row in self.rows.tolist()]
+        return taken(self.data, self.rows.tolist())
 
     @cached_property
     def digests(self) -> NDArray[np.object_]:
@@ -195,10 +191,15 @@ def agreed_classes(
     if ordered and task.name != "classification":
         raise InputError(f"ordered=True is for classes, but the task is {task.name}; leave it out")
     if ordered and classes is None:
-        raise InputError(
-            "ordered=True needs the order of the classes, lowest first; give classes=[...]"
-        )
+        raise InputError("ordered=True needs the order of classes, lowest first: classes=[...]")
     return task.order(parts, classes)
+
+
+def taken(values: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a table or an array, or a list of the values of a sequence."""
+    if hasattr(values, "iloc"):
+        return values.iloc[list(rows)]
+    return values[list(rows)] if hasattr(values, "shape") else [values[row] for row in rows]
 
 
 def digests(x: Any) -> NDArray[np.object_]:
@@ -210,18 +211,12 @@ def digests(x: Any) -> NDArray[np.object_]:
     rows: Any = x.to_numpy() if hasattr(x, "to_numpy") else x
     found = np.empty(len(x), dtype=object)
     for place in range(len(x)):
-        of_bags = map(_digest, _bags_of(rows[place]))
-        found[place] = tuple(one for one in of_bags if one is not None)
+        case, bags = rows[place], [rows[place]]
+        first = case[0] if isinstance(case, list | tuple) and case else None
+        if isinstance(first, str | os.PathLike | FeatureBag) or getattr(first, "ndim", 0) == 2:
+            bags = list(case)  # a list of numbers is one vector
+        found[place] = tuple(one for one in map(_digest, bags) if one is not None)
     return found
-
-
-def _bags_of(case: Any) -> Sequence[Any]:
-    """The bags of a case: those of a list of bags, or the case itself."""
-    if not isinstance(case, list | tuple) or not case:
-        return [case]
-    first = case[0]
-    is_bag = isinstance(first, str | os.PathLike | FeatureBag) or getattr(first, "ndim", 0) == 2
-    return case if is_bag else [case]  # a list of numbers is one vector
 
 
 def _digest(case: Any) -> bytes | None:

@@ -64,10 +64,10 @@ class Task(ABC):
 
     def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:
         """Names of targets or labels: as given, or of the columns of a table, or their numbers."""
-        counts = {part.name: 1 if part.y.ndim == 1 else part.y.shape[1] for part in parts}
-        count = counts[parts[0].name]
-        if set(counts.values()) != {count}:
+        counts = {part.name: _table(part.y).shape[1] for part in parts}
+        if len(set(counts.values())) > 1:
             raise InputError(f"y has as many columns as {counts}; expected the same in all cohorts")
+        count = counts[parts[0].name]
         if names is None:
             named = parts[0].columns or ()
             return named if len(named) == count else ("y",) if count == 1 else tuple(range(count))
@@ -163,9 +163,7 @@ class _Classification(Task):
         labels = labelled(as_labels(estimator.predict(x), "what predict returned"))
         for label in labels:
             if label not in known:
-                raise InputError(
-                    f"{who}.predict gave {label!r}, which is not one of its classes_ {known}"
-                )
+                raise InputError(f"{who}.predict gave {label!r}, none of its classes_ {known}")
         return {"scores": scores, "predicted": encode(labels, order)}
 
 
@@ -263,11 +261,11 @@ class _SurvivalTime(Task):
         seen = as_survival(y, name)
         if len(seen) != n:
             raise InputError(f"{name} has {len(seen)} entries for {n} cases")
-        array = np.asarray(y)
-        if array.dtype.names is None:  # scikit-survival takes nothing else
-            array = np.empty(n, dtype=[("event", bool), ("time", np.float64)])
-            array["event"], array["time"] = seen.event, seen.time
-        return array
+        if np.asarray(y).dtype.names is not None:
+            return np.asarray(y)
+        array = np.empty(n, dtype=[("event", bool), ("time", np.float64)])
+        array["event"], array["time"] = seen.event, seen.time
+        return array  # scikit-survival takes nothing else
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64]:  # noqa: ARG002
         return as_survival(y).event.astype(np.int64)

@@ -254,9 +254,7 @@ def fit(estimator: Any, train: Samples, order: Order) -> Fitted:
         if not callable(getattr(estimator, method, None)):
             has_classes = "predict_proba" in task.methods
             needs = "fit, predict_proba and classes_" if has_classes else ", ".join(task.methods)
-            raise InputError(
-                f"{name_of(estimator)} has no {method}; give an estimator with {needs}"
-            )
+            raise InputError(f"{name_of(estimator)} has no {method}; give one with {needs}")
     fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
     if len(rows := task.fitted_on(train.y)) < len(train):
         train = train.part(rows.tolist())

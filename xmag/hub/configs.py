@@ -194,13 +194,9 @@ def _object_in(path: Path) -> Mapping[str, Any]:
     try:
         values = records.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(
-            f"{path} is no JSON ({error}); expected a model's {path.name}"
-        ) from error
+        raise WeightsError(f"{path} is no JSON ({error}); expected a {path.name}") from error
     if not isinstance(values, dict):
-        raise WeightsError(
-            f"{path} is neither a config of xmag nor of any other model; expected a JSON object"
-        )
+        raise WeightsError(f"{path} is no config of a model; expected a JSON object")
     return values
 
 

@@ -40,9 +40,7 @@ def file_sha256(path: Path) -> str:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise WeightsError(
-            f"{path} cannot be read ({error}); check the path and its rights"
-        ) from error
+        raise WeightsError(f"{path} cannot be read ({error}); check path and rights") from error
     blob = path.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == _SHA256_HEX and blob.name != found:
         raise WeightsError(
