@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_PX = 480
-"""The longer side of a picture in a notebook."""
-
 MOST_ROWS = 30
 """Rows of a table in a notebook; of more, a line says how many."""
 

@@ -105,7 +105,6 @@ def _configs() -> dict[str, ViTConfig]:
 
 
 CONFIGS: Mapping[str, ViTConfig] = MappingProxyType(_configs())
-"""The named configurations."""
 
 
 def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRule) -> Tensor:

@@ -243,11 +243,8 @@ class FeatureBag(Shown):
                 f"cannot export layout {layout!r} to {str(place)!r}; expected a path that ends"
                 f" in {_EXPORT_SUFFIXES[layout]!r}"
             )
-        if layout == "clam":
-            _write(place, Content(features=self.features))
-        else:
-            extractor = self._recorded("model") or "unknown"
-            _write(place, exports.stamp_content(self, extractor))
+        clam = Content(features=self.features)
+        _write(place, clam if layout == "clam" else exports.stamp_content(self))
 
 
 def _lossless(values: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
@@ -352,8 +349,7 @@ def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, s
 def _bag(content: Content) -> FeatureBag:
     header, features, coords = content.header, content.features, content.coords
     if header.get("format") != _FORMAT and "bag_sha256" not in header:
-        features, coords, tiles, tiles_um = exports.read_foreign(content, _tiles(header))
-        return FeatureBag(features, coords, tiles=tiles, tiles_um=tiles_um)
+        return FeatureBag(**exports.read_foreign(content, _tiles(header)))
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
         raise formats.NewerBagError(records.newer("the file", int(version), SCHEMA_VERSION))

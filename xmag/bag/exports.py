@@ -204,7 +204,7 @@ def trident_attributes(tiles: TileGeometry | None, name: str) -> dict[str, Any]:
     }
 
 
-def stamp_content(bag: "FeatureBag", extractor: str) -> Content:
+def stamp_content(bag: "FeatureBag") -> Content:
     """Features as STAMP loads them: `feats` float16 and `coords` float32 in µm.
 
     STAMP takes the scale from the root attributes `unit`, `tile_size_um` and `tile_size_px`. Its
@@ -227,7 +227,7 @@ def stamp_content(bag: "FeatureBag", extractor: str) -> Content:
         coords=(coords * tiles.level0_mpp).astype(np.float32),
         header={"tiles": tiles_text(tiles)},
         attributes={
-            "extractor": extractor,
+            "extractor": bag._recorded("model") or "unknown",
             "unit": "um",
             "tile_size_um": tiles.size_px * tiles.mpp,
             "tile_size_px": tiles.size_px,
@@ -235,10 +235,8 @@ def stamp_content(bag: "FeatureBag", extractor: str) -> Content:
     )
 
 
-def read_foreign(
-    content: Content, tiles: TileGeometry | None
-) -> tuple[NDArray[Any], NDArray[Any] | None, TileGeometry | None, MicrometreTiles | None]:
-    """Features, coords in level-0 px, tiles and places in µm, as far as a foreign file has them.
+def read_foreign(content: Content, tiles: TileGeometry | None) -> dict[str, Any]:
+    """The fields of a FeatureBag, as far as a foreign file has them.
 
     `tiles` are those of our own export for STAMP. Float64 is rounded to float32 where it fits.
     Raises ForeignBagError for STAMP's file of one embedding for a whole slide or patient.
@@ -254,15 +252,16 @@ def read_foreign(
         with np.errstate(over="ignore"):
             narrow = features.astype(np.float32)
         features = narrow if np.isfinite(narrow).all() else features
+    found = {"features": features, "coords": None}
     if content.coords is None:
-        return features, None, None, None
+        return found
     coords = _without_batch_axis(content.coords)
     if content.features_name == "features" and not {"unit", "tile_size_um"} & set(stamp):
-        return features, coords, _trident_tiles(content.coords_attributes), None
+        return found | {"coords": coords, "tiles": _trident_tiles(content.coords_attributes)}
     in_um = _micrometres(coords, stamp)
     if tiles is None or in_um is None:
-        return features, None, None, in_um
-    return features, np.rint(in_um.coords / tiles.level0_mpp), tiles, None
+        return found | {"tiles_um": in_um}
+    return found | {"coords": np.rint(in_um.coords / tiles.level0_mpp), "tiles": tiles}
 
 
 def _without_batch_axis(array: NDArray[Any]) -> NDArray[Any]:

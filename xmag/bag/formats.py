@@ -355,4 +355,3 @@ _DECODERS: dict[str, Callable[[Path], Content]] = {
     ".npz": _decode_npz,
 }  # fmt: skip
 SUFFIXES = tuple(_DECODERS)
-"""Suffixes of the files that `FeatureBag.load` reads."""

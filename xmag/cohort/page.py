@@ -17,11 +17,9 @@ from xmag.mil import load_estimator
 from xmag.progress import progress_bar
 
 _MARKS = {"done": "●", "skipped": "○", "empty": "∅", "failed": "✕", "lost": "?"}
-_SLOW = 3
-"""Multiple of the median time from which a slide is called slow."""
+_SLOW = 3  # times the median
 _BAR_PX = 70
 _STAGES = {name.removesuffix("_seconds"): name for name in STAGES}
-"""The stages of the work on a slide, and the fields of a row that have their seconds."""
 
 
 def cohort_page(

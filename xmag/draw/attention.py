@@ -33,7 +33,6 @@ _OPACITY = 0.6
 _GAP_PX = 10
 _LEAST_TILE_PX = 64
 _GALLERY_TILE_PX = 192
-"""Side of a tile in a gallery where the caller does not say."""
 _WHOSE = "the features were"
 _RANKS = ((0, 50), (50, 75), (75, 90), (90, 100))
 """Classes of tiles in GeoJSON by the rank of their attention, in percent: from, up to."""

@@ -24,7 +24,6 @@ _DROPPED: dict[str, tuple[str, Rgb]] = {
 }
 
 OVERLAY_PX = 1600
-"""The longer side of an overlay where the caller does not say."""
 _SMALLEST_OUTLINED_PX = 5
 """Smallest tile in px that is outlined: below it, tiles are tinted only."""
 _SMALLEST_DROPPED_PX = 24

@@ -21,9 +21,7 @@ from xmag import files
 from xmag.urls import Place, readable
 
 _OWN_START = b'<!doctype html>\n<html lang="en" data-xmag="1">'
-"""First bytes of every page of xmag."""
-_BAR_PX = 172
-"""Width of the bar that has an interval on it."""
+_BAR_PX = 172  # of an interval
 _FIGURE_DPI, _CSS_DPI = 150, 96
 
 

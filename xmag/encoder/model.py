@@ -255,8 +255,9 @@ class Encoder(Shown):
         wanted = f"expected uint8 RGB tiles of shape (B, {size}, {size}, 3)"
         if not isinstance(tiles, np.ndarray | Tensor):
             raise InputError(f"tiles are a {type(tiles).__name__}; {wanted} in an array or tensor")
-        if tiles.ndim != 4 or tuple(tiles.shape[1:]) != (size, size, 3):
-            raise InputError(f"tiles are {tuple(tiles.shape)}; {wanted}. One tile is tile[None]")
+        shape = tuple(tiles.shape)
+        if len(shape) != 4 or shape[1:] != (size, size, 3):
+            raise InputError(f"tiles have shape {shape}; {wanted}. A single tile is tile[None]")
         if tiles.dtype not in (np.uint8, torch.uint8):
             raise InputError(
                 f"tiles have dtype {tiles.dtype}; {wanted}, not yet normalised: the encoder does it"

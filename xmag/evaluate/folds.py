@@ -122,9 +122,8 @@ class Folds:
         whether there was an event. Raises InputError for fewer patients than folds.
         """
         patients = numbered(groups, len(groups), "groups")
-        codes = np.zeros(len(patients), np.int64)
-        if strata is not None:
-            codes = _sorted_codes(as_labels(strata, "strata", n=len(patients)))
+        strata = np.zeros(len(patients), np.int64) if strata is None else strata
+        codes = _sorted_codes(as_labels(strata, "strata", n=len(patients)))
         _check_options(folds, repeats, random_state)
         if (number := len(np.unique(patients))) < folds:
             raise InputError(
@@ -264,9 +263,8 @@ def _check_counts(labels: Sequence[Any], codes: _Codes, patients: _Codes, folds:
     if len(names) < 2:
         raise InputError(f"y has one class only, {labels[:1]}; expected two classes or more")
     number = len(np.unique(patients))
-    of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
-    few = min(of_class)
-    name = f"class {names[of_class.index(few)]!r}"
+    few, code = min((len(np.unique(patients[codes == code])), code) for code in range(len(names)))
+    name = f"class {names[code]!r}"
     alone = (
         f"{name} has one patient, who cannot be both learned from and tested; leave the class out,"
         " or join it with another"

@@ -188,7 +188,7 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
 def _require(report: "Report", what: str, *tasks: str) -> None:
     if report.task not in tasks:
         raise InputError(
-            f"the task of the report is {report.task}, without a {what}; expected one of {tasks}"
+            f"the task is {report.task}, which has no {what}; expected {' or '.join(tasks)}"
         )
 
 
@@ -224,10 +224,15 @@ def _figure(report: "Report", *draws: _Draw, side_in: float, high: float = 1.0) 
     return figure
 
 
-def _draw_roc(axes: "Axes", result: Result, *, sampling: Sampling) -> None:
+def _unit_square(axes: "Axes", x: str, y: str) -> None:
     axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
-    counts = result.counts()
-    places = _curves(result)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    _label(axes, x, y)
+
+
+def _draw_roc(axes: "Axes", result: Result, *, sampling: Sampling) -> None:
+    _unit_square(axes, "false positive rate", "true positive rate")
+    counts, places = result.counts(), _curves(result)
     lines, texts = [], []
     for drawn, place in enumerate(places):
         curve = curve_of(result, place, sampling=sampling)
@@ -241,10 +246,8 @@ def _draw_roc(axes: "Axes", result: Result, *, sampling: Sampling) -> None:
         lines += axes.plot(curve.fpr, curve.tpr, color=colour, linewidth=1.6, linestyle=dash)
         name = _shortened(str(result.classes[place]), 18)
         texts.append(f"{name} (n = {counts[place]:,}): {result.class_aurocs[place]}")
-    _label(axes, "false positive rate", "true positive rate")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    percent = f"{100 * sampling.level:.4g}%"
-    _legend(axes, lines, texts, f"AUROC ({percent} interval)", "lower right")
+    title = f"AUROC ({100 * sampling.level:.4g}% interval)"
+    _legend(axes, lines, texts, title, "lower right")
 
 
 def _curves(result: Result) -> Sequence[int]:
@@ -287,29 +290,21 @@ def calibration_of(result: Result, place: int) -> NDArray[np.float64]:
 
 
 def _draw_calibration(axes: "Axes", result: Result) -> None:
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
-    lines, texts = [], []
+    _unit_square(axes, "predicted probability", "observed share")
+    lines, texts, z = [], [], 1.959963984540054
     for drawn, place in enumerate(_curves(result)):
         colour, dash = _look(drawn)
-        x, share, count = calibration_of(result, place)
-        low, high = _wilson(share, count)
-        axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1.2)
+        x, p, n = calibration_of(result, place)
+        # Wilson 1927, JASA 22, 209-212.
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        spread = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        axes.vlines(x, middle - spread, middle + spread, color=colour, alpha=0.35, linewidth=1.2)
         marker = _MARKERS[drawn % len(_MARKERS)]
         lines += axes.plot(
-            x, share, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=4.5
+            x, p, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=4.5
         )
         texts.append(_shortened(str(result.classes[place]), 24))
-    _label(axes, "predicted probability", "observed share")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     _legend(axes, lines, texts, "", "upper left")
-
-
-def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
-    """95% interval of shares of counts. Wilson 1927, JASA 22, 209-212."""
-    z = 1.959963984540054
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    spread = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return middle - spread, middle + spread
 
 
 def _draw_scatter(axes: "Axes", result: Result, *, place: int) -> None:

@@ -55,8 +55,7 @@ def probe(
     test = Samples.of(test_x, test_y, groups, name="the test set")
     if groups is None:
         warn_without_groups(stacklevel=2)
-    unknown = [label for label in test.y if label not in set(train.y)]
-    if unknown:
+    if unknown := [label for label in test.y if label not in set(train.y)]:
         raise InputError(
             f"the test set has the label {unknown[0]!r}, which the training set does not; leave"
             " such cases out, or train on that class too"
@@ -264,7 +263,6 @@ _METHODS: dict[str, tuple[type[_Probe], str]] = {
     "knn": (NearestNeighbours, "k-NN, k = {k}, {metric}"),
     "simpleshot": (SimpleShot, "SimpleShot"),
 }
-"""The estimator of each method of `probe`, and the title of its report."""
 
 
 def _embeddings(x: Any) -> NDArray[Any]:
@@ -280,8 +278,7 @@ def _embeddings(x: Any) -> NDArray[Any]:
             f"X is an array of {array.dtype} with shape {array.shape}; expected embeddings, numbers"
             " of shape (n, D)"
         )
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad):
+    if len(bad := np.flatnonzero(~np.isfinite(array).all(1))):
         raise InputError(
             f"X has values that are not finite in {len(bad)} rows, first in row {bad[0]}; make"
             " those embeddings again, or leave them out"

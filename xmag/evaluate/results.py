@@ -212,7 +212,6 @@ ARRAYS = (
     "rows", "truth", "predicted", "scores", "patients", "splits", "repeats", "event_weights",
     "brier",
 )  # fmt: skip
-"""Names of the fields of a Result that are arrays."""
 
 
 def cases_of(result: Result, places: Any = slice(None)) -> Cases | Outcomes:

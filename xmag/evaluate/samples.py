@@ -145,7 +145,10 @@ class Trial:
                 " patients in all); keep all cases of a patient on one side, and if these are"
                 " different people with the same number, put the cohort's name before it"
             )
-        if found := self._identical():
+        # Places of training and test cases with the same features, or a bag with the same.
+        places = {one: place for place, own in enumerate(self.train.digests) for one in own}
+        same = ([one for one in own if one in places] for own in self.test.digests)
+        if found := [(places[ones[0]], at) for at, ones in enumerate(same) if ones]:
             message = (
                 f"{where}: test case {found[0][1]} has the same features as training case"
                 f" {found[0][0]} (counted from 0; {len(found)} such test cases in all)"
@@ -160,12 +163,6 @@ class Trial:
             warnings.warn(text, XmagWarning, stacklevel=stacklevel)
         if reason := self.train.task.lacking(self.train.y, order):
             raise InputError(f"{self.name}: {reason}")
-
-    def _identical(self) -> list[tuple[int, int]]:
-        """Places of training and test cases with the same features, or a bag with the same."""
-        places = {one: place for place, own in enumerate(self.train.digests) for one in own}
-        shared = ([one for one in own if one in places] for own in self.test.digests)
-        return [(places[found[0]], at) for at, found in enumerate(shared) if found]
 
 
 def warn_without_groups(*, stacklevel: int) -> None:

@@ -29,8 +29,6 @@ PREPROCESSOR = "preprocessor_config.json"
 """File beside a config.json of transformers, with the normalisation."""
 
 TIMM = "timm:"
-"""Prefix of the names of timm's own models."""
-
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
 
@@ -196,7 +194,7 @@ def _object_in(path: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON ({error}); expected a {path.name}") from error
     if not isinstance(values, dict):
-        raise WeightsError(f"{path} is no config of a model; expected a JSON object")
+        raise WeightsError(f"{path} is neither a config of xmag nor another's; expected an object")
     return values
 
 
@@ -238,13 +236,11 @@ def _config_of(
 
 def _transformers_vit(values: Mapping[str, Any]) -> ViTConfig:
     """The ViTConfig of a ViTModel, Dinov2Model or Dinov2WithRegistersModel, by their defaults."""
-    expected = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}
-    for key, value in expected.items():
+    for key, value in {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}.items():
         if values.get(key, value) != value:
             raise InputError(f"{key} is {values[key]!r}; expected {value!r}")
     kind, width, patch_px = values["model_type"], values["hidden_size"], values["patch_size"]
-    registers = kind == "dinov2_with_registers"
-    swiglu = values.get("use_swiglu_ffn", False)
+    registers, swiglu = kind == "dinov2_with_registers", values.get("use_swiglu_ffn", False)
     hidden = int(width * values.get("mlp_ratio", 4))
     if kind == "vit":
         hidden = values.get("intermediate_size", 3072)
@@ -276,12 +272,12 @@ def _timm_config(values: Mapping[str, Any]) -> ModelConfig | TimmConfig:
         "mean": tuple(about.get("mean", IMAGENET[0])),
         "std": tuple(about.get("std", IMAGENET[1])),
     }
-    vit = _timm_vit(values["architecture"].partition(".")[0], args, size_px)
-    if vit is not None:
+    architecture = values["architecture"]
+    if (vit := _timm_vit(architecture.partition(".")[0], args, size_px)) is not None:
         return ModelConfig(vit=vit, **options)
     args.pop("num_classes", None)
     text = json.dumps(args, sort_keys=True)
-    return TimmConfig(architecture=values["architecture"], model_args=text, **options)
+    return TimmConfig(architecture=architecture, model_args=text, **options)
 
 
 def _timm_vit(architecture: str, args: Mapping[str, Any], image_px: int) -> ViTConfig | None:
@@ -297,22 +293,21 @@ def _timm_vit(architecture: str, args: Mapping[str, Any], image_px: int) -> ViTC
     if others or any(_NEEDED[key] != value for key, value in needed.items()):
         return None
     width, depth, heads, ratio = _SIZES[found[1]]
-    is_dinov2, is_giant = found[4] == "dinov2", found[1] == "giant"
-    if is_dinov2 and is_giant:
+    is_dinov2 = found[4] == "dinov2"
+    if swiglu := is_dinov2 and found[1] == "giant":
         width, heads, ratio = 1536, 24, 2.66667 * 2
     width, patch_px = args.get("embed_dim", width), args.get("patch_size", int(found[2]))
     hidden = int(width * args.get("mlp_ratio", ratio))
-    no_embed_class = args.get("no_embed_class", found[3] is not None)
     return ViTConfig(
         width=width,
         depth=args.get("depth", depth),
         heads=args.get("num_heads", heads),
-        mlp="swiglu" if is_dinov2 and is_giant else "gelu",
-        hidden=hidden // 2 if is_dinov2 and is_giant else hidden,
+        mlp="swiglu" if swiglu else "gelu",
+        hidden=hidden // 2 if swiglu else hidden,
         patch_px=patch_px,
         registers=args.get("reg_tokens", int(found[3] or 0)),
         position_grid=image_px // patch_px,
-        class_position=not no_embed_class,
+        class_position=not args.get("no_embed_class", found[3] is not None),
         position_rule="size_antialias",
         layer_scale=args.get("init_values", 1e-5 if is_dinov2 else None) is not None,
         pooling="mean" if pooling == "mean" else "token",

@@ -57,7 +57,8 @@ def locate_model(
     if path.exists():
         if revision is not None:
             raise InputError(
-                f"revision={revision!r} is for Hub names, and {path} is a local path. Leave it out"
+                f"revision={revision!r} was given for the local path {path}; it is for Hub names."
+                " Leave it out"
             )
         refuse_special(path, WeightsError)
         if path.is_file():

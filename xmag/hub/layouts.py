@@ -134,10 +134,10 @@ def _choose_model(tensors: Mapping[str, Tensor], where: str) -> tuple[str, str]:
             f"{where} holds no ViT in a layout that xmag knows; expected a key ending in"
             f" {' or '.join(_ANCHORS)}, seen {_listed(sorted(tensors))}"
         )
-    words = {prefix: set(re.split(r"[._]", prefix.lower())) for prefix in found}
-    averaged = [prefix for prefix in found if "ema" in words[prefix]]
-    students = [prefix for prefix in found if "student" in words[prefix]]
-    teachers = [prefix for prefix in found if "teacher" in words[prefix]]
+    averaged, students, teachers = (
+        [prefix for prefix in found if word in re.split(r"[._]", prefix.lower())]
+        for word in ("ema", "student", "teacher")
+    )
     shapes = {prefix: tensors[prefix + anchor].shape for prefix, anchor in found.items()}
     # A teacher of the student's shape is self-distillation's: the student's own running average.
     twins = [t for t in teachers if any(shapes[t] == shapes[s] for s in students)]

@@ -132,8 +132,7 @@ class KnownModels(tuple[KnownModel, ...]):
         lines = [columns, ["---"] * len(columns), *(list(row.values()) for row in rows)]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    _repr_markdown_ = to_markdown
 
     def __repr__(self) -> str:
         rows = [model.row() for model in self]

@@ -109,9 +109,8 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
         if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
             file.seek(0)
             return io.BytesIO(file.read())
-    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
+        size, records = path.stat().st_size, archive.infolist()
     unpacked = sum(record.file_size for record in records)
     if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise WeightsError(
