@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def _card(row: CohortRow, folder: Place | None, estimator: Any, room: float) -> 
         return card
     record = {} if bag.provenance is None else records.plain(bag.provenance.record)
     content["notes"] += why_so_few(record, len(bag))
-    content["facts"] = _facts(record, bag)
+    content["facts"] = [*_facts(record, bag)]
     card.model = str((record.get("model") or {}).get("name") or "")
     if bag.tiles is None or bag.coords is None:
         return card
@@ -151,8 +151,8 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
     card.values["component"] = components[:, 0]
     if content["cells"] and card.has_room(8 * len(bag), room):
         axes = ("blue to yellow", "dark to light", "green to magenta")
-        told = [f"{n}, {axis} ({s:.0%} of the variance)" for n, axis, s in zip(
-            range(1, 4), axes, shares, strict=True)]  # fmt: skip
+        each = enumerate(zip(axes, shares, strict=True), 1)
+        told = [f"{n}, {axis} ({share:.0%} of the variance)" for n, (axis, share) in each]
         content |= {
             "colours": _text(component_colours(components), np.uint8),
             "components": _text(np.rint(100 * components + 100), np.uint8),
@@ -317,32 +317,31 @@ _REASONS = {
 }
 
 
-def why_so_few(record: Mapping[str, Any], count: int) -> list[str]:
+def why_so_few(record: Mapping[str, Any], count: int) -> Iterator[str]:
     """Why a bag has few tiles, or none, by its record: a sentence for each reason."""
-    tiles, tissue = record.get("tiles") or {}, record.get("tissue")
-    notes, dropped = [], _dropped(record)
-    if not count and tissue is not None and not tissue["mm2"]:
-        notes.append("No tissue was found on it")
+    tiles, tissue = record.get("tiles") or {}, record.get("tissue") or {}
+    if not count and tissue and not tissue["mm2"]:
+        yield "No tissue was found on it"
     elif not count:
-        notes.append(f"No cell of the grid is a tile: {dropped}" if dropped
-                     else "It is smaller than a tile")  # fmt: skip
+        dropped = _dropped(record)
+        said = f"No cell of the grid is a tile: {dropped}"
+        yield said if dropped else "It is smaller than a tile"
     elif tiles.get("damaged"):
-        notes.append(f"{_counted(tiles['damaged'], 'tile')} damaged, and left out")
+        yield f"{_counted(tiles['damaged'], 'tile')} damaged, and left out"
     if tiles.get("for_piece"):
-        text = _counted(tiles["for_piece"], "tile")
-        notes.append(f"{text} with little tissue kept, as a small piece would have none")
-    if tissue is not None and tissue["mm2"] and (tissue.get("coverage") or 0) < 0.9:
+        kept = _counted(tiles["for_piece"], "tile")
+        yield f"{kept} with little tissue kept, as a small piece would have none"
+    covered = tissue.get("coverage") or 0
+    if tissue and tissue["mm2"] and covered < 0.9:
         lost = {k: v for k, v in tissue["uncovered_mm2"].items() if v >= 0.005 and k != "too_small"}
         where = ", ".join(f"{area:.2g} mm² in cells {_REASONS[k]}" for k, area in lost.items())
-        covered = tissue.get("coverage") or 0
         share = f"Tiles cover {covered:.0%} of {tissue['mm2']:.2g} mm² of tissue"
-        notes.append(f"{share}: {where}" if where else share)
-    if tissue is not None and tissue.get("too_small_pieces"):
+        yield f"{share}: {where}" if where else share
+    if tissue.get("too_small_pieces"):
         pieces = _counted(tissue["too_small_pieces"], "stained piece")
-        notes.append(f"{pieces} too small to count as tissue")
+        yield f"{pieces} too small to count as tissue"
     if empty := (record.get("source_tiles") or {}).get("empty", 0):
-        notes.append(f"{_counted(empty, 'source tile')} declared empty by the file, and read white")
-    return notes
+        yield f"{_counted(empty, 'source tile')} declared empty by the file, and read white"
 
 
 def _dropped(record: Mapping[str, Any]) -> str:
@@ -358,34 +357,30 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _facts(record: Mapping[str, Any], bag: FeatureBag) -> list[tuple[str, str]]:
+def _facts(record: Mapping[str, Any], bag: FeatureBag) -> Iterator[tuple[str, str]]:
     """Facts about slide, tiles and model, as (name, value)."""
-    facts = []
-    scale, tissue = record.get("scale") or {}, record.get("tissue") or {}
+    scale, tissue, model = (record.get(name) or {} for name in ("scale", "tissue", "model"))
     if tiles := bag.tiles:
         width, height = tiles.level0_size
-        mm = [side * tiles.level0_mpp / 1000 for side in (width, height)]
-        facts.append(("size", f"{width:,} × {height:,} px, {mm[0]:.3g} × {mm[1]:.3g} mm"))
+        wide, high = (side * tiles.level0_mpp / 1000 for side in tiles.level0_size)
+        yield "size", f"{width:,} × {height:,} px, {wide:.3g} × {high:.3g} mm"
         source = f" ({scale['mpp_source']})" if scale.get("mpp_source") else ""
-        facts.append(("scale", f"{tiles.level0_mpp:.4g} µm/px{source}"))
-        side = tiles.size_px * tiles.mpp
-        facts.append(("tiles", f"{len(bag):,} of {tiles.size_px} px at {tiles.mpp:.4g} µm/px"
-                               f" ({side:.0f} µm a side)"))  # fmt: skip
+        yield "scale", f"{tiles.level0_mpp:.4g} µm/px{source}"
+        each = f"{tiles.size_px} px at {tiles.mpp:.4g} µm/px"
+        yield "tiles", f"{len(bag):,} of {each} ({tiles.size_px * tiles.mpp:.0f} µm a side)"
     if "level" in scale:
         reduced = f" at 1/{scale['reduction']}" if scale["reduction"] > 1 else ""
         resampled = ", resampled" if scale["resampled"] else ""
-        facts.append(("read from", f"level {scale['level']}{reduced}{resampled}"))
-        facts.append(("format", scale["format"]))
+        yield "read from", f"level {scale['level']}{reduced}{resampled}"
+        yield "format", scale["format"]
     if tissue:
         share = tissue.get("coverage")
         covered = "" if share is None else f", {share:.0%} of it under tiles"
-        facts.append(("tissue", f"{tissue['mm2']:.3g} mm²{covered}"))
+        yield "tissue", f"{tissue['mm2']:.3g} mm²{covered}"
     if dropped := _dropped(record):
-        facts.append(("dropped cells", dropped))
-    model = record.get("model") or {}
+        yield "dropped cells", dropped
     if model.get("name"):
-        facts.append(("model", f"{model['name']} on {record.get('device') or 'its own device'},"
-                               f" {record.get('dtype')}"))  # fmt: skip
+        device = record.get("device") or "its own device"
+        yield "model", f"{model['name']} on {device}, {record.get('dtype')}"
     if record.get("created"):
-        facts.append(("made", f"{record['created'].replace('T', ' ')} by xmag {record['xmag']}"))
-    return facts
+        yield "made", f"{record['created'].replace('T', ' ')} by xmag {record['xmag']}"

@@ -193,12 +193,9 @@ def _scale_bar(width_um: float, width_px: int) -> tuple[float, int]:
 
 def plain(text: str) -> str:
     """The text in ASCII and µ: the font that comes with Pillow has no letters with accents."""
-    decomposed = unicodedata.normalize("NFKD", text)
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return "µ".join(
-        part.encode("ascii", "replace").decode("ascii")
-        for part in kept.split("\N{GREEK SMALL LETTER MU}")
-    )
+    kept = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    mu = "\N{GREEK SMALL LETTER MU}"  # as that makes of µ
+    return "".join("µ" if c == mu else c if c.isascii() else "?" for c in kept)
 
 
 def text_width(text: str, font: Any) -> float:

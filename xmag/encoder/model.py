@@ -60,9 +60,8 @@ class Normalised(nn.Module):
     ) -> None:
         super().__init__()
         # A rounded mean would shift every tile.
-        centre, spread = torch.tensor((mean, std), dtype=torch.float32, device=device).view(
-            2, 3, 1, 1
-        )
+        values = torch.tensor((mean, std), dtype=torch.float32, device=device)
+        centre, spread = values.view(2, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
 

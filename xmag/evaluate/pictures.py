@@ -188,7 +188,8 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
 def _require(report: "Report", what: str, *tasks: str) -> None:
     if report.task not in tasks:
         raise InputError(
-            f"the task is {report.task}, which has no {what}; expected {' or '.join(tasks)}"
+            f"the task of the report is {report.task}, which has no {what}; expected"
+            f" {' or '.join(tasks)}"
         )
 
 

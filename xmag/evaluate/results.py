@@ -136,14 +136,11 @@ class Result:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Result):
             return NotImplemented
-        for name in (item.name for item in fields(Result)):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            same = (
-                np.array_equal(mine, theirs, equal_nan=True) if name in ARRAYS else mine == theirs
-            )
-            if not same:
-                return False
-        return True
+        pairs = ((getattr(self, item.name), getattr(other, item.name)) for item in fields(Result))
+        return all(
+            np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else bool(a == b)
+            for a, b in pairs
+        )
 
     __hash__ = None  # type: ignore[assignment]
 

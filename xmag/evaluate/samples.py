@@ -188,7 +188,7 @@ def agreed_classes(
     if ordered and task.name != "classification":
         raise InputError(f"ordered=True is for classes, but the task is {task.name}; leave it out")
     if ordered and classes is None:
-        raise InputError("ordered=True needs the order of classes, lowest first: classes=[...]")
+        raise InputError("ordered=True needs the order of the classes, lowest first, in classes=")
     return task.order(parts, classes)
 
 
