@@ -193,6 +193,15 @@ def test_the_config_of_a_plain_vit_is_read_without_timm(architecture: str) -> No
     assert found.config.vit == vit  # type: ignore[union-attr]
 
 
+def test_both_sides_of_an_image_are_one_where_they_are_alike() -> None:
+    values = {"architecture": "vit_base_patch16_384", "model_args": {"img_size": [384, 384]}}
+    found = resolve_config("folder", values, None, TileSpec(mpp=0.5, size_px=384)).config
+    assert found.vit.position_grid == 24  # type: ignore[union-attr]
+    values["model_args"] = {"img_size": [384, 320]}
+    with pytest.raises(WeightsError, match=r"size_px is \[384, 320\]"):
+        resolve_config("folder", values, None, TileSpec(mpp=0.5, size_px=384))
+
+
 def test_a_config_of_timm_as_it_once_was_gives_its_normalisation() -> None:
     old = {"architecture": "vit_small_patch16_224", "input_size": [3, 224, 224], "mean": [0.5] * 3,
            "std": [0.25] * 3}  # fmt: skip

@@ -266,8 +266,9 @@ def _timm_config(values: Mapping[str, Any]) -> ModelConfig | TimmConfig:
     args = {**values.get("model_args", {})}
     if "global_pool" in values:
         args.setdefault("global_pool", values["global_pool"])
-    side = args.get("img_size", about.get("input_size", (3, 224, 224)))
-    size_px = side[-1] if isinstance(side, list | tuple) else side  # timm 1.0.31 has both sides
+    size_px = args.get("img_size", about.get("input_size", (3, 224, 224))[-1])
+    if isinstance(size_px, list | tuple) and len({*size_px}) == 1:  # timm 1.0.31 has both sides
+        size_px = size_px[0]
     options: dict[str, Any] = {
         "tile_spec": TileSpec(size_px=size_px),
         "mean": tuple(about.get("mean", IMAGENET[0])),
