@@ -304,7 +304,7 @@ def test_a_bag_with_hardly_a_tile_is_drawn_too(count):
 def test_a_bag_that_does_not_belong_to_the_slide_is_refused():
     slide = white_slide(1000, 800)
     foreign = FeatureBag(np.zeros((1, 4), np.float32), np.zeros((1, 2), np.int64))
-    with pytest.raises(BagError, match="how large its"):
+    with pytest.raises(BagError, match="size of its tiles"):
         draw.feature_map(slide, foreign)
     other = bag_of(white_slide(1000, 900), np.zeros((1, 4)), [[0, 0]])
     with pytest.raises(InputError, match="give the slide that the bag was made from"):
