@@ -1,4 +1,4 @@
-"""Hook of mkdocs: the page of the tour, made of examples/tour.ipynb with its stored outputs."""
+"""Hook of mkdocs: the page of the tour, from examples/tour.ipynb and its outputs."""
 
 import json
 from collections.abc import Iterator
