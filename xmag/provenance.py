@@ -114,12 +114,10 @@ def dtype_class(dtype: str) -> str:
 
     Half precisions may be mixed with each other, but not with full precision.
     """
-    try:
-        return _DTYPE_CLASSES[dtype.removeprefix("torch.")]
-    except KeyError:
-        raise InputError(
-            f"dtype is {dtype!r}; expected 'float32', 'float16' or 'bfloat16'"
-        ) from None
+    found = _DTYPE_CLASSES.get(dtype.removeprefix("torch."))
+    if found is None:
+        raise InputError(f"dtype is {dtype!r}; expected 'float32', 'float16' or 'bfloat16'")
+    return found
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:

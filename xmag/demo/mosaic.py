@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.slide.reader import Pixels
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 
 Field = NDArray[np.float32]
 
