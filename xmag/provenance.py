@@ -145,11 +145,10 @@ def content_fingerprint(
 
     See `file_fingerprint`.
     """
+    last = size - _SAMPLE_BLOCK_BYTES
+    offsets = [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
     if size <= _SAMPLE_BLOCKS * _SAMPLE_BLOCK_BYTES:
         offsets = list(range(0, size, _SAMPLE_BLOCK_BYTES))
-    else:
-        last = size - _SAMPLE_BLOCK_BYTES
-        offsets = [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
     blocks = [(at, min(_SAMPLE_BLOCK_BYTES, size - at)) for at in offsets]
     digest = hashlib.sha256(str(size).encode())
     for block in read(blocks):

@@ -44,8 +44,8 @@ class Earlier:
 
     def is_to_compare(self, slide: SlideFacts) -> bool:
         """Whether the bytes have to be read again: the file was written since, at the same size."""
-        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
-        return is_same and bool(self.versions) and slide.version not in self.versions
+        is_new = bool(self.versions) and slide.version not in self.versions
+        return is_new and self.is_of(slide, None)
 
     def is_of(self, slide: SlideFacts, sha256: str | None) -> bool:
         """Whether the slide is as it was; `sha256` is None where its bytes were not read again."""
