@@ -24,7 +24,9 @@ from xmag.plan import TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import ProgressOption, progress_bar, tell
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
+from xmag.tiles.arena import Tiles
+from xmag.tiles.decoding import Damaged, Reading
+from xmag.tiles.stream import check_damaged, read_rows
 from xmag.tissue import TissueMask
 from xmag.urls import base_name
 

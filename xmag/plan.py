@@ -263,14 +263,12 @@ class TilePlan(Shown):
             if (parent := fields.get("parent")) is not None:
                 fields["parent"] = _frozen(np.array(parent, np.int64))
             plan = records.from_dict(cls, fields)
-            if [len(row) for row in plan.cells] != [len(plan.columns)] * len(plan.rows):
+            columns, rows = len(plan.columns), len(plan.rows)
+            if [len(row) for row in plan.cells] != [columns] * rows:
                 raise ValueError("its cells are not as many as its columns and rows")
             if plan.parent is not None and plan.parent.shape != (len(plan),):
                 raise ValueError("its parents are not as many as its tiles")
-            if plan.levels and tuple(map(len, plan.unrounded)) != (
-                len(plan.columns),
-                len(plan.rows),
-            ):
+            if plan.levels and tuple(map(len, plan.unrounded)) != (columns, rows):
                 raise ValueError("its unrounded columns and rows are not as many as the others")
         return plan
 
@@ -335,9 +333,8 @@ def plan_tiles(
     )
     if tissue is not None and polygons is not None:
         tissue = tissue.within(polygons)
-    axes = axes_of(tiles, scale, level, border)
+    columns, rows = axes = axes_of(tiles, scale, level, border)
     cells = letters_of(axes, tiles, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
-    columns, rows = axes
     return TilePlan(
         spec=spec,
         scale=scale,
@@ -387,11 +384,12 @@ def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
 
     Those of a zoomed plan were chosen, and are not to cover it.
     """
-    if plan.parent is not None:
+    tissue = plan.tissue
+    if plan.parent is not None or tissue is None:
         return
-    tissue, lost = plan.tissue, plan.uncovered_mm2
-    whole = 0.0 if tissue is None else tissue.area_mm2 + lost["too_small"]
-    if tissue is None or plan.covered_mm2 >= _ENOUGH * whole:
+    lost = plan.uncovered_mm2
+    whole = tissue.area_mm2 + lost["too_small"]
+    if plan.covered_mm2 >= _ENOUGH * whole:
         return
     dropped = plan.options["border"] == "drop"
     least = f"pieces of less than {tissue.min_area_mm2:g} mm², which the mask leaves out"

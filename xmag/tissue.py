@@ -38,7 +38,6 @@ from xmag.morphology import (
 from xmag.notebook import Shown, canvas_picture
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
-from xmag.slide.scale import check_area
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -327,14 +326,13 @@ def find_tissue(
     sizes = {"min_area_mm2": min_area_mm2, "max_hole_mm2": max_hole_mm2, "close_um": close_um}
     _check_positive(mpp=mpp)
     _check_positive(or_zero=True, **sizes)
-    level0_mpp = slide.known_mpp()
-    check_area(slide.dimensions, level0_mpp, slide.name)
-    downsample = mpp / level0_mpp
+    downsample = mpp / slide.known_mpp()
     width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
-    mask = too_small = np.zeros((height, width), np.bool_)
-    if mask.size:
+    if width and height:
         pixels = slide.read_region((0, 0), (width, height), mpp=mpp)
         mask, too_small = _segment(pixels, mpp, **sizes)
+    else:
+        mask = too_small = np.zeros((height, width), np.bool_)
     method = _method(mpp=float(mpp), **{name: float(size) for name, size in sizes.items()})
     return TissueMask(
         mask=mask, mpp=float(mpp), downsample=downsample, method=method, too_small=too_small

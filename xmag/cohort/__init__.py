@@ -19,7 +19,7 @@ from xmag.errors import InputError, MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder, tell_of_loading
 from xmag.grid import Border
 from xmag.progress import CohortProgress, ProgressOption
-from xmag.tiles import Damaged
+from xmag.tiles.decoding import Damaged
 from xmag.urls import place_of
 
 __all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]

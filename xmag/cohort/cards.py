@@ -26,7 +26,7 @@ from xmag.masks import read_mask
 from xmag.notebook import TISSUE
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import reason_of
+from xmag.tiles.decoder import reason_of
 from xmag.tissue import TISSUE_METHOD, TissueMask, find_tissue
 from xmag.urls import Place, without_folder
 

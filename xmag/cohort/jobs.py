@@ -22,7 +22,9 @@ from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
 from xmag.slide.dicom_files import is_dicom, series_below
 from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
-from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
+from xmag.tiles.children import PROCESSES_SUPPORTED, Limits
+from xmag.tiles.decoding import Damaged
+from xmag.tiles.stream import check_damaged
 from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 

@@ -17,7 +17,7 @@ from xmag.cohort.jobs import Job, Settings
 from xmag.errors import BagError, MismatchError, OutputError, XmagError
 from xmag.provenance import Provenance
 from xmag.slide import SlideFacts
-from xmag.tiles import Earlier
+from xmag.tiles.decoder import Earlier
 from xmag.urls import Place, Url, retold
 
 logger = logging.getLogger(__name__)

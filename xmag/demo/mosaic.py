@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from xmag.progress import ProgressOption, progress_bar
 from xmag.slide.reader import Pixels
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 
 Field = NDArray[np.float32]
 

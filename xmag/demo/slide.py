@@ -19,7 +19,7 @@ from xmag.errors import InputError
 from xmag.files import atomic_path
 from xmag.progress import ProgressOption
 from xmag.slide.reader import Pixels
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 
 DEMO_SIZE = (9_000, 6_750)
 """(width, height) of the demo slide in level-0 px: 4.5 by 3.4 mm."""

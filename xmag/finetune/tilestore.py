@@ -24,7 +24,8 @@ from xmag.grid import Border
 from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import ProgressOption, progress_bar
 from xmag.slide import Slide
-from xmag.tiles import Tiles, read_tiles
+from xmag.tiles import read_tiles
+from xmag.tiles.arena import Tiles
 from xmag.tissue import find_tissue
 
 SlideLike = Slide | str | PathLike[str]
