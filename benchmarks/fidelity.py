@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from xmag import Encoder, Slide, find_tissue, load_model, plan_tiles
 from xmag.geometry import Resample
 from xmag.slide.codecs import box_average
-from xmag.slide.pixels import read_box
+from xmag.slide.pixels import read_level, resample
 
 Tiles = NDArray[np.uint8]
 Embeddings = NDArray[np.float32]
@@ -103,11 +103,18 @@ class Field:
         With `finer` they have so many times the px, for the same field.
         """
         size = (finer * self.size_px, finer * self.size_px)
+        reader, shape = self.slide.reader, self.slide.reader.levels[level]
+        per_px = shape.downsample * reduction
+        # Lanczos reaches three output px beyond the tile.
+        reach = 3 * self.side / per_px / size[0] + 1
 
         def tile(corner: NDArray[np.int64]) -> Tiles:
-            x, y = corner.tolist()
-            box = (x, y, x + self.side, y + self.side)
-            return read_box(self.slide.reader, level, reduction, box, size, kernel=kernel)
+            x0, y0, x1, y1 = np.concatenate([corner, corner + self.side]) / per_px
+            x, y = (max(0, int(edge - reach)) for edge in (x0, y0))
+            across, down = shape.decoded_size(reduction)
+            width, height = min(int(x1 + reach) + 1, across) - x, min(int(y1 + reach) + 1, down) - y
+            window = read_level(reader, level, reduction, (x, y), (width, height))
+            return resample(window, (x0 - x, y0 - y, x1 - x, y1 - y), size, kernel)
 
         with ThreadPoolExecutor(2) as pool:
             return np.stack(list(pool.map(tile, self.coords)))

@@ -119,7 +119,7 @@ class Scored(BagTrainer):
 
     def end_epoch(self) -> float | None:
         self.module.eval()
-        logits = np.stack([self.model.logits(bag) for bag in self.held_out])
+        logits = np.stack([self.model.logits([bag]) for bag in self.held_out])
         self.scores.append((logits[:, 1] - logits[:, 0]).round(4).tolist())
         return super().end_epoch()
 

@@ -1,6 +1,7 @@
 """Tissue on slides with known truth: `find_tissue` against Otsu, pens, and the time it takes.
 
     python benchmarks/tissue.py
+    python benchmarks/tissue.py --picture docs/images/tissue-generated.png
 
 Needs the folder of real data, ../shared, beside the repository; without it there is nothing to
 measure. Thresholds were tuned on the "tuning" half; the "held-out" half has other patients, shapes,
@@ -16,8 +17,24 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.tissue_cases import SHARED, Case, drawn_by_hand, iou, otsu, shared_cases
+from support.tissue_cases import (
+    BLACK_INK,
+    INKS,
+    SHARED,
+    Case,
+    Scene,
+    blobs,
+    drawn_by_hand,
+    generated_fat,
+    iou,
+    otsu,
+    real_texture,
+    scaled,
+    shared_cases,
+    stroke,
+)
 
+from xmag.draw import overlay
 from xmag.slide import Slide
 from xmag.slide.reader import Pixels
 from xmag.tissue import find_tissue
@@ -28,6 +45,9 @@ REAL_SLIDES = {"cmu-1-small-region": None, "tcga-cr-7395-01a-01-ts1": 0.5}
 def main() -> None:
     if not SHARED.is_dir():
         print(f"skipped: there is no {SHARED.name} folder beside the repository")
+        return
+    if sys.argv[1:2] == ["--picture"]:
+        draw_picture(Path(sys.argv[2]))
         return
     for half in ("tuning", "held-out"):
         cases = shared_cases(half)
@@ -45,6 +65,28 @@ def main() -> None:
     for name, mpp in REAL_SLIDES.items():
         print(real_row(name, mpp))
     print_times()
+
+
+def draw_picture(path: Path) -> None:
+    """The picture of the docs: much of what is hard, on one slide."""
+    scene = Scene(rng=np.random.default_rng(7), glass=(240, 232, 237), shading=0.12, dust=25)
+    piece = blobs(scene.rng, (480, 1000), 2, (1500, 2000))
+    cover = np.pad(piece, ((40, 280), (0, 0)))
+    he = real_texture("held-out", "he")
+    for columns, factor in ((np.s_[:, :500], 1.2), (np.s_[:, 500:], 0.3)):
+        half = np.zeros_like(cover)
+        half[columns] = cover[columns]
+        scene.add_tissue(scaled(he, factor), half)
+    fat = blobs(scene.rng, (200, 400), 1, (900, 1100))
+    scene.add_tissue(generated_fat, np.pad(fat, ((380, 220), (540, 60))))
+    for place, colour in enumerate([*INKS["held-out"].values(), BLACK_INK]):
+        x, y = 700.0 + 1850 * place, 5300.0
+        line = [(x, y), (x + 600, y + 450), (x + 1200, y + 50)]
+        scene.add_ink(colour, stroke(scene.shape, line, 300))
+    scene.add_border(40, 4, "w")
+    scene.add_border(40, 255, "n")
+    with scene.finish("generated", "held-out").slide() as slide:
+        overlay(slide, tissue=find_tissue(slide), max_px=800).save(path, optimize=True)
 
 
 def truth_row(case: Case) -> str:

@@ -9,8 +9,7 @@ import csv
 from pathlib import Path
 
 import xmag
-from xmag.finetune import Settings, finetune_slides
-from xmag.mil import MILClassifier
+from xmag.progress import tell
 
 
 def main() -> None:
@@ -20,17 +19,18 @@ def main() -> None:
     parser.add_argument("--model", default="AI4PATH/XMAG")
     parser.add_argument("--epochs", type=int, default=20)
     args = parser.parse_args()
+    tell(None, "loading PyTorch")  # the first use of xmag.finetune does, which takes seconds
     with args.csv.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     slides = [args.csv.parent / row["slide"] for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
 
-    result = finetune_slides(
+    result = xmag.finetune.finetune_slides(
         slides,
         [row["label"] for row in rows],
         groups=[row["patient"] for row in rows],
         model=args.model,
-        settings=Settings(epochs=args.epochs),
+        settings=xmag.finetune.Settings(epochs=args.epochs),
         checkpoint=args.out / "checkpoint.safetensors",
     )
     for row in result.history:
@@ -42,7 +42,7 @@ def main() -> None:
 
     # Later, or elsewhere: the folder is a model and a classifier.
     encoder = xmag.load_model(args.out / "model", dtype=result.encoder.dtype)
-    classifier = MILClassifier.load(args.out / "model")
+    classifier = xmag.MILClassifier.load(args.out / "model")
     bag = xmag.extract_features(slides[0], model=encoder)
     print(f"{rows[0]['slide']}: {classifier.predict([bag])[0]}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xmag.demo import write_demo_slide
+from xmag import demo
 from xmag.files import write_text
 from xmag.progress import progress_bar
 
@@ -48,7 +48,9 @@ def main() -> None:
         for number in range(2 * patient, min(2 * patient + 2, args.slides)):
             name = f"slides/{number:02}.svs"
             tumour = tumours[number % 2]
-            write_demo_slide(args.out / name, size=tuple(args.size), seed=number, tumour=tumour)
+            demo.write_demo_slide(
+                args.out / name, size=tuple(args.size), seed=number, tumour=tumour, progress=False
+            )
             rows.writerow([name, *values, f"patient {patient}"])
             bar.update()
     bar.close()

@@ -326,6 +326,16 @@ def test_heatmap_extracts_with_the_encoder_of_the_classifier(on_slides, tmp_path
         assert np.abs(np.asarray(image, int) - expected).max() <= 1
 
 
+def test_heatmap_refuses_features_of_another_dtype_than_that_of_the_training(
+    on_slides, tmp_path, capsys
+):
+    args = ["heatmap", on_slides / "0.svs", "--classifier", on_slides / "classifier"]
+    args += ["-o", tmp_path / "x.png", "--device", "cpu", "--dtype", "bfloat16"]
+    assert main([*map(str, args)]) == 2
+    assert "dtype_class: 'half' there, 'fp32' here" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
 @pytest.fixture(scope="module")
 def models(on_slides):
     """Models of numbers and of survival, on the features of the slides."""

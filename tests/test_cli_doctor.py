@@ -1,16 +1,19 @@
 """The command doctor."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub import constants, file_download
 from support.hub_server import FakeHub, serve
 
 import xmag
+from xmag import devices
 from xmag.cli import doctor, main
 from xmag.hub.registry import DEFAULT_MODEL
 
@@ -134,3 +137,31 @@ def test_a_package_that_is_missing_is_a_fault_with_the_command_that_installs_it(
     out = capsys.readouterr().out
     assert "missing: h5py" in out
     assert "-> pip install h5py" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "told"),
+    [
+        ("amx_bf16 avx512_bf16", "auto", "AMX-BF16 and AVX512-BF16: .* is about three times as"),
+        ("avx512_bf16", "auto", "AVX512-BF16: .* may be faster; .* do not mix"),
+        ("avx2 avx512f", "auto", None),
+        ("amx_bf16", "bfloat16", None),
+    ],
+)
+def test_the_log_advises_bfloat16_once_where_the_cpu_has_units_for_it(
+    flags, dtype, told, monkeypatch, caplog
+):
+    monkeypatch.setattr("xmag.devices.cpu_info", lambda: CPUINFO.format(flags=flags))
+    devices.advise_dtype.cache_clear()
+    caplog.set_level("INFO", logger="xmag")
+    encoder = xmag.load_model("xmag-mini", device="cpu", dtype=dtype)
+    assert caplog.text == ""  # until it computes
+    for _ in range(2):
+        encoder.embed(np.zeros((1, 224, 224, 3), np.uint8))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    devices.advise_dtype.cache_clear()
+    assert len(lines) == (told is not None)
+    if told is not None:
+        assert 'dtype="bfloat16" (--dtype bfloat16)' in lines[0]
+        assert re.search(told, lines[0])
+        assert str(encoder.dtype) == "torch.float32"  # auto stays

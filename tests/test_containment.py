@@ -18,15 +18,8 @@ from xmag.bag import FeatureBag
 from xmag.cohort import extract_cohort
 from xmag.errors import InputError, XmagError, XmagWarning
 from xmag.geometry import TileSpec
-from xmag.tiles import (
-    PROCESSES_SUPPORTED,
-    Decoded,
-    DecodeJob,
-    DecodingPool,
-    Failed,
-    Finished,
-    Limits,
-)
+from xmag.tiles.children import PROCESSES_SUPPORTED, DecodingPool, Limits
+from xmag.tiles.decoder import Decoded, DecodeJob, Failed, Finished
 
 pytestmark = pytest.mark.skipif(
     not (PROCESSES_SUPPORTED and Path("/proc/self/stat").exists()), reason="looks into /proc"
@@ -200,7 +193,7 @@ def test_a_child_that_dies_while_it_is_idle_costs_nothing(slide, tmp_path):
                     event.release()
                 outcome.append(type(event))
             assert outcome[-1] is Finished
-            process = pool._children[0].process
+            process = pool._children[0].process.popen
             process.kill()
             process.wait()
 
@@ -215,7 +208,7 @@ def test_children_leave_no_core_file_and_are_the_first_to_go_when_memory_runs_ou
         for event in pool.run([job]):
             if isinstance(event, Decoded):
                 event.release()
-        of_child = Path(f"/proc/{pool._children[0].process.pid}")
+        of_child = Path(f"/proc/{pool._children[0].process.popen.pid}")
         all_limits = (of_child / "limits").read_text()
         lines = {line[:26].strip(): line[26:].split() for line in all_limits.splitlines()}
         assert lines["Max core file size"][0] == "0"

@@ -304,7 +304,7 @@ def test_a_bag_with_hardly_a_tile_is_drawn_too(count):
 def test_a_bag_that_does_not_belong_to_the_slide_is_refused():
     slide = white_slide(1000, 800)
     foreign = FeatureBag(np.zeros((1, 4), np.float32), np.zeros((1, 2), np.int64))
-    with pytest.raises(BagError, match="how large its"):
+    with pytest.raises(BagError, match="size of its tiles"):
         draw.feature_map(slide, foreign)
     other = bag_of(white_slide(1000, 900), np.zeros((1, 4)), [[0, 0]])
     with pytest.raises(InputError, match="give the slide that the bag was made from"):
@@ -319,6 +319,26 @@ def test_where_tiles_overlap_the_map_shows_the_mean_of_their_colours():
     third, both, fourth = (pixels[1000, x] for x in (600, 1000, 1400))
     assert np.abs(third - fourth).max() > 10
     np.testing.assert_allclose(both, (third + fourth) / 2, atol=1.5)
+
+
+def test_the_map_is_coloured_where_tissue_is_if_that_is_known():
+    slide = white_slide(1600, 800)
+    coords = [(0, 0), (800, 0)]
+    bag = bag_of(slide, [[1.0, 0], [-1, 3]], coords, size=800)
+    mask = np.zeros((50, 100), bool)  # 16 px each
+    mask[:, 10:40] = True  # of the first tile; the second one holds none
+    whole, clipped = (
+        np.asarray(draw.feature_map(slide, bag, tissue=tissue, max_px=800), int)
+        for tissue in (None, mask_of(slide, mask))
+    )
+    empty = bag_of(slide, np.empty((0, 2)), np.empty((0, 2)), size=800)
+    grey = np.asarray(draw.feature_map(slide, empty, max_px=800), int)
+    columns = np.arange(800) // 8
+    inside = (columns >= 10) & (columns < 40) | (columns >= 50)
+    apart = np.abs(np.subtract.outer(np.array([80, 320, 400]), np.arange(800))).min(0) > 8
+    expected = np.where(inside[:, None], whole[:400], grey[:400])
+    assert (whole[:400] != grey[:400]).any(2).all()
+    np.testing.assert_array_equal(clipped[:400, apart], expected[:, apart])
 
 
 def test_a_tile_for_a_piece_of_tissue_is_green_and_the_legend_tells_of_coverage():

@@ -42,7 +42,7 @@ from xmag.errors import (
     WeightsError,
     XmagWarning,
 )
-from xmag.tiles import PROCESSES_SUPPORTED
+from xmag.tiles.children import PROCESSES_SUPPORTED
 from xmag.urls import Url
 
 needs_proc = pytest.mark.skipif(

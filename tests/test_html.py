@@ -1,6 +1,7 @@
 """Pages as a person uses them: driven in headless Chromium, which also says what they ask for."""
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from xmag.geometry import TileSpec
 from xmag.mil import MILClassifier
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tissue import find_tissue
+from xmag.tissue import TissueMask, find_tissue
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed")
 
@@ -267,6 +268,54 @@ def test_dropped_cells_say_why(page, cohort):
     labels = page.run("card.querySelector('.layers').textContent")
     assert f"{len(plan.dropped['tissue'])} dropped: too little tissue" in labels
     assert f"{len(plan)} tiles" in labels
+
+
+@pytest.mark.filterwarnings("ignore:the .* tiles? of .* cover")
+def test_the_mask_and_the_region_that_were_given_are_what_is_shown(browser, cohort, tmp_path):
+    own = np.zeros((110, 145), np.uint8)  # a px is 10 of the slide
+    own[25:80, 28:60] = 255
+    Image.fromarray(own).save(tmp_path / "mask.png")
+    ring = [[250, 0], [560, 0], [560, 1100], [250, 1100]]
+    roi = {"type": "Polygon", "coordinates": [ring]}
+    (tmp_path / "roi.json").write_text(json.dumps(roi))
+    slide = cohort[0] / "a.svs"
+    report = extract_cohort(
+        [slide], tmp_path / "out", model=ColourEncoder(spec=SPEC), processes=0,
+        tissue=tmp_path / "mask.png", roi=tmp_path / "roi.json",
+    )  # fmt: skip
+    report.to_html(tmp_path / "report.html")
+    with Slide(slide) as opened:
+        mask = TissueMask.from_array(own > 0, opened)
+        plan = plan_tiles(opened, SPEC, tissue=mask, roi=roi)
+    browser.open(tmp_path / "report.html")
+    open_card(browser, "a.svs")
+    labels = browser.run("card.querySelector('.layers').textContent")
+    assert f"{len(plan)} tiles" in labels
+    assert f"{len(plan.dropped['roi'])} dropped: outside the region of interest" in labels
+    x, y = plan.dropped["roi"][0].tolist()
+    browser.mouse("mouseMoved", on_screen(browser, x + SIDE / 2, y + SIDE / 2))
+    said = browser.run("viewer.tip.textContent")
+    assert said == f"no tile: outside the region of interest\nat {x:,}, {y:,} px"
+    # The map of the features stays on the mask, and in the region.
+    bag = FeatureBag.load(tmp_path / "out" / "a.h5")
+    rows, columns = np.nonzero(plan.tissue.mask)
+    tissue = (np.stack([columns, rows], -1) + 0.5) * plan.tissue.downsample
+
+    def deepest(is_inside):
+        """The point in a tile that lies deepest in the tissue, or farthest from it."""
+        places = np.array([
+            place for tile in (0, 1)  # in the middle of the view
+            for place in points(bag, tile, plan.tissue, tissue=is_inside)
+            if place[0] > 250  # where what is stained begins
+        ])  # fmt: skip
+        gaps = np.linalg.norm(places[:, None] - tissue, axis=2)
+        return places[(gaps < 100).sum(1).argmax() if is_inside else gaps.min(1).argmax()]
+
+    names = browser.run("Object.keys(viewer.layers)")
+    browser.press(str(1 + names.index("features")))  # its colours, over the slide in grey
+    inside, outside = (colour_at(browser, *deepest(is_inside)) for is_inside in (True, False))
+    assert np.ptp(inside) > 20
+    assert np.ptp(outside) < 3
 
 
 def test_layers_are_drawn_where_they_belong_and_switch_by_key_and_box(page, cohort):

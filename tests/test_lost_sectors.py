@@ -35,7 +35,8 @@ from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide, integrity
-from xmag.tiles import Reading, read_rows, reading_of
+from xmag.tiles.decoding import Reading
+from xmag.tiles.stream import read_rows, reading_of
 from xmag.tissue import find_tissue
 
 ENCODER = ColourEncoder()

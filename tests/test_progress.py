@@ -6,6 +6,7 @@ import json
 import re
 import textwrap
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from support.slides import write_svs
 
 import xmag
 from xmag.cohort import extract_cohort
+from xmag.demo import mosaic, write_demo_slide
 from xmag.distill import plan_images
 from xmag.extract import extract_features
 from xmag.finetune import finetune_slides
@@ -242,6 +244,13 @@ def test_a_first_download_says_what_is_fetched_and_its_terms(tmp_path):
     assert said == f"['xmag: fetching {hub.url}/a/tiny; terms of use: {terms}']\n[]\n"
 
 
+_NEED_TORCH = [
+    "extract x -o y", "train x.csv -o y", "distill x", "finetune x.csv -o y", "report x",
+    "compare x.csv --models z -o y", "evaluate x.csv -o y", "predict x.csv --classifier y",
+    "heatmap x.svs --classifier y",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("is_terminal", "said"), [(True, "xmag: loading PyTorch\n"), (False, "")])
 def test_commands_say_that_pytorch_is_loaded_before_it_is(is_terminal, said):
     program = f"""
@@ -262,14 +271,55 @@ def test_commands_say_that_pytorch_is_loaded_before_it_is(is_terminal, said):
     sys.stderr = Tap()
     sys.meta_path.insert(0, Blocked())
     from xmag.cli import main
-    for line in (["extract", "x", "-o", "y"], ["train", "x.csv", "-o", "y"], ["distill", "x"]):
-        main(line)
+    for line in {_NEED_TORCH}:
+        main(line.split())
     sys.stderr = sys.__stderr__
     """
     interrupted = "xmag: interrupted; what is written is whole\n"
-    assert run_program(program) == (said + interrupted) * 3
+    assert run_program(program) == (said + interrupted) * len(_NEED_TORCH)
 
 
 def test_slides_are_made_without_waiting_for_pytorch():
     program = "import sys, xmag.demo\nxmag.demo.write_demo_slide\nprint('torch' in sys.modules)"
     assert run_program(textwrap.dedent(program)) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "first"), [("make_cohort.py", "making slides:"), ("finetune.py", "xmag: loading")]
+)
+def test_the_first_line_of_an_example_comes_before_anything_heavy(script, first, tmp_path):
+    program = """
+    import runpy, sys
+    class Terminal:
+        def isatty(self):
+            return True
+        def write(self, text):
+            if text.strip():
+                sys.stderr = sys.__stderr__
+                print(text.strip(), {"torch", "tifffile", "xmag.demo.slide"} & {*sys.modules})
+                sys.exit()
+        def flush(self):
+            pass
+    sys.argv, sys.stderr = sys.argv[1:], Terminal()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    path = Path(__file__).parents[1] / "examples" / script
+    printed = run_program(program, path, tmp_path, *["out"] * (script == "finetune.py"))
+    assert re.fullmatch(f"{first}.* set\\(\\)\n", printed)
+
+
+def test_a_slide_that_is_made_is_counted_from_its_first_step(tmp_path, monkeypatch):
+    events, begun = [], []
+    decode = mosaic.imagecodecs.avif_decode
+    monkeypatch.setattr(
+        mosaic.imagecodecs, "avif_decode", lambda x: begun.append(len(events)) or decode(x)
+    )
+    made = [tmp_path / "quiet.svs", tmp_path / "told.svs"]
+    for path, progress in zip(made, (None, events.append), strict=True):
+        write_demo_slide(path, size=(1200, 1030), progress=progress)
+    assert begun == [0, 1]
+    steps = 3 + 3 * 3  # pieces, and blocks of 1024 px
+    assert [(event.what, event.done, event.total) for event in events] == [
+        ("making a slide", done, steps) for done in range(steps + 1)
+    ]
+    assert made[0].read_bytes() == made[1].read_bytes()

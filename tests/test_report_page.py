@@ -1,16 +1,20 @@
 """What is in the page of a cohort and what is not, without a browser; and the report it is of."""
 
+import base64
+import io
 import itertools
 import json
 import math
 import re
 import time
+import warnings
 from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from support.encoders import ColourEncoder
 from support.patient import SECRET, plant
 from support.slides import texture, write_svs
@@ -24,7 +28,7 @@ from xmag.geometry import TileSpec
 from xmag.mil import MILClassifier
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tissue import find_tissue
+from xmag.tissue import TissueMask, find_tissue
 
 SPEC = TileSpec(size_px=56)
 
@@ -118,6 +122,106 @@ def test_the_grid_of_a_card_is_the_plan(report, slides, tmp_path):
     assert (card["cells"], card["columns"], card["rows"]) == (
         list(plan.cells), list(plan.columns), list(plan.rows),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(slides, tmp_path_factory):
+    """The folders of a mask and of a region of interest of a slide, and reports made with them."""
+    root = tmp_path_factory.mktemp("given")
+    mask = np.zeros((1100, 1450), np.uint8)  # a px of the slide each
+    mask[200:650, 300:900] = 255
+    ring = [[400, 250], [900, 250], [900, 800], [400, 800]]
+    for folder in ("masks", "regions"):
+        (root / folder).mkdir()
+    Image.fromarray(mask).save(root / "masks" / "a.png")
+    (root / "regions" / "a.geojson").write_text(
+        json.dumps({"type": "Polygon", "coordinates": [ring]})
+    )
+    options = {"model": ColourEncoder(spec=SPEC), "processes": 0}
+    kinds = {
+        "masks": {"tissue": root / "masks"},
+        "regions": {"roi": root / "regions"},
+        "both": {"tissue": root / "masks", "roi": root / "regions"},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", XmagWarning)  # of tissue that is not covered
+        reports = {
+            kind: extract_cohort([slides / "a.svs"], root / kind, **given, **options)
+            for kind, given in kinds.items()
+        }
+    return reports, kinds
+
+
+def layer_of(card, path):
+    """The tissue that a card shows, at the px of the slide."""
+    picture = cards(path)[f"picture-{card['picture']}"]
+    data = base64.b64decode(picture["mask"].partition(",")[2])
+    with Image.open(io.BytesIO(data)) as image:
+        shown = np.asarray(image) > 0
+    rows, columns = (
+        np.minimum((np.arange(side) / picture["downsample"]).astype(int), count - 1)
+        for side, count in zip((1100, 1450), shown.shape, strict=True)
+    )
+    return shown[np.ix_(rows, columns)]
+
+
+@pytest.mark.parametrize("kind", ["masks", "regions", "both"])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_card_shows_the_mask_and_the_region_that_were_used(
+    given, slides, kind, is_loaded, tmp_path
+):
+    reports, kinds = given
+    report, options = reports[kind], {}
+    if is_loaded:  # by a program that has to be told where they are
+        report = CohortReport.load(report.folder)
+        options = {"slides": [slides / "a.svs"], **kinds[kind]}
+    report.to_html(tmp_path / "report.html", **options)
+    card = card_of(tmp_path / "report.html", "a.svs")
+    with Slide(slides / "a.svs") as slide:
+        tissue, roi = find_tissue(slide), None
+        if "tissue" in kinds[kind]:
+            mask = np.zeros((1100, 1450), bool)
+            mask[200:650, 300:900] = True
+            tissue = TissueMask.from_array(mask, slide)
+        if "roi" in kinds[kind]:
+            roi = kinds[kind]["roi"] / "a.geojson"
+        plan = plan_tiles(slide, SPEC, tissue=tissue, roi=roi)
+    assert card["cells"] == list(plan.cells)
+    assert ("r" in "".join(card["cells"])) == (roi is not None)
+    shown = layer_of(card, tmp_path / "report.html")
+    wanted = np.repeat(np.repeat(plan.tissue.mask, round(plan.tissue.downsample), 0),
+                       round(plan.tissue.downsample), 1)[:1100, :1450]  # fmt: skip
+    shown = shown[: wanted.shape[0], : wanted.shape[1]]
+    assert (shown != wanted).mean() < 0.005
+    assert 0.05 < shown.mean() < 0.5
+    facts = dict(card["facts"])["tissue"]
+    assert ("by a given mask" in facts) == ("tissue" in kinds[kind])
+    assert ("in a region of interest" in facts) == ("roi" in kinds[kind])
+
+
+def test_a_mask_that_is_another_one_now_is_not_shown_as_the_one_that_was_used(
+    given, slides, tmp_path
+):
+    reports, _ = given
+    loaded = CohortReport.load(reports["masks"].folder)
+    Image.new("L", (145, 110), 255).save(tmp_path / "a.png")
+    for options in ({"tissue": tmp_path}, {}):
+        loaded.to_html(tmp_path / "report.html", slides=[slides / "a.svs"], **options)
+        card = card_of(tmp_path / "report.html", "a.svs")
+        assert any("mask was given, and is not here" in note for note in card["notes"])
+        assert cards(tmp_path / "report.html")["picture-0"]["mask"] is None
+    with pytest.raises(InputError, match="tissue and roi go with slides"):
+        loaded.to_html(tmp_path / "report.html", tissue=tmp_path)
+
+
+def test_a_region_that_is_not_there_now_is_told_by_the_tiles(given, slides, tmp_path):
+    """Of the cells that would be tiles of the whole slide, those that are none lie outside."""
+    reports, _ = given
+    loaded = CohortReport.load(reports["regions"].folder)
+    loaded.to_html(tmp_path / "report.html", slides=[slides / "a.svs"])
+    text = "".join(card_of(tmp_path / "report.html", "a.svs")["cells"])
+    assert text.count("#") + text.count("p") == reports["regions"][0].tiles
+    assert "r" in text
 
 
 def test_nothing_of_labels_and_of_what_a_file_says_of_its_patient_is_in_it(report, tmp_path):
@@ -326,7 +430,7 @@ def test_the_command_writes_the_page_of_an_evaluation(tmp_path, capsys):
     assert "leave out --slides" in capsys.readouterr().err
 
 
-def test_a_comparison_is_a_page_that_sorts_by_numbers(tmp_path):
+def made_up_comparison():
     pytest.importorskip("matplotlib")
     from xmag.evaluate import ComparedModel, Comparison, Estimate
     from xmag.metrics.bootstrap import Interval
@@ -340,15 +444,34 @@ def test_a_comparison_is_a_page_that_sorts_by_numbers(tmp_path):
         )  # fmt: skip
 
     models = (model("a <b>", 0.8), model("10x", 0.75))
-    Comparison(metric="auroc_ovr", title="AUROC", models=models, reports={}).to_html(
-        tmp_path / "page.html"
-    )
+    return Comparison(metric="auroc_ovr", title="AUROC", models=models, reports={})
+
+
+def test_a_comparison_is_a_page_that_sorts_by_numbers(tmp_path):
+    made_up_comparison().to_html(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert '<th scope="row">a &lt;b&gt;</th>' in text
     assert '<th scope="row">10x</th>' in text  # a name, and no number
     assert '<td class="number" data-value="0.75">0.750 (0.650–0.800)</td>' in text
     assert '<td class="number" data-value="1234.5">1,234.5</td>' in text
     assert text.count("<figure>") == 1
+
+
+def test_the_commands_know_the_folder_of_a_comparison(tmp_path, capsys):
+    comparison = made_up_comparison()
+    comparison.save(tmp_path)
+    assert type(comparison).load(tmp_path) == comparison
+    comparison.to_html(tmp_path / "mine.html")
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == (tmp_path / "mine.html").read_text()
+    assert main(["report", str(tmp_path), "--title", "x"]) == 2
+    assert "a comparison, which has no slides: leave out --title" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line in str(comparison).splitlines())
+    (tmp_path / "compare.json").write_text('{"format": "xmag.Comparison", "schema_version": 1}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not what Comparison.save wrote" in capsys.readouterr().err
 
 
 _SEEN_AS = {  # Machado, Oliveira and Fernandes 2009, severity 1, of linear RGB

@@ -32,7 +32,9 @@ from xmag.extract import extract_features
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import DecodeJob, DecodingPool, arena
+from xmag.tiles import arena
+from xmag.tiles.children import DecodingPool
+from xmag.tiles.decoder import DecodeJob
 
 
 class Spec(TileSpec):

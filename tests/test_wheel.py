@@ -44,7 +44,7 @@ def test_whatever_does_not_belong_there_is_found(tmp_path: Path, extra: str) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["xmag/tiles/worker.py", "xmag/draw/html/page.css", "xmag/examples/distill.toml"]
+    "name", ["xmag/tiles/worker.py", "xmag/draw/html/page.css", "xmag/examples/tour.ipynb"]
 )
 def test_a_file_that_is_left_out_is_found(tmp_path: Path, name: str) -> None:
     wheel = write_wheel(tmp_path / "xmag.whl", without=name)

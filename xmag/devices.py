@@ -1,5 +1,7 @@
 """Device and dtype to compute with, and contexts that set torch's state and restore it."""
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -7,7 +9,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from xmag.cores import bfloat16_units, cpu_info, gain_of_bfloat16
 from xmag.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +49,22 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if resolved is None or resolved not in _DTYPES.values():
         raise InputError(f'dtype={dtype!r} is unknown; expected "auto" or one of {sorted(_DTYPES)}')
     return resolved
+
+
+@functools.cache
+def advise_dtype(kind: str, dtype: torch.dtype) -> None:
+    """Log, once a process, that a model in float32 on this CPU would gain by bfloat16.
+
+    `kind` is the type of its device. "auto" stays float32 there, so that the bags of different
+    machines mix.
+    """
+    if kind == "cpu" and dtype == torch.float32 and (units := bfloat16_units(cpu_info())):
+        logger.info(
+            'this CPU has %s: dtype="bfloat16" (--dtype bfloat16) %s; features made so do not mix'
+            " with those of float32",
+            " and ".join(units),
+            gain_of_bfloat16(units),
+        )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@
     ├── ModelError
     │   ├── WeightsError                       weights that do not fit, are damaged or not finite
     │   └── HubError                           a model that cannot be fetched
-    ├── BagError                               a feature file or bag that is not what it should be
+    ├── BagError                               a feature file or bag that is not right
     └── OutputError                            a result cannot be written where it was asked for
         └── MismatchError                      what is there was made with something else
 

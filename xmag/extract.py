@@ -8,7 +8,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +19,22 @@ from xmag.encoder import Encoder, TileEncoder, default_encoder, load_model
 from xmag.errors import DamagedSlideError, InputError, ModelError, XmagWarning
 from xmag.grid import Border
 from xmag.hub.registry import DEFAULT_MODEL
+from xmag.masks import MASK_SUFFIXES, tissue_of
 from xmag.plan import TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import ProgressOption, progress_bar, tell
 from xmag.provenance import Provenance, mixing_fingerprint
 from xmag.slide import Slide, SlideFacts
-from xmag.tiles import Damaged, Reading, Tiles, check_damaged, read_rows
-from xmag.tissue import TissueMask, find_tissue
+from xmag.tiles.arena import Tiles
+from xmag.tiles.decoding import Damaged, Reading
+from xmag.tiles.stream import check_damaged, read_rows
+from xmag.tissue import TissueMask
 from xmag.urls import base_name
 
 Transform = Callable[[Tiles], Tiles]
 """Transform of tiles, uint8 (B, S, S, 3) to the same shape and type, as for stain normalisation."""
 
-TissueChoice = TissueMask | Literal["auto"] | None
-"""Tissue to take tiles from: "auto" finds it, None takes every tile."""
+TissueChoice = TissueMask | str | PathLike[str] | None
+"""Tissue to take tiles from: "auto" finds it, None takes every tile; or the path of a mask."""
 
 
 def extract_features(
@@ -55,7 +59,8 @@ def extract_features(
     Args:
         slide: An open Slide, or the path of one, which is opened and closed again.
         model: An encoder, a name or path for `load_model`, or None for the default model.
-        tissue: "auto" finds the tissue, None takes every tile, or a TissueMask.
+        tissue: "auto" finds the tissue, None takes every tile, or a TissueMask; or the path of one,
+            .geojson, .json or .png, as for `extract_cohort`.
         plan: The tiles to embed, from `plan_tiles`; `tissue`, `min_tissue`, `overlap`, `border`
             and `roi` are then not looked at.
         mpp: µm/px of level 0, where the file's own is missing or wrong. With a path only.
@@ -83,9 +88,10 @@ def extract_features(
         ModelError: The model cannot be loaded, or gives values that are not finite.
         InputError: Arguments that contradict each other.
     """
-    if not (
-        isinstance(tissue, TissueMask | None) or (isinstance(tissue, str) and tissue == "auto")
-    ):
+    is_choice = isinstance(tissue, TissueMask | None)
+    if isinstance(tissue, str | PathLike):
+        is_choice = tissue == "auto" or Path(tissue).suffix in MASK_SUFFIXES
+    if not is_choice:
         seen = repr(tissue) if isinstance(tissue, str) else f"a {type(tissue).__name__}"
         raise InputError(
             f"tissue is {seen}; expected 'auto', None (every tile) or a TissueMask:"
@@ -105,10 +111,9 @@ def extract_features(
         tell_of_loading(model, progress)
         encoder = resolve_encoder(model)
         if plan is None:
-            mask = find_tissue(slide) if tissue == "auto" else tissue
             plan = plan_tiles(
-                slide, encoder.tile_spec, tissue=mask, min_tissue=min_tissue, overlap=overlap,
-                border=border, roi=roi,
+                slide, encoder.tile_spec, tissue=tissue_of(slide, tissue), min_tissue=min_tissue,
+                overlap=overlap, border=border, roi=roi,
             )  # fmt: skip
         elif plan.spec != encoder.tile_spec:
             raise InputError(
@@ -260,14 +265,17 @@ def default_batch_size(encoder: TileEncoder) -> int:
 def fingerprint_of(
     encoder: TileEncoder, plan_options: Mapping[str, Any], transform: Transform | None
 ) -> dict[str, Any]:
-    """Fingerprint that decides whether two bags may be mixed; the region of interest does not."""
+    """Fingerprint that decides whether two bags may be mixed; what is a slide's own does not."""
     # Embeddings pooled otherwise are others; those of the class token were the only ones before.
     pooling = getattr(encoder, "pooling", "token")
     pooled = {} if pooling == "token" else {"pooling": pooling}
+    plan = {k: v for k, v in plan_options.items() if k != "roi_sha256"}
+    if plan.get("tissue") is not None:
+        plan["tissue"] = {k: v for k, v in plan["tissue"].items() if k != "sha256"}
     return pooled | mixing_fingerprint(
         weights_sha256=encoder.provenance["weights_sha256"],
         tile_spec=encoder.tile_spec.to_dict(),
-        plan={k: v for k, v in plan_options.items() if k != "roi_sha256"},
+        plan=plan,
         dtype=str(getattr(encoder, "dtype", "float32")),
         transform=None if transform is None else name_of(transform),
     )

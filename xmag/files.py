@@ -152,8 +152,8 @@ def write_text(
 def linked_to(path: Path, folder: Place) -> Path:
     """The file that is written for `path`: itself, or the target of the symbolic link it is.
 
-    Raises OutputError where that link leads out of `folder`: whoever may write to a shared folder
-    could send a file of this user's elsewhere. Links in the folders above it are its owner's.
+    Raises OutputError where that leads out of `folder`: whoever may write to a shared folder could
+    send a file of this user's elsewhere. Links in the folders above it are its owner's.
     """
     final = Path(os.path.realpath(path))
     beside = Path(os.path.realpath(path.parent), path.name)
@@ -179,8 +179,9 @@ def require_own(place: Place, folder: Place, is_own: Callable[[bytes], bool]) ->
         if not os.path.lexists(final):
             return
         if not final.is_file():
-            raise OutputError(f"{place} is there already and is no file; remove it, or write"
-                              " to another folder")  # fmt: skip
+            raise OutputError(
+                f"{place} is there already and is no file; remove it, or write to another folder"
+            )
         try:
             with final.open("rb") as file:
                 head = file.read(_HEAD_BYTES)
@@ -212,19 +213,13 @@ def cannot_write(path: Place, error: OSError) -> OutputError:
 
 
 def is_of_the_place(error: BaseException) -> bool:
-    """Whether an OutputError says that nothing can be written there, and not just this one file.
-
-    A full disk is such a case, and so is a network share that is gone.
-    """
+    """Whether an OutputError is of the disk or share, and not of this one file: full, or gone."""
     number = getattr(error.__cause__, "errno", None)
     return isinstance(error, OutputError) and number in _PLACE_FAILURES
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of writers that were killed from a folder.
-
-    Only temporary files of xmag that nobody has written to for a day: a writer needs seconds.
-    """
+    """Remove temporary files of xmag that nobody has written to for a day; writers need seconds."""
     with suppress(OSError):
         for leftover in folder.glob(f".*{_TEMP_SUFFIX}"):
             with suppress(OSError):
@@ -283,12 +278,8 @@ def remove_folder(place: Place) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk, where the system can.
-
-    Windows cannot open a folder, and some network file systems refuse to sync one. The file
-    itself is safe by then: a power cut could at most bring its old name back.
-    """
-    with suppress(OSError):
+    """Bring the new name to the disk; at most the old one comes back in a power cut without it."""
+    with suppress(OSError):  # Windows opens no folder, and some network file systems sync none
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -360,9 +351,7 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     See owasp.org/www-community/attacks/CSV_Injection.
     """
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(
-        [_harmless(cell) for cell in row] for row in rows
-    )
+    csv.writer(out, lineterminator="\n").writerows(map(_harmless, row) for row in rows)
     return out.getvalue()
 
 

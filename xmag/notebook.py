@@ -6,7 +6,7 @@ Nothing is read or computed for it that an object does not have at hand, but for
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as Xml
 
 import numpy as np
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_PX = 480
-"""The longer side of a picture in a notebook."""
-
 MOST_ROWS = 30
 """Rows of a table in a notebook; of more, a line says how many."""
 
@@ -109,20 +107,14 @@ def canvas_picture(
         )
         inside = np.outer(rows < mask.shape[0], columns < mask.shape[1])
         at = mask[np.ix_(rows.clip(max=mask.shape[0] - 1), columns.clip(max=mask.shape[1] - 1))]
-        page[at & inside] = _pale(np.array(TISSUE))
+        page[at & inside] = np.rint(255 + _PALE * (np.array(TISSUE) - 255.0)).astype(np.uint8)
     corners, side, colours = tiles or ((), 0.0, ())
     for corner, colour in zip(corners, colours, strict=True):
-        left, top = np.rint(corner * scale).astype(int)
-        right, bottom = np.maximum(
-            np.rint((corner + side) * scale).astype(int), (left + 1, top + 1)
-        )
+        left, top = start = np.rint(corner * scale).astype(int)
+        right, bottom = np.maximum(np.rint((corner + side) * scale).astype(int), start + 1)
         window = page[top:bottom, left:right]
         if outlined and min(right - left, bottom - top) > 3:
             window[[0, -1]] = window[:, [0, -1]] = colour
         else:
             window[:] = colour
     return Image.fromarray(page)
-
-
-def _pale(colour: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.asarray(np.rint(255 + _PALE * (colour - 255.0)), np.uint8)

@@ -111,8 +111,9 @@ class TilePlan(Shown):
     @cached_property
     def for_piece(self) -> NDArray[np.bool_]:
         """The tiles, bool (N,), that are there only as the best one of a piece of tissue."""
-        letters = np.array([letter for row in self.cells for letter in row if letter in _KEPT])
-        return np.asarray(letters == PIECE)
+        return np.array(
+            [letter == PIECE for row in self.cells for letter in row if letter in _KEPT], np.bool_
+        )
 
     @property
     def coverage(self) -> float | None:
@@ -173,7 +174,8 @@ class TilePlan(Shown):
 
     def _places(self, letters: str) -> NDArray[np.intp]:
         """(row, column) of the cells with one of these letters, row by row."""
-        grid = np.array([list(row) for row in self.cells], "U1").reshape(len(self.rows), -1)
+        grid = np.frombuffer("".join(self.cells).encode("utf-32-le"), "<U1")
+        grid = grid.reshape(len(self.rows), len(self.columns))
         return np.argwhere(np.isin(grid, list(letters)))
 
     def without(self, damaged: NDArray[np.bool_]) -> "TilePlan":
@@ -261,14 +263,12 @@ class TilePlan(Shown):
             if (parent := fields.get("parent")) is not None:
                 fields["parent"] = _frozen(np.array(parent, np.int64))
             plan = records.from_dict(cls, fields)
-            if [len(row) for row in plan.cells] != [len(plan.columns)] * len(plan.rows):
+            columns, rows = len(plan.columns), len(plan.rows)
+            if [len(row) for row in plan.cells] != [columns] * rows:
                 raise ValueError("its cells are not as many as its columns and rows")
             if plan.parent is not None and plan.parent.shape != (len(plan),):
                 raise ValueError("its parents are not as many as its tiles")
-            if plan.levels and tuple(map(len, plan.unrounded)) != (
-                len(plan.columns),
-                len(plan.rows),
-            ):
+            if plan.levels and tuple(map(len, plan.unrounded)) != (columns, rows):
                 raise ValueError("its unrounded columns and rows are not as many as the others")
         return plan
 
@@ -333,9 +333,8 @@ def plan_tiles(
     )
     if tissue is not None and polygons is not None:
         tissue = tissue.within(polygons)
-    axes = axes_of(tiles, scale, level, border)
+    columns, rows = axes = axes_of(tiles, scale, level, border)
     cells = letters_of(axes, tiles, tissue=tissue, min_tissue=min_tissue, polygons=polygons)
-    columns, rows = axes
     return TilePlan(
         spec=spec,
         scale=scale,
@@ -385,11 +384,12 @@ def warn_of_lost_tissue(plan: TilePlan, name: str) -> None:
 
     Those of a zoomed plan were chosen, and are not to cover it.
     """
-    if plan.parent is not None:
+    tissue = plan.tissue
+    if plan.parent is not None or tissue is None:
         return
-    tissue, lost = plan.tissue, plan.uncovered_mm2
-    whole = 0.0 if tissue is None else tissue.area_mm2 + lost["too_small"]
-    if tissue is None or plan.covered_mm2 >= _ENOUGH * whole:
+    lost = plan.uncovered_mm2
+    whole = tissue.area_mm2 + lost["too_small"]
+    if plan.covered_mm2 >= _ENOUGH * whole:
         return
     dropped = plan.options["border"] == "drop"
     least = f"pieces of less than {tissue.min_area_mm2:g} mm², which the mask leaves out"

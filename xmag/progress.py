@@ -202,10 +202,9 @@ _COHORT_FORMAT = "{percentage:3.0f}%|{bar}| {desc}"
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic for checkers alone
-    """A tqdm text bar without side effects: no monitoring thread, no multiprocessing lock.
+    """A tqdm text bar without a monitoring thread, and with a lock of threads alone.
 
-    tqdm's own lock is shared with child processes, and making one fixes the start method of
-    multiprocessing for the whole program.
+    Making tqdm's own fixes the start method of multiprocessing for the whole program.
     """
 
     monitor_interval = 0

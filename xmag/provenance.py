@@ -114,12 +114,10 @@ def dtype_class(dtype: str) -> str:
 
     Half precisions may be mixed with each other, but not with full precision.
     """
-    try:
-        return _DTYPE_CLASSES[dtype.removeprefix("torch.")]
-    except KeyError:
-        raise InputError(
-            f"dtype is {dtype!r}; expected 'float32', 'float16' or 'bfloat16'"
-        ) from None
+    found = _DTYPE_CLASSES.get(dtype.removeprefix("torch."))
+    if found is None:
+        raise InputError(f"dtype is {dtype!r}; expected 'float32', 'float16' or 'bfloat16'")
+    return found
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -147,11 +145,10 @@ def content_fingerprint(
 
     See `file_fingerprint`.
     """
+    last = size - _SAMPLE_BLOCK_BYTES
+    offsets = [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
     if size <= _SAMPLE_BLOCKS * _SAMPLE_BLOCK_BYTES:
         offsets = list(range(0, size, _SAMPLE_BLOCK_BYTES))
-    else:
-        last = size - _SAMPLE_BLOCK_BYTES
-        offsets = [last * block // (_SAMPLE_BLOCKS - 1) for block in range(_SAMPLE_BLOCKS)]
     blocks = [(at, min(_SAMPLE_BLOCK_BYTES, size - at)) for at in offsets]
     digest = hashlib.sha256(str(size).encode())
     for block in read(blocks):

@@ -120,10 +120,6 @@ class Url:
             ) from None
         return store, str(path)
 
-    def size(self) -> int:
-        """Its length in bytes. Raises what the store does; see `told`."""
-        return int(self.info()["size"])
-
     def info(self) -> dict[str, Any]:
         """Facts of the store about the file, its "size" at least. Raises what the store does."""
         store, path = self.store()

@@ -22,7 +22,10 @@ from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideEr
 from xmag.geometry import TileSpec
 from xmag.plan import plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, read_places, read_tiles
+from xmag.tiles import read_tiles
+from xmag.tiles.children import PROCESSES_SUPPORTED, PlacePool
+from xmag.tiles.stream import read_places
+from xmag.tiles.worker import Places
 
 in_processes = pytest.mark.skipif(not PROCESSES_SUPPORTED, reason="needs POSIX")
 LANCZOS = TileSpec(mpp=0.5, size_px=896, resample="lanczos")
@@ -329,8 +332,6 @@ def test_places_share_the_source_tiles_that_they_touch() -> None:
     assert set(reader.decoded.values()) == {1}
     for (x, y), tile in zip(coords.tolist(), found, strict=True):
         assert np.array_equal(tile, noise(2000, 1200)[y : y + 800, x : x + 800])
-    with ThreadPoolExecutor(3) as pool:
-        assert np.array_equal(read_places(slide, spec, coords, pool=pool), found)
     assert read_places(slide, spec, np.empty((0, 2), np.int64)).shape == (0, 800, 800, 3)
 
 

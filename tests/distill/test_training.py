@@ -34,6 +34,7 @@ from xmag.distill.student import StudentStart
 from xmag.distill.summary import Summary
 from xmag.distill.teachers import OnlineFeatures
 from xmag.errors import InputError, MismatchError, MissingExtraError, ModelError
+from xmag.progress import ProgressEvent
 from xmag.training.augmentation import Augmentation
 
 
@@ -276,6 +277,15 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"teachers\[0\]\.seed: 0 there, 9 here"):
         run(tmp_path, teachers=RandomTeacher(seed=9))
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_each_step_is_told_under_the_name_of_the_work(tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    run(tmp_path, progress=events.append)
+    told = [(event.what, event.done, event.total) for event in events]
+    assert told == [("preparing the first regions", 0, None)] + [
+        ("distilling", done, 4) for done in range(5)
+    ]
 
 
 PROGRAM = """

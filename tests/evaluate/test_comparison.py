@@ -15,6 +15,7 @@ from support.encoders import ColourEncoder
 from support.models import TINY, random_vit
 from support.slides import write_svs
 
+from xmag.bag import FeatureBag
 from xmag.cli import main
 from xmag.cohort import extract_cohort
 from xmag.encoder import Encoder, load_model
@@ -230,6 +231,16 @@ def test_what_makes_no_sense_is_refused(cohorts, models, made, change, message):
     options = {**OPTIONS, "models": models, **change}
     with pytest.raises(InputError, match=message):
         compare(cohorts["fine"], out=made[0], **options)
+
+
+def test_models_given_by_name_compute_where_and_in_what_they_are_told(
+    cohorts, models, made, tmp_path
+):
+    options = {**OPTIONS, "models": models[:1], "device": "cpu", "dtype": "bfloat16"}
+    compare(cohorts["elsewhere"], out=tmp_path, **options)
+    for out, dtype in ((tmp_path, "bfloat16"), (made[0] / "vit-5x", "float32")):
+        (first, *_) = sorted(out.rglob("*.h5"))
+        assert FeatureBag.load(first).provenance.record["dtype"] == dtype
 
 
 def test_the_command_compares_what_its_csv_lists(models, tmp_path, monkeypatch, capsys):

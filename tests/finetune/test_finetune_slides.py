@@ -384,8 +384,8 @@ def test_a_loss_that_is_not_finite_names_the_slide() -> None:
     ("options", "message"),
     [
         ({"labels": ["a"] * 8}, "two or more"),
-        ({"labels": ["a", "b"]}, "2 values for 8"),
-        ({"groups": [1, 2]}, "2 values for 8"),
+        ({"labels": ["a", "b"]}, "2 entries for 8"),
+        ({"groups": [1, 2]}, "2 entries for 8"),
         ({"groups": [*PATIENTS[:-1], f" {PATIENTS[-1]}"]}, r"groups\[7\] is .*with blanks"),
         ({"labels": [*LABELS[:-1], "nan"]}, r"labels\[7\] is 'nan', a missing value"),
         ({"labels": np.linspace(0, 1, 8)}, "not whole.*MILRegressor"),

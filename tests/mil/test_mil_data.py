@@ -215,8 +215,8 @@ def test_classes_are_in_an_order_that_does_not_depend_on_the_cohort() -> None:
     ("labels", "message"),
     [
         (["a"] * 12, r"labels are of 1 class \('a'\); expected two or more"),
-        (["a", "b"] * 5, "y has 10 values for 12 bags"),
-        ("ab" * 6, "y is 'abababababab'; expected one value for each of 12 bags"),
+        (["a", "b"] * 5, "y has 10 entries for 12 cases"),
+        ("ab" * 6, "y is 'abababababab'; expected a sequence with one label for each case"),
         ([None, *"ababababab", "a"], r"y\[0\] is None, a missing value"),
         ([*"ababababab", "a", float("nan")], r"y\[11\] is nan, a missing value"),
         ([["a"], *"ababababab", "a"], r"y\[0\] is .*, a list that cannot be hashed"),
@@ -360,7 +360,7 @@ def test_an_explicit_validation_set_that_shares_a_patient_or_features_is_refused
         tiny().fit(train.bags, train.labels, validation=(check.bags, check.labels))
     with pytest.raises(InputError, match=r"validation y\[0\] is 'other'; expected one of"):
         fit(check.bags, ["other", *check.labels[1:]], check.patients)
-    with pytest.raises(InputError, match="validation y has 3 values for 4 bags"):
+    with pytest.raises(InputError, match="validation y has 3 entries for 4 cases"):
         fit(check.bags, check.labels[1:], check.patients)
     with pytest.raises(BagError, match=r"validation X\[0\] has 5 features a tile"):
         fit([np.zeros((3, 5))] * 4, check.labels, check.patients)
@@ -375,7 +375,7 @@ def test_a_validation_that_makes_no_sense_is_refused(validation: object) -> None
 def test_too_few_patients_to_hold_one_out_is_an_error_that_names_the_way_out() -> None:
     with pytest.raises(InputError, match=r"can be held out.*validation=None"):
         tiny().fit(COHORT.bags, COHORT.labels, groups=["one"] * 12)
-    with pytest.raises(InputError, match=r"groups has 3 values for 12 bags"):
+    with pytest.raises(InputError, match=r"groups has 3 entries for 12 cases"):
         tiny().fit(COHORT.bags, COHORT.labels, groups=["a", "b", "c"])
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from xmag.errors import BagError, InputError, ModelError, XmagWarning
 from xmag.mil import MILClassifier, MILOutput
 from xmag.mil.batches import BagSampler, groups_of_like_size
-from xmag.mil.heads import class_metrics
+from xmag.mil.heads import ClassHead
 
 TINY = {"embed_dim": 8, "attention_dim": 4}
 
@@ -500,9 +500,10 @@ def test_auroc_is_scikit_learns() -> None:
     logits[::7] = 0  # ties
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = roc_auc_score(labels, probabilities, multi_class="ovr")
-    found = class_metrics(logits, labels, np.ones(60))
+    head = ClassHead.of([0, 1, 2])
+    found = head.validate(logits, labels, np.ones(60))
     assert found["validation_auroc"] == pytest.approx(expected, abs=1e-12)
-    alone = class_metrics(logits[:4], np.zeros(4, int), np.ones(4))
+    alone = head.validate(logits[:4], np.zeros(4, int), np.ones(4))
     assert alone["validation_auroc"] is None
 
 

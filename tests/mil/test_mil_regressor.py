@@ -124,7 +124,7 @@ def test_a_bag_without_tiles_has_the_mean_of_the_training():
     ("y", "words"),
     [
         (["a"] * 40, "no numbers.*MILClassifier"),
-        (TINY.number[:39], r"shape \(39,\) for 40 bags"),
+        (TINY.number[:39], r"shape \(39,\) for 40 cases"),
         (np.full(40, np.nan), "0 different known values"),
         (np.full(40, 3.0), "1 different known values"),
         (np.where(TINY.drive > 0, np.inf, 0), "infinite"),

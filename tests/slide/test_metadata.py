@@ -72,7 +72,7 @@ def test_leica_macro_images_are_left_out():
         "<illuminationSettings><illuminationSource>brightfield</illuminationSource>"
         "</illuminationSettings></scanSettings></image></collection></scn>"
     )
-    size_nm, (scan,) = metadata.leica_scans(xml)
+    size_nm, (scan,), _ = metadata.leica_scans(xml)
     assert size_nm == (26564529, 76734144)
     assert scan.offset_nm == (9125170, 18880004)
     assert scan.levels == ((39168, 44632, 4), (9784, 11156, 5))  # finest first

@@ -185,9 +185,8 @@ def test_lanczos_is_pillows():
     assert np.array_equal(resample(pixels, box, (40, 31), "lanczos"), np.asarray(expected))
 
 
-@pytest.mark.parametrize("kernel", ["area", "lanczos"])
 @pytest.mark.parametrize("bands", [False, True])
-def test_a_box_of_a_level_is_the_same_however_it_is_read(kernel, bands, monkeypatch):
+def test_a_box_of_a_level_is_the_same_however_it_is_read(bands, monkeypatch):
     from xmag.slide import pixels as module
 
     image = noise(300, 260)
@@ -195,7 +194,7 @@ def test_a_box_of_a_level_is_the_same_however_it_is_read(kernel, bands, monkeypa
     if bands:
         monkeypatch.setattr(module, "_MAX_DECODED_PX", 3000)
     box = (20.0, 31.0, 280.0, 241.0)
-    found = read_box(reader, 0, 1, box, (70, 57), kernel=kernel)
-    expected = resample(image, box, (70, 57), kernel)
+    found = read_box(reader, 0, 1, box, (70, 57))
+    expected = resample(image, box, (70, 57), "area")
     assert difference(found, expected).max() <= 1  # the edges of bands are rounded elsewhere
     assert (found != expected).mean() < 0.01

@@ -42,7 +42,7 @@ def stacked(decode, chunks, n):
     """The pixels of those that are decoded together, None for each other."""
     width, height = (side // n for side in decode._size)
     row = np.full((height, len(chunks) * width, 3), 7, np.uint8)
-    done = codecs.decode_many(decode, chunks, n, row)
+    done = decode.many(chunks, n, row)
     parts = np.split(row, len(chunks), axis=1)
     return [part if ok else None for part, ok in zip(parts, done, strict=True)]
 
@@ -229,14 +229,14 @@ def read_all(path, **options):
 def counted(monkeypatch):
     """How many tiles came out of stacks."""
     counts = []
-    decode_many = codecs.decode_many
+    many = codecs.JpegDecoder.many
 
     def counting(*args):
-        found = decode_many(*args)
+        found = many(*args)
         counts.append(sum(found))
         return found
 
-    monkeypatch.setattr(codecs, "decode_many", counting)
+    monkeypatch.setattr(codecs.JpegDecoder, "many", counting)
     return counts
 
 

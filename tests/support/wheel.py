@@ -7,7 +7,7 @@ from pathlib import Path
 
 _ALLOWED = re.compile(
     r"xmag/([a-z_0-9]+/)*[a-z_0-9]+\.py"
-    r"|xmag/examples/[A-Za-z_]+\.(py|md|toml|yaml)"
+    r"|xmag/examples/[A-Za-z_]+\.(py|md|toml|yaml|ipynb)"
     r"|xmag/py\.typed"
     r"|xmag/demo/fields\.avif"
     r"|xmag/draw/html/[a-z]+\.(html|css|js)"

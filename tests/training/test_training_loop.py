@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xmag.errors import MismatchError, ModelError, OutputError, WeightsError
-from xmag.training import Checkpoint, Ema, Loop, Ranks, Schedule, with_less_memory
-from xmag.training.checkpoint import require_shared, restore_state, state_tensors, tensors_of
+from xmag.training import Checkpoint, Ema, Loop, Ranks, Schedule, warmup_cosine, with_less_memory
+from xmag.training.checkpoint import tensors_of
 
 IDENTITY = {"seed": 3, "settings": {"lr": 0.1}, "teachers": [{"seed": 0}], "labels": ("a", "b")}
 
@@ -64,7 +64,7 @@ class Fits(Loop[int]):
 def test_the_rate_follows_the_schedule_and_checkpoints_come_when_due() -> None:
     loop = Fits(checkpoint_steps=2)
     loop.run(False)
-    expected = [0.1 * Schedule(total=13, warmup=3).factor(step) for step in range(12)]
+    expected = [0.1 * warmup_cosine(step, total=13, warmup=3) for step in range(12)]
     assert loop.rates == expected
     assert loop.saved == [(0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2), (4, 0)]
     assert (loop.progress.epoch, loop.progress.updates, loop.progress.seconds > 0) == (4, 12, True)
@@ -111,19 +111,21 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_bits(tmp_path: Path, st
 def test_the_optimizer_comes_back_by_the_names_of_its_parameters() -> None:
     loop = Fits()
     loop.run(False)
-    tensors = state_tensors(loop.module, loop.optimizer)
+    tensors = loop.state()
     assert torch.equal(
         tensors["optimizer.0.weight.exp_avg"],
         loop.optimizer.state[loop.module[0].weight]["exp_avg"],
     )
-    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    again = Fits()
+    other = again.module
     groups = [{"params": [other[1].weight, other[0].bias]},
               {"params": [other[0].weight, other[1].bias]}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups)
-    restore_state(tensors, other, optimizer)
+    again.optimizer = torch.optim.AdamW(groups)
+    again.restore(tensors, {})
     for name, parameter in other.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in again.optimizer.state[parameter].items():
             assert torch.equal(value, tensors[f"optimizer.{name}.{key}"])
+        assert set(again.optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
     assert set(tensors_of(tensors, "module")) == set(other.state_dict())
 
 
@@ -179,9 +181,9 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path: Pat
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    require_shared(tmp_path / "run.safetensors", 3, Ranks())
+    assert not Fits().resume(tmp_path / "run.safetensors", IDENTITY, Ranks())
     with pytest.raises(OutputError, match=r"no folder .*nowhere.*create it first"):
-        require_shared(tmp_path / "nowhere" / "run.safetensors", 3, Ranks())
+        Fits().resume(tmp_path / "nowhere" / "run.safetensors", IDENTITY, Ranks())
 
 
 def test_work_is_done_again_in_halves_until_it_fits() -> None:

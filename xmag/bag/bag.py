@@ -14,26 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag import records
-from xmag.bag.exports import (
-    Canvas,
-    MicrometreTiles,
-    Pictured,
-    read_foreign,
-    stamp_content,
-    to_anndata,
-    to_wsidata,
-    trident_attributes,
-)
-from xmag.bag.formats import (
-    SUFFIXES,
-    Content,
-    ForeignBagError,
-    NewerBagError,
-    UnreadableBagError,
-    damaged,
-    decode,
-    encode,
-)
+from xmag.bag import exports, formats
+from xmag.bag.exports import Canvas, MicrometreTiles, Pictured
+from xmag.bag.formats import SUFFIXES, Content, damaged
 from xmag.colours import component_colours, principal_components
 from xmag.errors import BagError, InputError, OutputError, SlideScaleError, XmagError
 from xmag.files import local_copy, write_bytes
@@ -83,16 +66,13 @@ class FeatureBag(Shown):
 
     def __post_init__(self) -> None:
         features = _lossless(self.features, np.dtype(np.float32), "features")
-        features.flags.writeable = False
         object.__setattr__(self, "features", features)
         if self.tiles_um is not None:
             _require_places(features, self.tiles_um.coords)
-        if self.coords is None:
-            return
-        coords = _lossless(self.coords, np.dtype(np.int64), "coords")
-        _require_places(features, coords)
-        coords.flags.writeable = False
-        object.__setattr__(self, "coords", coords)
+        if self.coords is not None:
+            coords = _lossless(self.coords, np.dtype(np.int64), "coords")
+            _require_places(features, coords)
+            object.__setattr__(self, "coords", coords)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -103,7 +83,7 @@ class FeatureBag(Shown):
         return np.array(self.features, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
-        model, share = _recorded(self, "model"), self.coverage
+        model, share = self._recorded("model"), self.coverage
         by = "" if model is None else f", by {base_name(model)}"
         of = "" if share is None else f", {share:.0%} of the tissue"
         return f"<FeatureBag of {len(self)} tiles, {self.features.shape[1]} features each{by}{of}>"
@@ -129,7 +109,13 @@ class FeatureBag(Shown):
         slide without a scale, and InputError where tiles would lie outside of the slide.
         """
         if self.coords is not None or (um := self.tiles_um) is None:
-            return self._scaled(slide)
+            tiles, mpp = self.tiles, slide.mpp
+            if self.provenance is not None or tiles is None or mpp is None:
+                return self
+            if tiles.level0_size != slide.dimensions or math.isclose(tiles.level0_mpp, mpp):
+                return self
+            exact = mpp * tiles.size_level0 / tiles.size_px
+            return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
         if slide.mpp is None:
             raise SlideScaleError(
                 f"the bag has its tiles in µm, and {slide.name!r} does not say how many µm a px"
@@ -142,27 +128,14 @@ class FeatureBag(Shown):
                 f" {slide.name!r} has {slide.dimensions} px of {slide.mpp:g} µm; give the slide"
                 " that the features were made from"
             )
-        tiles = None
-        if um.size_px is not None:
-            tiles = TileGeometry(
-                size_px=um.size_px,
-                mpp=um.size_um / um.size_px,
-                size_level0=max(1, round(um.size_um / slide.mpp)),
-                overlap_px=0,
-                level0_mpp=slide.mpp,
-                level0_size=slide.dimensions,
-            )
+        if um.size_px is None:
+            return replace(self, coords=coords, tiles=None)
+        tiles = TileGeometry(
+            size_px=um.size_px, mpp=um.size_um / um.size_px, overlap_px=0,
+            size_level0=max(1, round(um.size_um / slide.mpp)),
+            level0_mpp=slide.mpp, level0_size=slide.dimensions,
+        )  # fmt: skip
         return replace(self, coords=coords, tiles=tiles)
-
-    def _scaled(self, slide: Canvas) -> "FeatureBag":
-        """The bag with the slide's µm/px in place of those that another program rounded."""
-        tiles, mpp = self.tiles, slide.mpp
-        if self.provenance is not None or tiles is None or mpp is None:
-            return self
-        if tiles.level0_size != slide.dimensions or math.isclose(tiles.level0_mpp, mpp):
-            return self
-        exact = mpp * tiles.size_level0 / tiles.size_px
-        return replace(self, tiles=replace(tiles, level0_mpp=mpp, mpp=exact))
 
     @property
     def coverage(self) -> float | None:
@@ -179,8 +152,7 @@ class FeatureBag(Shown):
         ``numpy.mean(bag)`` calls it with `options`, and gets what NumPy makes of `features`.
         """
         if options:
-            of_numpy: NDArray[np.float32] = np.mean(self.features, **options)
-            return of_numpy
+            return np.mean(self.features, **options)  # type: ignore[no-any-return]
         if not len(self):
             raise BagError("the bag has no tiles, and so no mean; leave the slide out")
         return np.asarray(self.features.mean(axis=0, dtype=np.float64), np.float32)
@@ -194,10 +166,7 @@ class FeatureBag(Shown):
         All of it survives ``write_h5ad``. Raises BagError where the tiles' places or size are
         unknown, and MissingExtraError without the package anndata.
         """
-        coords, tiles = self._places("to_anndata")
-        return to_anndata(
-            self.features, coords, tiles, provenance=self._provenance_text(), slide=slide
-        )
+        return exports.to_anndata(self, slide)
 
     def to_wsidata(
         self, wsi: "WSIData", *, name: str | None = None, tile_key: str = "tiles"
@@ -210,28 +179,18 @@ class FeatureBag(Shown):
         may share them. Raises InputError where others have that name, BagError where the slide has
         another size, the bag no tiles or no places, and MissingExtraError without wsidata.
         """
-        coords, tiles = self._places("to_wsidata")
         if name is None:  # without what SpatialData refuses in a name
-            model = Path(_recorded(self, "model") or "features").name
+            model = Path(self._recorded("model") or "features").name
             name = re.sub(r"[^A-Za-z0-9_.-]", "_", model)
         table = f"{name}_{tile_key}"
-        to_wsidata(
-            self.features, coords, tiles, wsi,
-            table=table, tile_key=tile_key, provenance=self._provenance_text(),
-        )  # fmt: skip
+        exports.to_wsidata(self, wsi, table=table, tile_key=tile_key)
         return table
 
-    def _provenance_text(self) -> str | None:
-        return None if self.provenance is None else self.provenance.to_json()
-
-    def _places(self, what: str) -> tuple[NDArray[np.int64], TileGeometry]:
-        coords = placed(self, what)
-        if self.tiles is None:
-            raise BagError(
-                f"{what} needs the size of the tiles, and bag.tiles is None; give"
-                " FeatureBag(..., tiles=), or take a bag that xmag made"
-            )
-        return coords, self.tiles
+    def _recorded(self, what: str) -> str | None:
+        """The name of the "slide" or the "model" in the record."""
+        entry = self.provenance.record.get(what) if self.provenance else None
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        return None if name is None else str(name)
 
     def save(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the whole bag to `path`, by its suffix as ``.h5`` or ``.safetensors``.
@@ -257,15 +216,16 @@ class FeatureBag(Shown):
         _require_suffix(place, SUFFIXES)
         if isinstance(place, Path) and not place.is_file():
             raise BagError(f"there is no file {str(place)!r}; give the path of a feature file")
-        with local_copy(place, UnreadableBagError) as local:
+        with local_copy(place, formats.UnreadableBagError) as local:
             is_ours = True
             try:
-                content = decode(local, place.suffix)
+                content = formats.decode(local, place.suffix)
                 is_ours = "format" in content.header
                 return _bag(content)
             except XmagError as error:
                 kind = type(error) if isinstance(error, BagError) else BagError
-                raise (kind if is_ours else ForeignBagError)(f"{place}: {error}") from error
+                kind = kind if is_ours else formats.ForeignBagError
+                raise kind(f"{place}: {error}") from error
 
     def export(self, path: str | os.PathLike[str] | Url, *, layout: Layout) -> None:
         """Write the features for other software; unlike `save`, it does not keep everything.
@@ -283,18 +243,8 @@ class FeatureBag(Shown):
                 f"cannot export layout {layout!r} to {str(place)!r}; expected a path that ends"
                 f" in {_EXPORT_SUFFIXES[layout]!r}"
             )
-        if layout == "clam":
-            content = Content(features=self.features)
-        elif self.tiles is not None:
-            extractor = _recorded(self, "model") or "unknown"
-            coords = placed(self, "export")
-            content = stamp_content(self.features, coords, self.tiles, extractor)
-        else:
-            raise BagError(
-                "the bag does not know the size of its tiles, which STAMP needs in µm; export a bag"
-                " that xmag made, or give FeatureBag(..., tiles=)"
-            )
-        _write(place, content)
+        clam = Content(features=self.features)
+        _write(place, clam if layout == "clam" else exports.stamp_content(self))
 
 
 def _lossless(values: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
@@ -311,6 +261,7 @@ def _lossless(values: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
         exact = converted == array
     remedy = f"what {dtype} can hold; round with .astype('{dtype}') if that is meant"
     _require_rows(exact, array, name, remedy)
+    converted.flags.writeable = False
     return converted
 
 
@@ -352,18 +303,16 @@ def save_bag(
     """
     place = place_of(path)
     _require_suffix(place, _OUR_SUFFIXES, " (for other layouts there is export)")
-    coords = placed(bag, "save")
+    coords = exports.placed(bag, "save")
     header = {"format": _FORMAT, "schema_version": str(SCHEMA_VERSION)}
     if bag.provenance is not None:
         header["provenance"] = bag.provenance.to_json()
     if bag.tiles is not None:
-        header["tiles"] = json.dumps(bag.tiles.to_dict(), sort_keys=True, allow_nan=False)
+        header["tiles"] = exports.tiles_text(bag.tiles)
     header["bag_sha256"] = _digest(bag.features, coords, header)
+    attributes = exports.trident_attributes(bag.tiles, bag._recorded("slide") or place.name)
     content = Content(
-        features=bag.features,
-        coords=coords,
-        header=header,
-        coords_attributes=trident_attributes(bag.tiles, _recorded(bag, "slide") or place.name),
+        features=bag.features, coords=coords, header=header, coords_attributes=attributes
     )
     _write(place, content, check, inside)
 
@@ -374,7 +323,7 @@ def _write(
     check: Callable[[], object] = lambda: None,
     inside: Place | None = None,
 ) -> None:
-    data = encode(content, place.suffix)
+    data = formats.encode(content, place.suffix)
 
     def validate(temp: Path) -> None:
         check()
@@ -387,18 +336,6 @@ def _write(
     write_bytes(place, data, validate=validate, inside=inside)
 
 
-def placed(bag: FeatureBag, what: str) -> NDArray[np.int64]:
-    """The coords of a bag; BagError, which says `what` needs them, where it has none."""
-    if bag.coords is None:
-        remedy = (
-            "it has them in µm, and bag.on(slide) places them on their slide"
-            if bag.tiles_um is not None
-            else "give FeatureBag(bag.features, coords, tiles=) what another file says of them"
-        )
-        raise BagError(f"{what} needs the places of the tiles, and bag.coords is None: {remedy}")
-    return bag.coords
-
-
 def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, str]) -> str:
     """SHA-256 of a bag's content; neither format would notice a value that changed."""
     digest = hashlib.sha256()
@@ -409,21 +346,13 @@ def _digest(features: NDArray[Any], coords: NDArray[Any], header: Mapping[str, s
     return digest.hexdigest()
 
 
-def _recorded(bag: FeatureBag, what: str) -> str | None:
-    """The name of the "slide" or the "model" in the record."""
-    entry = bag.provenance.record.get(what) if bag.provenance else None
-    name = entry.get("name") if isinstance(entry, Mapping) else None
-    return None if name is None else str(name)
-
-
 def _bag(content: Content) -> FeatureBag:
     header, features, coords = content.header, content.features, content.coords
     if header.get("format") != _FORMAT and "bag_sha256" not in header:
-        features, coords, tiles, tiles_um = read_foreign(content, _tiles(header))
-        return FeatureBag(features, coords, tiles=tiles, tiles_um=tiles_um)
+        return FeatureBag(**exports.read_foreign(content, _tiles(header)))
     version = header.get("schema_version", "")
     if version.isdecimal() and int(version) > SCHEMA_VERSION:
-        raise NewerBagError(records.newer("the file", int(version), SCHEMA_VERSION))
+        raise formats.NewerBagError(records.newer("the file", int(version), SCHEMA_VERSION))
     if coords is None or header.get("bag_sha256") != _digest(features, coords, header):
         raise damaged("its content does not have the checksum that it had when it was written")
     text = header.get("provenance")

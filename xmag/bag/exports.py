@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # extras, and Pillow
     from PIL.Image import Image
     from wsidata import WSIData
 
+    from xmag.bag.bag import FeatureBag
+
 _THUMBNAIL_PX = 1024
 
 _STAMP_UM, _STAMP_PX = 256.0, 224
@@ -63,18 +65,30 @@ class Pictured(Canvas, Protocol):
         """The whole slide, with at most `max_px` px on its longer side."""
 
 
-def to_anndata(
-    features: NDArray[np.float32],
-    coords: NDArray[np.int64],
-    tiles: TileGeometry,
-    *,
-    provenance: str | None,
-    slide: Pictured | None,
-) -> "AnnData":
-    """The AnnData of a bag; see `FeatureBag.to_anndata`. Its spatial part is laid out as scanpy's.
+def placed(bag: "FeatureBag", what: str) -> NDArray[np.int64]:
+    """The coords of a bag; BagError, which says `what` needs them, where it has none."""
+    if bag.coords is None:
+        remedy = "give FeatureBag(bag.features, coords, tiles=) what another file says of them"
+        if bag.tiles_um is not None:
+            remedy = "it has them in µm, and bag.on(slide) places them on their slide"
+        raise BagError(f"{what} needs the places of the tiles, and bag.coords is None: {remedy}")
+    return bag.coords
 
-    Raises BagError for a slide of another size.
-    """
+
+def placed_tiles(bag: "FeatureBag", what: str) -> tuple[NDArray[np.int64], TileGeometry]:
+    """The coords and the tiles of a bag; BagError, which says `what` needs them, without them."""
+    coords = placed(bag, what)
+    if bag.tiles is None:
+        raise BagError(
+            f"{what} needs to know the size of its tiles, and bag.tiles is None; give"
+            " FeatureBag(..., tiles=), or take a bag that xmag made"
+        )
+    return coords, bag.tiles
+
+
+def to_anndata(bag: "FeatureBag", slide: Pictured | None) -> "AnnData":
+    """The AnnData of a bag, laid out as scanpy's; see `FeatureBag.to_anndata`."""
+    coords, tiles = placed_tiles(bag, "to_anndata")
     try:
         import pandas as pd
         from anndata import AnnData
@@ -90,44 +104,32 @@ def to_anndata(
         return pd.Index(list(values), dtype=object)
 
     # Tiles of a closer look stand twice at a place, where those they are under overlap.
-    seen: Counter[tuple[int, int]] = Counter()
-    places = list[str]()
+    seen, places = Counter[tuple[int, int]](), list[str]()
     for x, y in coords.tolist():
         places.append(f"{x}_{y}" + (f"-{seen[x, y]}" if seen[x, y] else ""))
         seen[x, y] += 1
     table = AnnData(
-        X=features.copy(),
+        X=bag.features.copy(),
         obs=pd.DataFrame(coords, columns=["x", "y"], index=names(places)),
-        var=pd.DataFrame(index=names(map(str, range(features.shape[1])))),
+        var=pd.DataFrame(index=names(map(str, range(bag.features.shape[1])))),
     )
     table.obsm["spatial"] = coords + tiles.side_level0 / 2
-    table.uns.update(_made_by(tiles, provenance))
+    table.uns.update(_made_by(bag, tiles))
     if slide is not None:  # scanpy and squidpy fail on scale factors without a picture
         image = np.asarray(slide.thumbnail(max_px=_THUMBNAIL_PX))
-        scales = {
-            "tissue_hires_scalef": image.shape[1] / slide.dimensions[0],
-            "spot_diameter_fullres": tiles.side_level0,
-        }
-        table.uns["spatial"] = {
-            Path(slide.name).stem: {"images": {"hires": image}, "scalefactors": scales}
-        }
+        scale = image.shape[1] / slide.dimensions[0]
+        scales = {"tissue_hires_scalef": scale, "spot_diameter_fullres": tiles.side_level0}
+        picture = {"images": {"hires": image}, "scalefactors": scales}
+        table.uns["spatial"] = {Path(slide.name).stem: picture}
     return table
 
 
-def to_wsidata(
-    features: NDArray[np.float32],
-    coords: NDArray[np.int64],
-    tiles: TileGeometry,
-    wsi: "WSIData",
-    *,
-    table: str,
-    tile_key: str,
-    provenance: str | None,
-) -> None:
+def to_wsidata(bag: "FeatureBag", wsi: "WSIData", *, table: str, tile_key: str) -> None:
     """Add tiles and features to a WSIData; see `FeatureBag.to_wsidata`.
 
     Names and columns are those of LazySlide's tile_tissues and feature_extraction.
     """
+    coords, tiles = placed_tiles(bag, "to_wsidata")
     try:
         from geopandas import GeoDataFrame
         from shapely import box
@@ -147,9 +149,7 @@ def to_wsidata(
     if tile_key in wsi.shapes:
         there = wsi.shapes[tile_key].bounds.to_numpy()
         if there.shape != ends.shape or not np.allclose(there, ends, rtol=0, atol=1):
-            raise InputError(
-                f"the WSIData has other tiles called {tile_key!r}; give another tile_key="
-            )
+            raise InputError(f"the WSIData has other {tile_key!r}; give another tile_key=")
     else:
         squares = {"tile_id": np.arange(len(coords)), "geometry": box(*ends.T)}
         wsi.shapes[tile_key] = ShapesModel.parse(GeoDataFrame(squares))
@@ -162,15 +162,20 @@ def to_wsidata(
         spec.ops_downsample *= 1 + 1e-9
         wsi.attrs.setdefault(wsi.TILE_SPEC_KEY, {})[tile_key] = spec.to_dict()
     add_features(
-        wsi, table, tile_key, features.copy(),
-        obsm={"spatial": coords + side / 2}, uns=_made_by(tiles, provenance),
+        wsi, table, tile_key, bag.features.copy(),
+        obsm={"spatial": coords + side / 2}, uns=_made_by(bag, tiles),
     )  # fmt: skip
 
 
-def _made_by(tiles: TileGeometry, provenance: str | None) -> dict[str, str]:
+def _made_by(bag: "FeatureBag", tiles: TileGeometry) -> dict[str, str]:
     """Geometry and provenance of a bag for `uns`, as JSON texts."""
-    geometry = {"tiles": json.dumps(tiles.to_dict(), sort_keys=True)}
-    return geometry if provenance is None else {**geometry, "provenance": provenance}
+    made = {} if bag.provenance is None else {"provenance": bag.provenance.to_json()}
+    return {"tiles": tiles_text(tiles), **made}
+
+
+def tiles_text(tiles: TileGeometry) -> str:
+    """The geometry of tiles as JSON."""
+    return json.dumps(tiles.to_dict(), sort_keys=True, allow_nan=False)
 
 
 def _require_size(tiles: TileGeometry, size: tuple[int, int], name: str) -> None:
@@ -199,9 +204,7 @@ def trident_attributes(tiles: TileGeometry | None, name: str) -> dict[str, Any]:
     }
 
 
-def stamp_content(
-    features: NDArray[np.float32], coords: NDArray[np.int64], tiles: TileGeometry, extractor: str
-) -> Content:
+def stamp_content(bag: "FeatureBag") -> Content:
     """Features as STAMP loads them: `feats` float16 and `coords` float32 in µm.
 
     STAMP takes the scale from the root attributes `unit`, `tile_size_um` and `tile_size_px`. Its
@@ -209,21 +212,22 @@ def stamp_content(
     attribute `tiles` is ours, and says what STAMP's leave out. Raises BagError for a feature that
     float16 cannot hold.
     """
+    coords, tiles = placed_tiles(bag, "export")
     with np.errstate(over="ignore"):
-        half = features.astype(np.float16)
+        half = bag.features.astype(np.float16)
     if not np.isfinite(half).all():
         row, column = np.argwhere(~np.isfinite(half))[0]
         raise BagError(
-            f"features hold {features[row, column]} in row {row}; expected at most 65504, which is"
-            " all that STAMP's float16 holds: scale the features, or use another layout"
+            f"features hold {bag.features[row, column]} in row {row}; expected at most 65504, which"
+            " is all that STAMP's float16 holds: scale the features, or use another layout"
         )
     return Content(
         features=half,
         features_name="feats",
         coords=(coords * tiles.level0_mpp).astype(np.float32),
-        header={"tiles": json.dumps(tiles.to_dict(), sort_keys=True)},
+        header={"tiles": tiles_text(tiles)},
         attributes={
-            "extractor": extractor,
+            "extractor": bag._recorded("model") or "unknown",
             "unit": "um",
             "tile_size_um": tiles.size_px * tiles.mpp,
             "tile_size_px": tiles.size_px,
@@ -231,10 +235,8 @@ def stamp_content(
     )
 
 
-def read_foreign(
-    content: Content, tiles: TileGeometry | None
-) -> tuple[NDArray[Any], NDArray[Any] | None, TileGeometry | None, MicrometreTiles | None]:
-    """Features, coords in level-0 px, tiles and places in µm, as far as a foreign file has them.
+def read_foreign(content: Content, tiles: TileGeometry | None) -> dict[str, Any]:
+    """The fields of a FeatureBag, as far as a foreign file has them.
 
     `tiles` are those of our own export for STAMP. Float64 is rounded to float32 where it fits.
     Raises ForeignBagError for STAMP's file of one embedding for a whole slide or patient.
@@ -250,15 +252,16 @@ def read_foreign(
         with np.errstate(over="ignore"):
             narrow = features.astype(np.float32)
         features = narrow if np.isfinite(narrow).all() else features
+    found = {"features": features, "coords": None}
     if content.coords is None:
-        return features, None, None, None
+        return found
     coords = _without_batch_axis(content.coords)
     if content.features_name == "features" and not {"unit", "tile_size_um"} & set(stamp):
-        return features, coords, _trident_tiles(content.coords_attributes), None
+        return found | {"coords": coords, "tiles": _trident_tiles(content.coords_attributes)}
     in_um = _micrometres(coords, stamp)
     if tiles is None or in_um is None:
-        return features, None, None, in_um
-    return features, np.rint(in_um.coords / tiles.level0_mpp), tiles, None
+        return found | {"tiles_um": in_um}
+    return found | {"coords": np.rint(in_um.coords / tiles.level0_mpp), "tiles": tiles}
 
 
 def _without_batch_axis(array: NDArray[Any]) -> NDArray[Any]:

@@ -160,22 +160,16 @@ def _encode_h5(content: Content) -> bytes:
     # In place, and not in a heap and a tree of their own, which eight or more get.
     beside = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     beside.set_attr_phase_change(_MOST_BESIDE, 0)
-    with (
-        _HDF5,
-        h5py.File(h5py.h5f.create(b"bag", h5py.h5f.ACC_TRUNC, creation, access)) as file,
-    ):
+    kind = h5py.h5f.ACC_TRUNC
+    with _HDF5, h5py.File(h5py.h5f.create(b"bag", kind, creation, access)) as file:
         file.create_dataset(content.features_name, data=content.features)
         coords = file.create_dataset("coords", data=content.coords, dcpl=beside)
+        for key, value in content.coords_attributes.items():
+            coords.attrs.create(key, value)
         # As bytes a text has a fixed length and lies where the checksums are; see _text.
         texts = {key: np.bytes_(text.encode()) for key, text in content.header.items()}
-        for place, values in (
-            (coords, content.coords_attributes),
-            (file, content.attributes),
-            (file, texts),
-        ):
-            attributes = place.attrs
-            for key, value in values.items():
-                attributes.create(key, value)
+        for key, value in {**content.attributes, **texts}.items():
+            file.attrs.create(key, value)
     return buffer.getvalue()
 
 
@@ -203,8 +197,7 @@ def _text(attributes: h5py.AttributeManager, key: str) -> str:
         return ""
     value = np.empty((), attribute.dtype)
     attribute.read(value)
-    text: str = value.item().decode()
-    return text
+    return str(value.item().decode())
 
 
 def _numbers(place: h5py.Group | h5py.Dataset, keys: Collection[str]) -> dict[str, float | None]:
@@ -237,8 +230,7 @@ def _dataset(file: h5py.File, name: str, most: int, *, is_ours: bool) -> NDArray
         )
     if not _is_whole(dataset):
         raise ValueError(f"a part of {name!r} was never written")
-    values: NDArray[Any] = dataset[()]
-    return values
+    return np.asarray(dataset[()])
 
 
 def _is_whole(dataset: h5py.Dataset) -> bool:
@@ -352,20 +344,14 @@ def dense(tensor: "Tensor", most: int | None = None) -> NDArray[Any]:
         )
     values = tensor.detach().cpu().resolve_neg()
     narrow = values.is_floating_point() and values.element_size() < 8
-    array: NDArray[Any] = (values.float() if narrow else values).numpy()
-    return array
+    return np.asarray((values.float() if narrow else values).numpy())
 
 
 _ENCODERS: dict[str, Callable[[Content], bytes]] = {
-    ".h5": _encode_h5,
-    ".safetensors": _encode_safetensors,
-    ".pt": _encode_pt,
-}
+    ".h5": _encode_h5, ".safetensors": _encode_safetensors, ".pt": _encode_pt,
+}  # fmt: skip
 _DECODERS: dict[str, Callable[[Path], Content]] = {
-    ".h5": _decode_h5,
-    ".safetensors": _decode_safetensors,
-    ".pt": _decode_pt,
+    ".h5": _decode_h5, ".safetensors": _decode_safetensors, ".pt": _decode_pt,
     ".npz": _decode_npz,
-}
+}  # fmt: skip
 SUFFIXES = tuple(_DECODERS)
-"""Suffixes of the files that `FeatureBag.load` reads."""

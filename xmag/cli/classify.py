@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def predict(
     features: str | None = None,
     by: By = "slide",
     times: list[float] | None = None,
+    device: str = "auto",
     out: str | None = None,
 ) -> int:
     """Predict the cases of one CSV, or the slides whose feature files are given."""
@@ -87,7 +89,7 @@ def predict(
         raise InputError(f"{flag} goes with a CSV; feature files are given as they are")
     else:
         table = Table.of_files(inputs)
-    loaded = load_estimator(classifier)
+    loaded = load_estimator(classifier, device=device)
     found = predictions(loaded, table.features, target=Target.load(classifier), times=times)
     if out is not None:
         rows = [[*(["patient", "slides"] if by == "patient" else ["slide"]), *found.columns]]
@@ -120,14 +122,16 @@ def evaluate(
     """Cross-validate, with these options of an estimator, or test one; save the report."""
     given = {"folds": folds, "repeats": repeats, "folds_table": folds_table}
     splits: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-    of_training = {*splits, *options} - {"label", "time", "event"}
+    of_training = {*splits, *options} - {"label", "time", "event", "device"}
     if classifier is not None and of_training:
         flags = ", ".join(f"--{name}".replace("_", "-") for name in sorted(of_training))
         raise InputError(
             "--folds and --repeats are for cross-validation, and other flags for training, but"
             f" --classifier tests one that is trained; leave out {flags}"
         )
-    saved = None if classifier is None else saved_target(classifier, options)
+    saved = None
+    if classifier is not None:
+        saved = saved_target(classifier, options, device=options.pop("device", "auto"))
     target, options = target_of(options) if saved is None else (saved[1], {})
     table = read_table(csv, features, target=target, by=by)
     from xmag import evaluate as evaluation  # needs the extra
@@ -169,8 +173,10 @@ def compare(
     **options: Any,
 ) -> int:
     """Compare encoders on a cohort, and on others; save the table and its picture."""
-    given = ("folds", "repeats", "metric", "mpp", "region", "gpus", "finetune")
+    given = ("folds", "repeats", "metric", "mpp", "region", "gpus", "finetune", "device", "dtype")
     more = {name: options.pop(name) for name in given if name in options}
+    if "device" in more:
+        options["device"] = more["device"]
     target, options = target_of(options)
 
     def cohort_of(path: Path) -> tuple[Any, ...]:
@@ -206,18 +212,21 @@ def heatmap(
     gallery_mpp: float | None = None,
     geojson: bool = False,
     scale: draw.Scale = "rank",
+    device: str = "auto",
+    dtype: str | None = None,
     mpp: float | None = None,
     region: int | None = None,
 ) -> int:
     """Draw the attention of an estimator over a slide, or over those of one case."""
-    if features is not None and model is not None:
-        raise InputError("--features and --model are given; leave one of them out")
-    loaded = load_estimator(classifier)
+    for flag, given in (("--model", model), ("--dtype", dtype)):
+        if features is not None and given is not None:
+            raise InputError(f"--features and {flag} are given; leave one of them out")
+    loaded = load_estimator(classifier, device=device)
     paths = _pictures(slides, out, region)
     with ExitStack() as stack:
         opened = [stack.enter_context(Slide(slide, mpp=mpp, region=region)) for slide in slides]
         if features is None:
-            encoder = _encoder(loaded, classifier, model)
+            encoder = _encoder(loaded, classifier, model, device=device, dtype=dtype)
             bags = [extract_features(slide, model=encoder) for slide in opened]
         else:
             files = _features_of(slides, Path(features), region)
@@ -295,18 +304,22 @@ def _require_scan(file: Path, bag: FeatureBag, region: int | None) -> None:
         )
 
 
-def _encoder(estimator: Estimator, folder: str, model: str | None) -> Encoder:
+def _encoder(
+    estimator: Estimator, folder: str, model: str | None, *, device: str, dtype: str | None
+) -> Encoder:
     """The encoder whose features the estimator takes, in the precision that it takes.
 
     That is known for certain by its weights alone; any other is refused when its bag is used.
     """
     wanted = estimator.fingerprint_ or {}
-    dtype = "float32" if wanted.get("dtype_class") == "fp32" else "auto"
+    if dtype is None:
+        dtype = "float32" if wanted.get("dtype_class") == "fp32" else "auto"
+    load = partial(load_model, device=device, dtype=dtype)
     if model is not None:
-        return load_model(model, dtype=dtype)
+        return load(model)
     if (Path(folder) / "model.safetensors").is_file():
-        return load_model(folder, dtype=dtype)
-    mini = load_model(MINI, dtype=dtype)
+        return load(folder)
+    mini = load(MINI)
     if mini.provenance["weights_sha256"] == wanted.get("weights_sha256"):
         return mini
-    return load_model(DEFAULT_MODEL, dtype=dtype)
+    return load(DEFAULT_MODEL)

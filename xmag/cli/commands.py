@@ -93,6 +93,20 @@ _TILES = (
         choices=("shift", "drop"),
     ),
 )
+_GIVEN = (
+    _flag(
+        "--mask",
+        "given tissue masks: a folder of GeoJSON or PNG files called as the slides, or the file"
+        " of one slide",
+        "DIR|FILE",
+    ),
+    _flag(
+        "--roi",
+        "regions of interest: a folder of GeoJSON files called as the slides, or the file of one"
+        " slide",
+        "DIR|FILE",
+    ),
+)
 _DEVICE = _flag(
     "--device",
     "such as cpu or cuda:1; auto takes CUDA, then MPS, then the CPU (default: auto)",
@@ -105,12 +119,6 @@ _ENCODING = (
         "what the model computes in: float32, bfloat16, float16; auto is float32 on CPUs and half"
         " of it on GPUs (default: auto)",
         "NAME",
-    ),
-    _flag(
-        "--batch-size",
-        "tiles a batch; 256 on an accelerator without it, 32 on a CPU",
-        "N",
-        type=int,
     ),
 )
 _COHORT = (
@@ -171,10 +179,7 @@ COMMANDS = {
         _flag("--format", "of the files (default: h5)", choices=("h5", "safetensors")),
         _flag("--overlay", "also draw tissue and tiles (.png)"),
         *_TILES,
-        _flag(
-            "--roi", "regions of interest: a folder of GeoJSON files called as the slides, or the"
-            " file of one slide", "DIR|FILE",
-        ),
+        *_GIVEN,
         _flag("--overlap", "px of the tiles that neighbours share (default: 0)", "PX", type=int),
         _flag(
             "--redo", "replace features that were made differently",
@@ -185,6 +190,10 @@ COMMANDS = {
             " tiles (default: error)", choices=("error", "drop"),
         ),
         *_ENCODING,
+        _flag(
+            "--batch-size", "tiles a batch; 256 on an accelerator without it, 32 on a CPU", "N",
+            type=int,
+        ),
         _flag(
             "--processes", "child processes that open and decode slides; 0 is none; without it one"
             " a core where the model is on CUDA, else one", "N", type=int,
@@ -216,7 +225,7 @@ examples:
   xmag extract slides.csv -o s3://bucket/features --shard 0/4
 """),
     "demo": Command("slides", "run the main job on a small slide", (
-        _flag("slide", "your slide (default: one of real tissue that is made)", "SLIDE", nargs="?"),
+        _flag("slide", "your slide; without it, one of real tissue is made", "SLIDE", nargs="?"),
         _flag("-o --out", "default: demo", "DIR"),
         _MPP,
         _REGION,
@@ -226,6 +235,7 @@ examples:
         _BY,
         _flag("-o --out", "the folder to write", "MODEL", required=True),
         *_TRAINING,
+        _DEVICE,
     ), """\
 CSV has the columns slide and patient, and label, or for survival event and time. A fifth of the
 patients is held out to choose the epoch whose weights are kept; xmag evaluate tells how good such
@@ -244,6 +254,7 @@ examples:
         _BY,
         _flag("--times", "survival: when (default: at quarters of the training's times)", "T",
               nargs="+", type=float),
+        _DEVICE,
         _flag("-o --out", "also write the predictions there", "CSV"),
     )),
     "evaluate": Command("classify", "cross-validate, or test a classifier on an external cohort", (
@@ -255,6 +266,7 @@ examples:
         _flag("--folds-table", "a table of given splits instead", "FILE", type=Path),
         _flag("--classifier", "test this one instead of training others", "MODEL"),
         *_TRAINING,
+        _DEVICE,
     ), """\
 CSV has the columns of xmag train; no patient is in two folds. FOLDER gets report.json and pictures.
 With --classifier, the cohort is an external one: nothing is trained, and the task is that of MODEL.
@@ -271,10 +283,11 @@ examples:
         _flag("-o --out", "where to write features and table", "FOLDER", required=True),
         _flag("--external", "other cohorts, for models fitted on the first", "CSV", nargs="+",
               type=Path),
-        _flag("--metric", "default: AUROC, R² or Harrell's C", "NAME"),
+        _flag("--metric", "without it AUROC, R² or Harrell's C", "NAME"),
         _flag("--folds", "default: 5", "N", type=int),
         _flag("--repeats", "default: 1", "N", type=int),
         _flag("--finetune", "also train each model end to end in each fold, which takes long"),
+        *_ENCODING,
         _flag("--gpus", "on how many GPUs, or 'all', features are extracted", "N", type=_gpus),
         _MPP,
         _REGION,
@@ -300,6 +313,9 @@ examples:
         _flag("--geojson", "also the tiles for QuPath (.geojson)"),
         _flag("--scale", "colours show a tile's rank, or its weight (default: rank)",
               choices=("rank", "weight")),
+        _DEVICE,
+        _flag("--dtype", "of the encoder, without --features; by default as in the training of"
+              " MODEL", "NAME"),
         _MPP,
         _REGION,
     ), """\
@@ -347,11 +363,12 @@ examples:
   xmag finetune cohort.csv -o model --epochs 10
   xmag heatmap slide.svs --classifier model
 """),
-    "report": Command("report", "write the page of a cohort, or of an evaluation, as HTML", (
-        _flag("folder", "that xmag extract or xmag evaluate wrote to", "DIR"),
+    "report": Command("report", "write the page of a cohort, an evaluation or a comparison", (
+        _flag("folder", "that xmag extract, evaluate or compare wrote to", "DIR"),
         _flag("-o --out", "default: report.html in the folder", "FILE"),
         _flag("--slides", "slide files, one folder, or one CSV file, as for xmag extract: for"
               " pictures of them", "SLIDE", nargs="+"),
+        *_GIVEN,
         _flag("--classifier", "of xmag train: for its attention and predictions", "MODEL"),
         _flag("--title", "of the page", "TEXT"),
         _flag("--max-mb", "most megabytes of cards and pictures (default: 40)", "MB", type=float),
@@ -365,6 +382,7 @@ examples:
   xmag report features --slides slides/
   xmag report features --slides slides.csv --classifier classifier -o report.html
   xmag report evaluation
+  xmag report comparison
 """),
     "export": Command("bags", "write features as other software reads them", (
         _flag("bag", "a file of features", "BAG"),

@@ -60,12 +60,13 @@ def _of_ours(path: str) -> list[Fact] | None:
         return _of_estimator(place)
     if (place / "report.csv").is_file() or [*place.glob("report-*-of-*.csv")]:
         return _of_cohort(place)
-    if (place / "report.json").is_file():
-        say_torch_is_loading()
-        from xmag.evaluate import Report  # needs the extra
+    for name, kind in (("report.json", "Report"), ("compare.json", "Comparison")):
+        if (place / name).is_file():
+            say_torch_is_loading()
+            from xmag import evaluate  # needs the extra
 
-        lines = str(Report.load(place)).splitlines()
-        return [("report", readable(place.name)), *(("", line) for line in lines)]
+            lines = str(getattr(evaluate, kind).load(place)).splitlines()
+            return [("report", readable(place.name)), *(("", line) for line in lines)]
     return None
 
 

@@ -1,4 +1,4 @@
-"""The command report: a cohort, or an evaluation, as one HTML file."""
+"""The command report: a cohort, an evaluation or a comparison as one HTML file."""
 
 import sys
 from collections.abc import Sequence
@@ -13,19 +13,23 @@ from xmag.urls import place_of
 def report(
     folder: str, *, out: str | None = None, slides: Sequence[str] = (), **options: Any
 ) -> int:
-    """Write the page of a folder of `extract_cohort`, or of an evaluation."""
+    """Write the page of a folder of `extract_cohort`, or of an evaluation or a comparison."""
     place = place_of(folder)
     path = place / "report.html" if out is None else place_of(out)
-    if (place / "report.json").exists() and not (place / REPORT_NAME).exists():
-        from xmag.evaluate import Report  # needs the extra
+    kinds = {"report.json": "Report", "compare.json": "Comparison"}
+    found = [kind for name, kind in kinds.items() if (place / name).exists()]
+    if found and not (place / REPORT_NAME).exists():
+        from xmag import evaluate  # needs the extra
 
         if slides or options:
-            given = ", ".join(f"--{name}".replace("_", "-") for name in ("slides", *options))
-            raise InputError(
-                f"{folder} holds an evaluation, which has no slides: leave out {given}"
-            )
-        Report.load(folder).to_html(path)
+            names = [*(["slides"] if slides else []), *options]
+            given = ", ".join(f"--{name}".replace("_", "-") for name in names)
+            what = "an evaluation" if found == ["Report"] else "a comparison"
+            raise InputError(f"{folder} holds {what}, which has no slides: leave out {given}")
+        getattr(evaluate, found[0]).load(folder).to_html(path)
     else:
+        if "mask" in options:
+            options["tissue"] = options.pop("mask")
         if slides:
             options["slides"] = slides if len(slides) > 1 else slides[0]
         CohortReport.load(folder).to_html(path, **options)

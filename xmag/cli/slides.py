@@ -19,12 +19,17 @@ def extract(
     model: Sequence[str] = (),
     device: str | None = None,
     dtype: str | None = None,
+    mask: str | None = None,
     **options: Any,
 ) -> int:
     """Extract the features of a cohort, with these options of `extract_cohort`; print its rows.
 
-    `device` and `dtype` are those of `load_model`.
+    `device` and `dtype` are those of `load_model`; `mask` is a path for `tissue`.
     """
+    if mask is not None:
+        if "tissue" in options:
+            raise InputError("--mask and --tissue both say where tissue is; leave one of them out")
+        options["tissue"] = Path(mask)
     if len(slides) > 1:
         for slide in slides:
             if Path(slide).is_dir() or slide.lower().endswith(".csv"):
@@ -36,7 +41,7 @@ def extract(
     from xmag.cohort import extract_cohort
     from xmag.cohort.report import report_name
 
-    models = _loaded(model, device, dtype, on_gpus="gpus" in options)
+    models = _loaded(model, device, dtype, options.get("gpus"))
     if models:
         options["model"] = models if len(models) > 1 else models[0]
     report = extract_cohort(slides if len(slides) > 1 else slides[0], out, **options)
@@ -53,16 +58,21 @@ def extract(
 
 
 def _loaded(
-    names: Sequence[str], device: str | None, dtype: str | None, *, on_gpus: bool
+    names: Sequence[str], device: str | None, dtype: str | None, gpus: int | str | None
 ) -> Sequence[Any]:
     """The models, loaded where a device or a dtype is given, else as they are named."""
     if device is None and dtype is None:
         return names
-    if on_gpus and device is not None:
+    if gpus is not None and device is not None:
         raise InputError("--gpus and --device both say where the models are; give one of them")
+    import torch
+
     from xmag.encoder import load_model
     from xmag.hub.registry import DEFAULT_MODEL
 
+    # Workers load their own: here it is held for its name and dtype, and takes no GPU's memory.
+    if gpus is not None and (torch.cuda.device_count() if gpus == "all" else gpus) != 1:
+        device = "cpu"
     options: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto"}
     return [load_model(name, **options) for name in names or (DEFAULT_MODEL,)]
 

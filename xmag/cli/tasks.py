@@ -168,9 +168,11 @@ def target_of(options: dict[str, Any]) -> tuple[Target, dict[str, Any]]:
     return Target(task=task, columns=tuple(columns), ordinal=ordered == []), rest
 
 
-def saved_target(classifier: str, options: dict[str, Any]) -> tuple[Estimator, Target]:
+def saved_target(
+    classifier: str, options: dict[str, Any], *, device: str = "auto"
+) -> tuple[Estimator, Target]:
     """A saved estimator, and the target it was trained for, with the columns of the options."""
-    loaded = load_estimator(classifier)
+    loaded = load_estimator(classifier, device=device)
     task = next(task for task, kind in ESTIMATORS.items() if isinstance(loaded, kind))
     saved = Target.load(classifier)
     known: dict[str, Any] = {} if saved is None else {"label": saved.columns}

@@ -10,7 +10,8 @@ from os import PathLike
 from typing import Literal
 
 from xmag.cohort.executors import Engine, Executor, gpu_workers, share_of
-from xmag.cohort.jobs import Job, Settings, by_model, jobs_of, within
+from xmag.cohort.given import masked, within
+from xmag.cohort.jobs import Job, Settings, by_model, jobs_of
 from xmag.cohort.loop import rows_of
 from xmag.cohort.report import CohortReport, CohortRow, ReportFile, report_name
 from xmag.encoder import TileEncoder
@@ -18,7 +19,7 @@ from xmag.errors import InputError, MismatchError, OutputError
 from xmag.extract import Transform, resolve_encoder, tell_of_loading
 from xmag.grid import Border
 from xmag.progress import CohortProgress, ProgressOption
-from xmag.tiles import Damaged
+from xmag.tiles.decoding import Damaged
 from xmag.urls import place_of
 
 __all__ = ["CohortReport", "CohortRow", "Job", "extract_cohort"]
@@ -32,7 +33,7 @@ def extract_cohort(
     *,
     model: TileEncoder | str | Sequence[TileEncoder | str] | None = None,
     format: Literal["h5", "safetensors"] = "h5",
-    tissue: Literal["auto"] | None = "auto",
+    tissue: str | PathLike[str] | None = "auto",
     mpp: float | None = None,
     region: int | None = None,
     overlap: int = 0,
@@ -79,7 +80,10 @@ def extract_cohort(
             ``out/<model>/...``, and each slide has a row, resumes and fails for each model. A
             folder has the last part of its model's name.
         format: "h5" or "safetensors".
-        tissue: "auto" finds the tissue of each slide, None takes every tile.
+        tissue: "auto" finds the tissue of each slide, None takes every tile. Or a folder with a
+            mask of each slide, called as its id (``below/a.geojson`` or ``below/a.png`` for
+            ``below/a.svs``), or the file of one slide: GeoJSON, inside is tissue, or a PNG of the
+            whole slide, black where there is none. Provenance has the file's SHA-256.
         mpp: µm/px of level 0 for every slide that has none in the CSV, whatever its file says.
         region: Which scan of every file that has none in the CSV, where files hold several. The
             bag of any but the first (0) is called ``<name>-region<number>``, so that scans of one
@@ -121,7 +125,7 @@ def extract_cohort(
 
     Raises:
         InputError: No slides, a CSV without the column, names that collide, an impossible option,
-            models of different tiles.
+            models of different tiles, a slide without its file in the folder of `tissue` or `roi`.
         MismatchError: Bags in `out` were made with something else (see `on_mismatch`). With
             workers it may come after some have begun.
         ModelError: The model cannot be loaded; with workers, not by its name.
@@ -132,6 +136,11 @@ def extract_cohort(
     jobs = jobs_of(slides, format=format, mpp=mpp, region=region)
     if roi is not None:
         jobs = within(jobs, roi)
+    choice: Literal["auto", "given"] | None = None
+    if tissue is not None:
+        choice = "auto" if isinstance(tissue, str) and tissue == "auto" else "given"
+    if choice == "given":
+        jobs = masked(jobs, tissue)
     if shard is not None:
         jobs = share_of(jobs, shard)
     if gpus is not None:
@@ -148,7 +157,7 @@ def extract_cohort(
     settings = Settings(
         encoders=encoders,
         out=place_of(out),
-        tissue=tissue,
+        tissue=choice,
         overlap=overlap,
         min_tissue=min_tissue,
         border=border,

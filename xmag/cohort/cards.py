@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from xmag.draw.attention import colours, corners_inside, percentiles, weight_of_
 from xmag.draw.page import data_url
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
+from xmag.masks import read_mask
 from xmag.notebook import TISSUE
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide
-from xmag.tiles import reason_of
+from xmag.tiles.decoder import reason_of
 from xmag.tissue import TISSUE_METHOD, TissueMask, find_tissue
 from xmag.urls import Place, without_folder
 
@@ -61,12 +62,7 @@ class Card:
 
 
 def cards_of(
-    rows: Sequence[CohortRow],
-    *,
-    folder: Place | None,
-    job: Job | None,
-    estimator: Any,
-    room: float,
+    rows: Sequence[CohortRow], *, folder: Place | None, job: Job | None, estimator: Any, room: float
 ) -> tuple[list[Card], dict[str, Any] | None]:
     """The cards of the rows of one slide, and what they show of it; None where it is not opened.
 
@@ -80,21 +76,22 @@ def cards_of(
             picture = _look(job, cards, room)
         # Libraries raise anything at damaged files, and the other cards are there all the same.
         except Exception as error:  # noqa: BLE001
-            text = reason_of(error)
-            text = without_folder(text, job.path) if isinstance(job.path, Path) else text
-            _note(cards, f"The slide cannot be shown: {text}")
+            _note(cards, f"The slide cannot be shown: {_without(reason_of(error), job.path)}")
     for card in cards:
-        card.bag = None  # a thousand of them would fill the memory
-        card.values = {}
+        card.bag, card.values = None, {}  # a thousand of them would fill the memory
     return cards, picture
 
 
+def _without(text: str, place: Place) -> str:
+    """The text of an error without the folder of a local file."""
+    return without_folder(text, place) if isinstance(place, Path) else text
+
+
 def _card(row: CohortRow, folder: Place | None, estimator: Any, room: float) -> Card:
-    stages = [round(getattr(row, name), 3) for name in STAGES]
     content: dict[str, Any] = {
         "name": f"{row.slide} ({row.model})" if row.model else row.slide,
         "status": row.status, "notes": [row.error] if row.error else [], "facts": [],
-        "seconds": row.seconds, "stages": stages if any(stages) else [0] * len(STAGES),
+        "seconds": row.seconds, "stages": [round(getattr(row, name), 3) for name in STAGES],
         "summary": f"{row.tiles:,} tiles", "size": None, "top": [], "topTitle": "",
     }  # fmt: skip
     card = Card(row=row, content=content)
@@ -105,12 +102,11 @@ def _card(row: CohortRow, folder: Place | None, estimator: Any, room: float) -> 
     try:
         card.bag = bag = FeatureBag.load(folder / row.output)
     except XmagError as error:
-        text = without_folder(str(error), folder / "x") if isinstance(folder, Path) else str(error)
-        content["notes"].append(f"Its features cannot be read: {text}")
+        _note([card], f"Its features cannot be read: {_without(str(error), folder / 'x')}")
         return card
     record = {} if bag.provenance is None else records.plain(bag.provenance.record)
     content["notes"] += why_so_few(record, len(bag))
-    content["facts"] = _facts(record, bag)
+    content["facts"] = [*_facts(record, bag)]
     card.model = str((record.get("model") or {}).get("name") or "")
     if bag.tiles is None or bag.coords is None:
         return card
@@ -118,24 +114,17 @@ def _card(row: CohortRow, folder: Place | None, estimator: Any, room: float) -> 
         "size": list(bag.tiles.level0_size), "mpp": bag.tiles.level0_mpp,
         "side": bag.tiles.size_level0, "columns": [], "rows": [], "cells": [],
     }  # fmt: skip
-    _add_grid(card, _grid_of(bag.coords), room)
+    # None of a grid where tiles lie anywhere, as a file of other software may have them.
+    (columns, x), (rows, y) = (np.unique(axis, return_inverse=True) for axis in bag.coords.T)
+    if len(columns) * len(rows) <= _MOST_CELLS:
+        grid = np.full((len(rows), len(columns)), ".")
+        grid[y, x] = "#"
+        cells = ["".join(row) for row in grid.tolist()]
+        found = {"columns": columns.tolist(), "rows": rows.tolist(), "cells": cells}
+        _add_grid(card, found, room)
     if len(bag):
         _add_values(card, bag, estimator, room)
     return card
-
-
-def _grid_of(coords: NDArray[np.int64]) -> dict[str, Any]:
-    """Columns and rows of tiles, row by row, and a letter a cell, as in a TilePlan.
-
-    None of them where tiles lie anywhere but on a grid, as a file of other software may have them.
-    """
-    (columns, x), (rows, y) = (np.unique(axis, return_inverse=True) for axis in coords.T)
-    if len(columns) * len(rows) > _MOST_CELLS:
-        return {"columns": [], "rows": [], "cells": []}
-    grid = np.full((len(rows), len(columns)), ".")
-    grid[y, x] = "#"
-    cells = ["".join(row) for row in grid.tolist()]
-    return {"columns": columns.tolist(), "rows": rows.tolist(), "cells": cells}
 
 
 def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> None:
@@ -152,18 +141,19 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
         else:
             card.values["scores"] = scores
             content["facts"].insert(0, ("prediction", card.prediction))
+            held = weight_of_top(attention)
             if content["cells"] and card.has_room(7 * len(bag), room):
                 content |= {
                     "scores": _text(scores), "ranks": _text(np.rint(percentiles(scores)), np.uint8),
                     "ramp": colours(np.linspace(0, 100, 33)).tolist(),
-                    "attention": _sentence(weight_of_top(attention)),
+                    "attention": f"{held[:1].upper()}{held[1:]}." if held else "",
                 }  # fmt: skip
     components, shares = principal_components(np.asarray(bag.features, np.float64))
     card.values["component"] = components[:, 0]
     if content["cells"] and card.has_room(8 * len(bag), room):
         axes = ("blue to yellow", "dark to light", "green to magenta")
-        told = [f"{n}, {axis} ({s:.0%} of the variance)" for n, axis, s in zip(
-            range(1, 4), axes, shares, strict=True)]  # fmt: skip
+        each = enumerate(zip(axes, shares, strict=True), 1)
+        told = [f"{n}, {axis} ({share:.0%} of the variance)" for n, (axis, share) in each]
         content |= {
             "colours": _text(component_colours(components), np.uint8),
             "components": _text(np.rint(100 * components + 100), np.uint8),
@@ -174,10 +164,6 @@ def _add_values(card: Card, bag: FeatureBag, estimator: Any, room: float) -> Non
 
 def _text(values: NDArray[Any], kind: type[np.generic] = np.float32) -> str:
     return base64.b64encode(np.ascontiguousarray(values.astype(kind)).data).decode()
-
-
-def _sentence(words: str) -> str:
-    return f"{words[:1].upper()}{words[1:]}." if words else ""
 
 
 def _prediction(estimator: Any, bag: FeatureBag) -> str:
@@ -200,17 +186,15 @@ def _look(job: Job, cards: Sequence[Card], room: float) -> dict[str, Any] | None
     bag = next((card.bag for card in cards if card.bag is not None), None)
     mpp = bag.tiles.level0_mpp if bag is not None and bag.tiles is not None else job.mpp
     with Slide(job.path, mpp=mpp, region=job.region) as slide:
-        record: Mapping[str, Any] = {}
-        if bag is not None and bag.provenance is not None:
-            record = bag.provenance.record
-            if record.get("slide") not in (None, slide.fingerprint):
-                _note(cards, "The slide was changed since, or is another file; it is not shown")
-                return None
+        made = None if bag is None else bag.provenance
+        if made is not None and made.record.get("slide") not in (None, slide.fingerprint):
+            _note(cards, "The slide was changed since, or is another file; it is not shown")
+            return None
         for card in cards:
             card.content["size"] = list(slide.dimensions)
             if "cells" not in card.content:
                 card.content |= {"cells": [], "side": 0, "mpp": slide.mpp}
-        tissue, plan = (None, None) if bag is None else _planned(slide, bag, cards)
+        tissue, plan = (None, None) if bag is None else _planned(slide, bag, cards, job)
         for card in cards:
             coords = None if card.bag is None else card.bag.coords
             if plan is not None and coords is not None and np.array_equal(plan.coords, coords):
@@ -230,21 +214,26 @@ def _note(cards: Sequence[Card], text: str) -> None:
 
 
 def _planned(
-    slide: Slide, bag: FeatureBag, cards: Sequence[Card]
+    slide: Slide, bag: FeatureBag, cards: Sequence[Card], job: Job
 ) -> tuple[TissueMask | None, TilePlan | None]:
     """Tissue and plan of the bag, made again: the bag says how, and which tiles came of it."""
     if bag.provenance is None:
         return None, None
     record, fingerprint = bag.provenance.record, records.plain(bag.provenance.fingerprint)
     options = records.plain(record["plan"])
-    if options["tissue"] not in (None, TISSUE_METHOD):
-        _note(cards, "Its tissue mask was given, and is not kept: dropped cells are not shown")
-        return None, None
-    tissue = find_tissue(slide) if options["tissue"] else None
+    tissue = None
+    if options["tissue"] is not None:
+        is_found = options["tissue"] == TISSUE_METHOD
+        tissue = find_tissue(slide) if is_found else _same_mask(slide, job, options["tissue"])
+        if tissue is None:
+            _note(cards, "Its tissue mask was given, and is not here: dropped cells are not shown")
+            return None, None
+    roi = job.roi if job.roi_sha256 == options["roi_sha256"] else None
     plan = plan_tiles(
-        slide, TileSpec.from_dict(fingerprint["tile_spec"]), tissue=tissue,
+        slide, TileSpec.from_dict(fingerprint["tile_spec"]), tissue=tissue, roi=roi,
         overlap=options["overlap_px"], min_tissue=options["min_tissue"], border=options["border"],
     )  # fmt: skip
+    tissue = plan.tissue  # in the region of interest
     assert bag.coords is not None  # as in each bag with provenance
     kept = {tuple(corner) for corner in bag.coords.tolist()}
     lost = np.array([tuple(corner) not in kept for corner in plan.coords.tolist()], np.bool_)
@@ -252,13 +241,22 @@ def _planned(
     if not np.array_equal(plan.coords, bag.coords):
         _note(cards, "Its tiles are others than this version plans: dropped cells are not shown")
         return tissue, None
-    if options["roi_sha256"] is not None:
+    if options["roi_sha256"] is not None and roi is None:
         plan = replace(plan, cells=tuple(row.replace("d", "r") for row in plan.cells))
     return tissue, plan
 
 
+def _same_mask(slide: Slide, job: Job, method: Mapping[str, Any]) -> TissueMask | None:
+    """The mask that was given for the slide; None where the one that is there now is not it."""
+    try:
+        found = None if job.tissue is None else read_mask(job.tissue, slide)
+    except XmagError:
+        return None
+    return found if found is not None and found.method == method else None
+
+
 def _add_grid(card: Card, grid: dict[str, Any], room: float) -> None:
-    """Add a grid where there is room for it."""
+    """Add columns and rows of tiles and a letter a cell, as in a TilePlan, if there is room."""
     if card.has_room(len(json.dumps(grid)), room):
         card.content |= grid
     elif not card.content["cells"]:
@@ -279,10 +277,12 @@ def _picture(slide: Slide, tissue: TissueMask | None, room: float) -> dict[str, 
     found: dict[str, Any] = {"thumbnail": thumbnail, "px": max(image.size), "mask": None}
     if tissue is not None and tissue.mask.any():
         out = io.BytesIO()
-        mask = Image.fromarray(tissue.mask.astype(np.uint8), "P")
+        step = -(-max(tissue.mask.shape) // _MOST_PX)  # a given one may be as fine as it likes
+        cells = tissue.mask[step // 2 :: step, step // 2 :: step]
+        mask = Image.fromarray(cells.astype(np.uint8), "P")
         mask.putpalette((0, 0, 0, *TISSUE))
         mask.save(out, "PNG", optimize=True, bits=1, transparency=0)
-        found |= {"mask": data_url(out.getvalue(), "png"), "downsample": tissue.downsample}
+        found |= {"mask": data_url(out.getvalue(), "png"), "downsample": tissue.downsample * step}
     return found
 
 
@@ -301,8 +301,7 @@ def _add_top(card: Card, slide: Slide, room: float) -> None:
     if scores is not None:
         chosen = np.argsort(-scores, kind="stable")[:count]
         mean = max(float(scores.mean()), 1e-30)
-        texts = [f"{n}. {scores[i]:.2g} ({scores[i] / mean:.2g}×)"
-                 for n, i in enumerate(chosen, 1)]  # fmt: skip
+        texts = [f"{n}. {v:.2g} ({v / mean:.2g}×)" for n, v in enumerate(scores[chosen], 1)]
         title = "Tiles with the most attention (and how many times the mean it is)"
     else:
         component = card.values["component"]
@@ -335,43 +334,39 @@ _REASONS = {
 }
 
 
-def why_so_few(record: Mapping[str, Any], count: int) -> list[str]:
+def why_so_few(record: Mapping[str, Any], count: int) -> Iterator[str]:
     """Why a bag has few tiles, or none, by its record: a sentence for each reason."""
-    tiles, tissue = record.get("tiles") or {}, record.get("tissue")
-    notes = []
-    dropped = _dropped(record)
-    if not count and tissue is not None and not tissue["mm2"]:
-        notes.append("No tissue was found on it")
+    tiles, tissue = record.get("tiles") or {}, record.get("tissue") or {}
+    if not count and tissue and not tissue["mm2"]:
+        yield "No tissue was found on it"
     elif not count:
-        notes.append(f"No cell of the grid is a tile: {dropped}" if dropped
-                     else "It is smaller than a tile")  # fmt: skip
+        dropped = _dropped(record)
+        said = f"No cell of the grid is a tile: {dropped}"
+        yield said if dropped else "It is smaller than a tile"
     elif tiles.get("damaged"):
-        notes.append(f"{_counted(tiles['damaged'], 'tile')} damaged, and left out")
+        yield f"{_counted(tiles['damaged'], 'tile')} damaged, and left out"
     if tiles.get("for_piece"):
-        text = _counted(tiles["for_piece"], "tile")
-        notes.append(f"{text} with little tissue kept, as a small piece would have none")
-    if tissue is not None and tissue["mm2"] and (tissue.get("coverage") or 0) < 0.9:
+        kept = _counted(tiles["for_piece"], "tile")
+        yield f"{kept} with little tissue kept, as a small piece would have none"
+    covered = tissue.get("coverage") or 0
+    if tissue and tissue["mm2"] and covered < 0.9:
         lost = {k: v for k, v in tissue["uncovered_mm2"].items() if v >= 0.005 and k != "too_small"}
         where = ", ".join(f"{area:.2g} mm² in cells {_REASONS[k]}" for k, area in lost.items())
-        share = (
-            f"Tiles cover {tissue.get('coverage') or 0:.0%} of {tissue['mm2']:.2g} mm² of tissue"
-        )
-        notes.append(f"{share}: {where}" if where else share)
-    if tissue is not None and tissue.get("too_small_pieces"):
+        share = f"Tiles cover {covered:.0%} of {tissue['mm2']:.2g} mm² of tissue"
+        yield f"{share}: {where}" if where else share
+    if tissue.get("too_small_pieces"):
         pieces = _counted(tissue["too_small_pieces"], "stained piece")
-        notes.append(f"{pieces} too small to count as tissue")
+        yield f"{pieces} too small to count as tissue"
     if empty := (record.get("source_tiles") or {}).get("empty", 0):
-        notes.append(f"{_counted(empty, 'source tile')} declared empty by the file, and read white")
-    return notes
+        yield f"{_counted(empty, 'source tile')} declared empty by the file, and read white"
 
 
 def _dropped(record: Mapping[str, Any]) -> str:
     """The cells of the grid that are no tiles, by reason."""
     tiles, least = record.get("tiles") or {}, (record.get("plan") or {}).get("min_tissue")
-    told = {
-        **_REASONS,
-        **({} if least is None else {"tissue": f"with less than {least:.0%} tissue"}),
-    }
+    told = dict(_REASONS)
+    if least is not None:
+        told["tissue"] = f"with less than {least:.0%} tissue"
     return ", ".join(f"{tiles[name]:,} {text}" for name, text in told.items() if tiles.get(name))
 
 
@@ -379,34 +374,33 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _facts(record: Mapping[str, Any], bag: FeatureBag) -> list[tuple[str, str]]:
+def _facts(record: Mapping[str, Any], bag: FeatureBag) -> Iterator[tuple[str, str]]:
     """Facts about slide, tiles and model, as (name, value)."""
-    facts = []
-    scale, tissue = record.get("scale") or {}, record.get("tissue") or {}
+    scale, tissue, model = (record.get(name) or {} for name in ("scale", "tissue", "model"))
     if tiles := bag.tiles:
         width, height = tiles.level0_size
-        mm = [side * tiles.level0_mpp / 1000 for side in (width, height)]
-        facts.append(("size", f"{width:,} × {height:,} px, {mm[0]:.3g} × {mm[1]:.3g} mm"))
+        wide, high = (side * tiles.level0_mpp / 1000 for side in tiles.level0_size)
+        yield "size", f"{width:,} × {height:,} px, {wide:.3g} × {high:.3g} mm"
         source = f" ({scale['mpp_source']})" if scale.get("mpp_source") else ""
-        facts.append(("scale", f"{tiles.level0_mpp:.4g} µm/px{source}"))
-        side = tiles.size_px * tiles.mpp
-        facts.append(("tiles", f"{len(bag):,} of {tiles.size_px} px at {tiles.mpp:.4g} µm/px"
-                               f" ({side:.0f} µm a side)"))  # fmt: skip
+        yield "scale", f"{tiles.level0_mpp:.4g} µm/px{source}"
+        each = f"{tiles.size_px} px at {tiles.mpp:.4g} µm/px"
+        yield "tiles", f"{len(bag):,} of {each} ({tiles.size_px * tiles.mpp:.0f} µm a side)"
     if "level" in scale:
         reduced = f" at 1/{scale['reduction']}" if scale["reduction"] > 1 else ""
         resampled = ", resampled" if scale["resampled"] else ""
-        facts.append(("read from", f"level {scale['level']}{reduced}{resampled}"))
-        facts.append(("format", scale["format"]))
+        yield "read from", f"level {scale['level']}{reduced}{resampled}"
+        yield "format", scale["format"]
     if tissue:
         share = tissue.get("coverage")
         covered = "" if share is None else f", {share:.0%} of it under tiles"
-        facts.append(("tissue", f"{tissue['mm2']:.3g} mm²{covered}"))
+        plan = record.get("plan") or {}
+        given = "" if (plan.get("tissue") or {}).get("name") != "given" else ", by a given mask"
+        inside = ", in a region of interest" if plan.get("roi_sha256") else ""
+        yield "tissue", f"{tissue['mm2']:.3g} mm²{given}{inside}{covered}"
     if dropped := _dropped(record):
-        facts.append(("dropped cells", dropped))
-    model = record.get("model") or {}
+        yield "dropped cells", dropped
     if model.get("name"):
-        facts.append(("model", f"{model['name']} on {record.get('device') or 'its own device'},"
-                               f" {record.get('dtype')}"))  # fmt: skip
+        device = record.get("device") or "its own device"
+        yield "model", f"{model['name']} on {device}, {record.get('dtype')}"
     if record.get("created"):
-        facts.append(("made", f"{record['created'].replace('T', ' ')} by xmag {record['xmag']}"))
-    return facts
+        yield "made", f"{record['created'].replace('T', ' ')} by xmag {record['xmag']}"

@@ -34,7 +34,7 @@ from xmag.cohort.workers import MARKER, Piece, PieceStatus, by_name, run_piece, 
 from xmag.cores import usable_cores
 from xmag.encoder import TileEncoder
 from xmag.errors import InputError, MismatchError, XmagError
-from xmag.tiles import PROCESSES_SUPPORTED
+from xmag.tiles.children import PROCESSES_SUPPORTED
 from xmag.urls import Place, Url
 
 logger = logging.getLogger(__name__)

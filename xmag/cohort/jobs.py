@@ -14,14 +14,17 @@ from xmag.encoder import TileEncoder
 from xmag.errors import InputError
 from xmag.extract import Transform, fingerprint_of
 from xmag.files import Row, read_csv
-from xmag.geometry import TileSpec, polygons_from_geojson
+from xmag.geometry import TileSpec
 from xmag.grid import Border
+from xmag.masks import GIVEN_METHOD
 from xmag.plan import check_grid, plan_options
 from xmag.slide import checked_region, is_omezarr, is_slide_path, scan_stem
 from xmag.slide.dicom_files import is_dicom, series_below
 from xmag.slide.dicomweb import is_series
 from xmag.slide.scale import checked_mpp
-from xmag.tiles import PROCESSES_SUPPORTED, Damaged, Limits, check_damaged
+from xmag.tiles.children import PROCESSES_SUPPORTED, Limits
+from xmag.tiles.decoding import Damaged
+from xmag.tiles.stream import check_damaged
 from xmag.tissue import TISSUE_METHOD
 from xmag.urls import Place, Url, common_parts, place_of, readable, retold, shown
 
@@ -41,7 +44,8 @@ class Job:
     """Job of a cohort: the path of a slide, its name in the report, and the output for its bag.
 
     `model` is the name of its model where there are several, and of the folder of that one's bags.
-    `roi` is the GeoJSON file of its region of interest, and `roi_sha256` what plans record of it.
+    `roi` is the GeoJSON file of its region of interest, and `roi_sha256` what plans record of it;
+    `tissue` and `tissue_sha256` are the same of its tissue mask, where that is given.
     """
 
     path: Place
@@ -52,6 +56,8 @@ class Job:
     region: int | None = None
     roi: Path | None = None
     roi_sha256: str | None = None
+    tissue: Path | None = None
+    tissue_sha256: str | None = None
 
     def of_models(self, models: Iterable[str]) -> tuple["Job", ...]:
         """The jobs of each of these models on this slide."""
@@ -117,52 +123,6 @@ def jobs_of(
         )
     _refuse_collisions(jobs)
     return jobs
-
-
-def within(jobs: Sequence[Job], roi: str | PathLike[str]) -> list[Job]:
-    """The jobs with their regions of interest: of one slide, or from a folder by the slides' ids.
-
-    Raises InputError where a slide has none, and for a file that is no GeoJSON of polygons.
-    """
-    place = place_of(roi)
-    if not isinstance(place, Path):
-        raise InputError(f"roi lies at a URL, {place}; download it: expected files of this machine")
-    files = [place] * len(jobs)
-    if place.is_dir():
-        stems = [place / job.output.with_suffix("") for job in jobs]
-        files = [_geojson(stem) for stem in stems]
-    elif len(jobs) != 1:
-        raise InputError(
-            f"roi is one file for {len(jobs)} slides; expected a folder with a GeoJSON file of"
-            " each, called as its slide's id: a.geojson for a.svs"
-        )
-    if missing := [job.name for job, file in zip(jobs, files, strict=True) if not file.is_file()]:
-        wanted = next(file for file in files if not file.is_file())
-        raise InputError(
-            f"{len(missing)} of {len(jobs)} slides have no region of interest, such as"
-            f" {missing[0]}; expected the file {wanted}, or leave those slides out"
-        )
-    return [
-        replace(job, roi=file.absolute(), roi_sha256=_roi_sha256(file))
-        for job, file in zip(jobs, files, strict=True)
-    ]
-
-
-def _geojson(stem: Path) -> Path:
-    """The GeoJSON file of a slide; QuPath calls them .geojson, others .json."""
-    found = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".geojson", ".json")]
-    return next((path for path in found if path.is_file()), found[0])
-
-
-def _roi_sha256(file: Path) -> str:
-    try:
-        polygons = polygons_from_geojson(file)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    options = plan_options(
-        overlap=0, min_tissue=None, border="shift", tissue_method=None, roi=polygons
-    )
-    return str(options["roi_sha256"])
 
 
 def by_model(
@@ -332,7 +292,7 @@ class Settings:
 
     encoders: Mapping[str, TileEncoder]
     out: Place
-    tissue: Literal["auto"] | None
+    tissue: Literal["auto", "given"] | None
     overlap: int
     min_tissue: float | None
     border: Border
@@ -346,11 +306,6 @@ class Settings:
     transform: Transform | None
 
     def __post_init__(self) -> None:
-        if self.tissue not in ("auto", None):
-            raise InputError(
-                f"tissue is {self.tissue!r}; a cohort takes 'auto' or None (every tile); for a mask"
-                " of your own use extract_features() on each slide"
-            )
         check_damaged(self.damaged)
         if any(encoder.tile_spec != self.spec for encoder in self.encoders.values()):
             told = "; ".join(f"{name}: {e.tile_spec}" for name, e in self.encoders.items())
@@ -403,8 +358,8 @@ class Settings:
 
     def fingerprint(self, model: str) -> dict[str, Any]:
         """The fingerprint that a bag of this model, made with these settings, has."""
-        method = None if self.tissue is None else TISSUE_METHOD
-        options = plan_options(**self._grid, tissue_method=method)
+        methods = {None: None, "auto": TISSUE_METHOD, "given": GIVEN_METHOD}
+        options = plan_options(**self._grid, tissue_method=methods[self.tissue])
         return fingerprint_of(self.encoders[model], options, self.transform)
 
     @property

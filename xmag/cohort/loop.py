@@ -37,24 +37,24 @@ from xmag.errors import XmagWarning
 from xmag.extract import bag_of, default_batch_size, embedded, transformed, without_damaged
 from xmag.plan import TilePlan
 from xmag.slide import SlideFacts
-from xmag.tiles import (
+from xmag.tiles.children import DecodingPool
+from xmag.tiles.decoder import (
     Begun,
     Decoded,
     DecodeJob,
-    DecodingPool,
     Earlier,
     Event,
     Failed,
     Finished,
     Opened,
     Planned,
-    Reading,
     Thumbnail,
     Warned,
     decode_here,
-    default_threads,
     reason_of,
 )
+from xmag.tiles.decoding import Reading
+from xmag.tiles.stream import default_threads
 from xmag.urls import readable, without_folder
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class _Loop:
             mpp=slide.job.mpp,
             region=slide.job.region,
             spec=settings.spec,
-            tissue=settings.tissue,
+            tissue="auto" if settings.tissue == "auto" else slide.job.tissue,
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
             border=settings.border,

@@ -2,15 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from statistics import median
 from typing import Any
 
 from xmag.cohort.cards import Card, cards_of
-from xmag.cohort.jobs import Job
 from xmag.cohort.report import STAGES, CohortReport, CohortRow
 from xmag.cores import usable_cores
 from xmag.draw.page import Cell, Html, block, escaped, page, part, table
@@ -19,9 +17,9 @@ from xmag.mil import load_estimator
 from xmag.progress import progress_bar
 
 _MARKS = {"done": "●", "skipped": "○", "empty": "∅", "failed": "✕", "lost": "?"}
-_SLOW = 3
-"""Multiple of the median time from which a slide is called slow."""
+_SLOW = 3  # times the median
 _BAR_PX = 70
+_STAGES = {name.removesuffix("_seconds"): name for name in STAGES}
 
 
 def cohort_page(
@@ -42,9 +40,14 @@ def cohort_page(
     for number, row in enumerate(report.rows):
         slides.setdefault(row.slide, []).append(number)
     room = max_mb * 1e6 / max(len(report), 1)
+
+    def work(numbers: Sequence[int]) -> tuple[list[Card], dict[str, Any] | None]:
+        rows = [report.rows[number] for number in numbers]
+        job = jobs.get(rows[0].slide)
+        return cards_of(rows, folder=report.folder, job=job, estimator=estimator, room=room)
+
     cards: dict[int, Card] = {}
     pictures: list[dict[str, Any] | None] = []
-    work = partial(_cards, report, jobs, estimator, room)
     with (
         ThreadPoolExecutor(min(8, usable_cores()), "xmag-page") as pool,
         progress_bar(progress, total=len(slides), desc="page", unit="slide") as bar,
@@ -59,30 +62,14 @@ def cohort_page(
             bar.update()
     ordered = [cards[number] for number in range(len(report))]
     _note_slow(ordered)
-    _warn_of_missing([card for card in ordered if card.missing], len(ordered))
-    return _whole(report, ordered, pictures, title=title, max_mb=max_mb)
-
-
-def _cards(
-    report: CohortReport,
-    jobs: Mapping[str, Job],
-    estimator: Any,
-    room: float,
-    numbers: Sequence[int],
-) -> tuple[list[Card], dict[str, Any] | None]:
-    rows = [report.rows[number] for number in numbers]
-    job = jobs.get(rows[0].slide)
-    return cards_of(rows, folder=report.folder, job=job, estimator=estimator, room=room)
-
-
-def _warn_of_missing(without: Sequence[Card], count: int) -> None:
-    if without:
+    if without := [card for card in ordered if card.missing]:
         warnings.warn(
-            f"{len(without)} of {count} cards have no attention, first"
+            f"{len(without)} of {len(ordered)} cards have no attention, first"
             f" {without[0].row.slide}: {without[0].missing}",
             XmagWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+    return _whole(report, ordered, pictures, title=title, max_mb=max_mb)
 
 
 def _timed(cards: Iterable[Card]) -> list[float]:
@@ -97,9 +84,9 @@ def _note_slow(cards: Sequence[Card]) -> None:
         row = card.row
         if row.seconds < _SLOW * usual or not usual:
             continue
-        stages = {name.removesuffix("_seconds"): getattr(row, name) for name in STAGES}
-        longest = max(stages, key=lambda name: stages[name])
-        where = f": {stages[longest]:.1f} s of it {longest}" if stages[longest] else ""
+        seconds = {stage: getattr(row, field) for stage, field in _STAGES.items()}
+        longest = max(seconds, key=seconds.__getitem__)
+        where = f": {seconds[longest]:.1f} s of it {longest}" if seconds[longest] else ""
         card.content["notes"].append(
             f"Slow: {row.seconds:.1f} s, {row.seconds / usual:.1f} times the median{where}"
         )
@@ -122,10 +109,10 @@ def _whole(
         for status in _MARKS
         if status in counts
     )
-    slides = len({row.slide for row in report})
     named = ", ".join(dict.fromkeys(card.model for card in cards if card.model))
     blocks = [block(f"card-{n}", card.content) for n, card in enumerate(cards)]
     blocks += [block(f"picture-{n}", found) for n, found in enumerate(pictures) if found]
+    slides = len(pictures)
     title = title or f"Cohort of {slides:,} slide{'' if slides == 1 else 's'}"
     body = part(
         "cohort.html",
@@ -142,38 +129,33 @@ def _whole(
 
 def _summary(report: CohortReport, cards: Sequence[Card]) -> Html:
     """Sums of the cohort, and where its time went."""
-    tiles = sum(row.tiles for row in report)
     figures = [(f"{len(report):,}", "slide" if len(report) == 1 else "slides")]
-    figures.append((f"{tiles:,}", "tiles"))
-    shares = [row.coverage for row in report if row.coverage is not None]
-    if shares:
+    figures.append((f"{sum(row.tiles for row in report):,}", "tiles"))
+    if shares := [row.coverage for row in report if row.coverage is not None]:
         figures.append((f"{median(shares):.0%}", "of the tissue covered (median)"))
-    times = _timed(cards)
-    if times:
+    if times := _timed(cards):
         figures.append((f"{median(times):.2g} s", f"a slide (median), {max(times):.2g} s at most"))
     items = "".join(f"<li><b>{escaped(a)}</b> {escaped(b)}</li>" for a, b in figures)
-    totals = [sum(getattr(row, name) for row in report) for name in STAGES]
-    keys = ""
-    if sum(totals):
-        names = [name.removesuffix("_seconds") for name in STAGES]
-        keys = '<ul class="keys">' + "".join(
-            f'<li><svg class="stages"><rect class="{name}" width="10" height="10"/></svg>'
-            f"{name} {seconds / sum(totals):.0%}</li>"
-            for name, seconds in zip(names, totals, strict=True)
-        )
-        keys += '<li class="hint">of the time of all slides</li></ul>'
-    return Html(f'<ul class="totals">{items}</ul>{keys}')
+    spent = {name: sum(getattr(row, field) for row in report) for name, field in _STAGES.items()}
+    if not (total := sum(spent.values())):
+        return Html(f'<ul class="totals">{items}</ul>')
+    keys = "".join(
+        f'<li><svg class="stages"><rect class="{name}" width="10" height="10"/></svg>'
+        f"{name} {seconds / total:.0%}</li>"
+        for name, seconds in spent.items()
+    )
+    hint = '<li class="hint">of the time of all slides</li>'
+    return Html(f'<ul class="totals">{items}</ul><ul class="keys">{keys}{hint}</ul>')
 
 
 def _table(cards: Sequence[Card]) -> Html:
     """The rows; those columns that are `more` make place for a card."""
     several = any(card.row.model for card in cards)
     predicted = any(card.prediction for card in cards)
-    stages = [name.removesuffix("_seconds") for name in STAGES]
     heads = {"slide": ""} | ({"model": ""} if several else {}) | {"status": ""}
     heads |= {"tiles": "number", "coverage": "number"}
     heads |= {"prediction": "more"} if predicted else {}
-    heads |= dict.fromkeys(["seconds", *stages], "number more") | {"notes": "more"}
+    heads |= dict.fromkeys(["seconds", *_STAGES], "number more") | {"notes": "more"}
     longest = max((card.row.seconds for card in cards), default=0.0)
     rows = []
     for card in cards:
@@ -191,8 +173,7 @@ def _table(cards: Sequence[Card]) -> Html:
             "seconds": _seconds(row.seconds, _bar(row, longest) if row.seconds else ""),
             "notes": Cell(shown=Html(f"<div>{escaped(notes)}</div>"), value=notes, title=notes),
         }
-        for stage, field in zip(stages, STAGES, strict=True):
-            cells[stage] = _seconds(getattr(row, field))
+        cells |= {stage: _seconds(getattr(row, field)) for stage, field in _STAGES.items()}
         rows.append([replace(cells[head], kind=kind) for head, kind in heads.items()])
     caption = "A column's head sorts by it, a row opens its slide."
     return table([*heads], rows, caption=caption, kinds=[*heads.values()], opens="card")
@@ -206,10 +187,9 @@ def _seconds(value: float, bar: str = "") -> Cell:
 def _bar(row: CohortRow, longest: float) -> Html:
     """The stages of a row as bars side by side, as long as their seconds."""
     at, parts = 0.0, []
-    for name in STAGES:
-        width = _BAR_PX * getattr(row, name) / max(longest, 1e-9)
+    for kind, field in _STAGES.items():
+        width = _BAR_PX * getattr(row, field) / max(longest, 1e-9)
         if width >= 0.05:
-            kind = name.removesuffix("_seconds")
             parts.append(f'<rect class="{kind}" x="{at:.1f}" width="{width:.1f}" height="10"/>')
         at += width
     return Html(f'<svg class="stages" width="{_BAR_PX}" height="10">{"".join(parts)}</svg>')
@@ -227,6 +207,6 @@ def _footer(pictures: Sequence[dict[str, Any] | None], max_mb: float) -> str:
     if len(sizes) < len(pictures):
         text += (
             f" Of {len(pictures) - len(sizes):,} slides there is no picture: their cards say why,"
+            " or the slides were not given."
         )
-        text += " or the slides were not given."
     return text

@@ -9,7 +9,7 @@ from xmag import files
 from xmag.cohort.jobs import Job, Settings
 from xmag.draw.overview import OVERLAY_PX, overlay
 from xmag.plan import TilePlan
-from xmag.tiles import Thumbnail
+from xmag.tiles.decoder import Thumbnail
 from xmag.urls import Place
 
 

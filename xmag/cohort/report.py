@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from xmag import files
+from xmag.cohort.given import masked, within
 from xmag.cohort.jobs import Job, jobs_of
 from xmag.draw.page import write_page
 from xmag.errors import InputError, OutputError
@@ -157,6 +158,8 @@ class CohortReport(Shown, Sequence[CohortRow]):
         path: str | PathLike[str] | Url,
         *,
         slides: str | PathLike[str] | Iterable[str | PathLike[str]] | None = None,
+        tissue: str | PathLike[str] | None = None,
+        roi: str | PathLike[str] | None = None,
         classifier: Any = None,
         title: str | None = None,
         max_mb: float = 40,
@@ -174,6 +177,8 @@ class CohortReport(Shown, Sequence[CohortRow]):
             path: The file to write, such as ``out/report.html``.
             slides: Where the slides are now, as `extract_cohort` takes them; by default where that
                 call, which made the report, had them. Without any, cards have no pictures.
+            tissue: With `slides`, the masks that `extract_cohort` was given, to show them.
+            roi: Likewise, the regions of interest.
             classifier: A fitted MILClassifier, MILRegressor or MILSurvival, or the folder of one,
                 for its attention and predictions.
             title: The page's, by default "Cohort of N slides".
@@ -189,7 +194,9 @@ class CohortReport(Shown, Sequence[CohortRow]):
 
         report = self
         if slides is not None:
-            jobs = tuple(jobs_of(slides, format="h5", mpp=None))
+            jobs = jobs_of(slides, format="h5", mpp=None)
+            jobs = jobs if roi is None else within(jobs, roi)
+            jobs = jobs if tissue is None else masked(jobs, tissue)
             names = {row.slide for row in self.rows}
             if not any(job.name in names for job in jobs):
                 raise InputError(
@@ -197,7 +204,9 @@ class CohortReport(Shown, Sequence[CohortRow]):
                     f" {self.rows[0].slide if self.rows else None!r}, and theirs {jobs[0].name!r};"
                     " give the slides as they were given to extract_cohort"
                 )
-            report = replace(self, jobs=jobs)
+            report = replace(self, jobs=tuple(jobs))
+        elif not (tissue is None and roi is None):
+            raise InputError("tissue and roi go with slides: expected slides=, too")
         content = cohort_page(
             report, title=title, classifier=classifier, max_mb=max_mb, progress=progress
         )

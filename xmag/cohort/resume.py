@@ -17,7 +17,7 @@ from xmag.cohort.jobs import Job, Settings
 from xmag.errors import BagError, MismatchError, OutputError, XmagError
 from xmag.provenance import Provenance
 from xmag.slide import SlideFacts
-from xmag.tiles import Earlier
+from xmag.tiles.decoder import Earlier
 from xmag.urls import Place, Url, retold
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,16 @@ def find_earlier(job: Job, settings: Settings, expected: Provenance) -> Found | 
 
 
 def _lost(provenance: Provenance, job: Job, settings: Settings) -> list[str]:
-    """Line saying that a bag lacks tiles, for damage or a region, where it may not; or none.
+    """Line saying that a bag has other tiles, for damage, a region or a mask; or none.
 
     That is no part of the fingerprint: such a bag may be mixed with others, but is incomplete.
     """
-    roi_sha256 = (provenance.record.get("plan") or {}).get("roi_sha256")
+    plan = provenance.record.get("plan") or {}
+    mask_sha256 = (plan.get("tissue") or {}).get("sha256")
+    if job.tissue_sha256 not in (None, mask_sha256):  # of any other tissue the fingerprint tells
+        there, here = ((mask or "unknown")[:8] for mask in (mask_sha256, job.tissue_sha256))
+        return [f"tissue: the given mask is another one, sha256 {there} there, {here} here"]
+    roi_sha256 = plan.get("roi_sha256")
     if roi_sha256 != job.roi_sha256:
         there = "all of the slide" if roi_sha256 is None else "a part of the slide"
         here = "another part of it" if roi_sha256 else "a part of it"

@@ -40,7 +40,7 @@ from xmag.hub.fetch import locate_model
 from xmag.hub.registry import DEFAULT_MODEL, MINI, MINI_SHA256, ModelConfig
 from xmag.hub.weights import file_sha256
 from xmag.provenance import dtype_class
-from xmag.tiles import DecodingPool
+from xmag.tiles.children import DecodingPool
 from xmag.urls import Place, Url, retold
 
 logger = logging.getLogger(__name__)

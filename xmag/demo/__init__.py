@@ -3,10 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xmag.demo.slide import write_demo_slide
-
 if TYPE_CHECKING:
     from xmag.demo.run import DemoResult, run_demo
+    from xmag.demo.slide import write_demo_slide
 
 __all__ = ["DemoResult", "run_demo", "write_demo_slide"]
 
@@ -15,4 +14,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Whoever only makes slides does not wait for torch.
-    return getattr(importlib.import_module("xmag.demo.run"), name)
+    home = "slide" if name == "write_demo_slide" else "run"
+    return getattr(importlib.import_module(f"xmag.demo.{home}"), name)

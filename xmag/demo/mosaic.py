@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from xmag.progress import ProgressOption, progress_bar
 from xmag.slide.reader import Pixels
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 
 Field = NDArray[np.float32]
 
@@ -31,31 +32,39 @@ _PIECES = ((0.249, 0.465, 0.2, 0.52), (0.68, 0.209, 0.4, 0.26), (0.67, 0.73, 0.4
 """x and y of the middle, width and height, as fractions of the picture's."""
 
 
-def make_picture(size: tuple[int, int], seed: int, *, tumour: bool = True) -> Pixels:
+def make_picture(
+    size: tuple[int, int], seed: int, *, tumour: bool = True, progress: ProgressOption = False
+) -> Pixels:
     """The (h, w, 3) picture of `size` (width, height) px at 0.5 µm/px, the same for the same seed.
 
     Its pieces are viable tumour, necrotic tumour and tissue without tumour; all three are the last
     without `tumour`.
     """
     rng = np.random.default_rng(seed)
-    atlas = imagecodecs.avif_decode(Path(__file__).with_name("fields.avif").read_bytes())
     padded = [-(-(n + _FIELD) // _COARSE) * _COARSE for n in size]  # no field has to be cut
-    picture = Image.new("RGB", (padded[0], padded[1]), GLASS)
-    shape = padded[1] // _COARSE, padded[0] // _COARSE
-    depth, reach = (np.full(shape, -1e4, np.float32) for _ in range(2))
-    for kind, piece in enumerate(_PIECES):
-        top = (kind if tumour else 2) * _FIELD
-        fields = [atlas[top : top + _FIELD, x : x + _FIELD] for x in range(0, 8 * _FIELD, _FIELD)]
-        _lay_piece(picture, (depth, reach), _places(size, piece, rng), fields, rng)
-    depth += sum(a * _noise(shape, s, rng) for a, s in ((48, 75), (24, 18), (8, 5)))
-    depth = np.minimum(depth, reach)
-    ink = _pen(size, shape, rng)
     corners = [(x, y) for y in range(0, padded[1], _FIELD) for x in range(0, padded[0], _FIELD)]
-    with ThreadPoolExecutor(default_threads()) as pool:
+    steps = len(_PIECES) + len(corners)
+    with (
+        progress_bar(progress, total=steps, desc="making a slide", unit="step") as bar,
+        ThreadPoolExecutor(default_threads()) as pool,
+    ):
+        atlas = imagecodecs.avif_decode(Path(__file__).with_name("fields.avif").read_bytes())
+        picture = Image.new("RGB", (padded[0], padded[1]), GLASS)
+        shape = padded[1] // _COARSE, padded[0] // _COARSE
+        depth, reach = (np.full(shape, -1e4, np.float32) for _ in range(2))
+        for kind, piece in enumerate(_PIECES):
+            top = (kind if tumour else 2) * _FIELD
+            fields = [atlas[top : top + _FIELD, n * _FIELD : (n + 1) * _FIELD] for n in range(8)]
+            _lay_piece(picture, (depth, reach), _places(size, piece, rng), fields, rng)
+            bar.update()
+        depth += sum(a * _noise(shape, s, rng) for a, s in ((48, 75), (24, 18), (8, 5)))
+        depth = np.minimum(depth, reach)
+        ink = _pen(size, shape, rng)
         finished = pool.map(lambda xy: _finish(picture, xy, depth, ink), corners)
         for xy, block in zip(corners, finished, strict=True):
             if block is not None:
                 picture.paste(block, xy)
+            bar.update()
     return np.asarray(picture.crop((_HALF, _HALF, _HALF + size[0], _HALF + size[1])))
 
 

@@ -51,7 +51,7 @@ def run_demo(
     path = out / "demo.svs" if slide is None else Path(slide)
     if slide is None:
         tell(f"making a slide of real tissue: {path}")
-        write_demo_slide(path)
+        write_demo_slide(path, progress=progress)
     features, overlay, feature_map = (
         out / f"{scan_stem(path.stem, region)}{end}"
         for end in (".h5", "-overlay.png", "-features.png")
@@ -69,7 +69,7 @@ def run_demo(
         bag.save(features)
         for picture, file in (
             (draw.overlay(opened, tissue=tissue, plan=plan), overlay),
-            (draw.feature_map(opened, bag), feature_map),
+            (draw.feature_map(opened, bag, tissue=tissue), feature_map),
         ):
             with atomic_path(file) as temporary:
                 picture.save(temporary, format="PNG")

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from xmag.demo.mosaic import MPP, make_picture
 from xmag.errors import InputError
 from xmag.files import atomic_path
+from xmag.progress import ProgressOption
 from xmag.slide.reader import Pixels
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 
 DEMO_SIZE = (9_000, 6_750)
 """(width, height) of the demo slide in level-0 px: 4.5 by 3.4 mm."""
@@ -35,19 +36,21 @@ def write_demo_slide(
     size: tuple[int, int] = DEMO_SIZE,
     seed: int = 0,
     tumour: bool = True,
+    progress: ProgressOption = None,
 ) -> Path:
     """The path of a slide of real tissue, written there: 20x, 0.5 µm/px, Aperio layout, H&E.
 
     `size` is (width, height) in level-0 px. The same arguments give the same file. Its pieces are
     viable tumour, necrotic tumour and tissue without; without `tumour`, all three are the last.
-    Raises InputError for a size that it cannot have, OutputError where `path` cannot be written.
+    `progress` is that of `extract_features`. Raises InputError for a size that it cannot have,
+    OutputError where `path` cannot be written.
     """
     if min(size) < 1024 or max(size) > 20_000:
         raise InputError(
             f"the demo slide cannot be {size[0]}x{size[1]} px; expected 1,024 to 20,000 px a side"
         )
     with atomic_path(path) as temporary:
-        picture = make_picture(size, seed, tumour=tumour)
+        picture = make_picture(size, seed, tumour=tumour, progress=progress)
         with tifffile.TiffWriter(temporary) as tiff:
             _write_pages(tiff, picture)
     return Path(path)

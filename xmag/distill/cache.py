@@ -38,7 +38,7 @@ from xmag.files import atomic_path, make_folder, write_text
 from xmag.geometry import Resample, TileSpec
 from xmag.progress import ProgressOption, progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, Provenance
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 from xmag.training import Ranks
 from xmag.training.augmentation import Draws, token_sources
 from xmag.urls import base_name

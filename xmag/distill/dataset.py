@@ -26,7 +26,9 @@ from xmag.distill.regions import Manifest, ManifestSource
 from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, SlideError
 from xmag.provenance import file_fingerprint
 from xmag.slide import Slide
-from xmag.tiles import PROCESSES_SUPPORTED, PlacePool, Places, default_threads, read_places
+from xmag.tiles.children import PROCESSES_SUPPORTED, PlacePool
+from xmag.tiles.stream import default_threads, read_places
+from xmag.tiles.worker import Places
 
 _logger = logging.getLogger(__name__)
 

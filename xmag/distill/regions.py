@@ -37,7 +37,7 @@ from xmag.plan import Coords, plan_options, plan_tiles
 from xmag.progress import ProgressOption, progress_bar
 from xmag.provenance import PREPROCESSING_VERSION, file_fingerprint
 from xmag.slide import Slide, is_slide_path
-from xmag.tiles import default_threads
+from xmag.tiles.stream import default_threads
 from xmag.tissue import TISSUE_METHOD, find_tissue
 
 REGION_SPEC = TileSpec(mpp=HIGH_MPP, size_px=REGION_PX)

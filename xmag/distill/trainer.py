@@ -343,7 +343,8 @@ class Trainer(Loop[int]):
                 now.untrained = self._validate(0)
             now.seconds += time.perf_counter() - started
             self._logged = now.seconds
-            self.run(shown, total=self.total_steps, initial=now.updates, unit="step")
+            steps = self.total_steps
+            self.run(shown, total=steps, initial=now.updates, desc="distilling", unit="step")
 
     def steps(self, epoch: int) -> range:  # noqa: ARG002 (there is one: regions have epochs)
         """The numbers of all steps."""

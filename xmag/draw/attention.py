@@ -12,19 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from xmag.draw.frame import (
-    FAINT,
-    INK,
-    Key,
-    box_of,
-    framed,
-    mean_on_grey,
-    overlap_key,
-    plain,
-    require_canvas,
-    tissue_area,
-    write,
-)
+from xmag.draw import frame
+from xmag.draw.frame import FAINT, INK, Key, plain
 from xmag.errors import BagError, InputError, SlideScaleError
 from xmag.geometry import TileGeometry, TileSpec
 from xmag.plan import divisor
@@ -44,7 +33,6 @@ _OPACITY = 0.6
 _GAP_PX = 10
 _LEAST_TILE_PX = 64
 _GALLERY_TILE_PX = 192
-"""Side of a tile in a gallery where the caller does not say."""
 _WHOSE = "the features were"
 _RANKS = ((0, 50), (50, 75), (75, 90), (90, 100))
 """Classes of tiles in GeoJSON by the rank of their attention, in percent: from, up to."""
@@ -97,16 +85,16 @@ def heatmap(
     belongs to another canvas or is not one of the `case`.
     """
     coords, tiles = _placed(attention)
-    require_canvas(slide, tiles, _WHOSE)
+    frame.require_canvas(slide, tiles, _WHOSE)
     ranks = _percents(attention, case, scale)[:, None]
-    image, mean, covered = mean_on_grey(slide, ranks, coords, tiles, max_px)
+    image, mean, covered = frame.mean_on_grey(slide, ranks, coords, tiles, max_px)
     if (mask := _tissue(slide) if isinstance(tissue, str) else tissue) is not None:
-        covered &= _inside(mask, image, coords, tiles)[..., None]
+        covered &= tissue_inside(mask, image, coords, tiles)[..., None]
     grey = np.asarray(image)
     tinted = (1 - _OPACITY) * grey + _OPACITY * colours(mean[..., 0])
     picture = Image.fromarray(np.where(covered, np.rint(tinted), grey).astype(np.uint8))
-    keys = [*_legend(attention, case, scale), *overlap_key(coords, tiles, scale)]
-    return framed(picture, slide, keys, caption=caption)
+    keys = [*_legend(attention, case, scale), *frame.overlap_key(coords, tiles, scale)]
+    return frame.framed(picture, slide, keys, caption=caption)
 
 
 def gallery(
@@ -133,7 +121,7 @@ def gallery(
     is not that fine.
     """
     coords, tiles = _placed(attention)
-    require_canvas(slide, tiles, _WHOSE)
+    frame.require_canvas(slide, tiles, _WHOSE)
     finer = 1 if mpp is None else divisor(tiles.mpp, mpp, TileSpec().mpp_tolerance)
     size_px = finer * tiles.size_px
     if tile_px is None:
@@ -154,7 +142,7 @@ def gallery(
     title = f"{plain(slide.name)}: {top} of {side_um:.0f} µm a side"
     if mpp is not None:
         title += f", at {tiles.mpp / finer:.3g} µm/px"
-    write(draw, (_GAP_PX, line_px), title, INK, font)
+    frame.write(draw, (_GAP_PX, line_px), title, INK, font)
     borders = colours(_percents(attention, case, scale))
     every = _scores(attention, case)
     mean = float(every.mean()) if len(every) else 0.0
@@ -189,12 +177,10 @@ def attention_geojson(
     """
     coords, tiles = _placed(attention)
     ranks = _ranks(attention, case)
+    middles = colours(np.mean(_RANKS, axis=1)).tolist()
     kinds = [
-        {
-            "name": f"Attention rank {low}-{high}",
-            "color": colours(np.array((low + high) / 2)).tolist(),
-        }
-        for low, high in _RANKS
+        {"name": f"Attention rank {low}-{high}", "color": colour}
+        for (low, high), colour in zip(_RANKS, middles, strict=True)
     ]
     bins = np.searchsorted([high for _, high in _RANKS[:-1]], ranks, side="right")
     square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * tiles.size_level0
@@ -229,17 +215,13 @@ def percentiles(scores: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def colours(percent: NDArray[np.float64]) -> NDArray[np.uint8]:
     """The colours, uint8 (..., 3), of percentiles: from dark violet over green to yellow."""
-    at = np.asarray(percent, np.float64) / 100 * (len(_VIRIDIS) - 1)
-    places = np.arange(len(_VIRIDIS))
-    channels = [np.interp(at, places, channel) for channel in _VIRIDIS.T]
+    places = np.linspace(0, 100, len(_VIRIDIS))
+    channels = [np.interp(percent, places, channel) for channel in _VIRIDIS.T]
     return np.asarray(np.rint(np.stack(channels, axis=-1)), np.uint8)
 
 
 def _placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
-    """The corners of the tiles and their geometry.
-
-    Raises BagError where the bag did not know them, and InputError as `_require_scores`.
-    """
+    """The corners of the tiles and their geometry; an error without, or without their scores."""
     coords, tiles = attention.coords, attention.tiles
     if coords is None or tiles is None:
         missing = "coords" if coords is None else "tiles"
@@ -254,7 +236,6 @@ def _placed(attention: "Attention") -> tuple[NDArray[np.int64], TileGeometry]:
 
 
 def _require_scores(scores: NDArray[np.float32], count: int) -> None:
-    """Raise InputError for scores that are not one finite number for each tile."""
     if scores.shape != (count,) or not np.isfinite(scores).all():
         raise InputError(
             f"the attention has scores of shape {scores.shape} for {count} tiles; expected one"
@@ -268,10 +249,7 @@ def _scores(attention: "Attention", case: Sequence["Attention"]) -> NDArray[np.f
 
 
 def _ranks(attention: "Attention", case: Sequence["Attention"]) -> NDArray[np.float64]:
-    """Percentiles of the slide's tiles among those of the case, or of the slide alone.
-
-    Raises InputError where the attention is not one of the case.
-    """
+    """Percentiles of the slide's tiles among those of the case, or of the slide alone."""
     slides = list(case or (attention,))
     for each in slides:
         _require_scores(each.scores, len(each))
@@ -310,15 +288,15 @@ def _tissue(slide: Slide) -> TissueMask | None:
         return None
 
 
-def _inside(
+def tissue_inside(
     tissue: TissueMask, image: Image.Image, coords: NDArray[np.int64], tiles: TileGeometry
 ) -> NDArray[np.bool_]:
     """The px of a picture that are tissue, or lie in a tile that has none."""
     per_level0 = image.width / tiles.level0_size[0]
-    found = np.asarray(tissue_area(tissue, image.size, per_level0)) > 0
+    found = np.asarray(frame.tissue_area(tissue, image.size, per_level0)) > 0
     inside = found.copy()
     for corner in coords:
-        left, top, right, bottom = box_of(corner, tiles.size_level0, per_level0)
+        left, top, right, bottom = frame.box_of(corner, tiles.size_level0, per_level0)
         window = slice(top, bottom + 1), slice(left, right + 1)
         inside[window] |= not found[window].any()
     return inside
@@ -337,10 +315,9 @@ def is_nearly_even(attention: "Attention", case: Sequence["Attention"] = ()) -> 
 
 
 def weight_of_top(attention: "Attention", case: Sequence["Attention"] = ()) -> str:
-    """Share of the weight that the top tenth of the tiles holds, in words.
+    """Share of the weight that the top tenth of the tiles holds, in words; empty without weights.
 
-    It is said where attention is nearly even. Empty where scores are no weights, that is negative,
-    or all 0.
+    Scores are no weights where one is negative, or all are 0.
     """
     scores = _scores(attention, case)
     top, total = math.ceil(_TOP_SHARE * len(scores)), float(scores.sum(dtype=np.float64))
@@ -383,8 +360,7 @@ def _legend(attention: "Attention", case: Sequence["Attention"], scale: Scale) -
     if held := weight_of_top(attention, case):
         keys.append(Key(text=held))
         if len(case) > 1:
-            total = float(scores.sum(dtype=np.float64))
-            own = float(attention.scores.sum(dtype=np.float64)) / total
+            own = attention.scores.sum(dtype=np.float64) / scores.sum(dtype=np.float64)
             tiles = len(attention) / len(scores)
             text = f"this slide has {tiles:.0%} of the tiles, {own:.0%} of the weight"
             keys.append(Key(text=text))

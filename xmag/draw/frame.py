@@ -83,10 +83,8 @@ def tissue_area(tissue: TissueMask, size: tuple[int, int], per_level0: float) ->
     mask, per_mask = np.asarray(tissue.mask, np.uint8) * 255, tissue.downsample * per_level0
     if not mask.size:
         return Image.new("L", size)
-    missing = [
-        length - round(count * per_mask)
-        for length, count in zip(size, mask.shape[::-1], strict=True)
-    ]
+    height, width = mask.shape
+    missing = size[0] - round(width * per_mask), size[1] - round(height * per_mask)
     right, lower = (int(0 < gap < per_mask + 1) for gap in missing)
     mask = np.pad(mask, ((0, lower), (0, right)), "edge")
     whole = Image.fromarray(mask)
@@ -195,12 +193,9 @@ def _scale_bar(width_um: float, width_px: int) -> tuple[float, int]:
 
 def plain(text: str) -> str:
     """The text in ASCII and µ: the font that comes with Pillow has no letters with accents."""
-    decomposed = unicodedata.normalize("NFKD", text)
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return "µ".join(
-        part.encode("ascii", "replace").decode("ascii")
-        for part in kept.split("\N{GREEK SMALL LETTER MU}")
-    )
+    kept = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    mu = "\N{GREEK SMALL LETTER MU}"  # as that makes of µ
+    return "".join("µ" if c == mu else c if c.isascii() else "?" for c in kept)
 
 
 def text_width(text: str, font: Any) -> float:

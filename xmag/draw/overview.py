@@ -7,20 +7,11 @@ tiles also differ in the line's weight.
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from xmag.bag import FeatureBag, Pictured, placed
+from xmag.bag import FeatureBag, Pictured, placed_tiles
 from xmag.colours import component_colours, principal_components
-from xmag.draw.frame import (
-    FAINT,
-    Key,
-    Rgb,
-    box_of,
-    framed,
-    mean_on_grey,
-    overlap_key,
-    require_canvas,
-    tissue_area,
-)
-from xmag.errors import BagError
+from xmag.draw import frame
+from xmag.draw.attention import tissue_inside
+from xmag.draw.frame import FAINT, Key, Rgb, box_of
 from xmag.notebook import FOR_PIECE, KEPT, TISSUE
 from xmag.plan import TilePlan
 from xmag.slide import Slide
@@ -34,7 +25,6 @@ _DROPPED: dict[str, tuple[str, Rgb]] = {
 }
 
 OVERLAY_PX = 1600
-"""The longer side of an overlay where the caller does not say."""
 _SMALLEST_OUTLINED_PX = 5
 """Smallest tile in px that is outlined: below it, tiles are tinted only."""
 _SMALLEST_DROPPED_PX = 24
@@ -60,32 +50,36 @@ def overlay(
     per_level0 = picture.width / slide.dimensions[0]
     keys = [] if plan is None else _draw_plan(picture, plan, per_level0)
     if tissue is not None:
-        _draw_outline(picture, tissue, per_level0)
+        # The border of the mask, inside of it: 3 px wide on a picture of 1600 px.
+        mask = frame.tissue_area(tissue, picture.size, per_level0)
+        weight = max(1, round(max(picture.size) / 530))
+        inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
+        picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))
         text = f"tissue, {tissue.fraction:.0%} of the slide"
         keys.insert(0, Key(text=text, line=TISSUE, weight=2))
-    return framed(picture, slide, keys)
+    return frame.framed(picture, slide, keys)
 
 
-def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.Image:
+def feature_map(
+    slide: Slide, bag: FeatureBag, *, tissue: TissueMask | None = None, max_px: int = 1600
+) -> Image.Image:
     """The slide in grey with each tile coloured by its embedding, as an RGB image.
 
     Tiles of similar colour have similar embeddings: the first principal component of the bag's
     features runs from blue to yellow, the second from dark to light, the third from green to
     magenta (the order in which colour-blind readers lose them), each from its 2nd to its 98th
-    percentile. Where tiles overlap, the mean of their colours is shown. The colours of two slides
-    cannot be compared. Raises BagError where the bag does not say how large its tiles are, and
-    InputError where it belongs to another canvas.
+    percentile. Where tiles overlap, the mean of their colours is shown. With `tissue`, as in
+    `heatmap`, that of the tiles alone is coloured. The colours of two slides cannot be compared.
+    Raises BagError where the bag does not say how large its tiles are, and InputError where it
+    belongs to another canvas.
     """
-    coords = placed(bag, "a feature map")
-    if bag.tiles is None:
-        raise BagError(
-            "the bag does not say how large its tiles are (bag.tiles is None), so they cannot be"
-            " drawn; use one that extract_features made, or give FeatureBag(..., tiles=)"
-        )
-    require_canvas(slide, bag.tiles, "the bag was")
+    coords, tiles = placed_tiles(bag, "a feature map")
+    frame.require_canvas(slide, tiles, "the bag was")
     scores, shares = principal_components(np.asarray(bag.features, np.float64))
     colours = component_colours(scores).astype(np.float64)
-    picture, mean, covered = mean_on_grey(slide, colours, coords, bag.tiles, max_px)
+    picture, mean, covered = frame.mean_on_grey(slide, colours, coords, tiles, max_px)
+    if tissue is not None:
+        covered &= tissue_inside(tissue, picture, coords, tiles)[..., None]
     painted = np.where(covered, np.rint(mean), np.asarray(picture)).astype(np.uint8)
     keys = []
     for component, share in enumerate(shares if len(bag) else ()):
@@ -94,8 +88,8 @@ def feature_map(slide: Slide, bag: FeatureBag, *, max_px: int = 1600) -> Image.I
         fills = tuple(tuple(c) for c in component_colours(ends).tolist())
         text = f"component {component + 1} of {bag.features.shape[1]}, {share:.0%} of variance"
         keys.append(Key(text=text, line=FAINT, fills=fills))
-    keys += overlap_key(coords, bag.tiles, "colour")
-    return framed(Image.blend(picture, Image.fromarray(painted), 0.7), slide, keys)
+    keys += frame.overlap_key(coords, tiles, "colour")
+    return frame.framed(Image.blend(picture, Image.fromarray(painted), 0.7), slide, keys)
 
 
 def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[Key]:
@@ -129,11 +123,3 @@ def _draw_plan(picture: Image.Image, plan: TilePlan, per_level0: float) -> list[
     tiles = "tile" if len(plan) == 1 else "tiles"
     share = "" if plan.coverage is None else f", {plan.coverage:.0%} of the tissue"
     return [Key(text=f"{len(plan):,} {tiles}{share}", line=KEPT, fills=fill, weight=2), *keys]
-
-
-def _draw_outline(picture: Image.Image, tissue: TissueMask, per_level0: float) -> None:
-    """Draws the border of the mask, inside of it: 3 px wide on a picture of 1600 px."""
-    mask = tissue_area(tissue, picture.size, per_level0)
-    weight = max(1, round(max(picture.size) / 530))
-    inner = mask.filter(ImageFilter.MinFilter(2 * weight + 1))
-    picture.paste(TISSUE, (0, 0), ImageChops.subtract(mask, inner))

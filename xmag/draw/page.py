@@ -21,9 +21,7 @@ from xmag import files
 from xmag.urls import Place, readable
 
 _OWN_START = b'<!doctype html>\n<html lang="en" data-xmag="1">'
-"""First bytes of every page of xmag."""
-_BAR_PX = 172
-"""Width of the bar that has an interval on it."""
+_BAR_PX = 172  # of an interval
 _FIGURE_DPI, _CSS_DPI = 150, 96
 
 
@@ -83,14 +81,11 @@ def table(
 
 def _cell(cell: Cell | str, place: int) -> str:
     cell = cell if isinstance(cell, Cell) else Cell(shown=cell)
-    attributes = {"class": cell.kind.strip(), "title": cell.title}
+    attributes = {"class": cell.kind.strip() or None, "title": cell.title or None}
     if cell.value is not None or "number" in cell.kind:
         attributes["data-value"] = "" if cell.value is None else str(cell.value)
-    told = "".join(
-        f' {name}="{escaped(value)}"'
-        for name, value in attributes.items()
-        if value or name == "data-value"
-    )
+    found = ((name, value) for name, value in attributes.items() if value is not None)
+    told = "".join(f' {name}="{escaped(value)}"' for name, value in found)
     tag, scope = ("td", "") if place else ("th", ' scope="row"')
     return f"<{tag}{scope}{told}>{escaped(cell.shown)}</{tag}>"
 
@@ -133,10 +128,10 @@ def document(
 ) -> bytes:
     """The page of results: tables, notes below them, figures (PNG files by what they show)."""
     shown = "".join(picture(data, text=text) for text, data in figures.items())
-    told = "".join(
-        f"<dt>{escaped(name)}</dt><dd>{escaped(_told(value))}</dd>"
-        for name, value in (settings or {}).items()
-    )
+    told = ""
+    for name, value in (settings or {}).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        told += f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>"
     body = [
         f"<header><h1>{escaped(title)}</h1>",
         f'<p class="lead">{escaped(lead)}</p></header><main>',
@@ -147,10 +142,6 @@ def document(
         "</main><footer>The whole report is this file: it asks for nothing from anywhere.</footer>",
     ]
     return page(title=title, body=map(Html, body))
-
-
-def _told(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def picture(data: bytes, *, text: str) -> Html:
@@ -177,23 +168,19 @@ def block(name: str, content: Mapping[str, Any]) -> Html:
 
 def part(name: str, **values: str) -> Html:
     """A file of the package with its ``{{names}}`` filled in; text is escaped."""
-    return _filled(_package_text(name), values)
+    text = _package_text(name)
+    return Html(re.sub(r"\{\{(\w+)\}\}", lambda found: escaped(values[found[1]]), text))
 
 
 def page(*, title: str, body: Iterable[str], script: str = "page.js") -> bytes:
     """The whole page: `body` is HTML, and `script` the file of the package that runs in it."""
     style = _package_text("page.css")
     code = _package_text("page.js") + ("" if script == "page.js" else _package_text(script))
-    values = {
-        "title": title,
-        "style_hash": _hash(style),
-        "script_hash": _hash(code),
-        "style": Html(style),
-        "script": Html(code),
-        "version": version("xmag"),
-        "body": Html("".join(map(escaped, body))),
-    }
-    return part("page.html", **values).encode()
+    return part(
+        "page.html", title=title, style_hash=_hash(style), script_hash=_hash(code),
+        style=Html(style), script=Html(code), version=version("xmag"),
+        body=Html("".join(map(escaped, body))),
+    ).encode()  # fmt: skip
 
 
 def write_page(place: Place, content: bytes) -> None:
@@ -205,10 +192,6 @@ def write_page(place: Place, content: bytes) -> None:
 
 def _package_text(name: str) -> str:
     return (package_files("xmag.draw") / "html" / name).read_text("utf-8")
-
-
-def _filled(text: str, values: Mapping[str, str]) -> Html:
-    return Html(re.sub(r"\{\{(\w+)\}\}", lambda found: escaped(values[found[1]]), text))
 
 
 def _hash(text: str) -> str:

@@ -62,17 +62,10 @@ def load_model(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     model = read_model(
-        name_or_path,
-        config=config,
-        tile_spec=tile_spec,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-    options: dict[str, Any] = {
-        "provenance": model.provenance, "device": device, "dtype": dtype
-    }  # fmt: skip
+        name_or_path, config=config, tile_spec=tile_spec, revision=revision, token=token,
+        cache_dir=cache_dir, local_files_only=local_files_only,
+    )  # fmt: skip
+    options: dict[str, Any] = {"provenance": model.provenance, "device": device, "dtype": dtype}
     if isinstance(model.config, TimmConfig):
         return TimmEncoder(model.state, model.config, **options)
     vit = empty_vit(model.config.vit)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xmag.devices import full_precision, resolve_device, resolve_dtype
+from xmag.devices import advise_dtype, full_precision, resolve_device, resolve_dtype
 from xmag.encoder.stream import TileStream
 from xmag.errors import InputError, ModelError
 from xmag.files import write_text
@@ -60,9 +60,8 @@ class Normalised(nn.Module):
     ) -> None:
         super().__init__()
         # A rounded mean would shift every tile.
-        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        spread = torch.tensor(std, **kind).view(3, 1, 1)
-        centre = torch.tensor(mean, **kind).view(3, 1, 1)
+        values = torch.tensor((mean, std), dtype=torch.float32, device=device)
+        centre, spread = values.view(2, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
 
@@ -182,6 +181,7 @@ class Encoder(Shown):
         `pooling` says. `tiles` is uint8 (B, S, S, 3) RGB, an array or a tensor on any device; B may
         be 0. Raises InputError for anything else.
         """
+        advise_dtype(self._device.type, self._dtype)
         checked = self._checked(tiles)
         embedded, _ = self.embed_in_parts(checked, max(len(checked), 1))
         return embedded.clone()  # autograd refuses tensors made in inference mode
@@ -255,10 +255,9 @@ class Encoder(Shown):
         wanted = f"expected uint8 RGB tiles of shape (B, {size}, {size}, 3)"
         if not isinstance(tiles, np.ndarray | Tensor):
             raise InputError(f"tiles are a {type(tiles).__name__}; {wanted} in an array or tensor")
-        if tiles.ndim != 4 or tuple(tiles.shape[1:]) != (size, size, 3):
-            raise InputError(
-                f"tiles have shape {tuple(tiles.shape)}; {wanted}. A single tile is tile[None]"
-            )
+        shape = tuple(tiles.shape)
+        if len(shape) != 4 or shape[1:] != (size, size, 3):
+            raise InputError(f"tiles have shape {shape}; {wanted}. A single tile is tile[None]")
         if tiles.dtype not in (np.uint8, torch.uint8):
             raise InputError(
                 f"tiles have dtype {tiles.dtype}; {wanted}, not yet normalised: the encoder does it"
@@ -277,7 +276,10 @@ class Encoder(Shown):
         mode, float32 (B, D), or all tokens (B, T, W) where they are not to be `pooled`.
         """
         if not len(tiles):
-            shape = (0, self.embed_dim) if pooled else (0, *self._token_shape())
+            shape: tuple[int, ...] = (0, self.embed_dim)
+            if not pooled:
+                vit, size_px = self._config.vit, self.tile_spec.size_px
+                shape = (0, 1 + vit.registers + (size_px // vit.patch_px) ** 2, vit.width)
             return torch.zeros(shape, dtype=torch.float32, device=self._device), limit
         while True:
             with torch.inference_mode(), full_precision(self._device):
@@ -297,10 +299,6 @@ class Encoder(Shown):
             limit = (min(limit, len(tiles)) + 1) // 2
             torch.cuda.empty_cache()
             _logger.warning("%s is out of memory: going on with %d tiles", self._device, limit)
-
-    def _token_shape(self) -> tuple[int, int]:
-        vit = self._config.vit
-        return 1 + vit.registers + (self.tile_spec.size_px // vit.patch_px) ** 2, vit.width
 
     def _run_padded(self, tiles: Tensor, pooled: bool) -> Tensor:
         missing = (self._whole_batch or len(tiles)) - len(tiles)

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ class TileStream(Generic[Tag]):
             embedded, self._limit = self._encoder.embed_in_parts(
                 batch.tiles[: batch.filled], self._limit
             )
-            features = _pinned(embedded.shape, torch.float32)
+            kind: Any = {"dtype": torch.float32, "device": "cpu", "pin_memory": True}
+            features = torch.empty(embedded.shape, **kind)
             features.copy_(embedded, non_blocking=True)
             self._flying.append(_Flying(batch.parts, features, _recorded(self._computing)))
 
@@ -174,7 +175,3 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
-
-
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)

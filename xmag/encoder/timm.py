@@ -12,10 +12,9 @@ from xmag.encoder.model import Encoder, Normalised, Tiles
 from xmag.errors import InputError, MissingExtraError, WeightsError
 from xmag.geometry import TileSpec
 from xmag.hub.configs import TimmConfig
+from xmag.hub.layouts import misfits
 from xmag.hub.registry import ModelConfig
 from xmag.vit import ViT
-
-_LISTED = 12
 
 
 class _TimmForward(Normalised):
@@ -47,9 +46,8 @@ class TimmEncoder(Encoder):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
     ) -> None:
-        self._device = resolve_device(device)
+        self._timm, self._device = config, resolve_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
-        self._timm = config
         model = _module(config, state, str(provenance.get("name")))
         self._take(_TimmForward(model, config, self._device, self._dtype), provenance)
         side = config.tile_spec.size_px
@@ -116,32 +114,21 @@ def _module(config: TimmConfig, state: Mapping[str, Tensor], name: str) -> nn.Mo
         ) from error
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
         try:
+            args = json.loads(config.model_args)
             model: Any = timm.create_model(
-                config.architecture,
-                pretrained=False,
-                **json.loads(config.model_args),
-                num_classes=0,
+                config.architecture, pretrained=False, **args, num_classes=0
             )
         except (RuntimeError, TypeError, ValueError) as error:
-            raise WeightsError(
-                f"timm {timm.__version__} cannot build {config.architecture} with"
-                f" {config.model_args}: {error}"
-            ) from error
-    own = model.state_dict()
-    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+            what = f"{config.architecture} with {config.model_args}"
+            raise WeightsError(f"timm {timm.__version__} cannot build {what}: {error}") from error
+    own, about = model.state_dict(), getattr(model, "pretrained_cfg", None) or {}
+    head = about.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     left = {k: t for k, t in state.items() if k in own or not (heads and k.startswith(heads))}
-    problems = {
-        "missing": sorted(own.keys() - left.keys()),
-        "unexpected": sorted(left.keys() - own.keys()),
-        "misshapen": sorted(k for k, t in left.items() if k in own and t.shape != own[k].shape),
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {keys[:_LISTED]}" for what, keys in problems.items() if keys)
+    if listed := misfits(left, own):
         raise WeightsError(f"{name} does not fit timm's {config.architecture}. {listed}")
     model.load_state_dict(left)
     size = (config.tile_spec.size_px,) * 2
-    native = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, *size))
-    if tuple(native[1:]) != size and hasattr(model, "set_input_size"):
+    if tuple(about.get("input_size", (3, *size))[1:]) != size and hasattr(model, "set_input_size"):
         model.set_input_size(size)
     return model  # type: ignore[no-any-return]

@@ -7,9 +7,10 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,14 @@ from xmag import files, records
 from xmag.cohort import CohortReport, extract_cohort
 from xmag.cohort.jobs import Job, folder_of, jobs_of
 from xmag.draw.page import as_cells, document, table, write_page
-from xmag.encoder import TileEncoder
+from xmag.encoder import TileEncoder, load_model
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.end_to_end import EndToEnd, can_be_finetuned, check_end_to_end
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.pictures import as_png, cost_figure
 from xmag.evaluate.report import HEADLINES, Report, markdown
 from xmag.evaluate.results import Estimate, Result, difference, shown
+from xmag.evaluate.samples import taken
 from xmag.evaluate.tasks import name_of, task_of
 from xmag.evaluate.validation import cross_validate, external
 from xmag.extract import resolve_encoder
@@ -47,10 +49,12 @@ Cohort = tuple[Any, ...]
 """Slides as `extract_cohort` takes them, y, and optionally groups; a case each."""
 
 INTERNAL = "internal"
+_COSTS = ("tiles a slide", "GFLOP a slide", "slides a minute", "MB a slide")
 FROZEN, END_TO_END = "frozen", "end to end"
 _FORMAT = records.Format(
     name="xmag.Comparison", version=1, writer="Comparison.save", remedy="compare again"
 )
+_JSON_NAME = "compare.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +122,13 @@ class Comparison(Shown):
         return markdown(self._rows())
 
     def _rows(self) -> list[list[str]]:
-        first = self.models[0]
-        head = ["model", "µm/px", "parameters", "tiles a slide", "GFLOP a slide"]
-        head += ["slides a minute", "MB a slide"]
+        first, rows = self.models[0], [["model", "µm/px", "parameters", *_COSTS]]
         for cohort in first.estimates:
-            head += [f"{self.title}, {cohort}", f"less {first.model}, {cohort}"]
-        rows = [head]
+            rows[0] += [f"{self.title}, {cohort}", f"less {first.model}, {cohort}"]
         for one in self.models:
             size = None if one.parameters is None else one.parameters / 1e6
-            costs = [f"{one.tiles:,.1f}", shown(one.gflop), shown(one.slides_per_minute)]
-            cells = [one.label, f"{one.mpp:g}", f"{shown(size)} M", *costs, shown(one.megabytes)]
+            costs = map(shown, (one.gflop, one.slides_per_minute, one.megabytes))
+            cells = [one.label, f"{one.mpp:g}", f"{shown(size)} M", f"{one.tiles:,.1f}", *costs]
             for cohort, estimate in one.estimates.items():
                 cells += [str(estimate), "" if one is first else str(one.differences[cohort])]
             rows.append(cells)
@@ -135,23 +136,23 @@ class Comparison(Shown):
 
     def to_csv(self) -> str:
         """The same as CSV text, with the numbers as they are."""
-        names = ["model", "training", "mpp", "parameters", "tiles", "gflop"]
-        names += ["slides_per_minute", "megabytes"]
-        head, rows = list(names), list[list[Any]]()
+        names = [item.name for item in fields(ComparedModel)][:-2]  # estimates and differences
+        rows: list[list[Any]] = [[*names]]
         for cohort in self.models[0].estimates:
             for name in (f"{cohort} {self.metric}", f"{cohort} difference"):
-                head += [name, f"{name} low", f"{name} high"]
+                rows[0] += [name, f"{name} low", f"{name} high"]
         for one in self.models:
             row = [getattr(one, name) for name in names]
             for cohort, estimate in one.estimates.items():
-                row += [*_numbers(estimate), *_numbers(one.differences[cohort])]
+                for found in (estimate, one.differences[cohort]):
+                    row += [found.value, *(found.interval or (None, None))]
             rows.append(["" if value is None else value for value in row])
-        return files.csv_text([head, *rows])
+        return files.csv_text(rows)
 
     def to_json(self) -> str:
         """The table as JSON; the reports are beside, in the folders of the models."""
-        content = {"metric": self.metric, "title": self.title}
-        return _FORMAT.dumps(content | {"models": [records.plain(m) for m in self.models]}) + "\n"
+        content = {"metric": self.metric, "title": self.title, "models": self.models}
+        return _FORMAT.dumps(records.plain(content)) + "\n"
 
     def figure(self) -> "Figure":
         """Figure of the metric against GFLOP a slide; MissingExtraError without matplotlib."""
@@ -169,14 +170,26 @@ class Comparison(Shown):
         """Write ``compare.csv``, ``.md``, ``.png`` and ``.json`` to `folder`, which is made."""
         picture = as_png(self.figure())
         files.make_folder(folder)
-        files.write_text(Path(folder) / "compare.csv", self.to_csv())
-        files.write_text(Path(folder) / "compare.md", self.to_markdown() + "\n")
-        files.write_bytes(Path(folder) / "compare.png", picture)
-        files.write_text(Path(folder) / "compare.json", self.to_json())
+        texts = {".csv": self.to_csv(), ".md": self.to_markdown() + "\n", ".json": self.to_json()}
+        for suffix, text in texts.items():
+            files.write_text(Path(folder, _JSON_NAME).with_suffix(suffix), text)
+        files.write_bytes(Path(folder, "compare.png"), picture)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Comparison":
+        """Load the Comparison of a folder of `save`, without its `reports`; InputError for none."""
+        values = _FORMAT.load(Path(folder) / _JSON_NAME)
+        with _FORMAT.reading(_JSON_NAME):
+            models = tuple(_from_json(model) for model in values["models"])
+            return cls(metric=values["metric"], title=values["title"], models=models, reports={})
 
 
-def _numbers(estimate: Estimate) -> list[float | None]:
-    return [estimate.value, *(estimate.interval or (None, None))]
+def _from_json(values: dict[str, Any]) -> ComparedModel:
+    of_cohorts = {
+        name: {cohort: records.from_dict(Estimate, one) for cohort, one in values[name].items()}
+        for name in ("estimates", "differences")
+    }
+    return records.from_dict(ComparedModel, values | of_cohorts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +225,8 @@ def compare(
     resamples: int = 1000,
     random_state: int = 0,
     finetune: Settings | bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     **extraction: Any,
 ) -> Comparison:
     """Comparison of encoders on a cohort: the same slides, folds and estimator, accuracy and cost.
@@ -242,6 +257,8 @@ def compare(
         finetune: True, or the settings, also to train each model end to end in each fold, with the
             aggregator of `estimator`, a MILClassifier: a row more for it, of the same cost. Models
             that are no ViT of xmag's have none, with a warning.
+        device: Of models given by name, as for `load_model`.
+        dtype: Likewise; fine-tuning has its own precision.
         extraction: Options of `extract_cohort`.
 
     Raises InputError for operands that do not fit each other, models whose folders would be called
@@ -261,7 +278,8 @@ def compare(
         raise InputError(f"metric is {metric!r}; expected one of {list(TASKS[task.name])}")
     if finetune is not False:
         check_end_to_end(estimator, extraction)
-    found = dict(_extracted(models, cohorts, Path(out), extraction))
+    load = partial(load_model, device=device, dtype=dtype)
+    found = dict(_extracted(models, cohorts, Path(out), extraction, load=load))
     if finetune is not False and (others := [n for n, one in found.items() if not one.is_vit]):
         warnings.warn(
             f"{', '.join(others)}: no ViT of xmag's, which alone is fine-tuned; such a model has a"
@@ -273,9 +291,9 @@ def compare(
     options = {"classes": classes, "ordered": ordered, "level": level, "resamples": resamples}
     options["random_state"] = random_state
     if not isinstance(folds, Folds):
-        labels = _part(cohort[1], kept[INTERNAL])
-        read = task.read(labels, "the cohort", len(kept[INTERNAL]))
-        groups = _part((*cohort, None)[2], kept[INTERNAL])
+        rows_kept = kept[INTERNAL]
+        labels, groups = (_part(x, rows_kept) for x in (*cohort, None)[1:3])
+        read = task.read(labels, "the cohort", len(rows_kept))
         folds = task.folds(read, groups, folds, repeats=repeats, random_state=random_state)
     reports: dict[str, tuple[Report, ...]] = {}
     rows: list[ComparedModel] = []
@@ -288,10 +306,11 @@ def compare(
         rows.append(_row(name, one, reports[name], reports, metric))
         if finetune is not False and one.is_vit:
             folder = one.folder / "finetuning"
+            settings = Settings() if finetune is True else finetune
             trained = EndToEnd(
-                one.model, _slides_of(one, cohorts, extraction), like=estimator,
-                settings=Settings() if finetune is True else finetune, extraction=extraction,
-                folder=folder, random_state=random_state,
+                model=one.model, slides=_slides_of(one, cohorts, extraction), like=estimator,
+                settings=settings, extraction=extraction, folder=folder, random_state=random_state,
+                device=device,
             )  # fmt: skip
             tuned = _reports(one.folder, data, trained, folds, options, name="end-to-end.json")
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints, which are large
@@ -321,6 +340,10 @@ def _slides_of(
     }
 
 
+def _part(values: Any, rows: Sequence[int]) -> Any:
+    return values if values is None or len(values) == len(rows) else taken(values, rows)
+
+
 def _folder(cohort: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", cohort)
 
@@ -330,20 +353,26 @@ def _extracted(
     cohorts: Mapping[str, Cohort],
     out: Path,
     extraction: Mapping[str, Any],
+    *,
+    load: Callable[[str | os.PathLike[str]], TileEncoder],
 ) -> Iterator[tuple[str, _Extracted]]:
     """The features of each model; those that are there already are kept."""
     names: list[str] = []
     for model in models:
-        encoder = resolve_encoder(model)
+        encoder = load(model) if isinstance(model, str | os.PathLike) else resolve_encoder(model)
         name = folder_of(encoder, names)
         names.append(name)
         parameters, gflop = costs_of(encoder)
         reports = {}
-        for label, (slides, *_) in cohorts.items():
+        for label, (given, *_) in cohorts.items():
             start = time.monotonic()
             place = out / name / _folder(label)
-            reports[label] = extract_cohort(slides, place, model=encoder, **extraction)
-            _note_speed(out / name, reports[label], time.monotonic() - start)
+            reports[label] = extract_cohort(given, place, model=encoder, **extraction)
+            spent = time.monotonic() - start
+            if done := sum(row.status in ("done", "empty") for row in reports[label]):
+                slides, seconds = _speed(out / name)
+                text = json.dumps({"slides": slides + done, "seconds": seconds + spent})
+                files.write_text(out / name / "speed.json", text + "\n")
         yield name, _Extracted(
             folder=out / name, mpp=encoder.tile_spec.mpp, parameters=parameters,
             gflop_per_tile=gflop, reports=reports, model=model, is_vit=can_be_finetuned(encoder),
@@ -371,31 +400,19 @@ def _speed(folder: Path) -> tuple[int, float]:
     return 0, 0.0
 
 
-def _note_speed(folder: Path, report: CohortReport, seconds: float) -> None:
-    done = sum(row.status in ("done", "empty") for row in report)
-    if done:
-        slides, before = _speed(folder)
-        text = json.dumps({"slides": slides + done, "seconds": before + seconds})
-        files.write_text(folder / "speed.json", text + "\n")
-
-
 def _kept(name: str, content: Cohort, found: Mapping[str, _Extracted]) -> list[int]:
     """The slides of a cohort that every model has tiles of."""
     tables = {model: one.reports[name] for model, one in found.items()}
     count = len(next(iter(tables.values())))
     if len(content[1]) != count:
-        raise InputError(
-            f"{name} has {count} slides and {len(content[1])} labels; expected as many"
-        )
+        raise InputError(f"{name} has {count} slides and {len(content[1])} labels; give as many")
     missing: dict[int, str] = {}
     for model, rows in tables.items():
         for place, row in enumerate(rows):
             if row.status not in ("done", "skipped") or not row.tiles:
                 missing.setdefault(place, f"{row.slide} ({model}: {row.error or 'no tiles'})")
     if len(missing) == count:
-        raise InputError(
-            f"no slide of {name} has features of every model; the first is {missing[0]}"
-        )
+        raise InputError(f"no slide of {name} has features of every model; first {missing[0]}")
     if missing:
         warnings.warn(
             f"{len(missing)} of {count} slides of {name} are left out for all models, first"
@@ -404,14 +421,6 @@ def _kept(name: str, content: Cohort, found: Mapping[str, _Extracted]) -> list[i
             stacklevel=3,
         )
     return [place for place in range(count) if place not in missing]
-
-
-def _part(values: Any, rows: Sequence[int]) -> Any:
-    if values is None or len(values) == len(rows):
-        return values
-    if isinstance(values, np.ndarray):
-        return values[list(rows)]
-    return values.iloc[list(rows)] if hasattr(values, "iloc") else [values[row] for row in rows]
 
 
 def _reports(
@@ -423,7 +432,7 @@ def _reports(
     *,
     name: str = "evaluation.json",
 ) -> tuple[Report, ...]:
-    """The reports of one model; those of an earlier call, where all that they rest on is the same.
+    """The reports of one model, of an earlier call where all that they rest on is the same.
 
     Bags are compared by size and time of writing.
     """
@@ -454,18 +463,15 @@ def _row(
     of_all: Mapping[str, Sequence[Report]],
     metric: str,
 ) -> ComparedModel:
-    rows = [row for report in one.reports.values() for row in report if row.output and row.tiles]
-    bags = [
-        one.folder / _folder(cohort) / row.output
+    sizes = [
+        (row.tiles, Path(bag).stat().st_size)
         for cohort, report in one.reports.items()
-        for row in report
+        for row, bag in zip(report, one.bags(cohort), strict=True)
         if row.output and row.tiles
     ]
-    tiles = sum(row.tiles for row in rows) / len(rows)
+    tiles, size = np.mean(sizes, axis=0).tolist()
     slides, seconds = _speed(one.folder)
-    reference = _results(next(iter(of_all.values())))
-    sampling = reports[0].sampling
-    own = _results(reports)
+    own, reference = _results(reports), _results(next(iter(of_all.values())))
     return ComparedModel(
         model=name,
         training=FROZEN,
@@ -474,10 +480,10 @@ def _row(
         tiles=tiles,
         gflop=None if one.gflop_per_tile is None else tiles * one.gflop_per_tile,
         slides_per_minute=60 * slides / seconds if seconds else None,
-        megabytes=sum(path.stat().st_size for path in bags) / len(bags) / 1e6,
+        megabytes=size / 1e6,
         estimates={cohort: result.estimates[metric] for cohort, result in own.items()},
         differences={
-            cohort: difference(result, reference[cohort], metric, sampling)
+            cohort: difference(result, reference[cohort], metric, reports[0].sampling)
             for cohort, result in own.items()
         },
     )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def check_end_to_end(like: Any, extraction: Mapping[str, Any]) -> None:
             )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class EndToEnd:
     """Classifier of slides, fine-tuned end to end, with scikit-learn's fit and predict_proba.
 
@@ -52,36 +54,31 @@ class EndToEnd:
     `like` is the MILClassifier whose aggregator is taken.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        slides: Mapping[str, Job],
-        *,
-        like: Any,
-        settings: Settings,
-        extraction: Mapping[str, Any],
-        folder: Path,
-        random_state: int,
-    ) -> None:
-        self._given = (model, slides)
-        self._options: dict[str, Any] = {
-            "like": like, "settings": settings, "extraction": extraction, "folder": folder,
-            "random_state": random_state,
-        }  # fmt: skip
-        self._tiles = {name: extraction[name] for name in _OF_TILES if name in extraction}
-        self._result: FinetuneResult | None = None
+    model: Any
+    slides: Mapping[str, Job]
+    like: Any
+    settings: Settings
+    extraction: Mapping[str, Any]
+    folder: Path
+    random_state: int
+    device: str = "auto"
+    _result: FinetuneResult | None = field(default=None, init=False)
 
     def __sklearn_clone__(self) -> "EndToEnd":
-        return EndToEnd(*self._given, **self._options)
+        return replace(self)
 
     def get_params(self, deep: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """The parameters that decide what is learnt, by which earlier reports are known again."""
         return {
-            "settings": self._options["settings"].to_dict(),
-            "aggregator": repr(self._options["like"].aggregator),
+            "settings": self.settings.to_dict(),
+            "aggregator": repr(self.like.aggregator),
             "tiles": sorted((name, repr(value)) for name, value in self._tiles.items()),
-            "random_state": self._options["random_state"],
+            "random_state": self.random_state,
         }
+
+    @property
+    def _tiles(self) -> dict[str, Any]:
+        return {name: self.extraction[name] for name in _OF_TILES if name in self.extraction}
 
     @property
     def classes_(self) -> NDArray[Any]:
@@ -90,21 +87,21 @@ class EndToEnd:
 
     def fit(self, X: Sequence[str], y: Any, groups: Any = None) -> "EndToEnd":  # noqa: N803
         """Fine-tune on the slides of these bags; raises what `finetune_slides` does."""
-        seed = self._options["random_state"]
         cases = [*zip(X, np.asarray(y).tolist(), strict=True)]
         digest = hashlib.sha256(repr([self.get_params(), cases]).encode()).hexdigest()[:16]
-        files.make_folder(self._options["folder"])
+        files.make_folder(self.folder)
         with ExitStack() as stack:
             self._result = finetune_slides(
                 [stack.enter_context(self._slide(bag)) for bag in X],
                 y,
-                model=self._given[0],
-                aggregator=self._options["like"].aggregator,
+                model=self.model,
+                aggregator=self.like.aggregator,
                 groups=groups,
-                settings=self._options["settings"],
+                settings=self.settings,
                 tiles=TileOptions(**self._tiles),
-                checkpoint=self._options["folder"] / f"{digest}.checkpoint",
-                random_state=seed,
+                checkpoint=self.folder / f"{digest}.checkpoint",
+                random_state=self.random_state,
+                device=self.device,
             )
         return self
 
@@ -123,5 +120,5 @@ class EndToEnd:
         return self._result
 
     def _slide(self, bag: str) -> Slide:
-        job = self._given[1][bag]
+        job = self.slides[bag]
         return Slide(job.path, mpp=job.mpp, region=job.region)

@@ -1,5 +1,6 @@
 """Folds: cross-validation splits by patient, stratified, saved and loaded as JSON."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from xmag.evaluate.extra import optional
 from xmag.evaluate.tables import table_pairs
 from xmag.metrics.labels import Labels, as_labels, encode, numbered, refuse_continuous
 
+_Codes = NDArray[np.int64]
 _FORMAT = records.Format(
     name="xmag.Folds", version=1, writer="Folds.save", remedy="give a file that xmag saved"
 )
@@ -51,8 +53,7 @@ class Folds:
         tested: dict[int, set[int]] = {}
         for number, split in enumerate(self.splits):
             self._check(number, split)
-            again = tested.setdefault(split.repeat, set()) & set(split.test)
-            if again:
+            if again := tested.setdefault(split.repeat, set()) & set(split.test):
                 raise InputError(
                     f"split {number} tests case {min(again)}, which another split of repeat"
                     f" {split.repeat} tests too; give overlapping splits a repeat each"
@@ -71,9 +72,7 @@ class Folds:
                     f" {self.samples - 1}, as there are {self.samples} cases"
                 )
         if both := set(split.train) & set(split.test):
-            raise InputError(
-                f"split {number} has case {min(both)} on both sides; expected each case on one"
-            )
+            raise InputError(f"split {number} has case {min(both)} on both sides; expected one")
 
     def __len__(self) -> int:
         return len(self.splits)
@@ -100,19 +99,12 @@ class Folds:
         """
         labels = as_labels(y, "y")
         refuse_continuous(labels, "y")
-        codes = _sorted_codes(labels)
-        patients = np.arange(len(codes))
+        codes, patients = _sorted_codes(labels), None
         if groups is not None:
             patients = _sorted_codes(as_labels(groups, "groups", n=len(codes)))
         _check_options(folds, repeats, random_state)
-        _check_counts(labels, codes, patients, folds=folds)
-        return cls._shuffled(
-            codes,
-            None if groups is None else patients,
-            folds=folds,
-            repeats=repeats,
-            random_state=random_state,
-        )
+        _check_counts(labels, codes, np.arange(len(codes)) if patients is None else patients, folds)
+        return cls._shuffled(codes, patients, folds, repeats, random_state)
 
     @classmethod
     def by_patient(
@@ -130,9 +122,8 @@ class Folds:
         whether there was an event. Raises InputError for fewer patients than folds.
         """
         patients = numbered(groups, len(groups), "groups")
-        codes = np.zeros(len(patients), np.int64)
-        if strata is not None:
-            codes = _sorted_codes(as_labels(strata, "strata", n=len(patients)))
+        strata = np.zeros(len(patients), np.int64) if strata is None else strata
+        codes = _sorted_codes(as_labels(strata, "strata", n=len(patients)))
         _check_options(folds, repeats, random_state)
         if (number := len(np.unique(patients))) < folds:
             raise InputError(
@@ -141,19 +132,11 @@ class Folds:
             )
         if np.bincount(codes).max() < folds:  # which scikit-learn refuses
             codes[:] = 0
-        return cls._shuffled(
-            codes, patients, folds=folds, repeats=repeats, random_state=random_state
-        )
+        return cls._shuffled(codes, patients, folds, repeats, random_state)
 
     @classmethod
     def _shuffled(
-        cls,
-        codes: NDArray[np.int64],
-        patients: NDArray[np.int64] | None,
-        *,
-        folds: int,
-        repeats: int,
-        random_state: int,
+        cls, codes: _Codes, patients: _Codes | None, folds: int, repeats: int, random_state: int
     ) -> "Folds":
         kinds = optional("sklearn.model_selection", "making folds")
         kind = kinds.StratifiedKFold if patients is None else kinds.StratifiedGroupKFold
@@ -176,10 +159,8 @@ class Folds:
         patients = numbered(groups, len(groups), "groups")
         if (number := len(set(patients.tolist()))) < 2:
             raise InputError(f"groups has {number} different patients; expected at least two")
-        pairs = [
-            (np.flatnonzero(patients != one), np.flatnonzero(patients == one))
-            for one in range(number)
-        ]
+        each = (patients == one for one in range(number))
+        pairs = [(np.flatnonzero(~tested), np.flatnonzero(tested)) for tested in each]
         return cls.from_pairs(pairs, samples=len(patients))
 
     @classmethod
@@ -190,7 +171,7 @@ class Folds:
         of its own (a Monte-Carlo one). Raises InputError as `Folds` does.
         """
         arrays = [(np.asarray(train), np.asarray(test)) for train, test in pairs]
-        for array in (side for pair in arrays for side in pair):
+        for array in itertools.chain(*arrays):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise InputError(
                     f"a split has an array of {array.dtype} with shape {array.shape}; expected row"
@@ -257,7 +238,7 @@ class Folds:
         return records.from_dict(cls, _FORMAT.load(path), "folds")
 
 
-def _sorted_codes(labels: Sequence[Any]) -> NDArray[np.int64]:
+def _sorted_codes(labels: Sequence[Any]) -> _Codes:
     """Class codes of labels, int64 (n,), in sorted order as scikit-learn's, where sortable."""
     found = dict.fromkeys(labels)
     try:
@@ -277,18 +258,13 @@ def _check_options(folds: int, repeats: int, random_state: int) -> None:
         raise InputError(f"random_state is {random_state!r}; expected an int from 0 on")
 
 
-def _check_counts(
-    labels: Sequence[Any], codes: NDArray[np.int64], patients: NDArray[np.int64], *, folds: int
-) -> None:
+def _check_counts(labels: Sequence[Any], codes: _Codes, patients: _Codes, folds: int) -> None:
     names = dict(zip(codes.tolist(), labels, strict=True))
     if len(names) < 2:
-        raise InputError(
-            f"y has one class only, {labels[:1]}; expected cases of at least two classes"
-        )
+        raise InputError(f"y has one class only, {labels[:1]}; expected two classes or more")
     number = len(np.unique(patients))
-    of_class = [len(np.unique(patients[codes == code])) for code in range(len(names))]
-    few = min(of_class)
-    name = f"class {names[of_class.index(few)]!r}"
+    few, code = min((len(np.unique(patients[codes == code])), code) for code in range(len(names)))
+    name = f"class {names[code]!r}"
     alone = (
         f"{name} has one patient, who cannot be both learned from and tested; leave the class out,"
         " or join it with another"

@@ -1,8 +1,6 @@
 """Figures of reports: ROC and calibration curves, confusion matrices, scatter, Kaplan-Meier.
 
-All by matplotlib's object interface alone.
-
-Neither pyplot, nor a global backend, nor rcParams are touched.
+By matplotlib's object interface alone: pyplot, the global backend and rcParams are not touched.
 """
 
 import io
@@ -109,9 +107,7 @@ def cost_figure(comparison: "Comparison") -> "Figure":
     all of them. Raises MissingExtraError without matplotlib.
     """
     cohorts = list(comparison.models[0].estimates)
-    figure: Figure = optional("matplotlib.figure", "a picture").Figure(
-        figsize=(4.8 * len(cohorts), 4.0), dpi=_DPI, facecolor="white", layout="constrained"
-    )
+    figure = _empty_figure(4.8 * len(cohorts), 4.0)
     known = all(one.gflop is not None for one in comparison.models)
     for place, cohort in enumerate(cohorts):
         axes = figure.add_subplot(1, len(cohorts), place + 1)
@@ -122,17 +118,21 @@ def cost_figure(comparison: "Comparison") -> "Figure":
             low, high = estimate.interval or (estimate.value, estimate.value)
             spread = [[max(0, estimate.value - low)], [max(0, high - estimate.value)]]
             axes.errorbar(
-                [cost], [estimate.value], yerr=spread, capsize=3,
-                color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
-                linestyle="none", label=f"{one.label}, {one.mpp:g} µm/px",
+                [cost], [estimate.value], yerr=spread, capsize=3, color=_look(number)[0],
+                marker=_MARKERS[number % len(_MARKERS)], linestyle="none",
+                label=f"{one.label}, {one.mpp:g} µm/px",
             )  # fmt: skip
         axes.set_xscale("log")
-        _write(axes.set_xlabel, "GFLOP a slide" if known else "tiles a slide", fontsize=9)
-        _write(axes.set_ylabel, comparison.title, fontsize=9)
+        _label(axes, "GFLOP a slide" if known else "tiles a slide", comparison.title)
         _write(axes.set_title, cohort, fontsize=9.5, color=_INK)
-        axes.grid(color="#E5E5E5", linewidth=0.6)
-        axes.set_axisbelow(True)
         axes.legend(fontsize=7.5, frameon=False, loc="best")
+    return figure
+
+
+def _empty_figure(width_in: float, height_in: float) -> "Figure":
+    figure: Figure = optional("matplotlib.figure", "a picture").Figure(
+        figsize=(width_in, height_in), dpi=_DPI, facecolor="white", layout="constrained"
+    )
     return figure
 
 
@@ -181,9 +181,8 @@ def curve_of(result: Result, place: int, *, sampling: Sampling) -> Curve | None:
         low, high = np.quantile(drawn, ends, axis=0)
     except InputError:  # too few patients for an interval, as the report says
         low = high = None
-    return Curve(
-        fpr=np.append(0.0, fpr), tpr=np.append(0.0, tpr), band_fpr=grid, low=low, high=high
-    )
+    fpr, tpr = np.append(0.0, fpr), np.append(0.0, tpr)
+    return Curve(fpr=fpr, tpr=tpr, band_fpr=grid, low=low, high=high)
 
 
 def _require(report: "Report", what: str, *tasks: str) -> None:
@@ -206,51 +205,50 @@ def _figure(report: "Report", *draws: _Draw, side_in: float, high: float = 1.0) 
         columns = each
     rows = math.ceil(number / columns)
     titles_in = 0.35 if number > 1 else 0.15
-    figure = optional("matplotlib.figure", "a picture").Figure(
-        figsize=(columns * side_in + 0.2, rows * (side_in * high + titles_in) + 0.4),
-        dpi=_DPI,
-        facecolor="white",
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
-    panels = [figure.add_subplot(rows, columns, place + 1) for place in range(number)]
-    for axes in panels:
+    width_in = columns * side_in + 0.2
+    figure = _empty_figure(width_in, rows * (side_in * high + titles_in) + 0.4)
+    layout: Any = figure.get_layout_engine()
+    layout.set(h_pad=0.08, w_pad=0.08)
+    title, most = report.title, int(12 * width_in)
+    if len(title) > most:  # wrapped to the width of the figure between its parts
+        title = "\n".join(textwrap.fill(part, most) for part in title.split(": ", 1))
+    _write(figure.suptitle, title, fontsize=10.5, color=_INK)
+    drawn = ((result, draw) for result in report.results for draw in draws)
+    for place, (result, draw) in enumerate(drawn, 1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.set_facecolor("white")
         axes.tick_params(colors=_INK, labelsize=8)
         for spine in axes.spines.values():
             spine.set_color(_FAINT)
-    _write(figure.suptitle, _title(report, figure.get_figwidth()), fontsize=10.5, color=_INK)
-    drawn = [(result, draw) for result in report.results for draw in draws]
-    for axes, (result, draw) in zip(panels, drawn, strict=True):
         draw(axes, result)
         _entitle(axes, report, result)
-    made: Figure = figure
-    return made
+    return figure
+
+
+def _unit_square(axes: "Axes", x: str, y: str) -> None:
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    _label(axes, x, y)
 
 
 def _draw_roc(axes: "Axes", result: Result, *, sampling: Sampling) -> None:
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
-    counts = result.counts()
-    places = _curves(result)
+    _unit_square(axes, "false positive rate", "true positive rate")
+    counts, places = result.counts(), _curves(result)
     lines, texts = [], []
     for drawn, place in enumerate(places):
-        estimate = result.class_aurocs[place]
         curve = curve_of(result, place, sampling=sampling)
         if curve is None:
             continue
         colour, dash = _look(drawn)
-        banded = len(places) <= _MOST_BANDS
-        if banded and curve.low is not None and curve.high is not None:
+        if len(places) <= _MOST_BANDS and curve.low is not None and curve.high is not None:
             axes.fill_between(
                 curve.band_fpr, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0
             )
         lines += axes.plot(curve.fpr, curve.tpr, color=colour, linewidth=1.6, linestyle=dash)
         name = _shortened(str(result.classes[place]), 18)
-        texts.append(f"{name} (n = {counts[place]:,}): {estimate}")
-    _label(axes, "false positive rate", "true positive rate")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    percent = f"{100 * sampling.level:.4g}%"
-    _legend(axes, lines, texts, f"AUROC ({percent} interval)", "lower right")
+        texts.append(f"{name} (n = {counts[place]:,}): {result.class_aurocs[place]}")
+    title = f"AUROC ({100 * sampling.level:.4g}% interval)"
+    _legend(axes, lines, texts, title, "lower right")
 
 
 def _curves(result: Result) -> Sequence[int]:
@@ -275,18 +273,9 @@ def _legend(axes: "Axes", lines: list[Any], texts: list[str], title: str, where:
     if not lines:
         return
     legend = axes.legend(
-        lines,
-        texts,
-        title=title,
-        loc=where,
-        fontsize=7.5,
-        title_fontsize=7.5,
-        frameon=True,
-        framealpha=0.85,
-        edgecolor="none",
-        facecolor="white",
-        labelcolor=_INK,
-    )
+        lines, texts, title=title, loc=where, fontsize=7.5, title_fontsize=7.5, frameon=True,
+        framealpha=0.85, edgecolor="none", facecolor="white", labelcolor=_INK,
+    )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -302,29 +291,21 @@ def calibration_of(result: Result, place: int) -> NDArray[np.float64]:
 
 
 def _draw_calibration(axes: "Axes", result: Result) -> None:
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=":")
-    lines, texts = [], []
+    _unit_square(axes, "predicted probability", "observed share")
+    lines, texts, z = [], [], 1.959963984540054
     for drawn, place in enumerate(_curves(result)):
         colour, dash = _look(drawn)
-        x, share, count = calibration_of(result, place)
-        low, high = _wilson(share, count)
-        axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1.2)
+        x, p, n = calibration_of(result, place)
+        # Wilson 1927, JASA 22, 209-212.
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        spread = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        axes.vlines(x, middle - spread, middle + spread, color=colour, alpha=0.35, linewidth=1.2)
         marker = _MARKERS[drawn % len(_MARKERS)]
         lines += axes.plot(
-            x, share, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=4.5
+            x, p, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=4.5
         )
         texts.append(_shortened(str(result.classes[place]), 24))
-    _label(axes, "predicted probability", "observed share")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     _legend(axes, lines, texts, "", "upper left")
-
-
-def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
-    """95% interval of shares of counts. Wilson 1927, JASA 22, 209-212."""
-    z = 1.959963984540054
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    spread = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return middle - spread, middle + spread
 
 
 def _draw_scatter(axes: "Axes", result: Result, *, place: int) -> None:
@@ -341,9 +322,8 @@ def _draw_scatter(axes: "Axes", result: Result, *, place: int) -> None:
     name = _shortened(str(result.classes[place]), 24)
     _label(axes, f"{name}, true", f"{name}, predicted")
     found = {name: each[place] for name, each in result.of_each.items()} or result.estimates
-    lines = [
-        f"{TASKS['regression'][name].title} {found[name]}" for name in ("r2", "mae", "pearson")
-    ]
+    table = TASKS["regression"]
+    lines = [f"{table[name].title} {found[name]}" for name in ("r2", "mae", "pearson")]
     axes.text(
         0.03, 0.97, "\n".join(lines), transform=axes.transAxes, ha="left", va="top",
         fontsize=7.5, color=_INK, linespacing=1.4,
@@ -362,23 +342,21 @@ def _draw_kaplan_meier(axes: "Axes", result: Result) -> None:
         own = Survival(event=seen.event[groups == group], time=seen.time[groups == group])
         colour, dash = (_COLOURS[1], "-") if group else (_COLOURS[0], (0, (5, 1.5)))
         y = -0.21 - 0.055 * row
-        axes.text(-0.03, y, name, transform=axes.transAxes, ha="right", va="center",
-                  fontsize=7.5, color=colour)  # fmt: skip
+        beside: dict[str, Any] = {"va": "center", "fontsize": 7.5, "color": colour}
+        axes.text(-0.03, y, name, transform=axes.transAxes, ha="right", **beside)
         if not len(own):
             continue
         estimate = kaplan_meier(own)
         x = np.append(0.0, estimate.times)
-        share, low, high = (
-            np.append(1.0, part) for part in (estimate.survival, estimate.low, estimate.high)
-        )
+        parts = estimate.survival, estimate.low, estimate.high
+        share, low, high = (np.append(1.0, part) for part in parts)
         axes.fill_between(x, low, high, step="post", color=colour, alpha=0.13, linewidth=0)
         lines += axes.step(x, share, where="post", color=colour, linestyle=dash, linewidth=1.6)
         censored = np.unique(own.time[~own.event])
         axes.plot(censored, estimate.at(censored), "|", color=colour, markersize=5)
         texts.append(f"{name} (n = {len(own):,}, events {int(own.event.sum()):,})")
         for tick, count in zip(ticks, estimate.at_risk_at(ticks), strict=True):
-            axes.text(tick, y, f"{count:,}", transform=below, ha="center", va="center",
-                      fontsize=7.5, color=colour)  # fmt: skip
+            axes.text(tick, y, f"{count:,}", transform=below, ha="center", **beside)
     axes.text(-0.03, -0.155, "at risk", transform=axes.transAxes, ha="right", va="center",
               fontsize=7.5, color=_INK)  # fmt: skip
     _label(axes, "time", "share without an event")
@@ -411,8 +389,8 @@ def _draw_confusion(axes: "Axes", result: Result) -> None:
         for label in axes.get_xticklabels():
             label.set(rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
-    _write(axes.set_ylabel, "true class", fontsize=9, color=_INK)
-    _write(axes.set_xlabel, "predicted class", fontsize=9, color=_INK)
+    axes.set_xlabel("predicted class", fontsize=9, color=_INK)
+    axes.set_ylabel("true class", fontsize=9, color=_INK)
 
 
 def _entitle(axes: "Axes", report: "Report", result: Result) -> None:
@@ -420,21 +398,13 @@ def _entitle(axes: "Axes", report: "Report", result: Result) -> None:
     patients = len(np.unique(result.patients))
     size = f"{result.cases:,} cases, {patients:,} patients"
     if len(report.results) > 1:
-        trained = f"{_shortened(result.trained_on, 20)} → " if result.trained_on else ""
+        trained, where = (_shortened(x, 20) for x in (result.trained_on, result.tested_on))
         if result.trained_on == result.tested_on:
-            where = f"{_shortened(result.tested_on, 20)}, cross-validated"
-        else:
-            where = f"{trained}{_shortened(result.tested_on, 20)}"
+            where = f"{where}, cross-validated"
+        elif trained:
+            where = f"{trained} → {where}"
         size = f"{where}\n{size}"
     _write(axes.set_title, size, fontsize=8.5, color=_INK)
-
-
-def _title(report: "Report", width_in: float) -> str:
-    """The report's title, wrapped to the width of the figure between its parts."""
-    most = int(12 * width_in)
-    if len(report.title) <= most:
-        return report.title
-    return "\n".join(textwrap.fill(part, most) for part in report.title.split(": ", 1))
 
 
 def _write(setter: Any, text: str, **look: Any) -> None:

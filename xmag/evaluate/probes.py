@@ -12,15 +12,9 @@ from xmag.evaluate.report import Report
 from xmag.evaluate.results import Sampling, with_estimates
 from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
 from xmag.evaluate.validation import fit, result_of, settings_of
+from xmag.metrics import labels
 from xmag.metrics.decisions import accuracies
-from xmag.metrics.labels import (
-    Labels,
-    as_labels,
-    class_array,
-    class_order,
-    decided_cases,
-    encode,
-)
+from xmag.metrics.labels import Labels
 
 Distance = Literal["cosine", "euclidean"]
 Method = Literal["linear", "knn", "simpleshot"]
@@ -61,8 +55,7 @@ def probe(
     test = Samples.of(test_x, test_y, groups, name="the test set")
     if groups is None:
         warn_without_groups(stacklevel=2)
-    unknown = [label for label in test.y if label not in set(train.y)]
-    if unknown:
+    if unknown := [label for label in test.y if label not in set(train.y)]:
         raise InputError(
             f"the test set has the label {unknown[0]!r}, which the training set does not; leave"
             " such cases out, or train on that class too"
@@ -70,22 +63,17 @@ def probe(
     order = agreed_classes([train, test], classes, ordered=ordered)
     Trial.across(train, test).check(order, on_identical=on_identical, stacklevel=3)
     fitted = fit(estimator, train, order)
-    result = result_of(order, [test], [fitted.predict(test)], trained_on=train.name)
-    found = {}
-    if isinstance(fitted.estimator, LinearProbe):
-        found = {"C": fitted.estimator.C_, "iterations": fitted.estimator.n_iter_}
+    result = result_of(order, [test], [test.task.predict(fitted, test)], trained_on=train.name)
+    own = fitted.estimator
+    found = {"C": own.C_, "iterations": own.n_iter_} if isinstance(own, LinearProbe) else {}
+    both = train_groups is not None and groups is not None
     return Report(
         title=f"{title.format(**estimator.get_params())}: {len(train):,} training cases",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
         settings=settings_of(
-            "held out",
-            estimator,
-            task=train.task,
-            grouped=train_groups is not None and groups is not None,
-            training_cases=len(train),
-            **found,
+            "held out", estimator, train.task, grouped=both, training_cases=len(train), **found
         ),
     )
 
@@ -112,13 +100,13 @@ class _Probe(ABC):
     def fit(self, X: ArrayLike, y: Labels) -> Self:  # noqa: N803
         """Fit to embeddings (n, D) and their labels; InputError for values that are not finite."""
         embeddings = _embeddings(X)
-        labels = as_labels(y, "y", n=len(embeddings))
-        order = class_order(labels, None)
+        given = labels.as_labels(y, "y", n=len(embeddings))
+        order = labels.class_order(given, None)
         if len(order) < 2:
             raise InputError(f"y has one class only, {order}; expected at least two classes")
-        self.classes_ = class_array(order)
+        self.classes_ = labels.class_array(order)
         self.n_features_in_ = embeddings.shape[1]
-        self._fit(embeddings, encode(labels, order))
+        self._fit(embeddings, labels.encode(given, order))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
@@ -145,8 +133,8 @@ class _Probe(ABC):
 
     def score(self, X: ArrayLike, y: Labels, sample_weight: Any = None) -> float:  # noqa: N803
         """Accuracy of `predict`, weighted by `sample_weight` (n,)."""
-        labels, predicted = as_labels(y, "y"), as_labels(self.predict(X), "predict")
-        cases = decided_cases(labels, predicted, list(dict.fromkeys([*labels, *predicted])))
+        truth, found = labels.as_labels(y, "y"), labels.as_labels(self.predict(X), "predict")
+        cases = labels.decided_cases(truth, found, list(dict.fromkeys([*truth, *found])))
         weights = None if sample_weight is None else np.asarray(sample_weight, np.float64)[None]
         return float(accuracies(cases, weights)[0])
 
@@ -158,10 +146,8 @@ class _Probe(ABC):
         """Set parameters of the constructor; InputError for others."""
         for name, value in parameters.items():
             if name not in self._parameters:
-                raise InputError(
-                    f"{type(self).__name__} has no parameter {name!r}; expected one of"
-                    f" {self._parameters}"
-                )
+                kind, known = type(self).__name__, self._parameters
+                raise InputError(f"{kind} has no parameter {name!r}; expected one of {known}")
             setattr(self, name, value)
         return self
 
@@ -233,10 +219,8 @@ class NearestNeighbours(_Probe):
 
     def _fit(self, embeddings: NDArray[Any], places: NDArray[np.int64]) -> None:
         if not 1 <= self.k <= len(embeddings):
-            raise InputError(
-                f"k is {self.k} for {len(embeddings)} training cases; expected 1 to"
-                f" {len(embeddings)}"
-            )
+            cases = len(embeddings)
+            raise InputError(f"k is {self.k} for {cases} training cases; expected 1 to {cases}")
         if self.metric not in ("cosine", "euclidean"):
             raise InputError(f"metric is {self.metric!r}; expected 'cosine' or 'euclidean'")
         self._mean = embeddings.mean(0) if self.center else np.zeros_like(embeddings[0])
@@ -279,7 +263,6 @@ _METHODS: dict[str, tuple[type[_Probe], str]] = {
     "knn": (NearestNeighbours, "k-NN, k = {k}, {metric}"),
     "simpleshot": (SimpleShot, "SimpleShot"),
 }
-"""The estimator of each method of `probe`, and the title of its report."""
 
 
 def _embeddings(x: Any) -> NDArray[Any]:
@@ -295,8 +278,7 @@ def _embeddings(x: Any) -> NDArray[Any]:
             f"X is an array of {array.dtype} with shape {array.shape}; expected embeddings, numbers"
             " of shape (n, D)"
         )
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad):
+    if len(bad := np.flatnonzero(~np.isfinite(array).all(1))):
         raise InputError(
             f"X has values that are not finite in {len(bad)} rows, first in row {bad[0]}; make"
             " those embeddings again, or leave them out"

@@ -12,15 +12,8 @@ import numpy as np
 from xmag import files, records
 from xmag.draw.page import as_cells, document, interval_bar, table, write_page
 from xmag.errors import InputError
+from xmag.evaluate import pictures
 from xmag.evaluate.folds import Folds
-from xmag.evaluate.pictures import (
-    as_png,
-    calibration_figure,
-    confusion_figure,
-    kaplan_meier_figure,
-    roc_figure,
-    scatter_figure,
-)
 from xmag.evaluate.results import ARRAYS, Estimate, Result, Sampling, shown, shown_interval, shown_p
 from xmag.metrics.bootstrap import TASKS, Interval
 from xmag.notebook import Shown
@@ -30,12 +23,7 @@ from xmag.urls import Url, place_of
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """A report of the time when all were of classification."""
     results = [
-        {
-            **{name: one[name] for name in one if name != "class_aurocs"},
-            "of_each": {"auroc": one["class_aurocs"]},
-            "event_weights": [],
-            "brier": [],
-        }
+        {**one, "of_each": {"auroc": one["class_aurocs"]}, "event_weights": [], "brier": []}
         for one in values["results"]
     ]
     return {**values, "task": "classification", "results": results}
@@ -56,24 +44,16 @@ HEADLINES = {
     "survival": "harrell_c",
 }
 """The metric of each task that stands for all others where there is room for one."""
-_FIGURES: dict[str, dict[str, Callable[["Report"], Any]]] = {
-    "classification": {
-        "roc.png": roc_figure,
-        "confusion.png": confusion_figure,
-        "calibration.png": calibration_figure,
-    },
-    "multilabel": {"roc.png": roc_figure, "calibration.png": calibration_figure},
-    "regression": {"scatter.png": scatter_figure},
-    "survival": {"kaplan-meier.png": kaplan_meier_figure},
-}
-"""The pictures of each task, by the names of their files."""
-_SHOWS = {
-    "roc.png": "ROC curves",
-    "confusion.png": "Confusion matrix",
-    "calibration.png": "Calibration curves",
-    "scatter.png": "Predicted against true numbers",
-    "kaplan-meier.png": "Kaplan-Meier curves of the risk groups",
-}
+_WITH_SCORES = ("classification", "multilabel")
+_FIGURES: tuple[tuple[str, str, Callable[["Report"], Any], tuple[str, ...]], ...] = (
+    ("roc", "ROC curves", pictures.roc_figure, _WITH_SCORES),
+    ("confusion", "Confusion matrix", pictures.confusion_figure, _WITH_SCORES[:1]),
+    ("calibration", "Calibration curves", pictures.calibration_figure, _WITH_SCORES),
+    ("scatter", "Predicted against true numbers", pictures.scatter_figure, ("regression",)),
+    ("kaplan-meier", "Kaplan-Meier curves of the risk groups", pictures.kaplan_meier_figure,
+     ("survival",)),
+)  # fmt: skip
+"""Name of the file of each picture, what it shows, how it is drawn, and of which tasks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -101,11 +81,8 @@ class Report(Shown):
     settings: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        name = HEADLINES[self.task]
-        several = len(self.results) > 1
-        found = [
-            f"{f'{r.tested_on} ' if several else ''}{self._cell(r, name)}" for r in self.results
-        ]
+        name, several = HEADLINES[self.task], len(self.results) > 1
+        found = [f"{r.tested_on} " * several + self._cell(r, name) for r in self.results]
         return f"<Report of {self.title}: {self._title(name)} {', '.join(found)}>"
 
     def __str__(self) -> str:
@@ -113,24 +90,28 @@ class Report(Shown):
         return "\n".join([self.title, "", "\n\n".join(tables), "", *self._notes()])
 
     def _tables(self) -> list[list[list[str]]]:
-        """The table of all metrics, and those of each label or target."""
+        """The table of all metrics, and those of each label or target where there are several."""
         tables = [self._rows()]
-        if self.task in ("multilabel", "regression"):
-            tables += [rows for rows in map(self._of_each, self.results) if rows]
+        for result in self.results if self.task in ("multilabel", "regression") else ():
+            if result.of_each:
+                what = "target" if self.task == "regression" else "label"
+                where = f" ({result.tested_on})" if len(self.results) > 1 else ""
+                titles = [TASKS[self.task][name].title.split(",")[0] for name in result.of_each]
+                rows = [[f"{what}{where}", *titles]]
+                for label, *estimates in zip(self.classes, *result.of_each.values(), strict=True):
+                    rows.append([str(label), *map(str, estimates)])
+                tables.append(rows)
         return tables
 
     def _notes(self) -> list[str]:
         """Sentences on cases, intervals, and metrics that are not defined."""
         notes = [
             f"{self._percent} intervals: percentiles of {self.sampling.resamples:,} bootstrap draws"
-            " of patients.",
-            *(
-                f"Tested on {result.tested_on}: {estimate.reason}."
-                for result in self.results
-                for estimate in result.estimates.values()
-                if estimate.reason
-            ),
+            " of patients."
         ]
+        for result in self.results:
+            reasons = (estimate.reason for estimate in result.estimates.values())
+            notes += [f"Tested on {result.tested_on}: {reason}." for reason in reasons if reason]
         if len(self.results) == 1:
             (result,) = self.results
             counts = zip(self.classes, result.counts(), strict=True)
@@ -179,14 +160,18 @@ class Report(Shown):
         single result has a row for each metric, and several have a row each. Values are followed by
         their intervals. Raises InputError for a metric that does not exist.
         """
-        if metric is not None:
-            return self._cross_table(metric)
-        return markdown(self._rows())
+        if metric is None:
+            return markdown(self._rows())
+        self._require(metric)
+        cells = {(r.trained_on, r.tested_on): self._cell(r, metric) for r in self.results}
+        trained, tested = (dict.fromkeys(names) for names in zip(*cells, strict=True))
+        rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
+        rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
+        return markdown(rows)
 
     def _rows(self) -> list[list[str]]:
         """The table of all metrics, the first row its head."""
-        # With two classes, one AUROC, as both are equal.
-        names = [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
+        names = self._shown_metrics
         titles = [self._title(name) for name in names]
         if len(self.results) == 1:
             rows = [["metric", "value", f"{self._percent} interval"]]
@@ -234,12 +219,19 @@ class Report(Shown):
         Each file is whole or not there, and ``report.json`` comes last. Raises OutputError where
         they cannot be written, and MissingExtraError without matplotlib.
         """
-        text = self.to_json()
-        pictures = {name: as_png(draw(self)) for name, draw in _FIGURES[self.task].items()}
+        text, figures = self.to_json(), self._figures()
         files.make_folder(folder)
-        for name, data in pictures.items():
-            files.write_bytes(Path(folder) / name, data)
+        for name, _, data in figures:
+            files.write_bytes(Path(folder, f"{name}.png"), data)
         files.write_text(Path(folder) / _JSON_NAME, text)
+
+    def _figures(self) -> list[tuple[str, str, bytes]]:
+        """The pictures of the task: name, what it shows, and the bytes of a PNG file."""
+        return [
+            (name, shows, pictures.as_png(draw(self)))
+            for name, shows, draw, tasks in _FIGURES
+            if self.task in tasks
+        ]
 
     def to_html(self, path: str | os.PathLike[str] | Url) -> None:
         """Write the report as one HTML file, which a browser shows without server or network.
@@ -248,30 +240,21 @@ class Report(Shown):
         Raises OutputError where it cannot be written, or would replace a file that xmag did not
         write, and MissingExtraError without matplotlib.
         """
-        first, *others = self._tables()
-        rows = as_cells(first[1:])
+        tables = [(head, as_cells(rows)) for head, *rows in self._tables()]
         if len(self.results) == 1:
-            names = {self._title(name): name for name in self._metrics}
-            first[0].append("0 to 1")
-            for row, (title, *_) in zip(rows, first[1:], strict=True):
-                estimate = self.results[0].estimates[names[title]]
-                row.append(_drawn(estimate))
-        write_page(
-            place_of(path),
-            document(
-                title="Evaluation",
-                lead=self.title,
-                tables=[
-                    table(first[0], rows),
-                    *(table(each[0], as_cells(each[1:])) for each in others),
-                ],
-                notes=self._notes(),
-                figures={
-                    _SHOWS[name]: as_png(draw(self)) for name, draw in _FIGURES[self.task].items()
-                },
-                settings=self.settings,
-            ),
+            head, cells = tables[0]
+            head.append("0 to 1")
+            for row, name in zip(cells, self._shown_metrics, strict=True):
+                row.append(_drawn(self.results[0].estimates[name]))
+        page = document(
+            title="Evaluation",
+            lead=self.title,
+            tables=[table(head, cells) for head, cells in tables],
+            notes=self._notes(),
+            figures={shows: data for _, shows, data in self._figures()},
+            settings=self.settings,
         )
+        write_page(place_of(path), page)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Report":
@@ -285,6 +268,11 @@ class Report(Shown):
     @property
     def _metrics(self) -> list[str]:
         return [name for name in TASKS[self.task] if name in self.results[0].estimates]
+
+    @property
+    def _shown_metrics(self) -> list[str]:
+        # With two classes, one AUROC, as both are equal.
+        return [n for n in self._metrics if len(self.classes) > 2 or n != "auroc_ovo"]
 
     def _require(self, metric: str) -> None:
         if metric not in self._metrics:
@@ -305,27 +293,6 @@ class Report(Shown):
         """A value with its interval, where it has one."""
         interval, value = result.estimates[metric].interval, self._value(result, metric)
         return value if interval is None else f"{value} ({shown_interval(interval)})"
-
-    def _of_each(self, result: Result) -> list[list[str]]:
-        """The table of each label or target of a result; no rows where there is one."""
-        if not result.of_each:
-            return []
-        what = "target" if self.task == "regression" else "label"
-        where = f" ({result.tested_on})" if len(self.results) > 1 else ""
-        titles = [TASKS[self.task][name].title.split(",")[0] for name in result.of_each]
-        rows = [[f"{what}{where}", *titles]]
-        for label, *estimates in zip(self.classes, *result.of_each.values(), strict=True):
-            rows.append([str(label), *map(str, estimates)])
-        return rows
-
-    def _cross_table(self, metric: str) -> str:
-        self._require(metric)
-        trained = dict.fromkeys(result.trained_on for result in self.results)
-        tested = dict.fromkeys(result.tested_on for result in self.results)
-        cells = {(r.trained_on, r.tested_on): self._cell(r, metric) for r in self.results}
-        rows = [[f"{self._title(metric)}: trained on", *(f"tested on {t}" for t in tested)]]
-        rows += [[a or "–", *(cells.get((a, b), "") for b in tested)] for a in trained]
-        return markdown(rows)
 
 
 def _drawn(estimate: Estimate) -> str:
@@ -370,9 +337,7 @@ def _result_to_dict(result: Result) -> dict[str, Any]:
         "trained_on": result.trained_on,
         "tested_on": result.tested_on,
         "estimates": {name: _estimate_to_dict(e) for name, e in result.estimates.items()},
-        "of_each": {
-            name: [_estimate_to_dict(e) for e in found] for name, found in result.of_each.items()
-        },
+        "of_each": {name: [*map(_estimate_to_dict, e)] for name, e in result.of_each.items()},
         **{name: _without_nan(getattr(result, name).tolist()) for name in ARRAYS},
     }
 

@@ -10,14 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import InputError
-from xmag.metrics.bootstrap import (
-    TASKS,
-    Floats,
-    Interval,
-    Outcomes,
-    percentile_interval,
-    resampled,
-)
+from xmag.metrics import bootstrap
+from xmag.metrics.bootstrap import TASKS, Floats, Interval, Outcomes
 from xmag.metrics.decisions import confusions
 from xmag.metrics.labels import Cases
 from xmag.metrics.ranking import class_aurocs
@@ -132,8 +126,8 @@ class Result:
     brier: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
-        for array in (getattr(self, name) for name in ARRAYS):
-            array.flags.writeable = False
+        for name in ARRAYS:
+            getattr(self, name).flags.writeable = False
 
     def __repr__(self) -> str:
         cohort = f", tested on {self.tested_on}" if self.tested_on else ""
@@ -142,10 +136,10 @@ class Result:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Result):
             return NotImplemented
-        mine = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(Result))
+        pairs = ((getattr(self, item.name), getattr(other, item.name)) for item in fields(Result))
         return all(
             np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else bool(a == b)
-            for a, b in mine
+            for a, b in pairs
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -212,17 +206,9 @@ class Result:
 
 
 ARRAYS = (
-    "rows",
-    "truth",
-    "predicted",
-    "scores",
-    "patients",
-    "splits",
-    "repeats",
-    "event_weights",
+    "rows", "truth", "predicted", "scores", "patients", "splits", "repeats", "event_weights",
     "brier",
-)
-"""Names of the fields of a Result that are arrays."""
+)  # fmt: skip
 
 
 def cases_of(result: Result, places: Any = slice(None)) -> Cases | Outcomes:
@@ -256,44 +242,24 @@ def with_estimates(result: Result, *, ordered: bool, sampling: Sampling) -> Resu
     }
     if result.task == "classification":
         each = {"auroc": (class_aurocs, "")}
+    repeats = _repeats(result)
+
+    def estimate(values: Callable[..., Floats], undefined: str) -> Estimate:
+        return _estimate(functools.partial(_mean_of, values, repeats), undefined, result, sampling)
+
     places = range(len(result.classes) if len(result.classes) > 1 else 0)
     return replace(
         result,
         estimates={
-            name: _log_rank(result)
-            if m.is_test
-            else _estimate(result, m.values, sampling, m.undefined)
+            name: _log_rank(result) if m.is_test else estimate(m.values, m.undefined)
             for name, m in known.items()
         },
         of_each={
-            name: tuple(
-                _estimate(result, functools.partial(values, place=place), sampling, undefined)
-                for place in places
-            )
-            for name, (values, undefined) in each.items()
+            name: tuple(estimate(functools.partial(values, place=n), reason) for n in places)
+            for name, (values, reason) in each.items()
             if places
         },
     )
-
-
-def _estimate(
-    result: Result, values: Callable[..., Floats], sampling: Sampling, undefined: str
-) -> Estimate:
-    """Estimate of a metric: mean over repeats, and an interval that draws patients in all.
-
-    `undefined` says why it may have no value; of classes, that is found.
-    """
-    repeats = _repeats(result)
-
-    def of_draws(weights: Floats) -> Floats:
-        return _mean_of(values, repeats, weights)
-
-    value = _mean_of(values, repeats, None)[0]
-    if np.isnan(value):
-        return Estimate(
-            value=None, reason=undefined or _why_undefined([cases for _, cases in repeats])
-        )
-    return _with_interval(float(value), of_draws, result, sampling)
 
 
 def difference(one: Result, other: Result, metric: str, sampling: Sampling) -> Estimate:
@@ -313,10 +279,7 @@ def difference(one: Result, other: Result, metric: str, sampling: Sampling) -> E
         first, second = (_mean_of(values, repeats, weights) for repeats in parts)
         return np.asarray(first - second)
 
-    value = float(of_draws(None)[0])
-    if np.isnan(value):
-        return Estimate(value=None, reason="one of the two is not defined")
-    return _with_interval(value, of_draws, one, sampling)
+    return _estimate(of_draws, "one of the two is not defined", one, sampling)
 
 
 _Repeats = Sequence[tuple[NDArray[np.int64], Any]]
@@ -330,18 +293,23 @@ def _repeats(result: Result) -> _Repeats:
 
 def _mean_of(values: Callable[..., Floats], repeats: _Repeats, weights: Floats | None) -> Floats:
     """The mean over repeats of a metric with weights of all predictions, (R, m)."""
-    parts = [
-        values(cases, None if weights is None else weights[:, rows]) for rows, cases in repeats
-    ]
+    parts = [values(cases, None if weights is None else weights[:, at]) for at, cases in repeats]
     return np.asarray(np.mean(parts, axis=0))
 
 
-def _with_interval(
-    value: float, of_draws: Callable[[Floats], Floats], result: Result, sampling: Sampling
+def _estimate(
+    of_draws: Callable[[Floats | None], Floats], reason: str, result: Result, sampling: Sampling
 ) -> Estimate:
+    """The estimate of what `of_draws` gives with and without weights, or why there is none.
+
+    `reason` is that; where it is empty, as of classes, it is found.
+    """
+    value = float(of_draws(None)[0])
+    if np.isnan(value):
+        return Estimate(value=None, reason=reason or _why_undefined(result))
     cases = cases_of(result)
     try:
-        drawn = resampled(
+        drawn = bootstrap.resampled(
             of_draws,
             cases.truth if isinstance(cases, Cases) else cases.codes,
             result.patients,
@@ -350,7 +318,9 @@ def _with_interval(
         )
     except InputError as error:
         return Estimate(value=value, reason=f"no interval: {error}")
-    return Estimate(value=value, interval=percentile_interval(drawn, level=sampling.level))
+    return Estimate(
+        value=value, interval=bootstrap.percentile_interval(drawn, level=sampling.level)
+    )
 
 
 def _log_rank(result: Result) -> Estimate:
@@ -361,10 +331,11 @@ def _log_rank(result: Result) -> Estimate:
         return Estimate(value=None, reason=str(error))
 
 
-def _why_undefined(repeats: Sequence[Any]) -> str:
-    for cases in repeats:
+def _why_undefined(result: Result) -> str:
+    repeats = _repeats(result)
+    for _, cases in repeats:
         if missing := cases.missing():
             return f"no case of class {missing[0]!r}"
-    if len(np.unique(repeats[0].truth)) == 1:
+    if len(np.unique(repeats[0][1].truth)) == 1:
         return "all cases are of one class"
     return "no split has cases of two classes to compare"

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import ForeignBagError
 from xmag.errors import InputError, XmagWarning
 from xmag.evaluate.folds import Folds
-from xmag.evaluate.tasks import Classification, Task
+from xmag.evaluate.tasks import CLASSIFICATION, Task
 from xmag.metrics.labels import Labels, as_labels
 
 OnIdentical = Literal["raise", "warn"]
@@ -43,13 +43,13 @@ class Samples:
     rows: NDArray[np.int64]
     y: Any
     groups: tuple[Hashable, ...] | None
-    task: Task = field(default_factory=Classification)
+    task: Task
     columns: tuple[Hashable, ...] | None = None
     whole: "Samples | None" = None
 
     @classmethod
     def of(
-        cls, x: Any, y: Any, groups: Labels | None, *, name: str, task: Task | None = None
+        cls, x: Any, y: Any, groups: Labels | None, *, name: str, task: Task = CLASSIFICATION
     ) -> "Samples":
         """Make Samples; InputError unless there is one label and one patient for each case."""
         try:
@@ -58,26 +58,23 @@ class Samples:
             raise InputError(
                 f"{name}: X is of {type(x).__name__}, which has no length; give a list or an array"
             ) from error
-        task = task or Classification()
         labels = task.read(y, f"{name}: y", n)
         if n == 0:
             raise InputError(f"{name} has no cases; expected at least one of each class")
         patients = None if groups is None else tuple(as_labels(groups, f"{name}: groups", n=n))
+        columns = getattr(y, "columns", None)  # of a table, or a column of one
+        if columns is None and isinstance(getattr(y, "name", None), str):
+            columns = [y.name]
         return cls(
-            name=name,
-            data=x,
-            rows=np.arange(n),
-            y=labels,
-            groups=patients,
-            task=task,
-            columns=_names_of(y),
-        )
+            name=name, data=x, rows=np.arange(n), y=labels, groups=patients, task=task,
+            columns=None if columns is None else tuple(columns),
+        )  # fmt: skip
 
     def part(self, rows: Sequence[int]) -> "Samples":
         """The cases of these rows."""
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
-        is_array = isinstance(self.y, np.ndarray)
-        labels = self.y[list(rows)] if is_array else tuple(self.y[row] for row in rows)
+        y = taken(self.y, rows)
+        labels = tuple(y) if isinstance(y, list) else y
         return replace(self, rows=self.rows[list(rows)], y=labels, groups=groups, whole=self)
 
     def __len__(self) -> int:
@@ -86,11 +83,7 @@ class Samples:
     @property
     def x(self) -> Any:
         """The cases: rows of a table or array, or a list from a sequence."""
-        if hasattr(self.data, "iloc"):
-            return self.data.iloc[self.rows]
-        if hasattr(self.data, "shape"):
-            return self.data[self.rows]
-        return [self.data[row] for row in self.rows.tolist()]
+        return taken(self.data, self.rows.tolist())
 
     @cached_property
     def digests(self) -> NDArray[np.object_]:
@@ -121,12 +114,10 @@ class Trial:
         return [
             cls(
                 name=f"split {number} of {data.name}",
-                train=data.part(split.train),
-                test=data.part(split.test),
-                repeat=split.repeat,
+                train=data.part(split.train), test=data.part(split.test), repeat=split.repeat,
             )
             for number, split in enumerate(folds.splits)
-        ]
+        ]  # fmt: skip
 
     @classmethod
     def across(cls, train: Samples, test: Samples) -> "Trial":
@@ -154,7 +145,10 @@ class Trial:
                 " patients in all); keep all cases of a patient on one side, and if these are"
                 " different people with the same number, put the cohort's name before it"
             )
-        if found := self._identical():
+        # Places of training and test cases with the same features, or a bag with the same.
+        places = {one: place for place, own in enumerate(self.train.digests) for one in own}
+        same = ([one for one in own if one in places] for own in self.test.digests)
+        if found := [(places[ones[0]], at) for at, ones in enumerate(same) if ones]:
             message = (
                 f"{where}: test case {found[0][1]} has the same features as training case"
                 f" {found[0][0]} (counted from 0; {len(found)} such test cases in all)"
@@ -169,12 +163,6 @@ class Trial:
             warnings.warn(text, XmagWarning, stacklevel=stacklevel)
         if reason := self.train.task.lacking(self.train.y, order):
             raise InputError(f"{self.name}: {reason}")
-
-    def _identical(self) -> list[tuple[int, int]]:
-        """Places of training and test cases with the same features, or a bag with the same."""
-        places = {one: place for place, own in enumerate(self.train.digests) for one in own}
-        shared = ([one for one in own if one in places] for own in self.test.digests)
-        return [(places[found[0]], at) for at, found in enumerate(shared) if found]
 
 
 def warn_without_groups(*, stacklevel: int) -> None:
@@ -200,18 +188,15 @@ def agreed_classes(
     if ordered and task.name != "classification":
         raise InputError(f"ordered=True is for classes, but the task is {task.name}; leave it out")
     if ordered and classes is None:
-        raise InputError(
-            "ordered=True needs the order of the classes, lowest first; give classes=[...]"
-        )
+        raise InputError("ordered=True needs the order of the classes, lowest first, in classes=")
     return task.order(parts, classes)
 
 
-def _names_of(y: Any) -> tuple[Hashable, ...] | None:
-    """The names of the columns of a table, or of a column."""
-    found = getattr(y, "columns", None)
-    if found is None and isinstance(getattr(y, "name", None), str):
-        found = [y.name]
-    return None if found is None else tuple(found)
+def taken(values: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a table or an array, or a list of the values of a sequence."""
+    if hasattr(values, "iloc"):
+        return values.iloc[list(rows)]
+    return values[list(rows)] if hasattr(values, "shape") else [values[row] for row in rows]
 
 
 def digests(x: Any) -> NDArray[np.object_]:
@@ -223,18 +208,12 @@ def digests(x: Any) -> NDArray[np.object_]:
     rows: Any = x.to_numpy() if hasattr(x, "to_numpy") else x
     found = np.empty(len(x), dtype=object)
     for place in range(len(x)):
-        of_bags = map(_digest, _bags_of(rows[place]))
-        found[place] = tuple(one for one in of_bags if one is not None)
+        case, bags = rows[place], [rows[place]]
+        first = case[0] if isinstance(case, list | tuple) and case else None
+        if isinstance(first, str | os.PathLike | FeatureBag) or getattr(first, "ndim", 0) == 2:
+            bags = list(case)  # a list of numbers is one vector
+        found[place] = tuple(one for one in map(_digest, bags) if one is not None)
     return found
-
-
-def _bags_of(case: Any) -> Sequence[Any]:
-    """The bags of a case: those of a list of bags, or the case itself."""
-    if not isinstance(case, list | tuple) or not case:
-        return [case]
-    first = case[0]
-    is_bag = isinstance(first, str | os.PathLike | FeatureBag) or getattr(first, "ndim", 0) == 2
-    return case if is_bag else [case]  # a list of numbers is one vector
 
 
 def _digest(case: Any) -> bytes | None:

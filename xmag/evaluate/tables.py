@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,8 @@ def table_pairs(
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"ids has {twice!r} twice; expected each case once")
     column = _id_column(path, rows, names, id_column)
-    columns = sorted(
-        (name for name in there if re.fullmatch(r"fold_\d+", name)),
-        key=lambda name: int(name.removeprefix("fold_")),
-    )
+    columns = [name for name in there if re.fullmatch(r"fold_\d+", name)]
+    columns.sort(key=lambda name: int(name.removeprefix("fold_")))
     if not columns and "fold" not in there:
         raise InputError(
             f"{path.name!r} has the columns {there}; expected fold_0, fold_1, ... with"
@@ -65,7 +63,12 @@ def table_pairs(
         ]
     for known in patients:
         for name, (train, test) in zip(columns, pairs, strict=True):
-            _refuse_shared(path, name, known, train, test)
+            fitted = {known[row] for row in train.tolist()} - {None}
+            if shared := [known[row] for row in test.tolist() if known[row] in fitted]:
+                raise InputError(
+                    f"{name} of {path.name!r} has patient {shared[0]!r} on both sides; keep all"
+                    " cases of a patient on one side"
+                )
     return pairs
 
 
@@ -133,18 +136,3 @@ def _sides(path: Path, rows: list[Row], fold: str, *, tested: str) -> Pair:
                 f" expected some{other}"
             )
     return train, test
-
-
-def _refuse_shared(
-    path: Path,
-    fold: str,
-    patients: Sequence[Hashable],
-    train: NDArray[np.int64],
-    test: NDArray[np.int64],
-) -> None:
-    known = {patients[row] for row in train.tolist()} - {None}
-    if shared := [patients[row] for row in test.tolist() if patients[row] in known]:
-        raise InputError(
-            f"{fold} of {path.name!r} has patient {shared[0]!r} on both sides; keep all cases of a"
-            " patient on one side"
-        )

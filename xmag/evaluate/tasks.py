@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,6 @@ from xmag.metrics.survival import Survival, as_survival, brier_errors, censoring
 
 if TYPE_CHECKING:
     from xmag.evaluate.samples import Samples
-    from xmag.evaluate.validation import Fitted
 
 Order = tuple[Hashable, ...]
 Predictions = Mapping[str, NDArray[Any]]
@@ -26,6 +26,20 @@ _STRATA = 4
 """Quarters of a number to predict, which are spread over the folds."""
 _BRIER_TIMES = 100
 _BRIER_SHARES = (0.1, 0.9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A fitted estimator, and the order of classes, labels or targets.
+
+    `by_place` is whether the classes of the estimator are indices in `order`; `known` what the task
+    keeps of the cases that it was fitted on, None where they are not known.
+    """
+
+    estimator: Any
+    order: Order
+    by_place: bool = False
+    known: Any = None
 
 
 class Task(ABC):
@@ -50,10 +64,10 @@ class Task(ABC):
 
     def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:
         """Names of targets or labels: as given, or of the columns of a table, or their numbers."""
-        counts = {part.name: 1 if part.y.ndim == 1 else part.y.shape[1] for part in parts}
-        count = counts[parts[0].name]
-        if set(counts.values()) != {count}:
+        counts = {part.name: _table(part.y).shape[1] for part in parts}
+        if len(set(counts.values())) > 1:
             raise InputError(f"y has as many columns as {counts}; expected the same in all cohorts")
+        count = counts[parts[0].name]
         if names is None:
             named = parts[0].columns or ()
             return named if len(named) == count else ("y",) if count == 1 else tuple(range(count))
@@ -68,45 +82,38 @@ class Task(ABC):
     def lacking(self, y: Any, order: Order) -> str | None:
         """Why these cases cannot be fitted on; None where they can."""
 
-    def for_fit(self, y: Any, order: Order) -> tuple[Any, bool]:  # noqa: ARG002
-        """`y` as estimators take it, and whether classes became indices in `order`."""
-        return y, False
-
     def fitted_on(self, y: Any) -> NDArray[np.int64]:
         """The cases of `y` from which something can be learned."""
         return np.arange(len(y))
 
-    @abstractmethod
-    def truth(self, y: Any, order: Order) -> NDArray[Any]:
+    def truth(self, y: Any, order: Order) -> NDArray[Any]:  # noqa: ARG002
         """The truth as a Result has it."""
+        return _table(y)
 
     def known(self, estimator: Any, x: Any, y: Any) -> Any:  # noqa: ARG002
         """Facts of the cases fitted on that predictions need; None by default."""
         return None
 
     @abstractmethod
-    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
-        """Checked predictions of a fitted estimator for cases `x` of the cohort `name`."""
+    def predict(self, fitted: Fitted, data: "Samples") -> Predictions:
+        """Checked predictions of a fitted estimator; InputError for others."""
 
 
-class Classification(Task):
+class _Classification(Task):
     """One of several classes, ordered or not."""
 
     name = "classification"
     methods = ("fit", "predict_proba")
 
     def read(self, y: Any, name: str, n: int) -> tuple[Hashable, ...]:
-        """Labels of any hashable kind, none missing, and no measurements."""
         labels = as_labels(y, name, n=n)
         refuse_continuous(labels, name)
         return tuple(labels)
 
     def folds(self, y: Any, groups: Labels | None, folds: int, **options: int) -> Folds:
-        """Stratified by class."""
         return Folds.stratified(y, groups=groups, folds=folds, **options)
 
     def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:
-        """The order of classes: as given, or sorted; InputError for a part of one class."""
         order = class_order([label for part in parts for label in part.y], names, name="y")
         for part in parts:
             if len(set(part.y)) < 2:
@@ -117,31 +124,21 @@ class Classification(Task):
         return order
 
     def lacking(self, y: Any, order: Order) -> str | None:
-        """A class of `order` has no case."""
-        present = set(y)
-        missing = [label for label in order if label not in present]
-        if not missing:
-            return None
-        return (
-            f"there is no case of class {missing[0]!r} to fit on; give fewer folds, or leave that"
-            " class out"
-        )
-
-    def for_fit(self, y: Any, order: Order) -> tuple[Any, bool]:
-        """Labels as scikit-learn takes them."""
-        return for_fit(y, order)
+        for label in order:
+            if label not in y:
+                return (
+                    f"there is no case of class {label!r} to fit on; give fewer folds, or leave"
+                    " that class out"
+                )
+        return None
 
     def truth(self, y: Any, order: Order) -> NDArray[np.int64]:
-        """Indices in `order`, (n,)."""
         return encode(y, order)
 
-    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
-        """Scores (n, C) and predicted classes (n,).
-
-        Raises InputError for scores of the wrong shape or not finite, and for classes that the
-        estimator and the order do not both know.
-        """
+    def predict(self, fitted: Fitted, data: "Samples") -> Predictions:
+        """Scores (n, C) and predicted classes (n,)."""
         estimator, order = fitted.estimator, fitted.order
+        name, x, n = data.name, data.x, len(data)
 
         def labelled(found: list[Any]) -> list[Hashable]:
             return [order[int(place)] for place in found] if fitted.by_place else found
@@ -153,36 +150,30 @@ class Classification(Task):
                     f"{who} knows the class {label!r}, which is not in classes {order};"
                     " name all of its classes there"
                 )
-        for label in y:
+        for label in data.y:
             if label not in known:
                 raise InputError(
                     f"{name} has the label {label!r}, which {who} does not know (it knows"
                     f" {known}); leave such cases out, or fit it on that class too"
                 )
-        scores = np.zeros((len(y), len(order)))
-        found = estimator.predict_proba(x)
-        scores[:, encode(known, order)] = as_scores(
-            found, len(y), known, name=f"the scores of {name}"
-        )
+        scores, found = np.zeros((n, len(order))), estimator.predict_proba(x)
+        scores[:, encode(known, order)] = as_scores(found, n, known, name=f"the scores of {name}")
         if not callable(getattr(estimator, "predict", None)):
             return {"scores": scores, "predicted": scores.argmax(1)}
         labels = labelled(as_labels(estimator.predict(x), "what predict returned"))
         for label in labels:
             if label not in known:
-                raise InputError(
-                    f"{who}.predict gave {label!r}, which is not one of its classes_ {known}"
-                )
+                raise InputError(f"{who}.predict gave {label!r}, none of its classes_ {known}")
         return {"scores": scores, "predicted": encode(labels, order)}
 
 
-class MultiLabel(Task):
+class _MultiLabel(Task):
     """Several labels, each there or not."""
 
     name = "multilabel"
     methods = ("fit", "predict_proba")
 
     def read(self, y: Any, name: str, n: int) -> NDArray[np.int64]:
-        """A matrix of 0 and 1, int64 (n, L)."""
         array = np.asarray(y)
         if array.ndim != 2 or len(array) != n or not np.isin(array, (0, 1)).all():
             raise InputError(
@@ -192,7 +183,6 @@ class MultiLabel(Task):
         return array.astype(np.int64)
 
     def lacking(self, y: Any, order: Order) -> str | None:
-        """A label that no case has, or each."""
         for label, column in zip(order, y.T, strict=True):
             if len(np.unique(column)) < 2:
                 return (
@@ -202,12 +192,11 @@ class MultiLabel(Task):
         return None
 
     def truth(self, y: Any, order: Order) -> NDArray[np.int64]:  # noqa: ARG002
-        """The labels, (n, L)."""
         return np.asarray(y, np.int64)
 
-    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: Fitted, data: "Samples") -> Predictions:
         """Scores (n, L) and decisions (n, L), 0 or 1; scikit-learn's lists of (n, 2) are read."""
-        estimator, order = fitted.estimator, fitted.order
+        estimator, order, x = fitted.estimator, fitted.order, data.x
         found = estimator.predict_proba(x)
         if isinstance(found, list):
             if any(np.ndim(part) != 2 or np.shape(part)[1] != 2 for part in found):
@@ -216,21 +205,20 @@ class MultiLabel(Task):
                     f" expected (cases, 2) of each of {len(order)} labels"
                 )
             found = np.stack([np.asarray(part)[:, 1] for part in found], axis=1)
-        scores = finite(found, (len(y), len(order)), f"the scores of {name}")
+        scores = finite(found, (len(data), len(order)), f"the scores of {data.name}")
         if not callable(getattr(estimator, "predict", None)):
             return {"scores": scores, "predicted": (scores >= 0.5).astype(np.int64)}
-        decided = finite(estimator.predict(x), scores.shape, f"the labels of {name}")
+        decided = finite(estimator.predict(x), scores.shape, f"the labels of {data.name}")
         return {"scores": scores, "predicted": decided.astype(np.int64)}
 
 
-class Regression(Task):
+class _Regression(Task):
     """Numbers, of which some may be missing (NaN)."""
 
     name = "regression"
 
     def read(self, y: Any, name: str, n: int) -> NDArray[np.float64]:
-        """Numbers, float64 (n,) or (n, T), NaN where missing."""
-        return as_numbers(y, n, name, of="cases", classes="give a classifier")
+        return as_numbers(y, n, name)
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64] | None:
         """Quarters of a single target; cases without it are spread too."""
@@ -245,7 +233,6 @@ class Regression(Task):
         return codes
 
     def lacking(self, y: Any, order: Order) -> str | None:
-        """A target of which fewer than two values are known."""
         for label, column in zip(order, _table(y).T, strict=True):
             if (count := len(np.unique(column[~np.isnan(column)]))) < 2:
                 return (
@@ -255,22 +242,16 @@ class Regression(Task):
         return None
 
     def fitted_on(self, y: Any) -> NDArray[np.int64]:
-        """Cases with a known target."""
         return np.flatnonzero(~np.isnan(_table(y)).all(1))
 
-    def truth(self, y: Any, order: Order) -> NDArray[np.float64]:  # noqa: ARG002
-        """The numbers, (n, T)."""
-        return _table(y)
-
-    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: Fitted, data: "Samples") -> Predictions:
         """Predicted numbers (n, T)."""
-        shape = (len(y), len(fitted.order))
-        found = _table(np.asarray(fitted.estimator.predict(x)))
-        predicted = finite(found, shape, f"the predictions of {name}")
-        return {"predicted": predicted, "scores": np.zeros((len(y), 0))}
+        found, shape = _table(fitted.estimator.predict(data.x)), (len(data), len(fitted.order))
+        predicted = finite(found, shape, f"the predictions of {data.name}")
+        return {"predicted": predicted, "scores": np.zeros((len(data), 0))}
 
 
-class SurvivalTime(Task):
+class _SurvivalTime(Task):
     """Times to an event, which may be censored: the risk, and the share without an event."""
 
     name = "survival"
@@ -280,41 +261,37 @@ class SurvivalTime(Task):
         seen = as_survival(y, name)
         if len(seen) != n:
             raise InputError(f"{name} has {len(seen)} entries for {n} cases")
-        array = np.asarray(y)
-        if array.dtype.names is None:  # scikit-survival takes nothing else
-            array = np.empty(n, dtype=[("event", bool), ("time", np.float64)])
-            array["event"], array["time"] = seen.event, seen.time
-        return array
+        if np.asarray(y).dtype.names is not None:
+            return np.asarray(y)
+        array = np.empty(n, dtype=[("event", bool), ("time", np.float64)])
+        array["event"], array["time"] = seen.event, seen.time
+        return array  # scikit-survival takes nothing else
 
     def strata(self, y: Any, folds: int) -> NDArray[np.int64]:  # noqa: ARG002
-        """Whether there was an event."""
         return as_survival(y).event.astype(np.int64)
 
     def order(self, parts: "Sequence[Samples]", names: Labels | None) -> Order:  # noqa: ARG002
-        """The possible outcomes of a case; InputError for names of classes."""
         if names is not None:
             raise InputError("classes is given, but there are none in survival; leave it out")
         return ("censored", "event")
 
     def lacking(self, y: Any, order: Order) -> str | None:  # noqa: ARG002
-        """Nobody has an event."""
         if as_survival(y).event.any():
             return None
         return "no case to fit on has an event; give fewer folds, or cases with one"
 
     def truth(self, y: Any, order: Order) -> NDArray[np.float64]:  # noqa: ARG002
-        """Event and time, (n, 2)."""
         seen = as_survival(y)
         return np.stack([seen.event, seen.time], axis=1).astype(np.float64)
 
-    def predict(self, fitted: "Fitted", x: Any, y: Any, name: str) -> Predictions:
+    def predict(self, fitted: Fitted, data: "Samples") -> Predictions:
         """Risks (n, 1), risk groups, and what compares them with the cases fitted on.
 
         Where those are not known, the groups are cut at the median of these cases, and the
         censoring is theirs.
         """
-        estimator, seen = fitted.estimator, as_survival(y)
-        risk = _risks(estimator, x, len(y), f"the risks of {name}")
+        estimator, seen, x = fitted.estimator, as_survival(data.y), data.x
+        risk = _risks(estimator, x, len(data), f"the risks of {data.name}")
         train, cut = fitted.known or (seen, float(np.median(risk)))
         try:
             weights = censoring_weights(seen, train)
@@ -328,7 +305,7 @@ class SurvivalTime(Task):
         }
 
     def known(self, estimator: Any, x: Any, y: Any) -> tuple[Survival, float]:
-        """The times of the cases fitted on, and the median of their risks."""
+        """The times, and the median of the risks."""
         risk = _risks(estimator, x, len(y), "the risks of the cases fitted on")
         return as_survival(y), float(np.median(risk))
 
@@ -360,6 +337,9 @@ def _brier_parts(estimator: Any, x: Any, seen: Survival, train: Survival) -> NDA
     return np.asarray(np.trapezoid(errors, times, axis=1) / (high - low))
 
 
+CLASSIFICATION: Task = _Classification()
+
+
 def task_of(estimator: Any, y: Any) -> Task:
     """The task of an estimator and labels.
 
@@ -368,17 +348,17 @@ def task_of(estimator: Any, y: Any) -> Task:
     """
     fields = getattr(getattr(y, "dtype", None), "names", None)
     if fields is not None or hasattr(estimator, "predict_survival_function"):
-        return SurvivalTime()
+        return _SurvivalTime()
     tags = getattr(estimator, "__sklearn_tags__", None)
     kind = getattr(estimator, "_estimator_type", None) if tags is None else tags().estimator_type
     if kind == "regressor":
-        return Regression()
+        return _Regression()
     if hasattr(y, "shape") or (isinstance(y, list) and y and isinstance(y[0], list)):
         array = np.asarray(y)
         is_matrix = array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "biuf"
         if is_matrix and np.isin(array, (0, 1)).all():
-            return MultiLabel()
-    return Classification()
+            return _MultiLabel()
+    return CLASSIFICATION
 
 
 def for_fit(labels: Sequence[Hashable], classes: Order) -> tuple[NDArray[Any], bool]:

@@ -6,7 +6,6 @@ import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,14 +17,10 @@ from xmag.evaluate.extra import optional
 from xmag.evaluate.folds import Folds
 from xmag.evaluate.report import Report
 from xmag.evaluate.results import Result, Sampling, with_estimates
-from xmag.evaluate.samples import (
-    OnIdentical,
-    Samples,
-    Trial,
-    agreed_classes,
-    warn_without_groups,
-)
+from xmag.evaluate.samples import OnIdentical, Samples, Trial, agreed_classes, warn_without_groups
 from xmag.evaluate.tasks import (
+    CLASSIFICATION,
+    Fitted,
     Order,
     Predictions,
     Task,
@@ -35,29 +30,6 @@ from xmag.evaluate.tasks import (
     task_of,
 )
 from xmag.metrics.labels import Labels, encode
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """A fitted estimator.
-
-    Attributes:
-        estimator: The estimator.
-        task: Its task.
-        order: The order of classes, labels or targets.
-        by_place: Whether the classes of the estimator are indices in `order`.
-        known: What the task keeps of the cases that it was fitted on; None where not known.
-    """
-
-    estimator: Any
-    task: Task
-    order: Order
-    by_place: bool = False
-    known: Any = None
-
-    def predict(self, data: Samples) -> Predictions:
-        """Predictions of these cases, arrays by their name in a Result; InputError if wrong."""
-        return self.task.predict(self, data.x, data.y, data.name)
 
 
 def cross_validate(
@@ -121,24 +93,21 @@ def cross_validate(
     if groups is None:
         warn_without_groups(stacklevel=2)
     if not isinstance(folds, Folds):
-        folds = data.task.folds(
-            data.y, data.groups, folds, repeats=repeats, random_state=random_state
-        )
+        seeds = {"repeats": repeats, "random_state": random_state}
+        folds = data.task.folds(data.y, data.groups, folds, **seeds)
     elif repeats != 1:
         raise InputError(f"repeats is {repeats}, but the folds that were given have their own")
-    trials = Trial.of_folds(folds, data)
-    (result,) = _run(estimator, [trials], order, on_identical=on_identical)
+    (result,) = _run(estimator, [Trial.of_folds(folds, data)], order, on_identical=on_identical)
     number = len({split.repeat for split in folds.splits})
     times = f", {number} repeats" if number > 1 else ""
+    settings = settings_of("cross-validation", estimator, data.task, grouped=groups is not None)
     return Report(
         title=f"Cross-validation of {name_of(estimator)}: {len(folds)} splits{times}",
         classes=order,
         results=(with_estimates(result, ordered=ordered, sampling=sampling),),
         sampling=sampling,
         folds=folds,
-        settings=settings_of(
-            "cross-validation", estimator, task=data.task, grouped=groups is not None
-        ),
+        settings=settings,
     )
 
 
@@ -169,9 +138,8 @@ def external(
         train: The name or names of cohorts to fit on; ``train=list(cohorts)`` gives the whole
             matrix.
         folds: Of the cross-validation on the cohort that was fitted on.
-        classes: The order of classes; by default that of the fitted estimator, or the labels
-            sorted. The names of labels or targets, as in `cross_validate`.
-        ordered: Whether that order means something: adds quadratic kappa.
+        classes: As for `cross_validate`; by default those of a fitted estimator.
+        ordered: As for `cross_validate`.
         level: Share that the intervals hold.
         resamples: Draws of patients for the intervals.
         random_state: Seed of folds and draws.
@@ -184,38 +152,38 @@ def external(
     sampling = Sampling(level=level, resamples=resamples, random_state=random_state)
     if not cohorts:
         raise InputError("cohorts is empty; expected at least one, by name")
-    parts: dict[str, Samples] = {}
+    parts: list[Samples] = []
     for name, content in cohorts.items():
-        task = next(iter(parts.values())).task if parts else None
-        parts[name] = _cohort(name, content, estimator, task)
-    task = parts[next(iter(parts))].task
-    grouped = all(part.groups is not None for part in parts.values())
+        if not isinstance(content, tuple) or len(content) not in (2, 3):
+            kind = type(content).__name__
+            raise InputError(f"cohort {name!r} is {kind}; expected (X, y) or (X, y, groups)")
+        x, y, groups = (*content, None)[:3]
+        task = parts[0].task if parts else task_of(estimator, y)
+        parts.append(Samples.of(x, y, groups, name=name, task=task))
+    task = parts[0].task
+    grouped = all(part.groups is not None for part in parts)
     if not grouped:
         warn_without_groups(stacklevel=2)
     if train is None and classes is None and not ordered and task.name == "classification":
         classes = classes_of(estimator)
-    classes, ordered = _order_of(estimator, list(parts.values()), classes, ordered=ordered)
-    order = agreed_classes(list(parts.values()), classes, ordered=ordered)
+    classes, ordered = _order_of(estimator, parts, classes, ordered=ordered)
+    order = agreed_classes(parts, classes, ordered=ordered)
     if train is None:
-        fitted = Fitted(estimator=estimator, task=task, order=order)
+        fitted = Fitted(estimator=estimator, order=order)
         results = [
-            result_of(order, [part], [fitted.predict(part)], trained_on="")
-            for part in parts.values()
+            result_of(order, [part], [task.predict(fitted, part)], trained_on="") for part in parts
         ]
     else:
         plans = _matrix(parts, train, folds=folds, random_state=random_state)
         results = _run(estimator, plans, order, on_identical=on_identical)
+    own = None if train is None else folds
     return Report(
         title=f"{name_of(estimator)} across {len(parts)} cohort{'s' if len(parts) > 1 else ''}",
         classes=order,
         results=tuple(with_estimates(r, ordered=ordered, sampling=sampling) for r in results),
         sampling=sampling,
         settings=settings_of(
-            "external cohorts",
-            estimator,
-            task=task,
-            grouped=grouped,
-            own_cohort_folds=None if train is None else folds,
+            "external cohorts", estimator, task, grouped=grouped, own_cohort_folds=own
         ),
     )
 
@@ -223,10 +191,7 @@ def external(
 def _order_of(
     estimator: Any, parts: Sequence[Samples], classes: Labels | None, *, ordered: bool
 ) -> tuple[Labels | None, bool]:
-    """The classes and whether they are ordered: as given, or as an ordinal estimator has them.
-
-    Its `ordinal` is True, or the classes from lowest to highest.
-    """
+    """The classes and whether they are ordered: as given, or by the `ordinal` of an estimator."""
     order = getattr(estimator, "ordinal", False)
     if order is None or order is False or parts[0].task.name != "classification":
         return classes, ordered
@@ -238,35 +203,22 @@ def _order_of(
     return classes, True
 
 
-def _cohort(name: str, content: tuple[Any, ...], estimator: Any, task: Task | None) -> Samples:
-    if not isinstance(content, tuple) or len(content) not in (2, 3):
-        raise InputError(
-            f"cohort {name!r} is {type(content).__name__}; expected (X, y) or (X, y, groups)"
-        )
-    x, y, groups = (*content, None)[:3]
-    return Samples.of(x, y, groups, name=name, task=task or task_of(estimator, y))
-
-
 def _matrix(
-    parts: Mapping[str, Samples],
-    train: str | Sequence[str],
-    *,
-    folds: int | None,
-    random_state: int,
+    parts: Sequence[Samples], train: str | Sequence[str], *, folds: int | None, random_state: int
 ) -> list[list[Trial]]:
     """The trials of each result: of a cohort to fit on and another, or of folds of its own."""
     names = [train] if isinstance(train, str) else list(train)
-    if not names or not set(names) <= set(parts):
-        raise InputError(f"train is {train!r}; expected one or more of {list(parts)}")
+    by_name = {part.name: part for part in parts}
+    if not names or not set(names) <= set(by_name):
+        raise InputError(f"train is {train!r}; expected one or more of {list(by_name)}")
     plans = []
-    for known in (parts[name] for name in names):
-        for part in parts.values():
+    for known in (by_name[name] for name in names):
+        for part in parts:
             if part is not known:
                 plans.append([Trial.across(known, part)])
             elif folds is not None:
-                own = known.task.folds(
-                    known.y, known.groups, folds, repeats=1, random_state=random_state
-                )
+                seeds = {"repeats": 1, "random_state": random_state}
+                own = known.task.folds(known.y, known.groups, folds, **seeds)
                 plans.append(Trial.of_folds(own, known))
     return plans
 
@@ -282,13 +234,10 @@ def _run(
     for trials in plans:
         predictions = []
         for trial in trials:
-            if trial.within:
-                fitted = fit(estimator, trial.train, order)
-            else:
-                if trial.name not in whole:
-                    whole = {trial.name: fit(estimator, trial.train, order)}
-                fitted = whole[trial.name]
-            predictions.append(fitted.predict(trial.test))
+            fitted = whole.get(trial.name) or fit(estimator, trial.train, order)
+            if not trial.within:
+                whole = {trial.name: fitted}
+            predictions.append(trial.test.task.predict(fitted, trial.test))
         tests, repeats = [trial.test for trial in trials], [trial.repeat for trial in trials]
         known = trials[0].train.name
         results.append(result_of(order, tests, predictions, trained_on=known, repeats=repeats))
@@ -303,22 +252,21 @@ def fit(estimator: Any, train: Samples, order: Order) -> Fitted:
     task = train.task
     for method in task.methods:
         if not callable(getattr(estimator, method, None)):
-            needs = ", ".join(task.methods)
-            if "predict_proba" in task.methods:
-                needs = "fit, predict_proba and classes_"
-            raise InputError(
-                f"{name_of(estimator)} has no {method}; give an estimator with {needs}"
-            )
+            has_classes = "predict_proba" in task.methods
+            needs = "fit, predict_proba and classes_" if has_classes else ", ".join(task.methods)
+            raise InputError(f"{name_of(estimator)} has no {method}; give one with {needs}")
     fresh = optional("sklearn.base", "cloning an estimator").clone(estimator, safe=False)
     if len(rows := task.fitted_on(train.y)) < len(train):
         train = train.part(rows.tolist())
-    labels, by_place = task.for_fit(train.y, order)
+    labels, by_place = train.y, False
+    if task is CLASSIFICATION:
+        labels, by_place = for_fit(labels, order)
     options = {}
     if train.groups is not None and _takes_groups(fresh):
         options["groups"] = for_fit(train.groups, tuple(dict.fromkeys(train.groups)))[0]
     fresh.fit(train.x, labels, **options)
     known = task.known(fresh, train.x, train.y)
-    return Fitted(estimator=fresh, task=task, order=order, by_place=by_place, known=known)
+    return Fitted(estimator=fresh, order=order, by_place=by_place, known=known)
 
 
 def _takes_groups(estimator: Any) -> bool:
@@ -363,18 +311,18 @@ def result_of(
 
 
 def settings_of(
-    protocol: str, estimator: Any, *, task: Task, grouped: bool, **more: str | int | float | None
+    protocol: str, estimator: Any, task: Task, *, grouped: bool, **more: str | int | float | None
 ) -> dict[str, Any]:
     """Settings of a report: protocol, task, estimator and package versions, as plain JSON."""
+    given = estimator.get_params(deep=False) if hasattr(estimator, "get_params") else {}
     parameters = {}
-    if hasattr(estimator, "get_params"):
-        for name, value in estimator.get_params(deep=False).items():
-            plain = value.item() if isinstance(value, np.generic) else value
-            if name == "aggregator" and not isinstance(value, str):
-                plain = name_of(value)  # a module of the user's own
-            fits = plain is None or isinstance(plain, str | bool | numbers.Real)
-            if fits and not (isinstance(plain, float) and not math.isfinite(plain)):
-                parameters[name] = plain
+    for name, value in given.items():
+        plain = value.item() if isinstance(value, np.generic) else value
+        if name == "aggregator" and not isinstance(value, str):
+            plain = name_of(value)  # a module of the user's own
+        fits = plain is None or isinstance(plain, str | bool | numbers.Real)
+        if fits and not (isinstance(plain, float) and not math.isfinite(plain)):
+            parameters[name] = plain
     versions = {}
     for package in ("xmag", "numpy", "scikit-learn"):
         with contextlib.suppress(PackageNotFoundError):

@@ -9,18 +9,16 @@ import torch
 
 from xmag.finetune.gradients import seed_of
 from xmag.finetune.tilestore import Source
-from xmag.mil.heads import ClassWeight, class_weights, distinct, hashables, indices
+from xmag.metrics.labels import as_labels
+from xmag.mil.heads import ClassHead, ClassWeight, class_weights
 from xmag.training.splits import held_out, require_disjoint, units, warn_without_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """Labels and patients of the slides, before any slide is opened.
+    """Labels and patients of the slides; those from `count` on are for validation only."""
 
-    The slides from `count` on are for validation only: `validation=(slides, labels, groups)`.
-    """
-
-    classes: tuple[Hashable, ...]
+    head: ClassHead
     targets: tuple[int, ...]
     groups: list[Hashable] | None
     other_groups: list[Hashable] | None
@@ -29,50 +27,36 @@ class Labels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Slides of a run with class indices, and the indices of those to train and validate on.
-
-    `weights` are the loss weights of the classes.
-    """
+    """Slides of a run, and which to train and validate on; `weights` in the loss are by class."""
 
     sources: tuple[Source, ...]
     targets: tuple[int, ...]
-    classes: tuple[Hashable, ...]
+    head: ClassHead
     weights: tuple[float, ...]
     train: tuple[int, ...]
     validation: tuple[int, ...]
 
     def shard(self, rank: int, world: int) -> list[int]:
         """Indices of the slides that a rank trains and validates on."""
-        return [
-            *shards(self.train, self.targets, world=world)[rank],
-            *self.validation[rank::world],
-        ]
+        return [*shards(self.train, self.targets, world=world)[rank], *self.validation[rank::world]]
 
 
 def read_labels(
     labels: Any, groups: Any, other_labels: Any, other_groups: Any, *, slides: int, others: int
 ) -> Labels:
-    """Check labels and groups of `slides` slides, and of `others` given for validation.
-
-    Raises InputError for one class only, for counts that do not match, and for a label that no
-    training slide has.
-    """
-
-    def checked(values: Any, count: int, what: str) -> list[Hashable] | None:
-        return None if values is None else hashables(values, count=count, what=what)
-
-    found = hashables(labels, count=slides, what="labels")
-    classes = distinct(found)
-    targets = indices(found, classes, "labels").tolist()
+    """Check labels and groups of `slides` slides, and of `others` given for validation."""
+    found = as_labels(labels, "labels", n=slides)
+    head = ClassHead.of(found)
+    targets = head.encode(found, "labels").tolist()
     if others:
         what = "the labels of validation"
-        targets += indices(hashables(other_labels, count=others, what=what), classes, what).tolist()
+        targets += head.encode(head.read(other_labels, others, what), what).tolist()
+    if groups is not None:
+        groups = as_labels(groups, "groups", n=slides)
+    if other_groups is not None:
+        other_groups = as_labels(other_groups, "the groups of validation", n=others)
     return Labels(
-        classes=tuple(classes),
-        targets=tuple(targets),
-        groups=checked(groups, slides, "groups"),
-        other_groups=checked(other_groups, others, "the groups of validation"),
-        count=slides,
+        head=head, targets=tuple(targets), groups=groups, other_groups=other_groups, count=slides
     )
 
 
@@ -84,11 +68,7 @@ def make_cohort(
     class_weight: ClassWeight,
     seed: int,
 ) -> Cohort:
-    """Cohort of opened slides, with about `share` of each class held out for validation.
-
-    Slides of one patient, and slides with the same content, stay on one side. Raises InputError
-    where nothing can be held out, and where a slide that was given to validate also trains.
-    """
+    """Cohort of opened slides, about `share` of each class held out by patient and content."""
     validation = range(labels.count, len(sources))
     targets = np.array(labels.targets)
     digests = [source.identity.encode() for source in sources]
@@ -104,12 +84,12 @@ def make_cohort(
             warn_without_groups()
         rng = np.random.default_rng(seed_of("split", seed))
         held = held_out(units(labels.groups, digests), targets, share, rng)
-    counts = np.bincount(targets[~held], minlength=len(labels.classes)).astype(np.float64)
+    counts = np.bincount(targets[~held], minlength=len(labels.head.classes)).astype(np.float64)
     return Cohort(
         sources=tuple(sources),
         targets=labels.targets,
-        classes=labels.classes,
-        weights=tuple(class_weights(class_weight, labels.classes, counts).tolist()),
+        head=labels.head,
+        weights=tuple(class_weights(class_weight, labels.head.classes, counts).tolist()),
         train=tuple(np.flatnonzero(~held).tolist()),
         validation=tuple(np.flatnonzero(held).tolist()),
     )

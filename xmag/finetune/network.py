@@ -32,10 +32,7 @@ class TileNetwork(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, tiles: Tensor, draws: Draws | None = None) -> Tensor:
-        """Embeddings, float32 (B, D), of uint8 tiles (B, S, S, 3), augmented by `draws`.
-
-        An embedding is that of `Encoder.embed`: the class token, or what else `pooling` says.
-        """
+        """`Encoder.embed` of uint8 tiles (B, S, S, 3), augmented by `draws`: float32 (B, D)."""
         device = self.scale.device
         tiles = tiles.to(device, non_blocking=True)
         with full_precision(device):
@@ -66,30 +63,22 @@ class Network(nn.Module):
 
 
 def uses_half(precision: Precision, device: torch.device) -> bool:
-    """Whether the encoder computes in bfloat16; "auto" does on CUDA that has it natively.
-
-    Raises InputError for bfloat16 on a device other than CUDA.
-    """
+    """Whether the encoder computes in bfloat16, for CUDA alone; "auto" does if it is native."""
     if precision == "bfloat16" and device.type != "cuda":
         raise InputError(
-            f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto" or'
-            ' "float32"'
+            f'precision="bfloat16" is for CUDA, and this run is on {device}; use "auto"'
         )
     native = resolve_dtype("auto", device) == torch.bfloat16
     return precision == "bfloat16" or (precision == "auto" and native)
 
 
 def freeze(vit: ViT, blocks: int | None) -> None:
-    """Freeze patch embedding, positions and the first `blocks` blocks; None freezes nothing.
-
-    Raises InputError for more blocks than there are.
-    """
+    """Freeze patch embedding, positions and the first `blocks` blocks; None freezes nothing."""
     if blocks is None:
         return
     if not 0 <= blocks <= vit.config.depth:
         raise InputError(
-            f"frozen_blocks is {blocks!r}; expected None, or 0 to {vit.config.depth}, the depth of"
-            " the model"
+            f"frozen_blocks is {blocks!r}; expected None, or 0 to {vit.config.depth}, the depth"
         )
     for name, parameter in vit.named_parameters():
         layer = _layer_of(name, vit.config.depth)
@@ -101,10 +90,8 @@ def freeze(vit: ViT, blocks: int | None) -> None:
 def parameter_groups(vit: ViT, aggregator: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Parameter groups of AdamW with layer-wise learning-rate decay, at their peak rates.
 
-    The rate of the last block is `learning_rate`, and that of each layer before it is
-    `layer_decay` times that of the next, down to the embedding of patches (Clark et al. 2020,
-    arXiv 2003.10555; BEiT and MAE do the same).
-    Vectors, positions and tokens have no weight decay.
+    The rate of each layer is `layer_decay` times that of the next (Clark et al. 2020, arXiv
+    2003.10555). Vectors, positions and tokens have no weight decay.
     """
     depth, rates = vit.config.depth, []
     for name, parameter in vit.named_parameters():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +19,7 @@ from xmag.finetune.cohort import Cohort
 from xmag.finetune.network import Network
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileOptions
-from xmag.finetune.trainer import Epoch, FinetuneProgress
+from xmag.finetune.trainer import Epoch, Trainer
 from xmag.mil import AGGREGATORS, MILClassifier, aggregator_config
 from xmag.provenance import Provenance
 from xmag.vit import ViT
@@ -64,16 +64,10 @@ class FinetuneResult:
 
 
 def make_result(
-    network: Network,
-    parent: Encoder,
-    cohort: Cohort,
-    *,
-    progress: FinetuneProgress,
-    lineage: Mapping[str, Any],
-    transform: Transform | None,
-    device: torch.device,
+    trainer: Trainer, parent: Encoder, lineage: Mapping[str, Any], transform: Transform | None
 ) -> FinetuneResult:
-    """The FinetuneResult of a run; `network` has the final weights, `lineage` their origin."""
+    """The FinetuneResult of a run that is done; `lineage` is the origin of its weights."""
+    progress, cohort, network = trainer.progress, trainer.cohort, cast(Network, trainer.result())
     best = None if progress.best_epoch is None else progress.best_epoch - 1  # from 0, as the rows
     lineage = {**lineage, "best_epoch": best, "epochs_trained": progress.epoch}
     exact = _exact_encoder(network.encoder.vit, parent, lineage)
@@ -81,17 +75,17 @@ def make_result(
         copy.deepcopy(exact.vit),
         exact.config,
         provenance=exact.provenance,
-        device=device,
+        device=trainer.device,
         dtype="bfloat16" if network.encoder.half_precision else "float32",
     )
-    counts = np.bincount(cohort.targets, minlength=len(cohort.classes))
+    counts = np.bincount(cohort.targets, minlength=len(cohort.head.classes))
     classifier = MILClassifier.from_module(
         network.aggregator,
-        classes=cohort.classes,
+        classes=cohort.head.classes,
         in_dim=encoder.embed_dim,
         class_prior=(counts / counts.sum()).tolist(),
         provenance=_provenance_of_bags(encoder, cohort, transform),
-        device=device,
+        device=trainer.device,
     )
     classifier.history_ = [asdict(row) for row in progress.history]
     classifier.best_epoch_ = best
@@ -129,7 +123,7 @@ def lineage_of(
             "mpp": options.mpp,
             "transform": None if transform is None else name_of(transform),
         },
-        "classes": len(cohort.classes),
+        "classes": len(cohort.head.classes),
         "train_slides": len(cohort.train),
         "validation_slides": len(cohort.validation),
         "random_state": seed,
@@ -148,17 +142,14 @@ def identity_of(
         "encoder_sha256": encoder.provenance.get("weights_sha256"),
         "aggregator_sha256": hashlib.sha256(safetensors.torch.save(head)).hexdigest(),
         "slides_sha256": hashlib.sha256(json.dumps(slides).encode()).hexdigest(),
-        "labels": [repr(cohort.classes[k]) for k in cohort.targets],
+        "labels": [repr(cohort.head.classes[k]) for k in cohort.targets],
         "train": list(cohort.train),
         "processes": ranks,
     }
 
 
 def _exact_encoder(vit: ViT, parent: Encoder, lineage: Mapping[str, Any]) -> Encoder:
-    """Encoder with the trained weights, float32 on the CPU, under the terms of its parent.
-
-    Its weights_sha256 is that of the file that `Encoder.save` writes.
-    """
+    """Encoder with the trained weights, float32 on the CPU, and the SHA-256 of its file."""
     before = parent.provenance
     origin = {key: before.get(key) for key in ("name", "revision", "weights_sha256")}
     state = {key: t.detach().to("cpu", torch.float32) for key, t in vit.state_dict().items()}

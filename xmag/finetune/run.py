@@ -18,28 +18,19 @@ from xmag.finetune.gradients import seed_of
 from xmag.finetune.network import Network, TileNetwork, freeze, uses_half
 from xmag.finetune.result import FinetuneResult, identity_of, lineage_of, make_result
 from xmag.finetune.settings import Mode, Settings
-from xmag.finetune.tilestore import (
-    SlideLike,
-    TileOptions,
-    TileStore,
-    decoded,
-    plan_slides,
-)
+from xmag.finetune.tilestore import SlideLike, TileOptions, TileStore, decoded, plan_slides
 from xmag.finetune.trainer import Trainer
 from xmag.hub.registry import DEFAULT_MODEL
 from xmag.mil import aggregator as make_aggregator
 from xmag.progress import ProgressOption, tell
-from xmag.training import Ranks, joined_ranks, warn_of_early_best
+from xmag.training import joined_ranks, warn_of_early_best
 from xmag.training.splits import read_validation
 from xmag.urls import base_name
 
-Slides = Sequence[SlideLike | TileStore]
-Labels = Sequence[Any]
-
 
 def finetune_slides(
-    slides: Slides,
-    labels: Labels,
+    slides: Sequence[SlideLike | TileStore],
+    labels: Sequence[Any],
     *,
     model: Encoder | str | os.PathLike[str] | None = None,
     aggregator: str | nn.Module = "abmil",
@@ -97,12 +88,21 @@ def finetune_slides(
     others, *about_others = given or ((), (), None)
     found = read_labels(labels, groups, *about_others, slides=len(slides), others=len(others))
     with joined_ranks() as ranks:
-        check_processes(settings, ranks)
+        if settings.slides_per_step % ranks.world:
+            raise InputError(
+                f"slides_per_step is {settings.slides_per_step} for {ranks.world} processes;"
+                " expected a multiple, so that each works on as many slides"
+            )
         shown = progress if ranks.leads else False
         if not isinstance(model, Encoder):
             tell(shown, f"loading {base_name(DEFAULT_MODEL if model is None else model)}")
         encoder = _parent(model)
-        where = _device(device, model, ranks)
+        if ranks.world > 1:
+            where = ranks.device()
+        elif device == "auto" and isinstance(model, Encoder):
+            where = model.device
+        else:
+            where = resolve_device(device)
         sources = plan_slides(
             [*slides, *others], spec=encoder.tile_spec, options=options, progress=shown
         )
@@ -110,7 +110,7 @@ def finetune_slides(
             sources, found, share=share, class_weight=settings.class_weight, seed=seed
         )
         network = _network(
-            encoder, aggregator, classes=len(cohort.classes), settings=settings, seed=seed,
+            encoder, aggregator, classes=len(cohort.head.classes), settings=settings, seed=seed,
             device=where,
         )  # fmt: skip
         lineage = lineage_of(
@@ -124,25 +124,13 @@ def finetune_slides(
                 seed=seed, ranks=ranks, device=where,
             )  # fmt: skip
             path = None if checkpoint is None else Path(checkpoint)
-            trained = trainer.train(path, identity, progress=shown)
+            trainer.train(path, identity, shown)
         now = trainer.progress
         if now.best_epoch is not None and ranks.leads:
             warn_of_early_best(
                 now.best_epoch, trained=now.epoch, epochs=settings.epochs, stacklevel=2
             )
-        return make_result(
-            trained, encoder, cohort, progress=now, lineage=lineage, transform=options.transform,
-            device=where,
-        )  # fmt: skip
-
-
-def check_processes(settings: Settings, ranks: Ranks) -> None:
-    """Raise InputError where the slides of a step do not divide evenly over the ranks."""
-    if settings.slides_per_step % ranks.world:
-        raise InputError(
-            f"slides_per_step is {settings.slides_per_step} for {ranks.world} processes; expected a"
-            " multiple, so that each works on as many slides"
-        )
+        return make_result(trainer, encoder, lineage, options.transform)
 
 
 def _parent(model: Encoder | str | os.PathLike[str] | None) -> Encoder:
@@ -161,16 +149,6 @@ def _parent(model: Encoder | str | os.PathLike[str] | None) -> Encoder:
             f"model is a {type(model).__name__}; expected an Encoder, or its name or path"
         )
     return load_model(DEFAULT_MODEL if model is None else model, device="cpu", dtype="float32")
-
-
-def _device(
-    device: str | torch.device, model: Encoder | str | os.PathLike[str] | None, ranks: Ranks
-) -> torch.device:
-    if ranks.world > 1:
-        return ranks.device()
-    if device == "auto" and isinstance(model, Encoder):
-        return model.device
-    return resolve_device(device)
 
 
 def _network(

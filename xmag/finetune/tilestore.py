@@ -24,7 +24,8 @@ from xmag.grid import Border
 from xmag.plan import Coords, TilePlan, plan_tiles, warn_of_lost_tissue
 from xmag.progress import ProgressOption, progress_bar
 from xmag.slide import Slide
-from xmag.tiles import Tiles, read_tiles
+from xmag.tiles import read_tiles
+from xmag.tiles.arena import Tiles
 from xmag.tissue import find_tissue
 
 SlideLike = Slide | str | PathLike[str]
@@ -178,10 +179,7 @@ def plan_slides(
     options: TileOptions,
     progress: ProgressOption = False,
 ) -> list[Source]:
-    """The plan of each slide that is no TileStore already, before anything is decoded.
-
-    Raises what `stored_tiles` does, and InputError for stores of tiles of another size.
-    """
+    """The plan of each slide that is no TileStore already; raises what `stored_tiles` does."""
     sources: list[Source] = []
     with progress_bar(progress, total=len(slides), desc="planning", unit="slide") as bar:
         for slide in slides:
@@ -221,18 +219,13 @@ def decoded(
 
 
 def _source(slide: SlideLike | TileStore, spec: TileSpec, options: TileOptions) -> Source:
-    if not isinstance(slide, TileStore):
-        return _planned(slide, spec, options)
-    if slide.tiles.shape[1] != spec.size_px:
-        raise InputError(
-            f"the tiles of {slide.name!r} have {slide.tiles.shape[1]} px a side, and the model"
-            f" wants {spec.size_px} px; make them with stored_tiles(slides,"
-            " spec=encoder.tile_spec)"
-        )
-    return slide
-
-
-def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedSlide:
+    if isinstance(slide, TileStore):
+        if (side := slide.tiles.shape[1]) != spec.size_px:
+            raise InputError(
+                f"the tiles of {slide.name!r} have {side} px a side, and the model wants"
+                f" {spec.size_px} px; make them with stored_tiles(slides, spec=encoder.tile_spec)"
+            )
+        return slide
     with _opened(slide, options.mpp) as opened:
         mask = find_tissue(opened) if options.tissue == "auto" else None
         plan = plan_tiles(
@@ -244,9 +237,8 @@ def _planned(slide: SlideLike, spec: TileSpec, options: TileOptions) -> PlannedS
         content = (opened.fingerprint or {"name": opened.name}).copy()
         if "content_sample_sha256" in content:
             del content["name"]  # a copy by another name is the same slide
-        return PlannedSlide(
-            slide=slide, name=opened.name, plan=plan, identity=json.dumps(content, sort_keys=True)
-        )
+        identity = json.dumps(content, sort_keys=True)
+        return PlannedSlide(slide=slide, name=opened.name, plan=plan, identity=identity)
 
 
 def _in_memory(entry: PlannedSlide, options: TileOptions, on_tiles: OnTiles) -> Tiles:

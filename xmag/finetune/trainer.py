@@ -20,7 +20,6 @@ from xmag.finetune.network import Network, parameter_groups
 from xmag.finetune.settings import Mode, Settings
 from xmag.finetune.tilestore import TileStore
 from xmag.mil import training_loss
-from xmag.mil.heads import class_metrics
 from xmag.progress import ProgressOption
 from xmag.training import Ema, Loop, Progress, Ranks, Schedule, with_less_memory
 from xmag.training.augmentation import draw
@@ -55,10 +54,7 @@ class FinetuneProgress(Progress):
 
 
 class Trainer(Loop[list[list[int]]]):
-    """Trainer on one rank; a batch is the slides of a step, for each rank.
-
-    `stores` has the tiles of this rank's slides, by their index in `cohort`.
-    """
+    """Trainer on one rank, which has the `stores` of its slides, by their index in `cohort`."""
 
     kind = "fine-tuning"
     module: Network
@@ -77,7 +73,7 @@ class Trainer(Loop[list[list[int]]]):
         device: torch.device,
     ) -> None:
         self.settings, self.device = settings, device
-        self._cohort, self._stores = cohort, stores
+        self.cohort, self._stores = cohort, stores
         self._mode, self._seed, self._ranks = mode, seed, ranks
         self._shards = shards(cohort.train, cohort.targets, world=ranks.world)
         self._chunk = settings.chunk_tiles or (64 if device.type == "cuda" else 16)
@@ -100,12 +96,9 @@ class Trainer(Loop[list[list[int]]]):
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def train(
-        self, path: Path | None, identity: Mapping[str, Any], *, progress: ProgressOption
-    ) -> Network:
-        """Train to the end, from the checkpoint at `path` if there is one; the trained network.
-
-        `identity` is that of `Checkpoint`. Where a checkpoint cannot be written, a warning says so.
-        """
+        self, path: Path | None, identity: Mapping[str, Any], progress: ProgressOption
+    ) -> None:
+        """Train to the end, from the checkpoint at `path` (of `identity`) if it is there."""
         self._path, self._identity = path, identity
         if path is not None and self.resume(path, identity, self._ranks):
             self._kept = f"the checkpoint {path} is kept"
@@ -117,7 +110,6 @@ class Trainer(Loop[list[list[int]]]):
             raise KeyboardInterrupt(
                 f"interrupted in epoch {self.progress.epoch}; {self._kept}: {remedy}"
             ) from stop
-        return cast(Network, self.result())
 
     def save(self) -> None:
         """Save a checkpoint, if this rank does; a warning where it cannot be written."""
@@ -170,11 +162,11 @@ class Trainer(Loop[list[list[int]]]):
     def end_epoch(self) -> float | None:
         """Validate and record an epoch; the validation loss, None without validation."""
         now = self.progress
-        validation = self._validate() if self._cohort.validation else {}
+        validation = self._validate() if self.cohort.validation else {}
         now.history.append(
             Epoch(
                 epoch=now.epoch,
-                train_loss=now.loss_sum / len(self._cohort.train),
+                train_loss=now.loss_sum / len(self.cohort.train),
                 **validation,
                 tiles=now.tiles,
                 seconds=self.seconds() - sum(row.seconds for row in now.history),
@@ -194,11 +186,11 @@ class Trainer(Loop[list[list[int]]]):
         self.optimizer.zero_grad()  # of the slide before, or of a try that ran out of memory
         store, rows = self._stores[slide], self._rows(slide)
         key = self._seed, self.progress.epoch, slide
-        target = self._cohort.targets[slide]
+        target = self.cohort.targets[slide]
         label = torch.tensor([target], device=self.device)
         # Over the number of slides, and not over the sum of their weights, in which the weight of
         # a single slide would cancel.
-        weight = self._cohort.weights[target] / slides_in_step
+        weight = self.cohort.weights[target] / slides_in_step
         draws = None
         if (augmentation := self.settings.augmentation) is not None:
             seed = seed_of("augment", self._seed)
@@ -232,17 +224,16 @@ class Trainer(Loop[list[list[int]]]):
 
     def _validate(self) -> dict[str, float | None]:
         """Validation loss, AUROC and balanced accuracy of the current (EMA) network."""
-        slides, cohort = self._cohort.validation, self._cohort
+        slides, cohort = self.cohort.validation, self.cohort
         network = cast(Network, self.averaged).eval()
-        found = torch.zeros(len(slides), len(cohort.classes), dtype=torch.float64)
+        found = torch.zeros(len(slides), len(cohort.head.classes), dtype=torch.float64)
         for place in range(self._ranks.rank, len(slides), self._ranks.world):
-            found[place] = with_less_memory(
-                partial(self._logits, network, slides[place]), self._halve
-            )
+            logits_of = partial(self._logits, network, slides[place])
+            found[place] = with_less_memory(logits_of, self._halve)
         logits = self._ranks.sum(found).numpy()
         labels = np.array([cohort.targets[i] for i in slides])
         weights = np.array(cohort.weights)[labels]
-        return class_metrics(logits, labels, weights)
+        return cohort.head.validate(logits, labels, weights)
 
     @torch.no_grad()
     def _logits(self, network: Network, slide: int) -> Tensor:

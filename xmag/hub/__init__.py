@@ -45,13 +45,12 @@ def read_model(
     config: ModelConfig | TimmConfig | ViTConfig | str | None = None,
     tile_spec: TileSpec | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **access: Any,
 ) -> LoadedModel:
     """The model of this name: "xmag-mini", else an existing path, else a Hub repository.
 
-    Raises HubError, WeightsError, InputError, or MissingExtraError where timm is needed.
+    `access` is what `locate_model` takes besides. Raises HubError, WeightsError, InputError, or
+    MissingExtraError where timm is needed.
     """
     if isinstance(name_or_path, str) and name_or_path.startswith(TIMM):
         repository = timm_values(name_or_path)["hf_hub_id"]
@@ -72,13 +71,7 @@ def read_model(
         values = timm_values(config)
     elif config is not None:
         given = given_config(config)
-    files = locate_model(
-        name_or_path,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    files = locate_model(name_or_path, revision=revision, **access)
     resolved = resolve_config(files.name, values or files.config_json, given, tile_spec)
     sha256 = file_sha256(files.weights)
     if is_mini and sha256 != MINI_SHA256:

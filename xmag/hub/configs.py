@@ -29,8 +29,6 @@ PREPROCESSOR = "preprocessor_config.json"
 """File beside a config.json of transformers, with the normalisation."""
 
 TIMM = "timm:"
-"""Prefix of the names of timm's own models."""
-
 _OFFICIAL_TYPE = "xmag"
 """The "model_type" in the config.json of `DEFAULT_MODEL`."""
 
@@ -194,13 +192,9 @@ def _object_in(path: Path) -> Mapping[str, Any]:
     try:
         values = records.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(
-            f"{path} is no JSON ({error}); expected a model's {path.name}"
-        ) from error
+        raise WeightsError(f"{path} is no JSON ({error}); expected a {path.name}") from error
     if not isinstance(values, dict):
-        raise WeightsError(
-            f"{path} is neither a config of xmag nor of any other model; expected a JSON object"
-        )
+        raise WeightsError(f"{path} is neither a config of xmag nor another's; expected an object")
     return values
 
 
@@ -232,26 +226,21 @@ def _config_of(
         heads = ("pooler",) if kind == "vit" else ()
         return ResolvedConfig(config=config, source="read", heads=heads, knows_mpp=kind != "vit")
     if isinstance(values.get("architecture"), str):
-        config_of_timm = _timm_config(values)
+        terms = values.get("pretrained_cfg", {}).get("license")
         return ResolvedConfig(
-            config=config_of_timm,
-            source="read",
-            terms=values.get("pretrained_cfg", {}).get("license"),
-            heads=("head",),
+            config=_timm_config(values), source="read", terms=terms, heads=("head",),
             knows_mpp=False,
-        )
+        )  # fmt: skip
     return None
 
 
 def _transformers_vit(values: Mapping[str, Any]) -> ViTConfig:
     """The ViTConfig of a ViTModel, Dinov2Model or Dinov2WithRegistersModel, by their defaults."""
-    expected = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}
-    for key, value in expected.items():
+    for key, value in {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}.items():
         if values.get(key, value) != value:
             raise InputError(f"{key} is {values[key]!r}; expected {value!r}")
     kind, width, patch_px = values["model_type"], values["hidden_size"], values["patch_size"]
-    registers = kind == "dinov2_with_registers"
-    swiglu = values.get("use_swiglu_ffn", False)
+    registers, swiglu = kind == "dinov2_with_registers", values.get("use_swiglu_ffn", False)
     hidden = int(width * values.get("mlp_ratio", 4))
     if kind == "vit":
         hidden = values.get("intermediate_size", 3072)
@@ -278,17 +267,19 @@ def _timm_config(values: Mapping[str, Any]) -> ModelConfig | TimmConfig:
     if "global_pool" in values:
         args.setdefault("global_pool", values["global_pool"])
     size_px = args.get("img_size", about.get("input_size", (3, 224, 224))[-1])
+    if isinstance(size_px, list | tuple) and len({*size_px}) == 1:  # timm 1.0.31 has both sides
+        size_px = size_px[0]
     options: dict[str, Any] = {
         "tile_spec": TileSpec(size_px=size_px),
         "mean": tuple(about.get("mean", IMAGENET[0])),
         "std": tuple(about.get("std", IMAGENET[1])),
     }
-    vit = _timm_vit(values["architecture"].partition(".")[0], args, size_px)
-    if vit is not None:
+    architecture = values["architecture"]
+    if (vit := _timm_vit(architecture.partition(".")[0], args, size_px)) is not None:
         return ModelConfig(vit=vit, **options)
     args.pop("num_classes", None)
     text = json.dumps(args, sort_keys=True)
-    return TimmConfig(architecture=values["architecture"], model_args=text, **options)
+    return TimmConfig(architecture=architecture, model_args=text, **options)
 
 
 def _timm_vit(architecture: str, args: Mapping[str, Any], image_px: int) -> ViTConfig | None:
@@ -304,22 +295,21 @@ def _timm_vit(architecture: str, args: Mapping[str, Any], image_px: int) -> ViTC
     if others or any(_NEEDED[key] != value for key, value in needed.items()):
         return None
     width, depth, heads, ratio = _SIZES[found[1]]
-    is_dinov2, is_giant = found[4] == "dinov2", found[1] == "giant"
-    if is_dinov2 and is_giant:
+    is_dinov2 = found[4] == "dinov2"
+    if swiglu := is_dinov2 and found[1] == "giant":
         width, heads, ratio = 1536, 24, 2.66667 * 2
     width, patch_px = args.get("embed_dim", width), args.get("patch_size", int(found[2]))
     hidden = int(width * args.get("mlp_ratio", ratio))
-    no_embed_class = args.get("no_embed_class", found[3] is not None)
     return ViTConfig(
         width=width,
         depth=args.get("depth", depth),
         heads=args.get("num_heads", heads),
-        mlp="swiglu" if is_dinov2 and is_giant else "gelu",
-        hidden=hidden // 2 if is_dinov2 and is_giant else hidden,
+        mlp="swiglu" if swiglu else "gelu",
+        hidden=hidden // 2 if swiglu else hidden,
         patch_px=patch_px,
         registers=args.get("reg_tokens", int(found[3] or 0)),
         position_grid=image_px // patch_px,
-        class_position=not no_embed_class,
+        class_position=not args.get("no_embed_class", found[3] is not None),
         position_rule="size_antialias",
         layer_scale=args.get("init_values", 1e-5 if is_dinov2 else None) is not None,
         pooling="mean" if pooling == "mean" else "token",

@@ -110,10 +110,8 @@ def _choose_weights(given: Iterable[str], *, where: str) -> str:
             f"{where} has a classifier and no encoder; read it with MILClassifier.load, and load"
             " the encoder that its bags were made with"
         )
-    raise WeightsError(
-        f"{where} has no weights, only {names}; expected a file ending in"
-        f" {', '.join(_SAFE + _PICKLED)}"
-    )
+    ends = ", ".join(_SAFE + _PICKLED)
+    raise WeightsError(f"{where} has no weights, only {names}; expected a file ending in {ends}")
 
 
 def _from_hub(

@@ -134,10 +134,10 @@ def _choose_model(tensors: Mapping[str, Tensor], where: str) -> tuple[str, str]:
             f"{where} holds no ViT in a layout that xmag knows; expected a key ending in"
             f" {' or '.join(_ANCHORS)}, seen {_listed(sorted(tensors))}"
         )
-    words = {prefix: set(re.split(r"[._]", prefix.lower())) for prefix in found}
-    averaged = [prefix for prefix in found if "ema" in words[prefix]]
-    students = [prefix for prefix in found if "student" in words[prefix]]
-    teachers = [prefix for prefix in found if "teacher" in words[prefix]]
+    averaged, students, teachers = (
+        [prefix for prefix in found if word in re.split(r"[._]", prefix.lower())]
+        for word in ("ema", "student", "teacher")
+    )
     shapes = {prefix: tensors[prefix + anchor].shape for prefix, anchor in found.items()}
     # A teacher of the student's shape is self-distillation's: the student's own running average.
     twins = [t for t in teachers if any(shapes[t] == shapes[s] for s in students)]
@@ -162,25 +162,28 @@ def _renamed(state: Mapping[str, Tensor], names: _Names) -> dict[str, Tensor]:
 def _check(
     state: Mapping[str, Tensor], config: ViTConfig, *, where: str, prefix: str, layout: str
 ) -> None:
-    expected = {key: tuple(t.shape) for key, t in empty_vit(config).state_dict().items()}
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    problems = {
-        "missing": sorted(set(expected) - set(state)),
-        "unexpected": sorted(set(state) - set(expected)),
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+    if listed := misfits(state, empty_vit(config).state_dict()):
         raise WeightsError(
             f"{where} (layout {layout}, prefix {prefix!r}) does not fit a ViT of width"
             f" {config.width}, depth {config.depth}, {config.registers} registers and mlp"
             f" {config.mlp!r}. {listed}. Give config= for the model that these weights are of"
         )
     check_finite(state, where)
+
+
+def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The keys that are missing, unexpected or of another shape, in words; empty without any."""
+    shapes = {key: tuple(t.shape) for key, t in expected.items()}
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "misshapen": [
+            f"{key} {tuple(state[key].shape)} for {shape}"
+            for key, shape in shapes.items()
+            if key in state and tuple(state[key].shape) != shape
+        ],
+    }
+    return "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:

@@ -18,11 +18,7 @@ DEFAULT_MODEL = "AI4PATH/XMAG"
 SCHEMA = "xmag-encoder"
 """The value of "format" in a config.json that xmag wrote."""
 FORMAT = records.Format(
-    name=SCHEMA,
-    version=1,
-    writer="Encoder.save",
-    remedy="save the model again",
-    error=WeightsError,
+    name=SCHEMA, version=1, writer="Encoder.save", remedy="save the model again", error=WeightsError
 )
 
 MINI = "xmag-mini"
@@ -136,13 +132,11 @@ class KnownModels(tuple[KnownModel, ...]):
         lines = [columns, ["---"] * len(columns), *(list(row.values()) for row in rows)]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    _repr_markdown_ = to_markdown
 
     def __repr__(self) -> str:
         rows = [model.row() for model in self]
-        columns = list(rows[0])[:-1] if rows else []
-        table = [columns, *([row[column] for column in columns] for row in rows)]
+        table = [list(row)[:-1] for row in rows[:1]] + [list(row.values())[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
         return "\n".join(lines)
@@ -245,10 +239,11 @@ def _models() -> Iterable[KnownModel]:
     )  # fmt: skip
     yield _known("Hibou-B", "histai/hibou-b", _HIBOU_B, "Apache-2.0", rgb=_HIBOU)
     yield _known("Hibou-L", "histai/hibou-L", _HIBOU_L, "Apache-2.0", rgb=_HIBOU, gated=True)
+    eighth: Any = {"patch_px": 8, "position_grid": 28}
     yield _kaiko("kaiko-S16", "vit_small_patch16_224", _TIMM_S16)
-    yield _kaiko("kaiko-S8", "vit_small_patch8_224", _eighth(_TIMM_S16))
+    yield _kaiko("kaiko-S8", "vit_small_patch8_224", replace(_TIMM_S16, **eighth))
     yield _kaiko("kaiko-B16", "vit_base_patch16_224", _TIMM_B16)
-    yield _kaiko("kaiko-B8", "vit_base_patch8_224", _eighth(_TIMM_B16))
+    yield _kaiko("kaiko-B8", "vit_base_patch8_224", replace(_TIMM_B16, **eighth))
     large = replace(CONFIGS["dinov2_vitl14_reg"], class_position=False)
     yield _kaiko("kaiko-L14", "vit_large_patch14_reg4_dinov2", large)
     yield _known(
@@ -274,10 +269,6 @@ def _models() -> Iterable[KnownModel]:
         yield _known(name, f"facebook/{name}", vit, "Apache-2.0", against, **options)
         vit, name = CONFIGS[f"dinov2_vit{size[0]}14_reg"], f"dinov2-with-registers-{size}"
         yield _known(name, f"facebook/{name}", vit, "Apache-2.0", against, **options)
-
-
-def _eighth(vit: ViTConfig) -> ViTConfig:
-    return replace(vit, patch_px=8, position_grid=28)
 
 
 KNOWN: Mapping[str, KnownModel] = MappingProxyType({model.repo: model for model in _models()})
@@ -306,16 +297,16 @@ def known_models() -> KnownModels:
             warnings.warn(f"{said} cannot be read: {error!r}", XmagWarning, stacklevel=2)
             continue
         for model in added:
-            if not isinstance(model, KnownModel) or {model.name, model.repo} & taken:
+            if isinstance(model, KnownModel) and not {model.name, model.repo} & taken:
+                found.append(model)
+                taken |= {model.name, model.repo}
+            else:
                 warnings.warn(
                     f"{said} gives {getattr(model, 'name', model)!r}, which is no KnownModel or has"
                     " the name of another; it is left out",
                     XmagWarning,
                     stacklevel=2,
                 )
-                continue
-            found.append(model)
-            taken |= {model.name, model.repo}
     return KnownModels(found)
 
 

@@ -40,9 +40,7 @@ def file_sha256(path: Path) -> str:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise WeightsError(
-            f"{path} cannot be read ({error}); check the path and its rights"
-        ) from error
+        raise WeightsError(f"{path} cannot be read ({error}); check path and rights") from error
     blob = path.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == _SHA256_HEX and blob.name != found:
         raise WeightsError(
@@ -111,9 +109,8 @@ def _checked_archive(path: Path) -> Path | io.BytesIO:
         if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
             file.seek(0)
             return io.BytesIO(file.read())
-    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
+        size, records = path.stat().st_size, archive.infolist()
     unpacked = sum(record.file_size for record in records)
     if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise WeightsError(

@@ -12,14 +12,7 @@ from xmag.metrics.decisions import (
     quadratic_kappa,
     weighted_f1,
 )
-from xmag.metrics.ranking import (
-    RocCurve,
-    auroc,
-    auroc_ovo,
-    auroc_ovr,
-    average_precision,
-    roc_curve,
-)
+from xmag.metrics.ranking import RocCurve, auroc, auroc_ovo, auroc_ovr, average_precision, roc_curve
 from xmag.metrics.regression import mae, pearson, r2, rmse, spearman
 from xmag.metrics.survival import (
     KaplanMeier,

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmag.errors import InputError
-from xmag.metrics import decisions, ranking, regression, survival
-from xmag.metrics.labels import Cases, Labels, as_labels, decided_cases, numbered, scored_cases
+from xmag.metrics import decisions, labels, ranking, regression, survival
+from xmag.metrics.labels import Cases, Ints, Labels, ratio
 
 Floats = NDArray[np.float64]
 Values = Callable[[Floats], Floats]
@@ -58,8 +58,8 @@ class Outcomes:
 
     truth: Floats
     hats: Floats
-    codes: NDArray[np.int64]
-    within: NDArray[np.int64] | None = None
+    codes: Ints
+    within: Ints | None = None
     event_weights: Floats | None = None
     brier: Floats | None = None
 
@@ -92,7 +92,7 @@ class Metric:
     needs_order: bool = False
     each: Callable[[Any, Floats | None, int], Floats] | None = None
     """Of tasks with columns (targets, labels): the metric of the one at a place."""
-    read: Callable[[Any, Any, NDArray[np.int64] | None], Outcomes] | None = None
+    read: Callable[[Any, Any, Ints | None], Outcomes] | None = None
     """Operands from the arguments of `function` and `within`; None of metrics of labels."""
     is_test: bool = False
     """Whether it is the p-value of a test, which has no interval."""
@@ -105,15 +105,14 @@ class Metric:
         """The checked operands of the metric; `within` matters to metrics of scores alone."""
         if self.read is not None:
             self.function(y_true, y_hat)  # raises for what it does not take
-            count = len(np.asarray(y_hat))
-            return self.read(
-                y_true, y_hat, None if within is None else numbered(within, count, "within")
-            )
+            n = len(np.asarray(y_hat))
+            strata = None if within is None else labels.numbered(within, n, "within")
+            return self.read(y_true, y_hat, strata)
         if self.needs_order and classes is None:
             self.function(y_true, y_hat)  # raises, and says why an order is needed
         if self.of_scores:
-            return scored_cases(y_true, y_hat, classes, within)
-        return decided_cases(y_true, y_hat, classes)
+            return labels.scored_cases(y_true, y_hat, classes, within)
+        return labels.decided_cases(y_true, y_hat, classes)
 
 
 def _columns(function: Callable[..., float], title: str, **more: Any) -> Metric:
@@ -139,29 +138,26 @@ def _number(
     def each(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
         truth, hats = cases.truth[:, place], cases.hats[:, place]
         weights = np.ones((1, len(cases))) if weights is None else weights
-        within = cases.within if compares else None
-        strata = np.zeros(len(cases), np.int64) if within is None else within
-        known = ~np.isnan(truth)
         total, mass = np.zeros(len(weights)), np.zeros(len(weights))
-        for rows in (np.flatnonzero(known & (strata == one)) for one in np.unique(strata[known])):
+        within = cases.within if compares else None
+        for rows in labels.strata_of(within, np.flatnonzero(~np.isnan(truth))):
             own = weights[:, rows]
             found = values(truth[rows], hats[rows], own)
             total += np.where(np.isnan(found), 0, found * own.sum(1))
             mass += np.where(np.isnan(found), 0, own.sum(1))
-        return np.asarray(np.divide(total, mass, out=np.full(len(total), np.nan), where=mass > 0))
+        return ratio(total, mass)
 
     needs = "two different known values and predictions" if compares else "two different values"
-    return _columns(
-        function, title, each=each, read=_numbers, undefined=f"no split has {needs} of some target"
-    )
+    undefined = f"no split has {needs} of some target"
+    return _columns(function, title, each=each, read=_numbers, undefined=undefined)
 
 
-def _numbers(y_true: Any, y_hat: Any, within: NDArray[np.int64] | None) -> Outcomes:
+def _numbers(y_true: Any, y_hat: Any, within: Ints | None) -> Outcomes:
     truth, hats = (np.asarray(values, np.float64)[:, None] for values in (y_true, y_hat))
     return Outcomes(truth=truth, hats=hats, codes=np.zeros(len(truth), np.int64), within=within)
 
 
-def _times(y_true: Any, y_hat: Any, within: NDArray[np.int64] | None) -> Outcomes:
+def _times(y_true: Any, y_hat: Any, within: Ints | None) -> Outcomes:
     seen = survival.as_survival(y_true)
     return Outcomes(
         truth=np.stack([seen.event, seen.time], axis=1).astype(np.float64),
@@ -187,21 +183,22 @@ def _brier_scores(cases: Outcomes, weights: Floats | None) -> Floats:
     assert cases.brier is not None
     known = ~np.isnan(cases.brier)
     own = np.ones((1, known.sum())) if weights is None else weights[:, known]
-    total = own.sum(1)
-    out = np.full(len(total), np.nan)
-    return np.asarray(np.divide(own @ cases.brier[known], total, out=out, where=total > 0))
+    return ratio(own @ cases.brier[known], own.sum(1))
 
 
 def _untested(cases: Outcomes, weights: Floats | None) -> Floats:
     raise NotImplementedError("the log-rank test compares groups, which have no weights")
 
 
-def _label_aurocs(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
-    return ranking.class_aurocs(cases.label(place), weights, 1)
+def _labelled(function: Callable[..., float], of_class: Any, title: str) -> Metric:
+    """A metric of several labels, from that of the scores of a class."""
 
+    def each(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
+        found: Floats = of_class(cases.label(place), weights, 1)
+        return found
 
-def _label_precisions(cases: Outcomes, weights: Floats | None, place: int) -> Floats:
-    return ranking.average_precisions(cases.label(place), weights, 1)
+    undefined = "no split has cases with and without some label"
+    return _columns(function, title, each=each, undefined=undefined)
 
 
 METRICS = {
@@ -222,18 +219,14 @@ METRICS = {
 }
 """Metrics of classification by name, in the order of the rows of tables."""
 
-_ALIKE = "no split has cases with and without some label"
 _INCOMPARABLE = "no two cases of a split can be compared: nobody has an event before another's time"
 
 TASKS: dict[str, dict[str, Metric]] = {
     "classification": METRICS,
     "multilabel": {
-        "auroc": _columns(ranking.auroc, "AUROC, macro", each=_label_aurocs, undefined=_ALIKE),
-        "average_precision": _columns(
-            ranking.average_precision,
-            "average precision, macro",
-            each=_label_precisions,
-            undefined=_ALIKE,
+        "auroc": _labelled(ranking.auroc, ranking.class_aurocs, "AUROC, macro"),
+        "average_precision": _labelled(
+            ranking.average_precision, ranking.average_precisions, "average precision, macro"
         ),
     },
     "regression": {
@@ -300,14 +293,16 @@ def interval(
             " classes, auroc_ovr is the AUROC of the second)"
         )
     if known is None:
-        truth = as_labels(y_true, "y_true")
-        codes = numbered(truth, len(truth), "y_true")
+        truth = labels.as_labels(y_true, "y_true")
+        codes = labels.numbered(truth, len(truth), "y_true")
         values = _by_calls(metric, truth, y_hat, {} if classes is None else {"classes": classes})
     else:
         cases = known.cases(y_true, y_hat, classes, within)
         codes = cases.truth if isinstance(cases, Cases) else cases.codes
         values = functools.partial(known.values, cases)
-    patients = np.arange(len(codes)) if groups is None else numbered(groups, len(codes), "groups")
+    patients = (
+        np.arange(len(codes)) if groups is None else labels.numbered(groups, len(codes), "groups")
+    )
     drawn = resampled(values, codes, patients, resamples=resamples, random_state=random_state)
     return percentile_interval(drawn, level=level)
 
@@ -321,18 +316,9 @@ def percentile_interval(values: Floats, *, level: float) -> Interval:
 
 
 def resampled(
-    values: Values,
-    codes: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    *,
-    resamples: int,
-    random_state: RandomState,
+    values: Values, codes: Ints, groups: Ints, *, resamples: int, random_state: RandomState
 ) -> Floats:
-    """Bootstrap values of a metric, float64 (resamples, ...), one for each draw of groups.
-
-    `codes` (n,) are the classes, all of which each draw has to have; `groups` (n,) are numbered
-    from 0 without gaps.
-    """
+    """Bootstrap values of a metric, (resamples, ...), one for each draw of `groups` (n,)."""
     if resamples < 1:
         raise InputError(f"resamples is {resamples}; expected at least 1, and usually 1000")
     kept: list[Floats] = []
@@ -347,29 +333,20 @@ def resampled(
             break
         if tries > _MOST_TRIES and count < tries:
             raise InputError(
-                "the metric is not defined in almost any resample; give more patients of the rare"
-                " classes"
+                "the metric is hardly ever defined; give more patients of the rare classes"
             )
     return np.concatenate(kept)[:resamples]
 
 
 def drawn_weights(
-    codes: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    *,
-    resamples: int,
-    random_state: RandomState,
+    codes: Ints, groups: Ints, *, resamples: int, random_state: RandomState
 ) -> Iterator[Floats]:
-    """Endless blocks of bootstrap weights (r, n): counts of each case in draws with all classes.
-
-    The same seed gives the same draws, whatever they are used for.
-    """
+    """Endless blocks of bootstrap weights (r, n): counts of each case in draws with all classes."""
     rng = np.random.default_rng(random_state)
     number = int(groups.max()) + 1 if len(groups) else 0
     if number < 2:
         raise InputError(
-            f"there is {number} patient to resample; an interval needs at least two, and some 20"
-            " to mean anything"
+            f"there is {number} patient to resample; expected two or more, and rather 20"
         )
     _, classes = np.unique(codes, return_inverse=True)
     has_class = np.zeros((number, classes.max() + 1))
@@ -395,15 +372,11 @@ def drawn_weights(
 
 
 def _by_calls(
-    metric: Callable[..., float],
-    truth: list[Any],
-    y_hat: ArrayLike,
-    options: dict[str, Any],
+    metric: Callable[..., float], truth: list[Any], y_hat: ArrayLike, options: dict[str, Any]
 ) -> Values:
     """Weighted metric from any function ``metric(y_true, y_hat)``, called once for each draw."""
     hats = np.asarray(y_hat)
-    if len(hats) != len(truth):
-        raise InputError(f"y_hat has {len(hats)} entries for {len(truth)} cases")
+    labels.require_length(hats, len(truth), "y_hat")
 
     def values(weights: Floats) -> Floats:
         found = []

@@ -1,17 +1,12 @@
 """Metrics of predicted classes, from the confusion matrix: accuracy, F1, kappa."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xmag.errors import InputError
-from xmag.metrics.labels import Cases, Labels, decided_cases
-
-Floats = NDArray[np.float64]
+from xmag.metrics.labels import Cases, Floats, Ints, Labels, decided_cases, ratio
 
 
-def confusion_matrix(
-    y_true: Labels, y_pred: Labels, *, classes: Labels | None = None
-) -> NDArray[np.int64]:
+def confusion_matrix(y_true: Labels, y_pred: Labels, *, classes: Labels | None = None) -> Ints:
     """Confusion matrix, int64 (C, C): counts of true class (row) and predicted class (column).
 
     `classes` is the order of rows and columns; by default, the sorted labels of both. Raises
@@ -55,8 +50,7 @@ def quadratic_kappa(y_true: Labels, y_pred: Labels, *, classes: Labels | None = 
     """
     if classes is None:
         raise InputError(
-            "quadratic kappa needs the order of the classes, from lowest to highest; give"
-            " classes=[...]"
+            "quadratic kappa needs the order of the classes, from lowest on; give classes=[...]"
         )
     cases = decided_cases(y_true, y_pred, classes)
     value = float(quadratic_kappas(cases, None)[0])
@@ -114,9 +108,7 @@ def quadratic_kappas(cases: Cases, weights: Floats | None) -> Floats:
     cost = (places[:, None] - places) ** 2.0
     by_chance = matrices.sum(2)[:, :, None] * matrices.sum(1)[:, None, :]
     expected = (cost * by_chance).sum((1, 2)) / matrices.sum((1, 2))
-    defined = expected > 0
-    observed = (cost * matrices).sum((1, 2))
-    return np.where(defined, 1 - observed / np.where(defined, expected, 1), np.nan)
+    return 1 - ratio((cost * matrices).sum((1, 2)), expected)
 
 
 def _diagonals(matrices: Floats) -> Floats:

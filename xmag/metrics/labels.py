@@ -1,7 +1,7 @@
 """Checked inputs of metrics: labels of any hashable type, encoded as class indices."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from xmag.errors import InputError
 from xmag.files import is_missing
 
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Labels = Sequence[Hashable] | NDArray[Any]
 
 CONTINUOUS = (
@@ -34,11 +37,11 @@ class Cases:
         within: int64 (n,); AUROC compares only cases with the same number. None compares all.
     """
 
-    truth: NDArray[np.int64]
+    truth: Ints
     classes: tuple[Hashable, ...]
-    predicted: NDArray[np.int64] | None = None
-    scores: NDArray[np.float64] | None = None
-    within: NDArray[np.int64] | None = None
+    predicted: Ints | None = None
+    scores: Floats | None = None
+    within: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -54,17 +57,15 @@ def as_labels(
 ) -> list[Hashable]:
     """Checked labels as a list of plain Python values; `n` of them, where that is given.
 
-    Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, pandas' NA,
-    empty, or text such as "nan" that stands for it) or text with blanks around it, which would make
-    two classes or patients of one.
+    Raises InputError for what is not one-dimensional, not hashable, missing (None, NaN, NA, empty,
+    text such as "nan") or text with blanks around it, which would make two classes of one.
     """
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise InputError(f"{name} is {values!r}; expected a sequence with one label for each case")
     array_shape = getattr(values, "shape", None)
     if array_shape is not None and len(array_shape) != 1:
         raise InputError(
-            f"{name} has shape {tuple(array_shape)}; expected one label for each case, of shape"
-            " (n,)"
+            f"{name} has shape {tuple(array_shape)}; expected one label for each case, (n,)"
         )
     # An array gives Python's own numbers by tolist(), but would take tuples for rows.
     plain = [_plain(value) for value in values]
@@ -88,7 +89,7 @@ def as_labels(
                 " take them off, as str.strip() does"
             )
     if n is not None:
-        _require_length(n, len(plain), name)
+        require_length(plain, n, name)
     return plain
 
 
@@ -130,11 +131,7 @@ def refuse_continuous(labels: Iterable[Hashable], name: str) -> None:
 def class_order(
     labels: Iterable[Hashable], classes: Labels | None, *, name: str = "y_true"
 ) -> tuple[Hashable, ...]:
-    """The order of classes: the one that is given, else the sorted labels that occur.
-
-    Raises InputError where labels cannot be sorted or are numbers that are not whole, a class is
-    given twice, or a label is unknown.
-    """
+    """The order of classes: the one given, which has to have all labels, else the sorted labels."""
     found = dict.fromkeys(labels)
     if classes is None:
         refuse_continuous(found, name)
@@ -152,22 +149,35 @@ def class_order(
     unknown = [label for label in found if label not in set(order)]
     if unknown:
         raise InputError(
-            f"{name} has the label {unknown[0]!r}, which is not in classes"
-            f" {_listed(order)}; add it there, or leave such cases out"
+            f"{name} has the label {unknown[0]!r}, which is not in classes {_listed(order)}; add it"
+            " there, or leave such cases out"
         )
     return order
 
 
-def encode(labels: Iterable[Hashable], classes: Iterable[Hashable]) -> NDArray[np.int64]:
+def encode(labels: Iterable[Hashable], classes: Iterable[Hashable]) -> Ints:
     """The index of each label in `classes`, which has them all: int64 (n,)."""
     place = {label: number for number, label in enumerate(classes)}
     return np.array([place[label] for label in labels], dtype=np.int64)
 
 
-def numbered(labels: Labels, n: int, name: str) -> NDArray[np.int64]:
+def numbered(labels: Labels, n: int, name: str) -> Ints:
     """Label ids, int64 (n,), by first appearance, from 0 on; InputError unless there are `n`."""
     listed = as_labels(labels, name, n=n)
     return encode(listed, dict.fromkeys(listed))
+
+
+def strata_of(within: Ints | None, rows: Ints) -> list[Ints]:
+    """The `rows` of each value of `within` (n,), all of them where it is None."""
+    if within is None:
+        return [rows]
+    return [rows[within[rows] == one] for one in np.unique(within[rows])]
+
+
+def ratio(a: ArrayLike, b: ArrayLike) -> Floats:
+    """A / b, NaN where b is not above 0."""
+    empty = np.full(np.broadcast(a, b).shape, np.nan)
+    return np.asarray(np.divide(a, b, out=empty, where=np.asarray(b) > 0))
 
 
 def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
@@ -181,18 +191,18 @@ def class_array(classes: Sequence[Hashable]) -> NDArray[Any]:
     return array
 
 
-def _require_length(n: int, other: int, name: str) -> None:
-    if n != other:
-        raise InputError(f"{name} has {other} entries for {n} cases; expected one for each case")
+def require_length(values: Sized, n: int, name: str) -> None:
+    """Raise InputError unless there are `n` values."""
+    if len(values) != n:
+        raise InputError(
+            f"{name} has {len(values)} entries for {n} cases; expected one for each case"
+        )
 
 
 def as_scores(
     scores: ArrayLike, n: int, classes: Sequence[Hashable], *, name: str = "scores"
-) -> NDArray[np.float64]:
-    """Checked scores, float64 (n, C); from (n,) too, the scores of the second of two classes.
-
-    Raises InputError for another shape, and for values that are not finite numbers.
-    """
+) -> Floats:
+    """Checked finite scores, float64 (n, C); from (n,) too, those of the second of two classes."""
     try:
         array = np.asarray(scores, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -205,7 +215,7 @@ def as_scores(
             f" expected ({n}, {len(classes)}), or (n,) for two classes; where a class does not"
             " occur, give classes="
         )
-    _require_length(n, len(array), name)
+    require_length(array, n, name)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         row, column = bad[0]
@@ -236,8 +246,7 @@ def scored_cases(
     order = class_order(truth, classes)
     if len(order) < 2:
         raise InputError(
-            f"y_true has one class only, {order[0]!r}, and nothing to tell it from; give cases of"
-            " two classes or more"
+            f"y_true has one class only, {order[0]!r}; give cases of two classes or more"
         )
     return Cases(
         truth=encode(truth, order),

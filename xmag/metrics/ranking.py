@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from xmag.errors import InputError
-from xmag.metrics.labels import Cases, Labels, scored_cases
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+from xmag.metrics.labels import Bools, Cases, Floats, Labels, ratio, scored_cases, strata_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -47,9 +44,8 @@ def roc_curve(
     """
     cases = scored_cases(y_true, scores, classes)
     place = _positive_place(cases, positive)
-    hits, alarms, thresholds = _steps(
-        _column(cases, place), cases.truth == place, np.ones((1, len(cases)))
-    )
+    weights = np.ones((1, len(cases)))
+    hits, alarms, thresholds = _steps(_column(cases, place), cases.truth == place, weights)
     return RocCurve(
         fpr=np.append(0.0, alarms[0] / alarms[0, -1]),
         tpr=np.append(0.0, hits[0] / hits[0, -1]),
@@ -129,28 +125,21 @@ def average_precision(
 
 
 def average_precisions(cases: Cases, weights: Floats | None, place: int) -> Floats:
-    """Average precision (R,) of the class at `place`, under each row of weights (R, n).
-
-    NaN where no case is positive, or all are.
-    """
+    """Average precision (R,) of the class at `place` under weights (R, n); NaN if not defined."""
     positive, score = cases.truth == place, _column(cases, place)
     weights = np.ones((1, len(cases))) if weights is None else weights
-    within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
     total, mass = np.zeros(len(weights)), np.zeros(len(weights))
-    for rows in (np.flatnonzero(within == one) for one in np.unique(within)):
+    for rows in strata_of(cases.within, np.arange(len(cases))):
         hits, alarms, _ = _steps(score[rows], positive[rows], weights[:, rows])
         found = np.diff(hits, axis=1, prepend=0) * hits / np.maximum(hits + alarms, 1e-300)
         both = alarms[:, -1] > 0
         total += np.where(both, found.sum(1), 0)
         mass += np.where(both, hits[:, -1], 0)
-    return np.where(mass > 0, total / np.where(mass > 0, mass, 1), np.nan)
+    return ratio(total, mass)
 
 
 def class_aurocs(cases: Cases, weights: Floats | None, place: int) -> Floats:
-    """AUROC (R,) of the class at `place` against the rest, under each row of weights (R, n).
-
-    NaN where no pair can be compared.
-    """
+    """AUROC (R,) of the class at `place` under weights (R, n); NaN where no pair is comparable."""
     positive = cases.truth == place
     return _areas(cases, weights, _column(cases, place), positive, ~positive)
 
@@ -165,10 +154,8 @@ def ovo_aurocs(cases: Cases, weights: Floats | None) -> Floats:
     """Macro one-vs-one AUROC (R,) under each row of weights (R, n)."""
     size = len(cases.classes)
     pairs = permutations(range(size), 2) if size > 2 else [(1, 0)]
-    areas = [
-        _areas(cases, weights, _column(cases, i), cases.truth == i, cases.truth == j)
-        for i, j in pairs
-    ]
+    truth = cases.truth
+    areas = [_areas(cases, weights, _column(cases, i), truth == i, truth == j) for i, j in pairs]
     return np.asarray(np.mean(areas, axis=0))
 
 
@@ -177,16 +164,14 @@ def mean_roc(
 ) -> tuple[Floats, Floats]:
     """Mean ROC curve over the values of `within`, of the class at `place` against the rest.
 
-    Each weighs by its pairs of a positive and a negative case, so that the area under the mean is
-    the AUROC. Returns the false positive rates (k,), and the true positive rate at each of them
-    under each row of weights (R, n): (R, k), NaN where no pair can be compared. Rates default to
-    both sides of each step of the curves, where their mean is exact; none without a pair.
+    Each weighs by its pairs, so that the area under the mean is the AUROC. Returns the false
+    positive rates (k,), by default both sides of each step, and the true positive rate at each
+    under each row of weights (R, n): (R, k), NaN where no pair can be compared.
     """
     positive, score = cases.truth == place, _column(cases, place)
     weights = np.ones((1, len(cases))) if weights is None else weights
-    within = np.zeros(len(cases), np.int64) if cases.within is None else cases.within
     curves = []
-    for rows in (np.flatnonzero(within == one) for one in np.unique(within)):
+    for rows in strata_of(cases.within, np.arange(len(cases))):
         hits, alarms, _ = _steps(score[rows], positive[rows], weights[:, rows])
         most_hits, most_alarms = hits[:, -1:], alarms[:, -1:]
         if (pairs := most_hits * most_alarms).any():
@@ -201,7 +186,7 @@ def mean_roc(
         rates = zip(x, y, strict=True)
         total += pairs * [np.interp(fpr, np.append(0.0, a), np.append(0.0, b)) for a, b in rates]
         weight += pairs
-    return fpr, np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
+    return fpr, ratio(total, weight)
 
 
 def _steps(score: Floats, positive: Bools, weights: Floats) -> tuple[Floats, Floats, Floats]:
@@ -242,7 +227,7 @@ def _areas(
         below -= np.repeat(base, np.diff(np.append(strata, len(ties))), axis=1)
     in_order = np.einsum("rk,rk->r", hits, below)
     pairs = (np.add.reduceat(hits, strata, axis=1) * np.add.reduceat(misses, strata, axis=1)).sum(1)
-    return np.where(pairs > 0, in_order / np.where(pairs > 0, pairs, 1), np.nan)
+    return ratio(in_order, pairs)
 
 
 def _column(cases: Cases, place: int) -> Floats:

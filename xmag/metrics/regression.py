@@ -4,28 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from xmag.errors import InputError
+from xmag.metrics.labels import Bools, Floats, ratio
 
-Floats = NDArray[np.float64]
 
-
-def as_numbers(values: Any, n: int, name: str, *, of: str, classes: str) -> Floats:
-    """Targets of n cases as float64 (n,) or (n, T), NaN where missing; InputError for others.
-
-    `of` is what the cases are called in messages, `classes` what to do where targets are classes.
-    """
+def as_numbers(values: Any, n: int, name: str) -> Floats:
+    """Targets of n cases as float64 (n,) or (n, T), NaN if missing; InputError for others."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{name} holds values that are no numbers ({error}); expected numbers, NaN for missing"
-            f" ones: for classes, {classes}"
+            " ones: for classes, give a classifier such as MILClassifier"
         ) from None
     if array.ndim not in (1, 2) or len(array) != n or 0 in array.shape:
         raise InputError(
-            f"{name} has shape {array.shape} for {n} {of}; expected ({n},) or ({n}, targets)"
+            f"{name} has shape {array.shape} for {n} cases; expected ({n},) or ({n}, targets)"
         )
     if np.isinf(array).any():
         raise InputError(f"{name} holds infinite values; expected numbers, or NaN if missing")
@@ -68,19 +64,19 @@ def spearman(y_true: ArrayLike, y_pred: ArrayLike) -> float:
 def r2s(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
     """R² (R,) under each row of case weights (R, n); NaN where the truth is constant."""
     error = weights @ (truth - predicted) ** 2
-    mean = _ratio(weights @ truth, weights.sum(1))
+    mean = ratio(weights @ truth, weights.sum(1))
     spread = (weights * (truth - mean[:, None]) ** 2).sum(1)
-    return np.where(_varies(truth, weights), 1 - _ratio(error, spread), np.nan)
+    return np.where(_varies(truth, weights), 1 - ratio(error, spread), np.nan)
 
 
 def maes(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
     """Mean absolute error (R,) under each row of case weights (R, n)."""
-    return _ratio(weights @ np.abs(truth - predicted), weights.sum(1))
+    return ratio(weights @ np.abs(truth - predicted), weights.sum(1))
 
 
 def rmses(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
     """Root mean squared error (R,) under each row of case weights (R, n)."""
-    return np.sqrt(_ratio(weights @ (truth - predicted) ** 2, weights.sum(1)))
+    return np.sqrt(ratio(weights @ (truth - predicted) ** 2, weights.sum(1)))
 
 
 def pearsons(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
@@ -96,13 +92,13 @@ def spearmans(truth: Floats, predicted: Floats, weights: Floats) -> Floats:
 def _correlations(a: Floats, b: Floats, weights: Floats) -> Floats:
     total = weights.sum(1, keepdims=True)
     both = _varies(a, weights) & _varies(b, weights)
-    a, b = (values - _ratio((weights * values).sum(1, keepdims=True), total) for values in (a, b))
+    a, b = (values - ratio((weights * values).sum(1, keepdims=True), total) for values in (a, b))
     covariance, of_a, of_b = ((weights * p).sum(1) for p in (a * b, a * a, b * b))
-    found = np.clip(_ratio(covariance, np.sqrt(of_a * of_b)), -1, 1)
+    found = np.clip(ratio(covariance, np.sqrt(of_a * of_b)), -1, 1)
     return np.where(both, found, np.nan)
 
 
-def _varies(values: Floats, weights: Floats) -> NDArray[np.bool_]:
+def _varies(values: Floats, weights: Floats) -> Bools:
     """Whether values (..., n) differ in the cases with a weight: in a sum, rounding would, (R,)."""
     highest = np.where(weights > 0, values, -np.inf).max(axis=1, initial=-np.inf)
     lowest = np.where(weights > 0, values, np.inf).min(axis=1, initial=np.inf)
@@ -116,11 +112,6 @@ def _ranks(values: Floats, weights: Floats) -> Floats:
     np.add.at(ties.T, place, weights.T)
     ranks: Floats = np.cumsum(ties, axis=1) - (ties - 1) / 2
     return ranks[:, place]
-
-
-def _ratio(a: Floats, b: Floats) -> Floats:
-    empty = np.full(np.broadcast(a, b).shape, np.nan)
-    return np.asarray(np.divide(a, b, out=empty, where=b > 0))
 
 
 def _of(

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from xmag.errors import InputError
-from xmag.metrics.labels import Labels, as_labels, numbered
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-_Ints = NDArray[np.int64]
+from xmag.metrics.labels import Bools, Floats, Ints, Labels, as_labels, numbered, ratio
 
 _TIED = 1e-8
 """Risks that differ by no more count as equal, as in scikit-survival."""
@@ -51,7 +47,7 @@ class KaplanMeier:
     survival: Floats
     low: Floats
     high: Floats
-    at_risk: _Ints
+    at_risk: Ints
 
     def __repr__(self) -> str:
         ends = f": {self.survival[-1]:.3g} at {self.times[-1]:g}" if len(self.times) else ""
@@ -62,7 +58,7 @@ class KaplanMeier:
         place = np.searchsorted(self.times, np.asarray(time, np.float64), side="right")
         return np.append(1.0, self.survival)[place]
 
-    def at_risk_at(self, time: ArrayLike) -> _Ints:
+    def at_risk_at(self, time: ArrayLike) -> Ints:
         """Cases still observed just before any times, for the table below a picture."""
         place = np.searchsorted(self.times, np.asarray(time, np.float64), side="left")
         return np.append(self.at_risk, 0)[place]
@@ -152,12 +148,11 @@ def concordances(
     weights: Floats | None = None,
     *,
     of_event: Floats | None = None,
-    within: _Ints | None = None,
+    within: Ints | None = None,
 ) -> Floats:
-    """Concordance (R,) under each row of case weights (R, n); NaN where no pair is comparable.
+    """Concordance (R,) under case weights (R, n), within equal `within`; NaN without any pair.
 
-    `of_event` (n,) weighs the pairs by their case with the event. With `within` (n,), only cases
-    with the same number there are compared.
+    `of_event` (n,) weighs the pairs by their case with the event.
     """
     if weights is None:
         weights = np.ones((1, len(survival)))
@@ -174,15 +169,11 @@ def concordances(
         own = weights[:, rows] if of_event is None else weights[:, rows] * of_event[rows]
         right += (own * (weights @ agreeing.T)).sum(1)
         pairs += (own * (weights @ comparable.T)).sum(1)
-    return np.divide(right, pairs, out=np.full_like(right, np.nan), where=pairs > 0)
+    return ratio(right, pairs)
 
 
 def censoring_weights(survival: Survival, train: Survival, *, tau: float | None = None) -> Floats:
-    """1 / G(t) (n,) of cases with an event, 0 of those without: weights by inverse probability.
-
-    G is the estimate from `train` of not being censored up to t. With `tau`, events from there on
-    weigh 0. Raises InputError where G is 0 at the time of an event.
-    """
+    """1 / G(t) (n,) of cases with an event, 0 of others; G is that of `train`, see `uno_c`."""
     counted = survival.event if tau is None else survival.event & (survival.time < tau)
     shares = _uncensored(train).at(survival.time[counted])
     if (shares <= 0).any():
@@ -207,8 +198,8 @@ def brier_score(y: Any, survival: ArrayLike, times: ArrayLike, *, train: Any) ->
     at, predicted = np.asarray(times, np.float64), np.asarray(survival, np.float64)
     if at.ndim != 1 or predicted.shape != (len(seen), len(at)):
         raise InputError(
-            f"survival has shape {predicted.shape} for {len(seen)} cases and times of shape"
-            f" {at.shape}; expected (cases, times)"
+            f"survival has shape {predicted.shape} for {len(seen)} cases and times {at.shape};"
+            " expected (cases, times)"
         )
     first, last = seen.time.min(), seen.time.max()
     if not len(at) or (np.diff(at) <= 0).any() or at[0] < first or at[-1] >= last:
@@ -222,7 +213,7 @@ def brier_score(y: Any, survival: ArrayLike, times: ArrayLike, *, train: Any) ->
 def brier_errors(seen: Survival, predicted: Floats, at: Floats, train: Survival) -> Floats:
     """Squared errors (n, T) of predicted survival at times (T,), by 1/G weights of `train`."""
     uncensored = _uncensored(train)
-    at_own, at_times = (_inverse(uncensored.at(each)) for each in (seen.time, at))
+    at_own, at_times = (np.nan_to_num(ratio(1.0, uncensored.at(each))) for each in (seen.time, at))
     had_event = (seen.time[:, None] <= at) & seen.event[:, None]
     is_free = seen.time[:, None] > at
     errors: Floats = predicted**2 * had_event * at_own[:, None]
@@ -268,8 +259,7 @@ def log_rank(y: Any, groups: Labels) -> LogRank:
     """
     survival = as_survival(y)
     codes = numbered(groups, len(survival), "groups")
-    count = 0 if codes is None else len(set(codes.tolist()))
-    if codes is None or count < 2:
+    if (count := len(set(codes.tolist()))) < 2:
         named = sorted(map(str, set(as_labels(groups, "groups"))))
         raise InputError(f"groups are {named}; expected two or more to compare")
     _require_event(survival)
@@ -288,12 +278,12 @@ def log_rank(y: Any, groups: Labels) -> LogRank:
     return LogRank(statistic=statistic, p_value=_chi_squared(statistic, count - 1), groups=count)
 
 
-def _counts(survival: Survival) -> tuple[Floats, _Ints, _Ints, _Ints]:
+def _counts(survival: Survival) -> tuple[Floats, Ints, Ints, Ints]:
     """Of each different time: the time, cases at risk before it, its events, and its censored."""
     times, place = np.unique(survival.time, return_inverse=True)
     events = np.bincount(place[survival.event], minlength=len(times)).astype(np.int64)
     ended = np.bincount(place, minlength=len(times)).astype(np.int64)
-    at_risk: _Ints = len(survival) - np.cumsum(ended) + ended
+    at_risk: Ints = len(survival) - np.cumsum(ended) + ended
     return times, at_risk, events, ended - events
 
 
@@ -303,10 +293,6 @@ def _uncensored(survival: Survival) -> KaplanMeier:
     left = at_risk - events
     shares = np.cumprod(1 - np.divide(censored, left, out=np.zeros(len(left)), where=left > 0))
     return KaplanMeier(times=times, survival=shares, low=shares, high=shares, at_risk=at_risk)
-
-
-def _inverse(shares: Floats) -> Floats:
-    return np.divide(1, shares, out=np.zeros_like(shares), where=shares > 0)
 
 
 def _risks(risk: ArrayLike, survival: Survival) -> Floats:
@@ -325,8 +311,7 @@ def _defined(found: Floats, survival: Survival) -> float:
     if math.isnan(value):
         _require_event(survival)
         raise InputError(
-            "no two cases can be compared: after each event nobody is observed any longer; give"
-            " more cases"
+            "no two cases can be compared: after each event nobody is observed; give more cases"
         )
     return value
 

@@ -49,10 +49,7 @@ def with_outputs(
     least: int = 1,
     last_layer: type[nn.Module] = nn.Linear,
 ) -> nn.Module:
-    """An aggregator as `aggregator` makes it, with any number of outputs from `least` on.
-
-    xmag's own end in `last_layer`, made of the width before it and the outputs.
-    """
+    """An `aggregator` of `least` outputs or more; those by name end in a `last_layer`."""
     for what, size, lowest in (("in_dim", in_dim, 1), ("classes", outputs, least)):
         if not _is_int(size) or not lowest <= size <= _LARGEST_DIM:
             raise InputError(
@@ -61,8 +58,7 @@ def with_outputs(
     if isinstance(name_or_module, nn.Module):
         if options:
             raise InputError(
-                f"options {sorted(options)} were given beside a module; they are for aggregators"
-                f" by name ({', '.join(AGGREGATORS)}). Set up the module before it is given"
+                f"options {sorted(options)} were given beside a module; set up the module before"
             )
         return name_or_module
     kind = AGGREGATORS.get(name_or_module) if isinstance(name_or_module, str) else None
@@ -89,8 +85,7 @@ def aggregator_config(module: nn.Module) -> dict[str, Any]:
         if type(module) is kind:
             return {"name": name, "options": dict(module.options)}
     raise InputError(
-        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected one of"
-        f" {', '.join(kind.__name__ for kind in AGGREGATORS.values())}"
+        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected its own"
     )
 
 

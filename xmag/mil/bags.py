@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xmag.bag import SUFFIXES, FeatureBag
 from xmag.bag.formats import dense
 from xmag.errors import BagError, InputError, MismatchError, XmagWarning
-from xmag.mil.heads import hashables
+from xmag.metrics.labels import Bools, Floats, Ints, as_labels
 from xmag.provenance import Provenance
 from xmag.training.splits import require_disjoint, units
 
@@ -29,10 +29,7 @@ Fusion = Literal["early", "late"]
 Features = NDArray[np.float32]
 
 Origin = tuple[int, Provenance | None]
-"""Width D and provenance of a bag, in which the bags of a classifier agree."""
-
-TrainedOrigin = tuple[int, Mapping[str, Any] | None]
-"""Width D and fingerprint of the bags that an estimator was trained on."""
+"""Width D and provenance of a bag, in which the bags of an estimator agree."""
 
 _WANTED = (
     "expected a list of FeatureBags, arrays (N, D), tensors (N, D) or paths of"
@@ -51,10 +48,7 @@ class Bag:
 
 
 class Bags:
-    """The cases of an argument `what`, each a list of bags: files are read at each access.
-
-    Raises InputError for anything but a list of `least` cases or more, and for an empty case.
-    """
+    """The cases of an argument `what`, each a list of bags: files are read at each access."""
 
     def __init__(self, cases: Any, *, what: str = "X", least: int = 0) -> None:
         if isinstance(cases, FeatureBag | str | bytes | os.PathLike | Mapping) or not (
@@ -63,67 +57,63 @@ class Bags:
             raise InputError(
                 f"{what} is a {type(cases).__name__}; {_WANTED}. A single bag is [bag]"
             )
-        self._cases, self._names = list(cases), [f"{what}[{index}]" for index in range(len(cases))]
-        if len(self) < least:
+        if len(cases) < least:
             raise InputError(f"{what} is empty; expected one bag or more")
-        for name, case in zip(self._names, self._cases, strict=True):
+        cases = list(cases)
+        self.has_lists = any(map(is_list, cases))
+        self._names: list[str] = []  # of the cases
+        self._cases: list[list[tuple[str, Any]]] = []  # name and source of each of their bags
+        for index, case in enumerate(cases):
+            name = f"{what}[{index}]"
             if is_list(case) and not case:
                 raise InputError(f"{name} is an empty {type(case).__name__}; leave the case out")
-            if is_list(case) and any(is_list(bag) for bag in case):
+            if is_list(case) and any(map(is_list, case)):
                 raise InputError(f"{name}: it is a {type(case).__name__}; {_WANTED}")
+            if is_list(case):
+                bags = [(_named(f"{name}[{place}]", bag), bag) for place, bag in enumerate(case)]
+            else:
+                name = _named(name, case)
+                bags = [(name, case)]
+            self._names.append(name)
+            self._cases.append(bags)
 
     def __len__(self) -> int:
         return len(self._cases)
 
     def __getitem__(self, index: int) -> list[Bag | FeatureBag]:
         """The bags of a case, in their order."""
-        return [self._read(index, slide) for slide in range(len(self._sources(index)))]
+        return [_read(name, source) for name, source in self._cases[index]]
 
-    @property
-    def has_lists(self) -> bool:
-        """Whether any case is a list of bags."""
-        return any(is_list(case) for case in self._cases)
-
-    def alone(self) -> tuple["Bags", NDArray[np.int64]]:
+    def alone(self) -> tuple["Bags", Ints]:
         """Every bag as a case of its own, n of them, and the case it is of, int64 (n,)."""
-        places = [(i, j) for i in range(len(self)) for j in range(len(self._sources(i)))]
         apart = copy.copy(self)
-        apart._cases = [self._sources(i)[j] for i, j in places]
-        apart._names = [
-            f"{self._names[i]}[{j}]" if is_list(self._cases[i]) else self._names[i]
-            for i, j in places
-        ]
-        return apart, np.array([i for i, _ in places], dtype=np.int64)
+        apart._cases = [[bag] for case in self._cases for bag in case]
+        apart._names = [name for case in self._cases for name, _ in case]
+        return apart, np.repeat(np.arange(len(self)), [len(case) for case in self._cases])
 
     def each(
-        self,
-        of: Callable[[list[Features]], NDArray[np.float64]],
-        of_empty: str,
-        *,
-        width: int,
-        origin: TrainedOrigin,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Results of `of` for the bags of each case that have tiles, float64 (n, width).
+        self, of: Callable[[list[Features]], Floats], of_empty: str, *, width: int, origin: Origin
+    ) -> tuple[Floats, Bools]:
+        """Results (n, width) of `of` for each case; 0 where it has no tiles, which the mask says.
 
-        It is 0 for cases without tiles; these are True in the second array, bool (n,), and a
-        warning says what their result is: `of_empty`. Raises as `read_matching`.
+        A warning says so too, and what their result is: `of_empty`.
         """
         found, empty = np.zeros((len(self), width)), np.zeros(len(self), dtype=np.bool_)
         for row in range(len(self)):
-            features = [
-                bag.features for bag in self.read_matching(row, origin) if len(bag.features)
-            ]
+            bags = self.read_matching(row, origin)
+            features = [bag.features for bag in bags if len(bag.features)]
             empty[row] = not features
             if features:
                 found[row] = of(features)
         self.warn_of_empty(np.flatnonzero(empty).tolist(), of_empty)
         return found, empty
 
-    def read_matching(self, index: int, origin: TrainedOrigin) -> list[Bag | FeatureBag]:
+    def read_matching(self, index: int, origin: Origin) -> list[Bag | FeatureBag]:
         """Read a case; raises where it has not the width and fingerprint of the training."""
         bags = self[index]
         for slide, bag in enumerate(bags):
-            require_trained_origin(self.name(index, slide), origin_of(bag), origin)
+            name = self.name(index, slide)
+            require_same_origin(name, origin_of(bag), "those of the training", origin)
         return bags
 
     def warn_of_empty(self, rows: Sequence[int], what: str) -> None:
@@ -135,24 +125,11 @@ class Bags:
 
     def name(self, index: int, slide: int | None = None) -> str:
         """The name of a case, or of a bag of it, in messages: its index, and its file if any."""
-        name, bag = self._names[index], self._cases[index]
-        if is_list(bag):
-            if slide is None:
-                return name
-            name, bag = f"{name}[{slide}]", bag[slide]
-        return f"{name} ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else name
+        return self._names[index] if slide is None else self._cases[index][slide][0]
 
-    def _sources(self, index: int) -> Sequence[Any]:
-        case = self._cases[index]
-        return case if is_list(case) else [case]
 
-    def _read(self, index: int, slide: int) -> Bag | FeatureBag:
-        try:
-            return _read(self._sources(index)[slide])
-        except InputError as error:
-            raise InputError(f"{self.name(index, slide)}: {error}") from error
-        except (BagError, OSError) as error:
-            raise BagError(f"{self.name(index, slide)}: {error}") from error
+def _named(name: str, bag: Any) -> str:
+    return f"{name} ({os.fspath(bag)})" if isinstance(bag, str | os.PathLike) else name
 
 
 def is_list(case: Any) -> bool:
@@ -161,16 +138,12 @@ def is_list(case: Any) -> bool:
 
 
 def joined(bags: Sequence[Features]) -> tuple[Features, list[int]]:
-    """Features of several bags as one, (N, D), and the order in which they come there.
-
-    The order is by content, so that it does not depend on how they were listed: what depends on the
-    order of tiles (TransMIL, `max_tiles`) is the same for any.
-    """
+    """Features of bags as one, (N, D), in an order that does not depend on how they are listed."""
     order = by_content(bags)
     return bags[0] if len(bags) == 1 else np.concatenate([bags[i] for i in order]), order
 
 
-def mean_of(bags: Sequence[Features]) -> NDArray[np.float64]:
+def mean_of(bags: Sequence[Features]) -> Floats:
     """The mean of all tiles of bags, (D,)."""
     sums = [bag.sum(axis=0, dtype=np.float64) for bag in bags]
     return np.asarray(sum(sums) / max(1, sum(map(len, bags))))
@@ -193,29 +166,27 @@ class BagDataset:
         bags: The samples of an argument X, of which the dataset has some.
         cases: The case that each of `bags` is of, int64 (n,).
         tiles: The number of tiles of each of `bags` when it was first read.
-        digests: The digests of the features of each of `bags`, one for each bag of a case; empty
-            for a bag without tiles.
+        digests: Of the features of each bag of each of `bags`; empty for a bag without tiles.
         means: The mean of the tiles of each of `bags`, (n, D); 0 for one without.
         groups: The patient of each of `bags`; None where they are not known.
-        first: The name of the first bag with a provenance, with which all others agree; of the
-            first of all without any.
-        origin: The width D of all features, and the provenance of that bag, None without any.
+        first: The name of the bag that `origin` is of: the first with a provenance, if any has one.
+        origin: Width and provenance, with which all bags agree.
         rows: The place in `bags` of each sample of the dataset, int64 (n,).
-        targets: (n, ...).
-        weights: float64 (n,).
+        targets: (n, ...), of these samples.
+        weights: float64 (n,), of these samples.
     """
 
     bags: Bags
-    cases: NDArray[np.int64]
+    cases: Ints
     tiles: list[int]
     digests: list[list[bytes]]
-    means: NDArray[np.float64]
+    means: Floats
     groups: list[Hashable] | None
     first: str
     origin: Origin
-    rows: NDArray[np.int64]
+    rows: Ints
     targets: NDArray[Any]
-    weights: NDArray[np.float64]
+    weights: Floats
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -233,8 +204,7 @@ class BagDataset:
         if shapes != {expected}:
             raise BagError(
                 f"{self.bags.name(row)} has changed while training: features"
-                f" {', '.join(map(str, sorted(shapes)))}, at first {expected}. Leave the files"
-                " alone, and fit again"
+                f" {str(sorted(shapes))[1:-1]}, at first {expected}. Leave the files alone"
             )
         return [part for part in features if len(part)]
 
@@ -248,7 +218,7 @@ class BagDataset:
             if digest
         ]
 
-    def units(self) -> NDArray[np.int64]:
+    def units(self) -> Ints:
         """Ids of what must not be split, int64 (n,): patients, cases, and equal bags."""
         ties: list[Hashable] = list(self.cases) if self.groups is None else self.groups
         slides = self.slides
@@ -256,7 +226,7 @@ class BagDataset:
         unit_of = {row: unit for (row, _, _), unit in zip(slides, found, strict=True)}
         return np.array([unit_of[int(row)] for row in self.rows], dtype=np.int64)
 
-    def subset(self, mask: NDArray[np.bool_]) -> Self:
+    def subset(self, mask: Bools) -> Self:
         """The part of the dataset where `mask`, bool (n,), is True."""
         return replace(
             self, rows=self.rows[mask], targets=self.targets[mask], weights=self.weights[mask]
@@ -264,9 +234,7 @@ class BagDataset:
 
     def require_separate(self, validation: "BagDataset") -> None:
         """Raise where validation bags do not match these, or share features or a patient."""
-        require_same_origin(
-            validation.first, validation.origin, "the bags to train on", self.origin
-        )
+        require_same_origin(validation.first, validation.origin, "those to train on", self.origin)
         require_disjoint(
             [digest for *_, digest in self.slides],
             [digest for *_, digest in validation.slides],
@@ -281,15 +249,10 @@ class BagDataset:
 def read_dataset(
     bags: Bags, targets: NDArray[Any], groups: Any, *, fusion: Fusion = "early", of: str = ""
 ) -> BagDataset:
-    """Dataset of the cases that have tiles; `of` is put before the name of `groups` in messages.
-
-    Reads every bag once, so that what is wrong with one is known before hours of training. Warns
-    of cases without tiles. Raises BagError for a bag that cannot be read, is not finite or is of
-    another width, and MismatchError for one that was made otherwise.
-    """
+    """Dataset of the cases that have tiles, of which every bag is read once; see `fit`."""
     whole, cases = bags, np.arange(len(bags))
     if groups is not None:
-        groups = hashables(groups, count=len(bags), what=f"{of}groups")
+        groups = as_labels(groups, f"{of}groups", n=len(bags))
     if fusion == "late":
         bags, cases = whole.alone()
         targets, groups = targets[cases], groups and [groups[case] for case in cases]
@@ -303,9 +266,7 @@ def read_dataset(
                 first, origin = bags.name(row, slide), origin_of(bag)
         features = [bag.features for bag in slides]
         tiles.append(sum(map(len, features)))
-        means.append(
-            mean_of(features) if features else np.full(slides[0].features.shape[1], np.nan)
-        )
+        means.append(mean_of(features))
         digests.append([_digest(bag.features) for bag in slides])
     assert origin is not None  # of one bag or more
     filled = np.bincount(cases, weights=tiles, minlength=len(whole)) > 0
@@ -336,11 +297,7 @@ def origin_of(bag: Bag | FeatureBag) -> Origin:
 
 
 def require_same_origin(name: str, seen: Origin, reference: str, expected: Origin) -> None:
-    """Raise where the width and provenance of a bag are not those of a reference.
-
-    BagError for another width, MismatchError where both provenances are known and their
-    fingerprints differ.
-    """
+    """Raise BagError for another width than expected, MismatchError for another fingerprint."""
     if seen[0] != expected[0]:
         raise BagError(
             f"{name} has {seen[0]} features a tile, and {reference} {expected[0]}; expected the"
@@ -355,30 +312,28 @@ def require_same_origin(name: str, seen: Origin, reference: str, expected: Origi
         )
 
 
-def require_trained_origin(name: str, seen: Origin, trained: TrainedOrigin) -> None:
-    """Raise as `require_same_origin` where a bag is not like those of the training."""
-    width, fingerprint = trained
-    expected = None if fingerprint is None else Provenance(fingerprint, {})
-    require_same_origin(name, seen, "those of the training", (width, expected))
-
-
-def _read(source: Any) -> Bag | FeatureBag:
-    if isinstance(source, FeatureBag):
-        return source
-    if isinstance(source, str | os.PathLike):
-        return FeatureBag.load(source)
-    if isinstance(source, torch.Tensor):
-        source = dense(source)
-    if isinstance(source, np.ndarray):
-        return Bag(features=_checked(source))
-    raise InputError(f"it is a {type(source).__name__}; {_WANTED}")
+def _read(name: str, source: Any) -> Bag | FeatureBag:
+    """The bag that an accepted value stands for; errors begin with its name."""
+    try:
+        if isinstance(source, FeatureBag):
+            return source
+        if isinstance(source, str | os.PathLike):
+            return FeatureBag.load(source)
+        if isinstance(source, torch.Tensor):
+            source = dense(source)
+        if isinstance(source, np.ndarray):
+            return Bag(features=_checked(source))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except (BagError, OSError) as error:
+        raise BagError(f"{name}: {error}") from error
+    raise InputError(f"{name}: it is a {type(source).__name__}; {_WANTED}")
 
 
 def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] == 0:
         raise BagError(
-            f"it is an array of {array.dtype} with shape {array.shape}; expected floats (N, D), a"
-            " row for each tile"
+            f"it is an array of {array.dtype} with shape {array.shape}; expected floats (N, D)"
         )
     with np.errstate(over="ignore"):
         features: NDArray[np.float32] = array.astype(np.float32, copy=False)
@@ -387,7 +342,6 @@ def _checked(array: NDArray[Any]) -> NDArray[np.float32]:
         row, column = np.argwhere(~finite)[0]
         raise BagError(
             f"it holds {array[row, column]} in row {row} ({np.count_nonzero(~finite)} such values"
-            " in all); expected values that are finite in float32: extract the features again, or"
-            " leave the bag out"
+            " in all); expected values finite in float32: extract again, or leave the bag out"
         )
     return features

@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from xmag.devices import full_precision
 from xmag.errors import InputError, ModelError
-from xmag.mil.bags import Features, Fusion, by_content, joined
+from xmag.metrics.labels import Floats, Ints
+from xmag.mil.bags import Features, by_content, joined
 from xmag.mil.pooling import MILOutput
 from xmag.training import with_less_memory
 
@@ -31,9 +31,7 @@ class BagSampler:
     stratum have come, over epochs too.
     """
 
-    def __init__(
-        self, size: int, rng: np.random.Generator, *, strata: NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, size: int, rng: np.random.Generator, *, strata: Ints | None = None) -> None:
         self._size, self._rng, self._strata = size, rng, strata
         self._decks: dict[int, list[int]] = {}
 
@@ -65,7 +63,7 @@ class Batch:
     mask: Tensor
 
 
-def padded(bags: Sequence[NDArray[np.float32]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(bags: Sequence[Features], device: torch.device) -> tuple[Tensor, Tensor]:
     """Padded features (B, N, D), zero where padded, and their mask (B, N), True on tiles."""
     longest = max(len(bag) for bag in bags)
     features = np.zeros((len(bags), longest, bags[0].shape[1]), np.float32)
@@ -77,10 +75,7 @@ def padded(bags: Sequence[NDArray[np.float32]], device: torch.device) -> tuple[T
 
 
 def groups_of_like_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of bags, grouped by size: at most `limit` rows once padded to the longest.
-
-    No bag is padded to more than twice its size. A bag that is larger than `limit` is alone.
-    """
+    """Indices of bags: `limit` rows once padded, none to more than twice its size, or one bag."""
     groups: list[list[int]] = []
     longest = 0
     for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -94,7 +89,11 @@ def groups_of_like_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class BatchedAggregator:
-    """Aggregator applied to bags in micro-batches, smaller ones after CUDA runs out of memory."""
+    """Aggregator applied to bags in micro-batches, smaller ones after CUDA runs out of memory.
+
+    All tiles of a case's bags are one bag. With `fuse` (late fusion) each is by itself; it makes
+    one row of logits (C,) of theirs, (k, C).
+    """
 
     def __init__(
         self,
@@ -103,12 +102,14 @@ class BatchedAggregator:
         *,
         outputs: int,
         dtype: torch.dtype = torch.float32,
+        fuse: Callable[[Floats], Floats] | None = None,
     ) -> None:
         self.module, self.device, self.outputs, self.dtype = module, device, outputs, dtype
+        self.fuse = fuse
         self.limit = _PADDED_TILES
         self._sizes: Sequence[int] = ()
 
-    def batches(self, bags: Sequence[NDArray[np.float32]]) -> Iterator[Batch]:
+    def batches(self, bags: Sequence[Features]) -> Iterator[Batch]:
         """The micro-batches of a batch; `halve` makes them smaller when memory runs out."""
         sizes = [len(bag) for bag in bags]
         limit = self.limit if getattr(self.module, "batched", False) else 1
@@ -119,7 +120,8 @@ class BatchedAggregator:
 
     def __call__(self, batch: Batch, targets: Tensor | None = None) -> MILOutput:
         """Aggregator output for a micro-batch; ModelError for anything but logits (B, C)."""
-        with self._precision():
+        kind, exact = self.device.type, self.dtype == torch.float32
+        with full_precision(self.device) if exact else torch.autocast(kind, dtype=self.dtype):
             output = self.module(batch.features, batch.mask, targets)
         expected = (len(batch.rows), self.outputs)
         logits = getattr(output, "logits", None)
@@ -131,24 +133,47 @@ class BatchedAggregator:
             )
         return output  # type: ignore[no-any-return]
 
-    def output_of(self, bag: NDArray[np.float32]) -> MILOutput:
-        """Aggregator output for one bag, without gradients."""
-        with torch.inference_mode():
-            return with_less_memory(lambda: self(next(self.batches([bag]))), self.halve)
+    def logits(self, bags: Sequence[Features]) -> Floats:
+        """The logits of a case whose bags have tiles, (C,); ModelError if they are not finite."""
+        found = self._vectors(bags, "logits")
+        return found[0] if len(found) == 1 or self.fuse is None else self.fuse(found)
 
-    def logits(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The logits of one bag that has tiles, (C,); ModelError where they are not finite."""
-        logits: NDArray[np.float64] = self.output_of(bag).logits[0].double().cpu().numpy()
-        if not np.isfinite(logits).all():
-            raise ModelError(
-                "the aggregator gave logits that are not finite; check its weights and the scale"
-                " of the features"
-            )
-        return logits
+    def pooled(self, bags: Sequence[Features]) -> Floats:
+        """The pooled vector of a case whose bags have tiles, (E,); with late fusion their mean."""
+        return np.asarray(self._vectors(bags, "pooled").mean(axis=0))
 
-    def attention(self, bag: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The attention of the tiles of one bag, (N,); InputError for an aggregator without."""
-        scores = self.output_of(bag).attention
+    def attention(self, bags: Sequence[Features]) -> list[NDArray[np.float32]]:
+        """The attention of the tiles of each bag of a case: all together sum to 1."""
+        if self.fuse is not None:
+            count = max(1, sum(len(bag) > 0 for bag in bags))
+            return [self._attention(bag) / np.float32(count) for bag in bags]
+        whole, order = joined(bags)
+        ends = np.cumsum([len(bags[i]) for i in order])
+        parts = np.split(self._attention(whole), ends[:-1])
+        return [parts[order.index(i)] for i in range(len(bags))]
+
+    def _vectors(self, bags: Sequence[Features], field: Literal["logits", "pooled"]) -> Floats:
+        """A field of the output for a case as one bag, (1, E), or for each bag of it, (k, E)."""
+        # By content: what rounding does to a sum does not depend on how bags were listed.
+        parts = [joined(bags)[0]] if self.fuse is None else [bags[i] for i in by_content(bags)]
+        vectors, name = [], type(self.module).__name__
+        for part in parts:
+            found = getattr(self._output(part), field)
+            if found is None:
+                raise InputError(
+                    f"the aggregator {name} gives no pooled vectors; let it return"
+                    " MILOutput(pooled=...), (B, E)"
+                )
+            if found.ndim != 2 or len(found) != 1 or not torch.isfinite(found).all():
+                raise ModelError(
+                    f"the aggregator {name} gave {field} {tuple(found.shape)} for one bag; expected"
+                    " (1, E), finite: check its weights and the scale of the features"
+                )
+            vectors.append(found[0].double().cpu().numpy())
+        return np.stack(vectors)
+
+    def _attention(self, bag: Features) -> NDArray[np.float32]:
+        scores = self._output(bag).attention
         if scores is None:
             raise InputError(
                 f"the aggregator {type(self.module).__name__} has no attention; train with"
@@ -157,81 +182,18 @@ class BatchedAggregator:
         weights: NDArray[np.float32] = scores[0].float().cpu().numpy()
         return weights
 
-    def pooled(self, bag: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The pooled vector of one bag, (E,); InputError for an aggregator that gives none."""
-        pooled = self.output_of(bag).pooled
-        name = type(self.module).__name__
-        if pooled is None:
-            raise InputError(
-                f"the aggregator {name} gives no pooled vectors; let it return"
-                " MILOutput(pooled=...), (B, E)"
-            )
-        if pooled.ndim != 2 or len(pooled) != 1 or not torch.isfinite(pooled).all():
-            raise ModelError(
-                f"the aggregator {name} gave pooled vectors {tuple(pooled.shape)} for one bag;"
-                " expected finite ones, (1, E)"
-            )
-        vector: NDArray[np.float64] = pooled[0].cpu().double().numpy()
-        return vector
+    def _output(self, bag: Features) -> MILOutput:
+        """Aggregator output for one bag, without gradients."""
+        with torch.inference_mode():
+            return with_less_memory(lambda: self(next(self.batches([bag]))), self.halve)
 
     def halve(self, error: torch.cuda.OutOfMemoryError) -> None:
         """Make micro-batches half as large as the last; ModelError where that was one bag."""
         rows = len(self._sizes) * max(self._sizes, default=0)
         if len(self._sizes) <= 1:
             raise ModelError(
-                f"{self.device} has no memory left for a bag of {rows} tiles alone ({error})."
-                " Free some, give max_tiles= (a random part of each bag in training), or"
-                ' device="cpu"'
+                f"{self.device} has no memory left for a bag of {rows} tiles alone ({error}). Free"
+                ' some, give max_tiles= (a random part of each bag in training), or device="cpu"'
             ) from error
         self.limit = rows // 2
         _logger.warning("%s is out of memory: going on with %d tiles", self.device, self.limit)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return full_precision(self.device)
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaseAggregator:
-    """Aggregator applied to cases: to all tiles of a case's bags as one bag, or to each bag.
-
-    With fusion="late", `fuse` makes one row of logits (C,) of those of the bags, (k, C).
-    """
-
-    model: BatchedAggregator
-    fusion: Fusion
-    fuse: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-
-    def logits(self, bags: Sequence[Features]) -> NDArray[np.float64]:
-        """The logits of a case whose bags have tiles, (C,)."""
-        return self._of(bags, self.model.logits, self.fuse)
-
-    def pooled(self, bags: Sequence[Features]) -> NDArray[np.float64]:
-        """The pooled vector of a case whose bags have tiles, (E,); with late fusion their mean."""
-        return self._of(bags, self.model.pooled, lambda found: np.asarray(found.mean(axis=0)))
-
-    def width(self, in_dim: int) -> int:
-        """The length E of pooled vectors; InputError for an aggregator that gives none."""
-        return len(self.model.pooled(np.zeros((1, in_dim), np.float32)))
-
-    def attention(self, bags: Sequence[Features]) -> list[NDArray[np.float32]]:
-        """The attention of the tiles of each bag of a case: all together sum to 1."""
-        if self.fusion == "late":
-            count = max(1, sum(len(bag) > 0 for bag in bags))
-            return [self.model.attention(bag) / np.float32(count) for bag in bags]
-        whole, order = joined(bags)
-        ends = np.cumsum([len(bags[i]) for i in order])
-        parts = np.split(self.model.attention(whole), ends[:-1])
-        return [parts[order.index(i)] for i in range(len(bags))]
-
-    def _of(
-        self,
-        bags: Sequence[Features],
-        of: Callable[[Features], NDArray[np.float64]],
-        fuse: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    ) -> NDArray[np.float64]:
-        if self.fusion != "late" or len(bags) == 1:
-            return of(joined(bags)[0])
-        # By content: what rounding does to a sum does not depend on how bags were listed.
-        return fuse(np.stack([of(bags[i]) for i in by_content(bags)]))

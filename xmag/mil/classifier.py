@@ -13,7 +13,7 @@ from torch import nn
 from xmag import records
 from xmag.devices import resolve_device
 from xmag.errors import InputError, XmagWarning
-from xmag.metrics.labels import class_array
+from xmag.metrics.labels import Bools, Floats, Ints, as_labels, class_array
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config
 from xmag.mil.bags import BagDataset, BagLike
 from xmag.mil.estimator import MILEstimator
@@ -24,13 +24,11 @@ from xmag.mil.heads import (
     case_weights,
     class_weights,
     distinct,
-    hashables,
     label_from_json,
     label_to_json,
 )
 from xmag.mil.multilabel import LabelsHead
 from xmag.mil.ordinal import OrdinalHead
-from xmag.mil.trainer import Settings
 from xmag.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ class ClassifierHead:
     """Choice of the head of a classifier: an indicator matrix is of several labels."""
 
     @staticmethod
-    def read(values: Any, count: int, what: str) -> list[Hashable] | NDArray[np.int64]:
+    def read(values: Any, count: int, what: str) -> list[Hashable] | Ints:
         """Checked labels of `count` bags: one of each, or an indicator matrix (n, L)."""
         rows = isinstance(values, list) and all(isinstance(v, list | np.ndarray) for v in values)
         table = getattr(values, "ndim", 1) == 2 or (rows and len(values) > 0)
@@ -127,11 +125,11 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         return class_array(self._head.classes)
 
     @property
-    def class_prior_(self) -> NDArray[np.float64]:
+    def class_prior_(self) -> Floats:
         """The frequency of each class among the labels, (C,)."""
         return self._head.prior
 
-    def predict_proba(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+    def predict_proba(self, X: Sequence[BagLike]) -> Floats:
         """The probability of each class, float64 (n, C), columns as in `classes_`.
 
         Of several labels it is (n, L), that of having each. A bag without tiles says nothing: its
@@ -143,14 +141,11 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         logs, empty = self._log_proba(X)
         return np.where(empty[:, None], self.class_prior_, np.exp(logs))
 
-    def predict_log_proba(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+    def predict_log_proba(self, X: Sequence[BagLike]) -> Floats:
         """The logarithm of `predict_proba`, (n, C), finite also where a probability rounds to 0."""
         return self._log_proba(X)[0]
 
-    def _log_proba(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def _log_proba(self, X: Sequence[BagLike]) -> tuple[Floats, Bools]:
         """Log-probabilities of bags (n, C), and the mask of those without tiles, bool (n,)."""
         what = "their prediction is how frequent each class was in training"
         logits, empty = self._predict_logits(X, what)
@@ -159,7 +154,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             logs[empty] = np.log(self.class_prior_)
         return logs, empty
 
-    def predict(self, X: Sequence[BagLike]) -> NDArray[Any]:  # noqa: N803
+    def predict(self, X: Sequence[BagLike]) -> NDArray[Any]:
         """The most probable class of each bag, (n,); see `predict_proba`.
 
         Of several labels an indicator matrix, int64 (n, L): 1 where the probability is above 0.5.
@@ -168,19 +163,16 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         labels: NDArray[Any] = chosen if chosen.ndim == 2 else self.classes_[chosen]
         return labels
 
-    def _decided(self, X: Sequence[BagLike]) -> NDArray[np.int64]:  # noqa: N803
+    def _decided(self, X: Sequence[BagLike]) -> Ints:
         """The index of the predicted class (n,), or the indicator matrix of labels (n, L)."""
         probabilities = self.predict_proba(X)
         if isinstance(self._head, LabelsHead):
             return (probabilities > 0.5).astype(np.int64)
-        chosen: NDArray[np.int64] = probabilities.argmax(axis=1)
+        chosen: Ints = probabilities.argmax(axis=1)
         return chosen
 
     def score(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-        y: Sequence[Any],
-        sample_weight: Sequence[float] | None = None,
+        self, X: Sequence[BagLike], y: Sequence[Any], sample_weight: Sequence[float] | None = None
     ) -> float:
         """The accuracy: the share of bags whose class is predicted; see `predict_proba`.
 
@@ -221,7 +213,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             device: As in the constructor.
             params: Other parameters of the constructor.
         """
-        given = hashables(classes, count=len(classes), what="classes")
+        given = as_labels(classes, "classes")
         if len(distinct(given)) != len(given):
             raise InputError(f"classes are {given}; expected each one once")
         prior = np.full(len(given), 1 / len(given)) if class_prior is None else class_prior
@@ -241,7 +233,8 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
         fitted._set_fitted(module, head, resolve_device(device), in_dim, provenance)
         return fitted
 
-    def _settings(self) -> Settings:
+    def _require_params(self) -> None:
+        super()._require_params()
         records.require(
             self, "sampling", self.sampling in ("balanced", "shuffled"),
             '"balanced" (classes equally often) or "shuffled" (each bag once an epoch)',
@@ -250,9 +243,8 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             self, "ordinal", isinstance(self.ordinal, bool | list | tuple | np.ndarray),
             "True, False, or the classes from lowest to highest",
         )  # fmt: skip
-        return super()._settings()
 
-    def _new_head(self, labels: list[Hashable] | NDArray[np.int64]) -> ClassHead | LabelsHead:
+    def _new_head(self, labels: list[Hashable] | Ints) -> ClassHead | LabelsHead:
         if self.ordinal is False and isinstance(labels, list):
             return ClassHead.of(labels)
         if isinstance(labels, list):
@@ -268,7 +260,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
 
     def _balance(
         self, head: ClassHead | LabelsHead, train: BagDataset, check: BagDataset | None
-    ) -> NDArray[np.int64] | None:
+    ) -> Ints | None:
         if isinstance(head, LabelsHead):
             return None
         balanced = self.sampling == "balanced"
@@ -281,8 +273,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             if missing := [repr(head.classes[i]) for i in np.flatnonzero(counts == 0)]:
                 warnings.warn(
                     f"no bag to validate with is of the class {', '.join(missing)}, so the epoch to"
-                    " keep is chosen without it; give more patients, or"
-                    " validation=(X, y, groups)",
+                    " keep is chosen without it; give more patients, or validation=(X, y, groups)",
                     XmagWarning,
                     stacklevel=3,
                 )
@@ -297,8 +288,7 @@ class MILClassifier(MILEstimator[ClassHead | LabelsHead]):
             pairs = self.class_weight.items()
             params["class_weight"] = [[label_to_json(k), float(v)] for k, v in pairs]
         if not isinstance(self.ordinal, bool):
-            order = hashables(self.ordinal, count=len(self.ordinal), what="ordinal")
-            params["ordinal"] = [label_to_json(label) for label in order]
+            params["ordinal"] = [label_to_json(v) for v in as_labels(self.ordinal, "ordinal")]
         return params
 
     @classmethod

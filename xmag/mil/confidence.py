@@ -8,13 +8,11 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xmag.errors import InputError, WeightsError, XmagWarning
+from xmag.metrics.labels import Floats, Ints
 from xmag.mil.bags import BagDataset
-
-Floats = NDArray[np.float64]
 
 _MOST_LOG = 10.0
 """Largest |log temperature|, as in scikit-learn: beyond it, every answer is right or a coin's."""
@@ -29,12 +27,10 @@ _PREFIX = "xmag.confidence."
 
 
 def fit_temperature(logits: Floats, losses: Callable[[Tensor], Tensor]) -> float:
-    """Temperature T that makes the mean of ``losses(logits / T)`` lowest.
+    """Temperature T that makes the mean of the convex ``losses(logits / T)``, (n,), lowest.
 
-    `losses` are (n,) of float64 (n, C), and convex: cross-entropies are. Guo et al. 2017, "On
-    Calibration of Modern Neural Networks". The only minimum, in 1 / T, is found by halving. Warns
-    where it lies outside of what is searched: the cases are all predicted right, or no better than
-    by chance.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks". The only minimum, in 1 / T, is
+    found by halving. Warns where the cases are all predicted right, or no better than by chance.
     """
     known = torch.from_numpy(logits)
     low, high = -_MOST_LOG, _MOST_LOG
@@ -76,21 +72,16 @@ class Novelty:
     reference: Floats
 
     @classmethod
-    def of(cls, vectors: Floats, *, groups: NDArray[np.int64], rng: np.random.Generator) -> Self:
-        """The Novelty that is measured from `vectors` (n, D); patients (`groups`) stay together.
-
-        Raises InputError for fewer than 10 patients, whose spread nobody knows.
-        """
+    def of(cls, vectors: Floats, *, groups: Ints, rng: np.random.Generator) -> Self:
+        """The Novelty of `vectors` (n, D) by folds of patients; InputError for fewer than 10."""
         patients = np.unique(groups)
         if len(patients) < LEAST_PATIENTS:
             raise InputError(
-                f"there are {len(patients)} patients to measure novelty from; expected"
-                f" {LEAST_PATIENTS} or more"
+                f"there are {len(patients)} patients for novelty; expected {LEAST_PATIENTS} or more"
             )
-        fold_of = dict(
-            zip(rng.permutation(patients), np.arange(len(patients)) % _FOLDS, strict=True)
-        )
-        folds = np.array([fold_of[group] for group in groups])
+        fold_of = np.empty(len(patients), np.int64)
+        fold_of[rng.permutation(len(patients))] = np.arange(len(patients)) % _FOLDS
+        folds = fold_of[np.searchsorted(patients, groups)]
         reference = np.empty(len(vectors))
         for fold in np.unique(folds):
             held = folds == fold
@@ -107,12 +98,10 @@ class Novelty:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Known:
-    """Facts of the cases of a fit that an estimator keeps.
+    """Facts of the cases of a fit that an estimator keeps; None for what is not known.
 
-    Attributes:
-        digests: Of the features of each bag; None where nobody knows.
-        patients: In memory only: neither a file nor a pickle ever has them. None where unknown.
-        novelty: None where it could not be measured.
+    `digests` are of the features of each bag. `patients` are in memory only: neither a file nor a
+    pickle ever has them.
     """
 
     digests: frozenset[bytes] | None = None
@@ -151,10 +140,8 @@ class Known:
         remedy = "a temperature is fitted to cases that are new to the estimator: leave it out"
         for row, slide, digest in data.slides:
             if digest in (self.digests or ()):
-                raise InputError(
-                    f"{data.bags.name(row, slide)} has the features of a bag of the training;"
-                    f" {remedy}"
-                )
+                name = data.bags.name(row, slide)
+                raise InputError(f"{name} has the features of a bag of the training; {remedy}")
         if data.groups is None:
             return
         if self.patients is None and self.digests is not None:
@@ -170,10 +157,6 @@ class Known:
                     f"{data.bags.name(row)} is of the patient {patient!r} of the training; {remedy}"
                 )
 
-    def without_patients(self) -> Self:
-        """The same without patients."""
-        return replace(self, patients=None)
-
     def to_tensors(self) -> dict[str, Tensor]:
         """All but the patients, by names that `from_tensors` takes."""
         found = {}
@@ -187,10 +170,7 @@ class Known:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """The facts that `to_tensors` made, taken out of `tensors`; none where they hold none.
-
-        Raises WeightsError for shapes that do not fit.
-        """
+        """The facts of `to_tensors`, taken out of `tensors`; WeightsError if shapes do not fit."""
         rows = tensors.pop(f"{_PREFIX}digests", None)
         digests = None if rows is None else frozenset(bytes(row.tolist()) for row in rows)
         parts = {name: tensors.pop(_PREFIX + name, None) for name in _NOVELTY}

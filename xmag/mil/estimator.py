@@ -1,9 +1,11 @@
 """Base of MIL estimators: fitting, attention, pooled vectors, confidence, saving and loading."""
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
 import numpy as np
@@ -14,26 +16,27 @@ from torch import nn
 from xmag import records
 from xmag.devices import Float32, own_torch, resolve_device, resolve_dtype, seeded
 from xmag.errors import InputError, ModelError, not_fitted
+from xmag.metrics.labels import Bools, Floats, Ints
 from xmag.mil.aggregators import AGGREGATORS, aggregator_config, with_outputs
 from xmag.mil.bags import (
     BagDataset,
     BagLike,
     Bags,
     Fusion,
+    Origin,
     SingleBag,
-    TrainedOrigin,
     is_list,
     mean_of,
     read_dataset,
-    require_trained_origin,
+    require_same_origin,
 )
-from xmag.mil.batches import BagSampler, BatchedAggregator, CaseAggregator
+from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.confidence import LEAST_PATIENTS, Known, fit_temperature
 from xmag.mil.heads import Head
-from xmag.mil.params import Estimator, seed_of
+from xmag.mil.params import Estimator, is_whole, seed_of
 from xmag.mil.pooling import Attention
 from xmag.mil.saving import EstimatorFolder, Saved, rebuilt
-from xmag.mil.trainer import BagTrainer, Epoch, Settings
+from xmag.mil.trainer import BagTrainer, Epoch
 from xmag.progress import ProgressOption
 from xmag.provenance import Provenance
 from xmag.training import warn_of_early_best
@@ -82,21 +85,13 @@ class MILEstimator(Estimator, Generic[H]):
         """The head for the labels of the training."""
         raise NotImplementedError
 
-    def _balance(
-        self,
-        head: H,  # noqa: ARG002
-        train: BagDataset,  # noqa: ARG002
-        check: BagDataset | None,  # noqa: ARG002
-    ) -> NDArray[np.int64] | None:
-        """Set the weights of bags in the loss; the strata to draw equally often, None for none.
-
-        Here all weights are 1, and nothing is drawn more often than once an epoch.
-        """
+    def _balance(self, head: H, train: BagDataset, check: BagDataset | None) -> Ints | None:  # noqa: ARG002
+        """Set the weights of bags in the loss; the strata to draw equally often, None for none."""
         return None
 
     def fit(
         self,
-        X: Sequence[BagLike],  # noqa: N803
+        X: Sequence[BagLike],
         y: Any,
         *,
         groups: Sequence[Any] | None = None,
@@ -128,7 +123,7 @@ class MILEstimator(Estimator, Generic[H]):
             MismatchError: Bags that were made with different models or settings.
             ModelError: A loss that is not finite, or a bag too large for the device.
         """
-        settings = self._settings()
+        self._require_params()
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device)
         seed = seed_of(self.random_state)
@@ -142,26 +137,23 @@ class MILEstimator(Estimator, Generic[H]):
             module = self._new_module(train.origin[0], head).to(device)
             trainer = BagTrainer(
                 BatchedAggregator(module, device, outputs=head.outputs, dtype=dtype),
-                head, train, check, settings,
+                head, train, check, self,
                 sampler=BagSampler(len(train), rng, strata=strata), rng=rng,
             )  # fmt: skip
             try:
                 trainer.run(self.progress, total=self.epochs, desc="training", unit="epoch")
             except BaseException as stop:
                 if trainer.best is not None:
-                    self._adopt(trainer)
-                    self._known = known
+                    self._adopt(trainer, known)
                     stop.add_note(
                         f"The {type(self).__name__} keeps the weights of epoch"
                         f" {self.best_epoch_}, the best of {len(self.history_)}."
                     )
                 raise
-            best = self._adopt(trainer)
-            self._known = known
-        if check is not None:
-            warn_of_early_best(
-                best, trained=len(self.history_), epochs=settings.epochs, stacklevel=2
-            )
+            self._adopt(trainer, known)
+        if check is not None and self.best_epoch_ is not None:
+            trained = len(self.history_)
+            warn_of_early_best(self.best_epoch_, trained=trained, epochs=self.epochs, stacklevel=2)
         return self
 
     @overload
@@ -180,7 +172,7 @@ class MILEstimator(Estimator, Generic[H]):
         """
         self._require_fitted()
         bags = Bags([case], what="bag").read_matching(0, self._origin)
-        scores = self._of_cases().attention([bag.features for bag in bags])
+        scores = self._batched().attention([bag.features for bag in bags])
         kind = getattr(self.aggregator_, "attention_kind", None) or "custom"
         found = [
             Attention(scores=part, coords=bag.coords, kind=kind, tiles=bag.tiles)
@@ -188,25 +180,20 @@ class MILEstimator(Estimator, Generic[H]):
         ]
         return found if is_list(case) else found[0]
 
-    def embed(self, X: Sequence[BagLike]) -> NDArray[np.float32]:  # noqa: N803
+    def embed(self, X: Sequence[BagLike]) -> NDArray[np.float32]:
         """The pooled vector of each case, float32 (n, E): what the last layer makes logits of.
 
         With fusion="late" it is the mean of those of the bags. A case without tiles gives zeros,
         with a warning. Raises InputError for a module of your own whose MILOutput has no `pooled`.
         """
         self._require_fitted()
-        model, origin = self._of_cases(), self._origin
-        vectors, _ = Bags(X).each(
-            model.pooled, "their vector is 0", width=model.width(origin[0]), origin=origin
-        )
+        model, origin = self._batched(), self._origin
+        width = len(model.pooled([np.zeros((1, origin[0]), np.float32)]))
+        vectors, _ = Bags(X).each(model.pooled, "their vector is 0", width=width, origin=origin)
         return vectors.astype(np.float32)
 
     def calibrate(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-        y: Any,
-        *,
-        groups: Sequence[Any] | None = None,
+        self, X: Sequence[BagLike], y: Any, *, groups: Sequence[Any] | None = None
     ) -> Self:
         """Fit `temperature_`, by which log-probabilities are divided; returns self.
 
@@ -232,18 +219,17 @@ class MILEstimator(Estimator, Generic[H]):
         cases = Bags(X, least=1)
         targets = self._head.encode(self._head_type.read(y, len(cases), "y"), "y")
         data = read_dataset(cases, targets, groups)
-        require_trained_origin(data.first, data.origin, self._origin)
+        require_same_origin(data.first, data.origin, "those of the training", self._origin)
         self._known.require_new(data)
         if not len(data):
             raise InputError("no case to calibrate with has any tile; give others")
-        of = self._of_cases().logits
+        of = self._batched().logits
         logits = np.stack([of(data.features(row)) for row in range(len(data))])
-        self.temperature_ = fit_temperature(
-            *cast(Any, self._head).calibration(logits, data.targets)
-        )
+        values, losses = cast(Any, self._head).calibration(logits, data.targets)
+        self.temperature_ = fit_temperature(values, losses)
         return self
 
-    def novelty(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+    def novelty(self, X: Sequence[BagLike]) -> Floats:
         """Novelty of each case, unlike those of the training: percentiles 0 to 100, float64 (n,).
 
         It is the share of training cases that lie nearer to the others than this case does, by the
@@ -252,8 +238,8 @@ class MILEstimator(Estimator, Generic[H]):
         any percentile, one from elsewhere near 100. A case without tiles is at 100, with a warning.
 
         The mean is that of the features, and not `embed`: a trained aggregator has learned its
-        training cases by heart, and new ones of the same cohort lie elsewhere (AUROC 0.09 to 0.88
-        in benchmarks/mil_confidence.py, where 0.5 is right). After Lee et al. 2018, "A Simple
+        training cases by heart, and new ones of the same cohort lie elsewhere (see
+        benchmarks/mil_confidence.py). After Lee et al. 2018, "A Simple
         Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks".
 
         Raises InputError where `fit` had fewer than 10 patients (cases, without groups) with tiles.
@@ -264,9 +250,8 @@ class MILEstimator(Estimator, Generic[H]):
                 f"this {type(self).__name__} cannot tell what is novel; expected one that was"
                 f" fitted to {LEAST_PATIENTS} patients (cases, without groups) or more with tiles"
             )
-        means, empty = Bags(X).each(
-            mean_of, "their novelty is 100", width=self.n_features_in_, origin=self._origin
-        )
+        of_empty, origin = "their novelty is 100", self._origin
+        means, empty = Bags(X).each(mean_of, of_empty, width=origin[0], origin=origin)
         return np.where(empty, 100.0, self._known.novelty.percentiles(means))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -290,7 +275,7 @@ class MILEstimator(Estimator, Generic[H]):
         )
         values = {**self._head.to_json(), **saved.to_dict()}
         state = {**self.aggregator_.state_dict(), **self._known.to_tensors()}
-        self._folder(path).write(values, state, saved.aggregator_class)
+        EstimatorFolder(path, type(self)).write(values, state, saved.aggregator_class)
 
     @classmethod
     def load(
@@ -307,7 +292,7 @@ class MILEstimator(Estimator, Generic[H]):
         such estimator or a damaged one, and WeightsError where its weights are damaged or do not
         fit.
         """
-        folder = cls._folder(path)
+        folder = EstimatorFolder(path, cls)
         values, state = folder.read()
         with folder.format.reading(str(folder.description)):
             head: H = cls._head_type.from_json(values)
@@ -329,33 +314,31 @@ class MILEstimator(Estimator, Generic[H]):
             loaded.aggregator = aggregator
         loaded._set_fitted(
             module, head, resolve_device(device), saved.in_dim, saved.fingerprint,
-            history=saved.history, best_epoch=saved.best_epoch,
+            history=saved.history, best_epoch=saved.best_epoch, known=known,
         )  # fmt: skip
-        loaded._known = known
         if saved.temperature is not None:
             loaded.temperature_ = saved.temperature
         return loaded
 
-    @classmethod
-    def _folder(cls, path: str | os.PathLike[str]) -> EstimatorFolder:
-        return EstimatorFolder(path, estimator=cls.__name__, noun=cls._noun)
-
-    def _settings(self) -> Settings:
-        """The checked training settings; InputError for a parameter out of its range."""
+    def _require_params(self) -> None:
+        """Raise InputError for a parameter out of its range."""
         self._require_fusion()
-        return Settings.of(self)
+        for name in ("epochs", "patience", "batch_size", "max_tiles"):
+            value = getattr(self, name)
+            fits = is_whole(value, 1) or (name == "max_tiles" and value is None)
+            records.require(self, name, fits, "an int from 1 on")
+        for name, least in (("lr", "above 0"), ("weight_decay", "from 0 on")):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            fits = number and (0 < value < math.inf or (value == 0 and least == "from 0 on"))
+            records.require(self, name, fits, f"a number {least}")
 
     def _require_fusion(self) -> None:
         fits = self.fusion in ("early", "late")
         records.require(self, "fusion", fits, '"early" (one bag of all) or "late" (a mean of each)')
 
     def _datasets(
-        self,
-        X: Any,  # noqa: N803
-        y: Any,
-        groups: Any,
-        validation: Any,
-        rng: np.random.Generator,
+        self, X: Any, y: Any, groups: Any, validation: Any, rng: np.random.Generator
     ) -> tuple[H, BagDataset, BagDataset, BagDataset | None]:
         """The head, and the checked datasets: of X, to train on, to validate with; see `fit`."""
         fraction, given = read_validation(validation, what="X")
@@ -395,58 +378,49 @@ class MILEstimator(Estimator, Generic[H]):
             raise InputError(f"the aggregator {type(module).__name__} has no parameters to train")
         return module.float()
 
-    def _adopt(self, trainer: BagTrainer) -> int:
-        """Set all fitted attributes, from a trainer that completed an epoch; the best epoch."""
-        best = trainer.progress.best_epoch
-        assert best is not None
+    def _adopt(self, trainer: BagTrainer, known: Known) -> None:
+        """Set all fitted attributes, from a trainer that completed an epoch."""
         self._set_fitted(
             trainer.result(), cast(H, trainer.head), trainer.model.device, *trainer.train.origin,
-            history=trainer.history, best_epoch=best,
+            history=trainer.history, best_epoch=trainer.progress.best_epoch, known=known,
         )  # fmt: skip
-        return best
 
     def _set_fitted(
         self, module: nn.Module, head: H, device: torch.device,
         in_dim: int, made: Provenance | Mapping[str, Any] | None,
-        *, history: Sequence[Epoch] = (), best_epoch: int | None = None,
+        *, history: Sequence[Epoch] = (), best_epoch: int | None = None, known: Known | None = None,
     ) -> None:  # fmt: skip
         """Set the fitted attributes; `made` is the provenance of the bags, or a fingerprint."""
         fingerprint = made.to_dict()["fingerprint"] if isinstance(made, Provenance) else made
         self._require_fusion()
-        self._head, self._device, self._known, self._fusion = head, device, Known(), self.fusion
+        self._head, self._device, self._fusion = head, device, self.fusion
+        self._known = known or Known()
         self.__dict__.pop("temperature_", None)
         self.aggregator_ = module.to(device).eval()
         self.n_features_in_ = in_dim
         self.fingerprint_ = None if fingerprint is None else dict(fingerprint)
         self.history_, self.best_epoch_ = list(history), best_epoch
 
-    def _predict_logits(
-        self,
-        X: Any,  # noqa: N803
-        of_empty: str,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """The logits of bags (n, C), and the mask of those without tiles, bool (n,).
-
-        Warns of these; `of_empty` says what their prediction is.
-        """
+    def _predict_logits(self, X: Any, of_empty: str) -> tuple[Floats, Bools]:
+        """The logits of bags (n, C), and which have no tiles: a warning says their prediction."""
         self._require_fitted()
         logits, empty = Bags(X).each(
-            self._of_cases().logits, of_empty,
+            self._batched().logits, of_empty,
             width=self._head.outputs, origin=self._origin,
         )  # fmt: skip
         if hasattr(self, "temperature_"):
-            logits = cast(Any, self._head).tempered(logits, self.temperature_)
+            logits = self._head.tempered(logits, self.temperature_)
         return logits, empty
 
     @property
-    def _origin(self) -> TrainedOrigin:
-        return self.n_features_in_, self.fingerprint_
-
-    def _of_cases(self) -> CaseAggregator:
-        return CaseAggregator(model=self._batched(), fusion=self._fusion, fuse=self._head.fuse)
+    def _origin(self) -> Origin:
+        made = self.fingerprint_
+        return self.n_features_in_, None if made is None else Provenance(made, {})
 
     def _batched(self) -> BatchedAggregator:
-        return BatchedAggregator(self.aggregator_, self._device, outputs=self._head.outputs)
+        fuse = self._head.fuse if self._fusion == "late" else None
+        outputs = self._head.outputs
+        return BatchedAggregator(self.aggregator_, self._device, outputs=outputs, fuse=fuse)
 
     def _require_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():
@@ -462,7 +436,7 @@ class MILEstimator(Estimator, Generic[H]):
         # A pickle may be opened where there is no GPU.
         state = {name: value for name, value in self.__dict__.items() if name != "_device"}
         if "aggregator_" in state:
-            state["_known"] = state["_known"].without_patients()
+            state["_known"] = replace(state["_known"], patients=None)
             state["aggregator_"] = copy.deepcopy(state["aggregator_"]).cpu()
         return state
 

@@ -1,11 +1,8 @@
-"""Heads of MIL estimators: labels as targets, the loss of logits, and validation metrics.
-
-The head of classes is here; others are in ordinal.py, multilabel.py, regressor.py and survival.py.
-"""
+"""Heads of MIL estimators (labels as targets, loss, metrics): their base, and that of classes."""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -17,7 +14,7 @@ from torch.nn import functional
 
 from xmag.errors import InputError, OutputError
 from xmag.metrics import auroc, balanced_accuracy
-from xmag.metrics.labels import as_labels, encode, refuse_continuous
+from xmag.metrics.labels import Floats, Ints, as_labels, encode, refuse_continuous
 from xmag.mil.pooling import MILOutput, full
 
 ClassWeight = Mapping[Any, float] | Literal["balanced"] | None
@@ -49,40 +46,6 @@ def weighted_loss(output: MILOutput, losses: Tensor, weights: Tensor | None = No
     return loss if output.loss is None else loss + output.loss
 
 
-def class_metrics(
-    logits: NDArray[np.float64], targets: NDArray[np.int64], weights: NDArray[np.float64]
-) -> dict[str, float | None]:
-    """Validation metrics of logits (n, C) and class indices (n,), by their names in a history.
-
-    The loss is the cross-entropy, a mean weighted by `weights` (n,); for others see `ClassHead`.
-    """
-    losses = class_losses(torch.from_numpy(logits), torch.from_numpy(targets)).numpy()
-    loss = float((weights * losses).sum() / weights.sum())
-    return {"validation_loss": loss, **decision_metrics(logits, targets)}
-
-
-def decision_metrics(
-    logits: NDArray[np.float64], targets: NDArray[np.int64]
-) -> dict[str, float | None]:
-    """Validation AUROC and balanced accuracy of logits (n, C) and class indices (n,).
-
-    The AUROC is one-vs-rest, of probabilities, a mean over the classes that are present; None where
-    only one is.
-    """
-    probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
-    every, present = range(logits.shape[1]), np.unique(targets).tolist()
-    areas = [
-        auroc(targets, probabilities, classes=every, positive=label)
-        for label in present
-        if len(present) > 1
-    ]
-    balanced = balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
-    return {
-        "validation_auroc": fmean(areas) if areas else None,
-        "validation_balanced_accuracy": balanced,
-    }
-
-
 Objective = Callable[[Tensor, Sequence[int]], Tensor]
 """Losses (B,) of logits (B, C) of the bags of a training set that have these rows in it."""
 
@@ -111,26 +74,39 @@ class Head(Protocol):
     def require_trainable(self, targets: NDArray[Any]) -> None:
         """Raise InputError where the bags that have tiles are not enough to learn from."""
 
-    def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
+    def strata(self, targets: NDArray[Any]) -> Ints:
         """Strata of bags, int64 (n,), of which a validation set gets its share."""
 
-    def validation_weights(self, targets: NDArray[Any]) -> NDArray[np.float64]:
+    def validation_weights(self, targets: NDArray[Any]) -> Floats:
         """Weights of bags in the validation loss, (n,); InputError where nothing validates."""
         return np.ones(len(targets))
 
     def objective(self, targets: NDArray[Any], device: torch.device) -> Objective:
         """The losses of a set of bags with these targets."""
 
-    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def fuse(self, logits: Floats) -> Floats:
         """The logits (C,) that predict the mean of what `logits` (k, C) of k slides predict."""
+        return np.asarray(logits.mean(axis=0))
 
-    def metrics(
-        self, logits: NDArray[np.float64], targets: NDArray[Any]
-    ) -> dict[str, float | None]:
+    def metrics(self, logits: Floats, targets: NDArray[Any]) -> dict[str, float | None]:
         """Validation metrics of logits (n, C), by `metric_names`; None where one has no value."""
 
+    def validate(self, logits: Floats, targets: NDArray[Any], weights: Floats) -> dict[str, Any]:
+        """The validation loss, a mean by the weights (n,) of the bags, and the `metrics`."""
+        # An objective of these bags alone: the risk set of a survival loss is the validation set.
+        objective = self.objective(targets, torch.device("cpu"))
+        losses = objective(torch.from_numpy(logits), range(len(targets))).numpy()
+        loss = float((weights * losses).sum() / weights.sum())
+        return {"validation_loss": loss, **self.metrics(logits, targets)}
+
+    def tempered(self, logits: Floats, temperature: float) -> Floats:
+        """The logits (n, C) of calibrated probabilities, which predict the same."""
+        return logits / temperature
+
     def to_json(self) -> dict[str, Any]:
-        """The head as JSON values, from which `from_json` takes them."""
+        """The fields as JSON values, from which `from_json` takes them."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,10 +117,9 @@ class ClassHead(Head):
     """
 
     classes: list[Hashable]
-    prior: NDArray[np.float64]
+    prior: Floats
 
     has_labels: ClassVar[bool] = True
-    metrics = staticmethod(decision_metrics)
     metric_names: ClassVar[tuple[str, ...]] = ("validation_auroc", "validation_balanced_accuracy")
 
     @classmethod
@@ -162,39 +137,48 @@ class ClassHead(Head):
     @staticmethod
     def read(values: Any, count: int, what: str) -> list[Hashable]:
         """Labels as plain Python values; InputError unless there are `count` usable ones."""
-        return hashables(values, count=count, what=what)
+        return as_labels(values, what, n=count)
 
-    def objective(self, targets: NDArray[np.int64], device: torch.device) -> Objective:
+    def metrics(self, logits: Floats, targets: Ints) -> dict[str, float | None]:
+        """Validation balanced accuracy, and the mean AUROC of the classes present, one-vs-rest."""
+        probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
+        every, present = range(logits.shape[1]), np.unique(targets).tolist()
+        areas = [
+            auroc(targets, probabilities, classes=every, positive=label)
+            for label in present
+            if len(present) > 1
+        ]
+        balanced = balanced_accuracy(targets, logits.argmax(axis=1), classes=every)
+        area = fmean(areas) if areas else None
+        return {"validation_auroc": area, "validation_balanced_accuracy": balanced}
+
+    def objective(self, targets: Ints, device: torch.device) -> Objective:
         """Cross-entropy of each bag."""
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: class_losses(logits, labels[list(rows)])
 
-    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def log_probabilities(self, logits: Floats) -> Floats:
         """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
-        logs: NDArray[np.float64] = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+        logs: Floats = torch.from_numpy(logits).log_softmax(dim=1).numpy()
         return logs
 
-    def fuse(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def fuse(self, logits: Floats) -> Floats:
         """The logarithm of the mean probability of each class, (C,), over logits (k, C)."""
         logs = self.log_probabilities(logits)
         return np.asarray(np.logaddexp.reduce(logs, axis=0) - math.log(len(logs)))
 
     def calibration(
-        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
+        self, logits: Floats, targets: Ints
+    ) -> tuple[Floats, Callable[[Tensor], Tensor]]:
         """Values that a temperature divides, log-probabilities (n, C), and their log losses."""
         labels = torch.from_numpy(targets)
         return self.log_probabilities(logits), lambda scaled: class_losses(scaled, labels)
 
-    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-        """The logits (n, C) of calibrated probabilities; the most probable class is the same."""
-        return logits / temperature
-
-    def encode(self, labels: Sequence[Hashable], what: str) -> NDArray[np.int64]:
+    def encode(self, labels: Sequence[Hashable], what: str) -> Ints:
         """Class indices, int64 (n,); InputError for a label that is none of the classes."""
         return indices(labels, self.classes, what)
 
-    def require_trainable(self, targets: NDArray[np.int64]) -> None:
+    def require_trainable(self, targets: Ints) -> None:
         """Raise InputError where no bag of a class has tiles."""
         if missing := [label for i, label in enumerate(self.classes) if i not in targets]:
             raise InputError(
@@ -202,7 +186,7 @@ class ClassHead(Head):
                 " class: extract them again, or leave the class out"
             )
 
-    def strata(self, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    def strata(self, targets: Ints) -> Ints:
         """The class indices themselves."""
         return targets
 
@@ -223,39 +207,24 @@ class ClassHead(Head):
         return cls(classes=classes, prior=prior)
 
 
-def mean_logits(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def mean_logits(logits: Floats) -> Floats:
     """The logits (C,) of the mean of the probabilities that sigmoids make of logits (k, C)."""
     has, lacks = (-np.logaddexp(0, sign * logits) for sign in (-1, 1))
     return np.asarray(np.logaddexp.reduce(has, axis=0) - np.logaddexp.reduce(lacks, axis=0))
 
 
-def hashables(values: Any, *, count: int, what: str) -> list[Hashable]:
-    """Labels or groups as plain Python values; InputError unless there are `count` usable ones."""
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise InputError(f"{what} is {values!r}; expected one value for each of {count} bags")
-    found = as_labels(values, what)
-    if len(found) != count:
-        raise InputError(f"{what} has {len(found)} values for {count} bags; expected one for each")
-    return found
-
-
-def case_weights(values: Any, count: int) -> NDArray[np.float64]:
+def case_weights(values: Any, count: int) -> Floats:
     """The `sample_weight` of a score, float64 (n,), 1 for None; InputError for anything else."""
     weights = np.ones(count) if values is None else np.asarray(values, dtype=np.float64)
     if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise InputError(
-            f"sample_weight has shape {weights.shape} for {count} bags; expected a number from 0 on"
-            " for each"
+            f"sample_weight has shape {weights.shape} for {count} bags; expected numbers from 0 on"
         )
     return weights
 
 
 def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
-    """The distinct labels (classes), in order.
-
-    Raises InputError for fewer than two, for two that Python calls equal, and for numbers that are
-    not whole.
-    """
+    """The distinct labels (classes), in order; InputError for one only, and for fractions."""
     refuse_continuous(labels, "y")
     seen: dict[Hashable, Hashable] = {}
     for label in labels:
@@ -267,8 +236,7 @@ def distinct(labels: Sequence[Hashable]) -> list[Hashable]:
             )
     if len(seen) < 2:
         raise InputError(
-            f"the labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected two or"
-            " more"
+            f"labels are of {len(seen)} class ({', '.join(map(repr, seen))}); expected two or more"
         )
     return ordered(list(seen))
 
@@ -285,27 +253,21 @@ def ordered(classes: list[Any]) -> list[Hashable]:
     return sorted(classes, key=lambda value: (type(value).__name__, repr(value)))
 
 
-def indices(
-    labels: Sequence[Hashable], classes: Sequence[Hashable], what: str
-) -> NDArray[np.int64]:
+def indices(labels: Sequence[Hashable], classes: Sequence[Hashable], what: str) -> Ints:
     """The class index of each label, int64 (n,); InputError for an unknown label."""
     known = set(classes)
     for index, label in enumerate(labels):
         if label not in known:
             raise InputError(
-                f"{what}[{index}] is {label!r}; expected one of the classes that were trained:"
-                f" {list(classes)}"
+                f"{what}[{index}] is {label!r}; expected one of the classes {list(classes)}"
             )
     return encode(labels, classes)
 
 
-def class_weights(
-    weight: ClassWeight, classes: Sequence[Hashable], drawn: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def class_weights(weight: ClassWeight, classes: Sequence[Hashable], drawn: Floats) -> Floats:
     """The weight in the loss of a bag of each class, (C,).
 
-    "balanced" makes up for how often each class is drawn: classes that are drawn equally often
-    count the same. Raises InputError for other values than weights above 0 of known classes.
+    "balanced" makes up for how often each class is drawn; InputError for what is no `class_weight`.
     """
     if weight is None:
         return np.ones(len(classes))
@@ -317,8 +279,7 @@ def class_weights(
         )
     if unknown := [label for label in weight if label not in classes]:
         raise InputError(
-            f"class_weight has the class {unknown[0]!r}; expected those of the labels:"
-            f" {list(classes)}"
+            f"class_weight has the class {unknown[0]!r}; expected those of y: {list(classes)}"
         )
     for label, value in weight.items():
         if isinstance(value, bool | str) or not (math.isfinite(value) and value > 0):

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from xmag.errors import InputError
 from xmag.metrics import auroc
+from xmag.metrics.labels import Floats, Ints
 from xmag.mil.heads import Head, Objective, mean_logits
 from xmag.mil.pooling import full
 
@@ -25,13 +25,13 @@ class LabelsHead(Head):
     weigh the same in its loss.
     """
 
-    prior: NDArray[np.float64]
+    prior: Floats
     balanced: bool = False
 
     metric_names: ClassVar[tuple[str, ...]] = ("validation_auroc",)
 
     @classmethod
-    def of(cls, labels: NDArray[np.int64], *, balanced: bool = False) -> Self:
+    def of(cls, labels: Ints, *, balanced: bool = False) -> Self:
         """The head for the indicator matrix of the training."""
         return cls(prior=labels.mean(axis=0), balanced=balanced)
 
@@ -46,7 +46,7 @@ class LabelsHead(Head):
         return len(self.prior)
 
     @staticmethod
-    def read(values: Any, count: int, what: str) -> NDArray[np.int64]:
+    def read(values: Any, count: int, what: str) -> Ints:
         """The indicator matrix, int64 (n, L); InputError for other values than 0 and 1."""
         try:
             array = np.asarray(values, dtype=np.float64)
@@ -69,17 +69,16 @@ class LabelsHead(Head):
             )
         return array.astype(np.int64)
 
-    def encode(self, labels: Any, what: str) -> NDArray[np.int64]:
+    def encode(self, labels: Any, what: str) -> Ints:
         """The indicator matrix itself; InputError unless it has as many labels."""
         table = self.read(labels, len(labels), what)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} labels, and the training {self.outputs}; expected the"
-                " same"
+                f"{what} has {table.shape[1]} labels, and the training {self.outputs}; give as many"
             )
         return table
 
-    def require_trainable(self, targets: NDArray[np.int64]) -> None:
+    def require_trainable(self, targets: Ints) -> None:
         """Raise InputError for a label that no bag with tiles has, or that all have."""
         for column, values in enumerate(targets.T):
             if len(set(values.tolist())) < 2:
@@ -88,13 +87,13 @@ class LabelsHead(Head):
                     " expected both 0 and 1: leave this label out"
                 )
 
-    def strata(self, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    def strata(self, targets: Ints) -> Ints:
         """The rarest of the labels that a bag has; those without any are a stratum too."""
         frequency = np.where(targets, self.prior, np.inf)
         rarest = np.where(targets.any(axis=1), frequency.argmin(axis=1), self.outputs)
         return np.unique(rarest, return_inverse=True)[1].astype(np.int64)
 
-    def objective(self, targets: NDArray[np.int64], device: torch.device) -> Objective:
+    def objective(self, targets: Ints, device: torch.device) -> Objective:
         """Binary cross-entropy of each bag, a mean over labels."""
         known = torch.from_numpy(targets).to(device)
         return lambda logits, rows: self._losses(logits, known[list(rows)])
@@ -109,27 +108,20 @@ class LabelsHead(Head):
             losses = losses * 0.5 / torch.where(labels > 0, share, 1 - share)
         return losses.mean(dim=1)
 
-    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def log_probabilities(self, logits: Floats) -> Floats:
         """Logarithm of the probability of each label, (n, L), finite where it rounds to 0."""
         return -np.logaddexp(0, -logits)
 
     fuse = staticmethod(mean_logits)
 
     def calibration(
-        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], Callable[[Tensor], Tensor]]:
+        self, logits: Floats, targets: Ints
+    ) -> tuple[Floats, Callable[[Tensor], Tensor]]:
         """Values that a temperature divides, here logits (n, L), and the log losses of them."""
         plain, labels = replace(self, balanced=False), torch.from_numpy(targets)
         return logits, lambda scaled: plain._losses(scaled, labels)
 
-    @staticmethod
-    def tempered(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-        """The logits (n, L) of calibrated probabilities; each stays on its side of 0.5."""
-        return logits / temperature
-
-    def metrics(
-        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
-    ) -> dict[str, float | None]:
+    def metrics(self, logits: Floats, targets: Ints) -> dict[str, float | None]:
         """Validation AUROC, a mean over labels; None where none has both 0 and 1."""
         areas = [
             auroc(truth, scores, classes=(0, 1))

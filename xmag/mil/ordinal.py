@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from xmag.errors import InputError, ModelError
 from xmag.metrics import balanced_accuracy, quadratic_kappa
-from xmag.mil.heads import ClassHead, Objective, distinct, hashables, indices, mean_logits
+from xmag.metrics.labels import Floats, Ints, as_labels
+from xmag.mil.heads import ClassHead, Objective, distinct, indices, mean_logits
 from xmag.mil.pooling import full
 
 
@@ -75,7 +75,7 @@ class OrdinalHead(ClassHead):
         """The head for training labels, in the order given, else that of numbers."""
         classes = distinct(labels)
         if order is not None:
-            classes = hashables(order, count=len(order), what="ordinal")
+            classes = as_labels(order, "ordinal")
             if len(distinct(classes)) != len(classes):
                 raise InputError(f"ordinal is {classes}; expected each class once")
         elif all(isinstance(label, bool | int | float) for label in classes):
@@ -93,20 +93,20 @@ class OrdinalHead(ClassHead):
         """The number of thresholds between classes."""
         return len(self.classes) - 1
 
-    def objective(self, targets: NDArray[np.int64], device: torch.device) -> Objective:
+    def objective(self, targets: Ints, device: torch.device) -> Objective:
         """Negative log-likelihood of the class of each bag."""
         labels = torch.from_numpy(targets).to(device)
         return lambda logits, rows: functional.nll_loss(
             ordinal_log_probabilities(logits), labels[list(rows)], reduction="none"
         )
 
-    def log_probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def log_probabilities(self, logits: Floats) -> Floats:
         """Logarithm of the probability of each class, (n, C), finite where it rounds to 0."""
         return np.asarray(ordinal_log_probabilities(torch.from_numpy(logits)).numpy())
 
     fuse = staticmethod(mean_logits)
 
-    def tempered(self, logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    def tempered(self, logits: Floats, temperature: float) -> Floats:
         """The logits (n, C - 1) of calibrated probabilities; the most probable class is the same.
 
         Logits themselves, divided, would move the most probable class to the outer ones.
@@ -116,9 +116,7 @@ class OrdinalHead(ClassHead):
         above = np.logaddexp.accumulate(logs[:, ::-1], axis=1)[:, -2::-1]
         return np.minimum.accumulate(above - up_to, axis=1)  # they fall, but for rounding
 
-    def metrics(
-        self, logits: NDArray[np.float64], targets: NDArray[np.int64]
-    ) -> dict[str, float | None]:
+    def metrics(self, logits: Floats, targets: Ints) -> dict[str, float | None]:
         """Validation metrics of the most probable class."""
         chosen = self.log_probabilities(logits).argmax(axis=1)
         every = range(len(self.classes))

@@ -127,24 +127,24 @@ class Estimator(Shown):
 
 
 def seed_of(random_state: Any) -> int:
-    """The seed for a `random_state=` argument: the int itself, or a draw from a generator.
-
-    Raises InputError for anything else. None draws from the operating system, and leaves NumPy's
-    global generator alone.
-    """
+    """The seed for a `random_state=`: the int itself, or a draw from a generator or the system."""
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> 1)
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31 - 1))
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(2**63 - 1))
-    whole = isinstance(random_state, int | np.integer) and not isinstance(random_state, bool)
-    if whole and 0 <= random_state < 2**63:
+    if is_whole(random_state, 0) and random_state < 2**63:
         return int(random_state)
     raise InputError(
-        f"random_state is {random_state!r}; expected None, an int from 0 on, or a generator of"
-        " NumPy"
+        f"random_state is {random_state!r}; expected None, an int from 0 on, or NumPy's generator"
     )
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is an int from `least` on, of Python or NumPy."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= least)
 
 
 def _plain(value: Any) -> Any:

@@ -60,10 +60,7 @@ class Attention:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Masked softmax of scores (..., N) over the tiles; all zero for a bag without tiles.
-
-    In float32 where the scores are in half precision: weights of 100,000 tiles are small.
-    """
+    """Masked softmax of scores (..., N) over the tiles, never in half; 0 for an empty bag."""
     scores = full(scores)
     lowest = torch.finfo(scores.dtype).min
     # Without any tile the softmax is uniform over the padding, which the product takes out again:

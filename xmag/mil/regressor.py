@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xmag.errors import InputError
 from xmag.metrics import regression
+from xmag.metrics.labels import Floats, Ints
 from xmag.mil.bags import BagLike
 from xmag.mil.estimator import MILEstimator
 from xmag.mil.heads import Head, Objective, case_weights
@@ -27,12 +28,11 @@ _STRATA = 4
 class RegressionHead(Head):
     """Regression head: squared error of standardised targets, missing ones left out.
 
-    `mean` and `scale` (T,) are those of the targets of the training; `flat` says that they were
-    given as (n,).
+    `mean` and `scale` (T,) are of the training; `flat`: targets were given as (n,).
     """
 
-    mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    mean: Floats
+    scale: Floats
     flat: bool
 
     metric_names: ClassVar[tuple[str, ...]] = ("validation_r2",)
@@ -43,14 +43,12 @@ class RegressionHead(Head):
         return len(self.mean)
 
     @staticmethod
-    def read(values: Any, count: int, what: str) -> NDArray[np.float64]:
+    def read(values: Any, count: int, what: str) -> Floats:
         """Targets as float64 (n,) or (n, T), NaN where missing; InputError for anything else."""
-        return regression.as_numbers(
-            values, count, what, of="bags", classes="there is MILClassifier"
-        )
+        return regression.as_numbers(values, count, what)
 
     @classmethod
-    def of(cls, labels: NDArray[np.float64]) -> Self:
+    def of(cls, labels: Floats) -> Self:
         """The head for training targets; InputError for one that is constant or never known."""
         table = labels.reshape(len(labels), -1)
         for column, values in enumerate(table.T):
@@ -63,13 +61,12 @@ class RegressionHead(Head):
         scale = np.nanstd(table, axis=0)
         return cls(mean=np.nanmean(table, axis=0), scale=scale, flat=labels.ndim == 1)
 
-    def encode(self, labels: NDArray[np.float64], what: str) -> NDArray[np.float32]:
+    def encode(self, labels: Floats, what: str) -> NDArray[np.float32]:
         """Standardised targets (n, T); InputError for another number of targets."""
         table = labels.reshape(len(labels), -1)
         if table.shape[1] != self.outputs:
             raise InputError(
-                f"{what} has {table.shape[1]} targets, and the training {self.outputs}; expected"
-                " the same"
+                f"{what} has {table.shape[1]} targets, the training {self.outputs}; give as many"
             )
         return ((table - self.mean) / self.scale).astype(np.float32)
 
@@ -78,18 +75,15 @@ class RegressionHead(Head):
         for column in np.flatnonzero(np.isnan(targets).all(axis=0)):
             raise InputError(f"no bag with tiles has a known value of target {column} of y")
 
-    def strata(self, targets: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Quarters of the known values of a target; a fifth where it is missing.
-
-        It is the target that is known least often, so that some of it stays to be trained on.
-        """
+    def strata(self, targets: NDArray[np.float32]) -> Ints:
+        """Quarters of the target that is known least often; a fifth where it is missing."""
         missing = np.isnan(targets).sum(axis=0)
         rarest, known = targets[:, missing.argmax()], len(targets) - int(missing.max())
         # NaN comes last.
         order = np.argsort(np.argsort(rarest, kind="stable"), kind="stable")
         return np.minimum(order * _STRATA // max(known, 1), _STRATA).astype(np.int64)
 
-    def validation_weights(self, targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    def validation_weights(self, targets: NDArray[np.float32]) -> Floats:
         """1 where a target is known, and 0 where the loss is 0 for want of one."""
         known = np.asarray(~np.isnan(targets).all(axis=1))
         if not known.any():
@@ -104,25 +98,14 @@ class RegressionHead(Head):
         known = torch.from_numpy(targets).to(device)
         return lambda logits, rows: squared_errors(full(logits), known[list(rows)])
 
-    @staticmethod
-    def fuse(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The mean of standardised predictions, (T,), over logits (k, T)."""
-        return np.asarray(logits.mean(axis=0))
-
-    def predictions(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def predictions(self, logits: Floats) -> Floats:
         """The predicted numbers in units of the targets, (n, T)."""
         return self.mean + logits * self.scale
 
-    def metrics(
-        self, logits: NDArray[np.float64], targets: NDArray[np.float32]
-    ) -> dict[str, float | None]:
+    def metrics(self, logits: Floats, targets: NDArray[np.float32]) -> dict[str, float | None]:
         """Validation R², a mean over targets; None where one is constant."""
         r2 = _mean_r2(targets.astype(np.float64), logits, np.ones(len(targets)))
         return {"validation_r2": r2 if np.isfinite(r2) else None}
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "flat": self.flat}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -144,9 +127,7 @@ def squared_errors(predicted: Tensor, targets: Tensor) -> Tensor:
     return (errors * known).sum(1) / known.sum(1).clamp(min=1)
 
 
-def _mean_r2(
-    truth: NDArray[np.float64], predicted: NDArray[np.float64], weights: NDArray[np.float64]
-) -> float:
+def _mean_r2(truth: Floats, predicted: Floats, weights: Floats) -> float:
     """Mean of R² over the columns of known truth (n, T); NaN where one is constant."""
     values = []
     for column, guess in zip(truth.T, predicted.T, strict=True):
@@ -169,35 +150,30 @@ class MILRegressor(MILEstimator[RegressionHead]):
     _head_type: ClassVar[type[Any]] = RegressionHead
     _estimator_type = "regressor"
 
-    def _new_head(self, labels: NDArray[np.float64]) -> RegressionHead:
+    def _new_head(self, labels: Floats) -> RegressionHead:
         return RegressionHead.of(labels)
 
-    def predict(self, X: Sequence[BagLike]) -> NDArray[np.float64]:  # noqa: N803
+    def predict(self, X: Sequence[BagLike]) -> Floats:
         """The predicted numbers, float64 (n,) or (n, T), as y was given.
 
         A bag without tiles says nothing: its row is the mean of the training, with a warning.
         Raises BagError for a bag that cannot be read, is of another width or not finite, and
         MismatchError for one that was made otherwise than those of the training.
         """
-        self._require_fitted()
-        what = "their prediction is the mean of the training"
         # Logits are 0 where a bag has no tiles.
-        found = self._head.predictions(self._predict_logits(X, what)[0])
+        logits, _ = self._predict_logits(X, "their prediction is the mean of the training")
+        found = self._head.predictions(logits)
         return found[:, 0] if self._head.flat else found
 
     def score(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-        y: Any,
-        sample_weight: Sequence[float] | None = None,
+        self, X: Sequence[BagLike], y: Any, sample_weight: Sequence[float] | None = None
     ) -> float:
         """R², a mean over targets; missing values are left out. `sample_weight` is (n,)."""
         predicted = self.predict(X)
         truth = RegressionHead.read(y, len(predicted), "y")
         if truth.shape != predicted.shape:
             raise InputError(
-                f"y has shape {truth.shape}, and the predictions {predicted.shape}; expected the"
-                " same"
+                f"y has shape {truth.shape}; expected that of the predictions, {predicted.shape}"
             )
         table, guesses = (values.reshape(len(truth), -1) for values in (truth, predicted))
         found = _mean_r2(table, guesses, case_weights(sample_weight, len(truth)))

@@ -49,26 +49,25 @@ class Saved(records.Record):
 
 
 class EstimatorFolder:
-    """Folder of a saved estimator, a `noun`: ``<noun>.safetensors`` and ``<noun>.json``."""
+    """Folder of a saved estimator, such as classifier.safetensors and classifier.json."""
 
-    def __init__(self, path: str | os.PathLike[str], *, estimator: str, noun: str) -> None:
-        self.path, self._estimator, self._noun = Path(path), estimator, noun
-        self.weights, self.description = (
-            self.path / f"{noun}.{suffix}" for suffix in ("safetensors", "json")
-        )
+    def __init__(self, path: str | os.PathLike[str], kind: "type[MILEstimator[Any]]") -> None:
+        self.path, self._estimator, self._noun = Path(path), kind.__name__, kind._noun
+        self.weights = self.path / f"{self._noun}.safetensors"
+        self.description = self.path / f"{self._noun}.json"
         self.format = records.Format(
-            name=f"xmag.{estimator}",
+            name=f"xmag.{kind.__name__}",
             version=1,
-            writer=f"{estimator}.save",
-            remedy=f"it is damaged or was changed: save the {noun} again, or copy it again",
+            writer=f"{kind.__name__}.save",
+            remedy=f"it is damaged or was changed: save the {kind._noun} again, or copy it again",
             error=ModelError,
         )
 
     def write(self, values: Mapping[str, Any], state: Mapping[str, Tensor], kind: str) -> None:
         """Save JSON values and weights of a `kind` of module; OutputError where that fails.
 
-        The description comes last and names the weights by their hash: a folder whose writing was
-        interrupted has none, or one that does not fit, and is never read.
+        The description comes last, with the hash of the weights: what was interrupted is never
+        read.
         """
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         try:
@@ -91,24 +90,17 @@ class EstimatorFolder:
         write_text(self.description, text + "\n")
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Load the JSON values and weights of a folder; no code in it is ever run.
-
-        Raises ModelError where there is no estimator or its description is damaged, and
-        WeightsError where the weights are damaged, not finite, or those of another estimator.
-        """
+        """The JSON values and weights of a folder; errors are those of `MILEstimator.load`."""
         for file in (self.description, self.weights):
             if not file.is_file():
-                raise ModelError(
-                    f"{self.path} has no {file.name}; expected a folder that"
-                    f" {self._estimator}.save wrote to its end"
-                )
+                wanted = f"expected a folder that {self._estimator}.save wrote to its end"
+                raise ModelError(f"{self.path} has no {file.name}; {wanted}")
         values = self.format.load(self.description)
         found, expected = sha256_of(self.weights), values.pop("weights_sha256", None)
         if found != expected:
             raise WeightsError(
                 f"{self.weights} does not belong to {self.description.name}: its SHA-256 is"
-                f" {found}, and not {expected}. It was damaged, or saving was interrupted; save the"
-                f" {self._noun} again, or copy the whole folder again"
+                f" {found}, not {expected}. It is damaged, or saving was interrupted; save it again"
             )
         state = read_tensors(self.weights)
         for key, value in state.items():
@@ -134,7 +126,7 @@ def load_estimator(
     from xmag.mil.survival import MILSurvival
 
     kinds: list[type[MILEstimator[Any]]] = [MILClassifier, MILRegressor, MILSurvival]
-    files = {kind: kind._folder(path).description for kind in kinds}
+    files = {kind: EstimatorFolder(path, kind).description for kind in kinds}
     found = [kind for kind in kinds if files[kind].is_file()]
     if len(found) != 1:
         seen = " and ".join(files[kind].name for kind in found) or "none of them"
@@ -146,11 +138,7 @@ def load_estimator(
 def rebuilt(
     saved: Saved, state: Mapping[str, Tensor], module: nn.Module | None, *, head: Head
 ) -> nn.Module:
-    """The saved aggregator in eval mode: `module` with the weights, if it is not one of xmag's.
-
-    Raises InputError where a module is needed or was given for nothing, WeightsError where the
-    weights are not those of such an aggregator.
-    """
+    """The saved aggregator in eval mode: `module` with the weights, if it is not one of xmag's."""
     if saved.aggregator is not None:
         if module is not None:
             raise InputError(
@@ -184,8 +172,7 @@ def _described(saved: Saved, config: dict[str, Any], head: Head) -> nn.Module:
             ).float()  # fmt: skip
     except (InputError, TypeError) as error:
         raise ModelError(
-            f"the description of the aggregator is damaged ({error}); save the estimator again, or"
-            " copy it again"
+            f"the description of the aggregator is damaged ({error}); save or copy it again"
         ) from error
 
 

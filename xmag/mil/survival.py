@@ -13,15 +13,17 @@ from torch.nn import functional
 
 from xmag import records
 from xmag.errors import BagError, InputError
+from xmag.metrics.labels import Floats, Ints, require_length
 from xmag.metrics.survival import Survival, as_survival, concordances, harrell_c
 from xmag.mil.bags import BagLike
+from xmag.mil.confidence import Known
 from xmag.mil.estimator import MILEstimator
 from xmag.mil.heads import Head, Objective, case_weights
+from xmag.mil.params import is_whole
 from xmag.mil.pooling import full
-from xmag.mil.trainer import BagTrainer, Settings
+from xmag.mil.trainer import BagTrainer
 
 Loss = Literal["cox", "nll"]
-Floats = NDArray[np.float64]
 
 _LEAST_EVENTS = 2
 
@@ -65,25 +67,19 @@ def cox_loss(risk: Tensor, event: Tensor, time: Tensor) -> Tensor:
     `risk` is the log hazard (n,), `event` bool (n,), `time` (n,). Cox 1972, "Regression models and
     life-tables"; Breslow 1974.
     """
-    return -(risk - _log_risk_sums(risk, time))[event].mean()
-
-
-def _log_risk_sums(risk: Tensor, time: Tensor) -> Tensor:
-    """Log of the sum of hazards of the cases still at risk at the time of each, (n,)."""
     order = torch.argsort(time, descending=True, stable=True)
     sums = torch.logcumsumexp(risk[order], dim=0)
     # Cases of one time are at risk together: each has the sum of the last of them.
     last = torch.searchsorted(-time[order], -time, side="right") - 1
-    return sums[last]
+    return -(risk - sums[last])[event].mean()
 
 
 class CoxObjective:
     """Cox's loss of a whole training set, in steps of a few bags.
 
-    A bag's risk set is the training set, and not its batch, which may have no event at all. The
-    risks of bags outside of the batch are those of their last step (0 before the first). The loss
-    of a bag has the exact gradient of `cox_loss` by its risk: of its own event, and of all events
-    at whose time it was still at risk. `risk` (n,) are those of the last steps.
+    A bag's risk set is the training set, not its batch, which may have no event at all: `risk` (n,)
+    are those of the last steps, 0 before the first. The loss of a bag has the exact gradient of
+    `cox_loss` by its risk: of its own event, and of all events at whose time it was at risk.
     """
 
     def __init__(self, event: Tensor, time: Tensor) -> None:
@@ -128,10 +124,7 @@ class SurvivalHead(Head):
     def read(values: Any, count: int, what: str) -> Survival:
         """Checked (event, time) of each bag; InputError as `as_survival`."""
         survival = as_survival(values, what)
-        if len(survival) != count:
-            raise InputError(
-                f"{what} has {len(survival)} values for {count} bags; expected one for each"
-            )
+        require_length(survival, count, what)
         return survival
 
     @staticmethod
@@ -148,7 +141,7 @@ class SurvivalHead(Head):
         """Raise InputError for fewer than two events among the bags that have tiles."""
         _require_events(targets[:, 0], " with tiles")
 
-    def strata(self, targets: Floats) -> NDArray[np.int64]:
+    def strata(self, targets: Floats) -> Ints:
         """Whether there was an event."""
         return targets[:, 0].astype(np.int64)
 
@@ -177,11 +170,11 @@ class CoxHead(SurvivalHead):
     """Survival head of one logit: the log hazard, above a baseline hazard that is the same for all.
 
     Once training has ended, `center` is the mean of its logits, whose level Cox's loss leaves open,
-    and `steps` (k,) and `cumulative` (k,) are the times and the cumulative hazard there (Breslow).
+    and `times` (k,) and `cumulative` (k,) are those of the cumulative hazard there (Breslow).
     """
 
     center: float = 0.0
-    steps: Floats = field(default_factory=lambda: np.zeros(0))
+    times: Floats = field(default_factory=lambda: np.zeros(0))
     cumulative: Floats = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -198,13 +191,8 @@ class CoxHead(SurvivalHead):
         risk: Floats = logits[:, 0] - self.center
         return risk
 
-    @staticmethod
-    def fuse(logits: Floats) -> Floats:
-        """The mean log hazard, (1,), over logits (k, 1)."""
-        return np.asarray(logits.mean(axis=0))
-
     def survived(self, logits: Floats) -> Floats:
-        """Share without an event at each of `steps`, (n, k)."""
+        """Share without an event at each of `times`, (n, k)."""
         hazard = np.exp(self.predictions(logits))[:, None]
         return np.asarray(np.exp(-hazard * self.cumulative))
 
@@ -215,12 +203,7 @@ class CoxHead(SurvivalHead):
         events = np.bincount(place, targets[:, 0], len(times))
         own = np.bincount(place, np.exp(logits[:, 0] - center), len(times))
         at_risk = np.cumsum(own[::-1])[::-1]
-        return replace(self, center=center, steps=times, cumulative=np.cumsum(events / at_risk))
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        arrays = {"times": self.steps.tolist(), "cumulative": self.cumulative.tolist()}
-        return {"center": self.center, **arrays}
+        return replace(self, center=center, times=times, cumulative=np.cumsum(events / at_risk))
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> Self:
@@ -229,7 +212,7 @@ class CoxHead(SurvivalHead):
         times, hazards = (_rising(values.pop(key)) for key in ("times", "cumulative"))
         if len(times) != len(hazards) or not math.isfinite(center):
             raise ValueError("the baseline does not fit")
-        return cls(center=center, steps=times, cumulative=hazards)
+        return cls(center=center, times=times, cumulative=hazards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -265,7 +248,7 @@ class DiscreteHead(SurvivalHead):
         return len(self.base)
 
     @property
-    def steps(self) -> Floats:
+    def times(self) -> Floats:
         """The ends of the intervals, (K,)."""
         return self.edges[1:]
 
@@ -283,7 +266,7 @@ class DiscreteHead(SurvivalHead):
         return np.asarray(-self.survived(logits).sum(axis=1))
 
     def survived(self, logits: Floats) -> Floats:
-        """Share without an event at each of `steps`, (n, K)."""
+        """Share without an event at each of `times`, (n, K)."""
         return np.asarray(np.exp(self._log_survived(logits)))
 
     def _log_survived(self, logits: Floats) -> Floats:
@@ -295,10 +278,6 @@ class DiscreteHead(SurvivalHead):
         # log(1 - hazard), which is below 0 but for rounding
         step = np.minimum(np.diff(mean, prepend=0), -np.finfo(np.float64).tiny)
         return np.asarray(np.log(-np.expm1(step)) - step - self.base)
-
-    def to_json(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        return {"edges": self.edges.tolist(), "base": self.base.tolist()}
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> Self:
@@ -317,7 +296,7 @@ def _require_events(event: NDArray[Any], which: str = "") -> None:
         )
 
 
-def interval_of(time: Floats, edges: Floats) -> NDArray[np.int64]:
+def interval_of(time: Floats, edges: Floats) -> Ints:
     """The interval between `edges` that each time lies in; the last one for times beyond it."""
     place = np.searchsorted(edges, time, side="right") - 1
     return np.clip(place, 0, len(edges) - 2).astype(np.int64)
@@ -355,24 +334,22 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
     def _new_head(self, labels: Survival) -> CoxHead | DiscreteHead:
         return CoxHead() if self.loss == "cox" else DiscreteHead.of(labels, self.intervals)
 
-    def _settings(self) -> Settings:
+    def _require_params(self) -> None:
+        super()._require_params()
         records.require(self, "loss", self.loss in ("cox", "nll"), '"cox" or "nll"')
-        whole = isinstance(self.intervals, int | np.integer) and self.intervals is not True
-        records.require(self, "intervals", whole and self.intervals >= 2, "an int from 2 on")
-        return super()._settings()
+        records.require(self, "intervals", is_whole(self.intervals, 2), "an int from 2 on")
 
-    def _adopt(self, trainer: BagTrainer) -> int:
-        best = super()._adopt(trainer)
+    def _adopt(self, trainer: BagTrainer, known: Known) -> None:
+        super()._adopt(trainer, known)
         data, model = trainer.train, self._batched()
         if isinstance(self._head, CoxHead):
             try:
-                logits = np.stack([model.logits(data[i]) for i in range(len(data))])
+                logits = np.stack([model.logits([data[i]]) for i in range(len(data))])
             except BagError:  # a file is gone, and training ended by it: as each was seen last
                 logits = cast(CoxObjective, trainer.objective).risk[:, None].numpy()
             self._head = self._head.with_baseline(logits, data.targets)
-        return best
 
-    def predict(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
+    def predict(self, X: Sequence[BagLike]) -> Floats:
         """The risk of each bag, float64 (n,): larger for an earlier event.
 
         With "cox" it is the log hazard above the mean of the training, with "nll" minus the
@@ -382,23 +359,17 @@ class MILSurvival(MILEstimator[CoxHead | DiscreteHead]):
         logits = self._logits(X)
         return self._head.predictions(logits)
 
-    def predict_survival_function(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-    ) -> list[SurvivalFunction]:
+    def predict_survival_function(self, X: Sequence[BagLike]) -> list[SurvivalFunction]:
         """The share without an event over time, a step function for each bag; see `predict`."""
         logits, head = self._logits(X), self._head
-        return [SurvivalFunction(head.steps, row) for row in head.survived(logits)]
+        return [SurvivalFunction(head.times, row) for row in head.survived(logits)]
 
-    def _logits(self, X: Sequence[BagLike]) -> Floats:  # noqa: N803
+    def _logits(self, X: Sequence[BagLike]) -> Floats:
         logits, empty = self._predict_logits(X, "their prediction is that of the mean of training")
         return np.where(empty[:, None], self._head.center, logits)
 
     def score(
-        self,
-        X: Sequence[BagLike],  # noqa: N803
-        y: Any,
-        sample_weight: Sequence[float] | None = None,
+        self, X: Sequence[BagLike], y: Any, sample_weight: Sequence[float] | None = None
     ) -> float:
         """Harrell's C of the predicted risks; `sample_weight` (n,) weighs the cases."""
         risk = self.predict(X)

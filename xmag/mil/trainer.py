@@ -3,58 +3,32 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xmag import records
 from xmag.errors import ModelError
 from xmag.mil.bags import BagDataset
 from xmag.mil.batches import BagSampler, BatchedAggregator
 from xmag.mil.heads import Head, weighted_loss
 from xmag.training import Loop, Schedule, with_less_memory
 
+if TYPE_CHECKING:
+    from xmag.mil.estimator import MILEstimator
+
 Epoch = dict[str, float | int | None]
 """Metrics of an epoch; None where a value does not exist, as an AUROC of one class."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Training hyperparameters; see MILClassifier."""
-
-    epochs: int
-    patience: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    max_tiles: int | None
-
-    @classmethod
-    def of(cls, estimator: Any) -> Self:
-        """The settings that an estimator has; InputError for one out of its range."""
-        for name in ("epochs", "patience", "batch_size", "max_tiles"):
-            value = getattr(estimator, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            fits = (whole and value >= 1) or (name == "max_tiles" and value is None)
-            records.require(estimator, name, fits, "an int from 1 on")
-        for name, least in (("lr", "above 0"), ("weight_decay", "from 0 on")):
-            value = getattr(estimator, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            fits = number and (0 < value < math.inf or (value == 0 and least == "from 0 on"))
-            records.require(estimator, name, fits, f"a number {least}")
-        return cls(**{item.name: getattr(estimator, item.name) for item in fields(cls)})
 
 
 class BagTrainer(Loop[list[int]]):
     """Trainer of an aggregator and its head; a batch is the indices of bags in `train`.
 
-    Draws from torch's default generators for dropout, and from `rng` for everything else. Without
-    validation the best epoch is the last that was completed.
+    Epochs, rates and sizes are those of the estimator `params`. Draws from torch's default
+    generators for dropout, and from `rng` for everything else. Without validation the best epoch is
+    the last that was completed.
     """
 
     def __init__(
@@ -63,24 +37,22 @@ class BagTrainer(Loop[list[int]]):
         head: Head,
         train: BagDataset,
         validation: BagDataset | None,
-        settings: Settings,
+        params: "MILEstimator[Any]",
         *,
         sampler: BagSampler,
         rng: np.random.Generator,
     ) -> None:
-        steps = math.ceil(len(train) / settings.batch_size)
-        total = settings.epochs * steps
+        steps = math.ceil(len(train) / params.batch_size)
+        total, weights = params.epochs * steps, model.module.parameters()
         super().__init__(
             model.module,
-            torch.optim.AdamW(
-                model.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-            ),
+            torch.optim.AdamW(weights, lr=params.lr, weight_decay=params.weight_decay),
             schedule=Schedule(total=total, warmup=min(steps, total // 10)),
-            epochs=settings.epochs,
-            patience=settings.patience,
+            epochs=params.epochs,
+            patience=params.patience,
         )
         self.model, self.head, self.train, self.validation = model, head, train, validation
-        self.settings, self.sampler = settings, sampler
+        self.params, self.sampler = params, sampler
         self.history: list[Epoch] = []
         self._rng, self._loss_sum = rng, 0.0
         self.objective = head.objective(train.targets, model.device)
@@ -88,7 +60,7 @@ class BagTrainer(Loop[list[int]]):
 
     def steps(self, epoch: int) -> list[list[int]]:  # noqa: ARG002
         """The batches of an epoch, as the sampler draws them."""
-        order, size = list(self.sampler), self.settings.batch_size
+        order, size = list(self.sampler), self.params.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def step(self, batch: Sequence[int]) -> None:
@@ -121,7 +93,7 @@ class BagTrainer(Loop[list[int]]):
         if not math.isfinite(loss):
             raise ModelError(
                 f"the training loss became {loss} in epoch {self.progress.epoch + 1}; try a smaller"
-                f' lr than {self.settings.lr}, dtype="float32", or features of a smaller scale'
+                f' lr than {self.params.lr}, dtype="float32", or features of a smaller scale'
             )
         self._loss_sum += loss * len(batch)
 
@@ -149,19 +121,17 @@ class BagTrainer(Loop[list[int]]):
             return dict.fromkeys(("validation_loss", *self.head.metric_names))
         self.module.eval()
         exact = BatchedAggregator(self.module, self.model.device, outputs=self.model.outputs)
-        logits = np.stack([exact.logits(data[index]) for index in range(len(data))])
-        # An objective of these bags alone: the risk set of a survival loss is the validation set.
-        objective = self.head.objective(data.targets, torch.device("cpu"))
-        losses = objective(torch.from_numpy(logits), range(len(data))).numpy()
-        loss = float((data.weights * losses).sum() / data.weights.sum())
-        if not math.isfinite(loss):
+        logits = np.stack([exact.logits([data[index]]) for index in range(len(data))])
+        found = self.head.validate(logits, data.targets, data.weights)
+        if not math.isfinite(found["validation_loss"]):
             raise ModelError(
-                f"the validation loss became {loss}; try a smaller lr than {self.settings.lr}"
+                f"the validation loss became {found['validation_loss']}; try a smaller lr than"
+                f" {self.params.lr}"
             )
-        return {"validation_loss": loss, **self.head.metrics(logits, data.targets)}
+        return found
 
     def _some_tiles(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        most = self.settings.max_tiles
+        most = self.params.max_tiles
         if most is None or len(features) <= most:
             return features
         return features[np.sort(self._rng.choice(len(features), most, replace=False))]

@@ -54,10 +54,9 @@ class NystromAttention(nn.Module):
 
 
 def pseudo_inverse(matrices: Tensor) -> Tensor:
-    """The Moore-Penrose inverse of softmax matrices (..., M, M), by six steps of iteration.
+    """Moore-Penrose inverse of softmax matrices (..., M, M); Nystromformer, equation 11.
 
-    Nystromformer, equation 11 (Razavi et al. 2014). In float32 under autocast too: the steps
-    amplify what half precision loses.
+    In float32 under autocast too: the steps amplify what half precision loses.
     """
     with full_precision(matrices.device):
         size = matrices.abs()

@@ -18,18 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
-from xmag.slide import jpeg2000
-from xmag.slide.integrity import (
-    FRAMES,
-    check_codes,
-    check_jpeg,
-    check_jpeg2000,
-    check_webp,
-    check_zeros,
-    end_of_header,
-    limits,
-    segments,
-)
+from xmag.slide import integrity, jpeg2000
+from xmag.slide.integrity import end_of_header, segments
 from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
 from xmag.slide.stacks import stack_of
@@ -77,15 +67,6 @@ class TileCoding:
     aperio: bool = False
 
 
-def decode_many(
-    decode: Decoder, chunks: Sequence[object], reduction: int, row: Pixels
-) -> list[bool]:
-    """Decode tiles of a level into `row`, side by side; False for what `decode` has to do alone."""
-    if isinstance(decode, _JpegDecoder):
-        return decode.many(chunks, reduction, row)
-    return [False] * len(chunks)
-
-
 def reductions(size: tuple[int, int]) -> tuple[int, ...]:
     """The n for which tiles of this (width, height) can be had at 1/n."""
     return tuple(n for n in (1, 2, 4, 8) if size[0] % n == 0 and size[1] % n == 0)
@@ -104,7 +85,7 @@ def check_tile(size: tuple[int, int], compression: int) -> None:
 def decoder(coding: TileCoding) -> Decoder:
     """The decoder for tiles stored like this; UnsupportedSlideError where there is none."""
     if coding.compression in (JPEG, 33007):
-        return _JpegDecoder(coding)
+        return JpegDecoder(coding)
     if coding.compression in JPEG_2000:
         return _jpeg2000(coding)
     if coding.photometric != _PHOTOMETRIC_RGB:
@@ -112,7 +93,8 @@ def decoder(coding: TileCoding) -> Decoder:
             f"its tiles are YCbCr in TIFF compression {coding.compression}; xmag reads YCbCr in"
             " JPEG and Aperio's JPEG 2000. Convert it to a tiled JPEG TIFF"
         )
-    return _in_full(coding, _webp(coding) if coding.compression == _WEBP else _lossless(coding))
+    webp = coding.compression == _WEBP
+    return _in_full(coding, partial(_webp, size=coding.size) if webp else _lossless(coding))
 
 
 def box_average(pixels: Pixels, factor: int) -> Pixels:
@@ -134,7 +116,7 @@ class _Start:
     zeros: bytes
 
 
-class _JpegDecoder:
+class JpegDecoder:
     """Tiles in JPEG, whole or without their tables."""
 
     def __init__(self, coding: TileCoding) -> None:
@@ -152,6 +134,7 @@ class _JpegDecoder:
         )
 
     def __call__(self, data: bytes, reduction: int) -> Pixels:
+        """The pixels of a tile; see `Decoder`."""
         try:
             stream, start = self._started(data)
             pixels = _decode_jpeg(stream, start.size, start.subsampling, reduction)
@@ -162,17 +145,14 @@ class _JpegDecoder:
         return _padded(pixels, self._size[1] // reduction)
 
     def _started(self, data: bytes) -> tuple[bytes, "_Start"]:
-        """(a tile's bytes as a whole JPEG, what its header says), checked against lost bytes.
-
-        The last header is remembered: tiles of a level begin alike.
-        """
-        start = self._last
+        """(a tile's bytes as a whole JPEG, what its header says), checked against lost bytes."""
+        start = self._last  # tiles of a level begin alike
         if start is not None and data.startswith(start.stored):
             stream = start.header + data[len(start.stored) :]
-            check_codes(stream, len(start.header), start.zeros)
+            integrity.check_codes(stream, len(start.header), start.zeros)
             return stream, start
         stream, expected = self._complete(data)
-        check_jpeg(stream)
+        integrity.check_jpeg(stream)
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(stream)
         if width != self._size[0] or height not in self._heights:
             raise DamagedSlideError(
@@ -181,7 +161,7 @@ class _JpegDecoder:
         if colorspace != expected:
             raise DamagedSlideError(f"its JPEG is {colorspace}, where the file promises {expected}")
         header = stream[: end_of_header(stream)]
-        has_one_scan, zeros = limits(header)
+        has_one_scan, zeros = integrity.limits(header)
         stored = data[: len(data) - len(stream) + len(header)]
         start = _Start(stored, header, (width, height), subsampling, zeros)
         if has_one_scan and self._header is None:
@@ -245,7 +225,7 @@ class _JpegDecoder:
                 says_ycbcr |= said[:5] == b"JFIF\0" or (
                     said[:5] == b"Adobe" and said[11:12] == b"\1"
                 )
-            elif marker in FRAMES:
+            elif marker in integrity.FRAMES:
                 components = data[at + 10 : end]
                 break
         subsampled = len(set(components[1::3])) > 1
@@ -311,7 +291,7 @@ def _jpeg2000(coding: TileCoding) -> Decoder:
     )
 
     def decoded(data: bytes, reduction: int) -> Pixels:
-        check_jpeg2000(data)
+        integrity.check_jpeg2000(data)
         if reduction == 1:
             return native(data, reduction)
         half = jpeg2000.without_finest_level(data, coding.size) if reduction >= 4 else None
@@ -340,12 +320,9 @@ def _padded(pixels: Pixels, height: int) -> Pixels:
     return np.pad(pixels, ((0, missing), (0, 0), (0, 0)), constant_values=255)
 
 
-def _webp(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
-    def decode(data: bytes) -> NDArray[Any]:
-        check_webp(data, coding.size)
-        return imagecodecs.webp_decode(data)
-
-    return decode
+def _webp(data: bytes, *, size: tuple[int, int]) -> NDArray[Any]:
+    integrity.check_webp(data, size)
+    return imagecodecs.webp_decode(data)
 
 
 def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
@@ -369,7 +346,7 @@ def _lossless(coding: TileCoding) -> Callable[[bytes], NDArray[Any]]:
 
     def decode(data: bytes) -> NDArray[Any]:
         if coding.compression == _ZSTD:  # most writers leave its checksum out
-            check_zeros(data, "Zstandard")
+            integrity.check_zeros(data, "Zstandard")
         # With the size of what comes out, so that a few bytes cannot unpack to gigabytes.
         raw = np.frombuffer(unpack(data, out=whole + 1), np.uint8)
         if raw.size > whole:

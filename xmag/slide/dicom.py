@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from xmag.errors import ClosedSlideError, MissingExtraError, UnsupportedSlideError
 from xmag.slide import codecs
 from xmag.slide.directories import most_bytes
-from xmag.slide.integrity import check_level, damaged
-from xmag.slide.pixels import read_level
+from xmag.slide.integrity import MAX_TILES, check_level, damaged, named
+from xmag.slide.pixels import read_whole
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, choose_scan, downsample
-from xmag.slide.tiff import DecodingReader, named
+from xmag.slide.tiff import DecodingReader
 
 Attributes = Mapping[str, Any]
 """Values of attributes by their keywords: a list of str or numbers, of Attributes in sequences."""
@@ -56,44 +56,29 @@ _ILLUMINATIONS = {
 }  # fmt: skip
 _SHAPE = 0.02
 """Largest difference of the shapes of levels, as a part of their sides."""
-_MOST_TILES = 1 << 22
 
 
-class Instance(Protocol):
-    """An instance of a series, whose frames are read when they are asked for."""
+class _Instance(Protocol):
+    """An instance of a series, whose frames are read when they are asked for; see `InstanceFile`.
+
+    `head` are the attributes that tell what it shows and what it belongs to, `size` the number of
+    bytes that identify it, which `read_many` reads. `version` changes when it is written, if known.
+    """
 
     head: Attributes
-    """The attributes that tell what it shows, and what it belongs to."""
     size: int
-    """Number of bytes that identify it, which `read_many` reads."""
     version: str | None
-    """Words that change when it is written; None where there are none."""
 
     @property
-    def syntax(self) -> str:
-        """Its transfer syntax."""
-
+    def syntax(self) -> str: ...
     @property
-    def attributes(self) -> Attributes:
-        """All attributes that pixels need; those of the first frame as "FirstFrame"."""
-
-    def positions(self) -> NDArray[np.int64]:
-        """(column, row) of each frame in the whole image, from 1; (frames, 2)."""
-
-    def open(self, frames: int, frame_bytes: int | None) -> None:
-        """Find the `frames`; each has `frame_bytes` where pixels are stored as they are."""
-
-    def read(self, frames: Sequence[int], most: int) -> list[bytes]:
-        """The bytes of frames, each at most `most`; DamagedSlideError where they are damaged."""
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes that identify it, of each (offset, length)."""
-
-    def texts(self) -> Iterable[tuple[int, str]]:
-        """All its texts by tag, patients' names among them."""
-
-    def close(self) -> None:
-        """Release it. Closing twice is fine."""
+    def attributes(self) -> Attributes: ...
+    def positions(self) -> NDArray[np.int64]: ...
+    def open(self, frames: int, frame_bytes: int | None) -> None: ...
+    def read(self, frames: Sequence[int], most: int) -> list[bytes]: ...
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]: ...
+    def texts(self) -> Iterable[tuple[int, str]]: ...
+    def close(self) -> None: ...
 
 
 def number(attributes: Attributes, keyword: str, default: int | None = None) -> int:
@@ -141,7 +126,7 @@ class _Image:
     `first` is the number of its first frame among those of its `concatenation`.
     """
 
-    instance: Instance
+    instance: _Instance
     size: tuple[int, int]
     coding: codecs.TileCoding
     frames: int
@@ -193,14 +178,8 @@ class _Image:
             raise damaged("its frames lie outside of the image that they are tiles of")
         return np.asarray(cells[:, 1] * across + cells[:, 0])
 
-    def open(self) -> None:
-        """Find the frames."""
-        raw = self.coding.compression == _RAW
-        frame_bytes = 3 * math.prod(self.coding.size) if raw else None
-        self.instance.open(self.frames, frame_bytes)
 
-
-def _parse(instance: Instance) -> _Image:
+def _parse(instance: _Instance) -> _Image:
     """The image in an instance; UnsupportedSlideError where it is not 8-bit colour."""
     attributes = instance.attributes
     size = _size(attributes)
@@ -212,12 +191,12 @@ def _parse(instance: Instance) -> _Image:
         first=number(attributes, "ConcatenationFrameOffsetNumber", 0),
         concatenation=text(attributes, "ConcatenationUID"),
     )
-    if not 0 < math.prod(image.grid) <= _MOST_TILES:
+    if not 0 < math.prod(image.grid) <= MAX_TILES:
         raise UnsupportedSlideError(
-            f"it is {size[0]}x{size[1]} px; expected 1 to {_MOST_TILES} tiles of"
+            f"it is {size[0]}x{size[1]} px; expected 1 to {MAX_TILES} tiles of"
             f" {image.coding.size[0]}x{image.coding.size[1]} px"
         )
-    if not (0 < image.frames <= _MOST_TILES and 0 <= image.first < _MOST_TILES):
+    if not (0 < image.frames <= MAX_TILES and 0 <= image.first < MAX_TILES):
         raise damaged(f"it says that it has {image.frames} frames, from {image.first} on")
     return image
 
@@ -348,9 +327,9 @@ def _level(tiles: _Tiles, base: _Image) -> Level:
     )
 
 
-def _chosen(volumes: Sequence[Instance], region: int | None) -> list[Instance]:
+def _chosen(volumes: Sequence[_Instance], region: int | None) -> list[_Instance]:
     """The instances of one scan: the only one, or that with the number `region`."""
-    scans: dict[tuple[str, ...], list[Instance]] = {}
+    scans: dict[tuple[str, ...], list[_Instance]] = {}
     for instance in volumes:
         scans.setdefault(tuple(text(instance.head, key) for key in _SCAN), []).append(instance)
     found = list(scans.values())
@@ -371,7 +350,7 @@ class DicomReader(DecodingReader):
     server: Any = None
 
     def __init__(
-        self, instances: Sequence[Instance], region: int | None = None, *, of: str = VOLUME
+        self, instances: Sequence[_Instance], region: int | None = None, *, of: str = VOLUME
     ) -> None:
         volumes = [instance for instance in instances if kind(instance.head) == of]
         if not volumes:
@@ -403,7 +382,8 @@ class DicomReader(DecodingReader):
         self._beside = [i for i in instances if text(i.head, SERIES) == series]
         try:
             for image in ordered:
-                image.open()
+                raw = image.coding.compression == _RAW
+                image.instance.open(image.frames, 3 * math.prod(image.coding.size) if raw else None)
         except BaseException:
             self.close()
             raise
@@ -448,14 +428,9 @@ class DicomReader(DecodingReader):
             instance.close()
 
 
-def _read_whole(instance: Instance) -> Pixels:
+def _read_whole(instance: _Instance) -> Pixels:
     """The pixels of an image beside the scan."""
     # A copy, as others may read it at the same time.
     of = kind(instance.head)
     with named(_BESIDE[of]), closing(DicomReader([copy(instance)], of=of)) as reader:
-        size = reader.levels[0].size
-        if math.prod(size) > codecs.MAX_TILE_PX:
-            raise UnsupportedSlideError(
-                f"it is {size[0]}x{size[1]} px; expected at most {codecs.MAX_TILE_PX} px in all"
-            )
-        return read_level(reader, 0, 1, (0, 0), size)
+        return read_whole(reader)

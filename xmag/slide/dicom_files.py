@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from xmag.errors import SlideError, UnsupportedSlideError
 from xmag.slide.dicom import SERIES, VOLUME, Attributes, DicomReader, kind, text
-from xmag.slide.integrity import damaged
-from xmag.slide.tiff import LocalSource, named
+from xmag.slide.integrity import damaged, named
+from xmag.slide.tiff import LocalSource
 
 WANTED: dict[int, tuple[str, str]] = {
     0x0002_0002: ("MediaStorageSOPClassUID", "text"),
@@ -193,11 +193,7 @@ def _values(data: bytes, kind: str) -> list[Any]:
 
 
 class InstanceFile:
-    """A file of a DICOM slide. `head` tells which files belong together, and what it shows.
-
-    More than that is read when it is asked for. `size` is in bytes, and `version` changes when the
-    file is written.
-    """
+    """A file of a DICOM slide; more of it than its `head` is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -16,17 +16,11 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from xmag.errors import (
-    ClosedSlideError,
-    MissingExtraError,
-    SlideError,
-    XmagError,
-)
+from xmag.errors import ClosedSlideError, MissingExtraError, SlideError, XmagError
 from xmag.slide import dicom
 from xmag.slide.dicom_files import TEXTS, WANTED
-from xmag.slide.integrity import damaged
+from xmag.slide.integrity import damaged, named
 from xmag.slide.remote import StatusError
-from xmag.slide.tiff import named
 from xmag.urls import Url, retold
 
 _SERIES = re.compile(r"(?:https?|dicomweb)://([^?#]+)/studies/([0-9.]+)/series/([0-9.]+)/?", re.I)
@@ -124,10 +118,7 @@ class _Server:
                 raise StatusError(error.last_attempt.value.status_code) from None
 
     def _check_whole(self, response: Any, **_: Any) -> None:
-        """Raise SlideError where an answer is too long, or the end of its last part is not there.
-
-        dicomweb-client takes what there is for the whole part.
-        """
+        """Raise SlideError where an answer is too long, or is cut, which its client lets pass."""
         import requests
 
         if response.status_code >= 300:

@@ -16,14 +16,12 @@ from typing import BinaryIO
 from tifffile import TiffPage
 
 from xmag.errors import UnsupportedSlideError
-from xmag.slide.integrity import damaged
+from xmag.slide.integrity import MAX_LEVEL_PX, MAX_TILES, damaged
 
 _MAX_DIRECTORIES = 1_000
 """Most directories of a file: slides have some ten, stacks, which are not read, thousands."""
 _MAX_TAGS = 1_000
 """Most tags of one directory; scanners write up to a hundred."""
-_MAX_TILES = 1 << 22
-"""Most tiles of one level: 240 Gpx in tiles of 240 px."""
 _MAX_OFFSET = 1 << 42
 """Largest offset that is read: 4 TB, which no slide has."""
 
@@ -44,10 +42,6 @@ _NUMBERS = _ONE_NUMBER | {258, 273, 278, 279, 324, 325, 338, 339}
 """Tags that say how pixels are stored, in one whole number or in several."""
 _ESSENTIAL_TAGS = _NUMBERS | {_SUB_IFDS, 347}
 """Tags without which tifffile would take the pixels for others than they are."""
-_MAX_LEVEL_PX = 1 << 40
-"""A square of a million px; the largest scans are a tenth of that."""
-
-
 _filtering = threading.Lock()
 
 
@@ -181,9 +175,9 @@ class _Walk:
                 f"tag {tag.code} of its directory {len(self.found)} holds {tag.count} values of"
                 f" type {tag.kind}; expected whole numbers, {'one' if one else 'at least one'}"
             )
-        if tag.code in _TILE_LISTS and tag.count > _MAX_TILES:
+        if tag.code in _TILE_LISTS and tag.count > MAX_TILES:
             raise UnsupportedSlideError(
-                f"it lists {tag.count} tiles for one level; expected at most {_MAX_TILES}. Convert"
+                f"it lists {tag.count} tiles for one level; expected at most {MAX_TILES}. Convert"
                 " it to larger tiles"
             )
         if tag.code in (_NDPI_STARTS, _NDPI_STARTS_HIGH):
@@ -231,9 +225,9 @@ def check_table(place: str, size: tuple[int, int], expected: int, page: TiffPage
             f"{place} of {size[0]}x{size[1]} px needs {expected} tiles, but the file lists"
             f" {offsets} offsets and {lengths} lengths"
         )
-    if size[0] * size[1] > _MAX_LEVEL_PX:
+    if size[0] * size[1] > MAX_LEVEL_PX:
         raise UnsupportedSlideError(
-            f"{place} is {size[0]}x{size[1]} px; expected at most {_MAX_LEVEL_PX} px in all. Export"
+            f"{place} is {size[0]}x{size[1]} px; expected at most {MAX_LEVEL_PX} px in all. Export"
             " the part with the tissue"
         )
 

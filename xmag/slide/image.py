@@ -57,8 +57,7 @@ class ImageReader:
             )
         self.levels: tuple[Level, ...] = (Level(size=size, downsample=1.0),)
         self._pixels: Pixels | None = None
-        self._closed = False
-        self._lock = threading.Lock()
+        self._closed, self._lock = False, threading.Lock()
 
     def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:  # noqa: ARG002 (there is one level)
         """The pixels of a window wholly inside the image."""

@@ -8,12 +8,17 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from xmag.errors import DamagedSlideError
+from xmag.errors import DamagedSlideError, XmagError
 from xmag.slide.reader import Level
 
+MAX_TILES = 1 << 22
+"""Most tiles of one level: 240 Gpx in tiles of 240 px."""
+MAX_LEVEL_PX = 1 << 40
+"""A square of a million px; the largest scans are a tenth of that."""
 LOST_BYTES = 512
 """A sector: so many zeros in a row are not in coded pixels, but in files that were copied badly."""
 _LEAST_BYTES = 64
@@ -48,6 +53,17 @@ _JXL_HEADER_BYTES = 64
 def damaged(seen: str) -> DamagedSlideError:
     """The error for what was seen in a file, with its remedy."""
     return DamagedSlideError(f"{seen}; it is truncated or damaged: copy it again")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a name before the errors of a file."""
+    try:
+        yield
+    except XmagError as error:
+        again = type(error)(f"{name}: {error}")
+        vars(again).update(vars(error))
+        raise again from error.__cause__
 
 
 def check_level(number: int, level: Level) -> None:
@@ -264,11 +280,8 @@ def check_jpeg2000_size(stream: bytes, size: tuple[int, int]) -> None:
     places = range(_J2K_SIZ_END + 1, _J2K_SIZ_END + 3 * count, 3)
     steps = [(stream[at], stream[at + 1]) for at in places]
     chroma = set(steps[1:3])
-    if (
-        {steps[0], *steps[3:]} != {(1, 1)}
-        or len(chroma) > 1
-        or not chroma.issubset(_J2K_CHROMA_STEPS)
-    ):
+    known_chroma = len(chroma) < 2 and chroma.issubset(_J2K_CHROMA_STEPS)
+    if {steps[0], *steps[3:]} != {(1, 1)} or not known_chroma:
         raise DamagedSlideError(f"its JPEG 2000 has components with a sample every {steps} px")
     across, down = -(-(x - tile_left) // tile_x), -(-(y - tile_top) // tile_y)
     if not 0 < across * down <= _J2K_MAX_TILES:
@@ -386,15 +399,12 @@ class _Bits:
     def size(self) -> tuple[int, int]:
         """(width, height); the width may be a ratio of the height."""
         small = self.take(1)
-
-        def side() -> int:
-            return (
-                8 * (1 + self.take(5)) if small else self.choice((1, 9), (1, 13), (1, 18), (1, 30))
-            )
-
-        height = side()
+        height = self._side(small)
         ratio = self.take(3)
         if not ratio:
-            return side(), height
+            return self._side(small), height
         across, down = _JXL_RATIOS[ratio - 1]
         return height * across // down, height
+
+    def _side(self, small: int) -> int:
+        return 8 * (1 + self.take(5)) if small else self.choice((1, 9), (1, 13), (1, 18), (1, 30))

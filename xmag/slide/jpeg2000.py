@@ -104,10 +104,7 @@ def _reduced(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _parsed(stream: bytes) -> tuple[dict[int, bytearray], bytes] | None:
-    """Segments of the main header, and all that follows; None where a stream is not ordinary.
-
-    Ordinary is one tile in one part, coded and quantised alike in all components.
-    """
+    """Segments of the main header, and what follows; None for several tiles, parts or codings."""
     header, marker, at = dict[int, bytearray](), 0, 0
     for marker, at, end in segments(stream):
         if marker not in (_SIZ, _COD, _QCD, _COM):

@@ -90,7 +90,7 @@ def _scan_pages(pages: _Pages) -> list[TiffPage]:
     """The pages that do not say they are something else; UnsupportedSlideError without any."""
     kept = [page for page in pages if not _is_associated(page)]
     if not kept:
-        raise _only_associated()
+        raise only_associated()
     return kept
 
 
@@ -101,7 +101,7 @@ def associated_pages(pages: _Pages, layout: TiffLayout) -> dict[str, TiffPage]:
     """
     kinds: dict[int, str | None] = {}
     if layout.format == "leica":
-        macros = metadata.leica_macros(pages[0].description)
+        macros = metadata.leica_scans(pages[0].description)[2]
         kinds = {macro.levels[0][2]: "macro" for macro in macros}
     elif layout.format == "ome-tiff":
         images = metadata.ome_images(pages[0].description, _samples(pages))
@@ -153,7 +153,8 @@ def _texts(page: TiffPage) -> Iterator[tuple[str, str]]:
             yield tag.name, tag.value
 
 
-def _only_associated() -> UnsupportedSlideError:
+def only_associated() -> UnsupportedSlideError:
+    """The error for a file without a scan."""
     return UnsupportedSlideError(
         "the file holds nothing but what is called a label, a macro, an overview or a thumbnail;"
         " expected a scan. Open the file of the scan"
@@ -161,17 +162,12 @@ def _only_associated() -> UnsupportedSlideError:
 
 
 def _is_reduced(base: TiffPage, page: TiffPage) -> bool:
-    """Whether `page` may show what `base` does, smaller: of its shape, rounded, and no label.
-
-    Nobody keeps a small copy of what was stored with loss without; labels often are.
-    """
+    """Whether `page` may show what `base` does, smaller: of its shape, rounded, and no label."""
     (width, height), (w, h) = page_size(base), page_size(page)
-    return (
-        (w < width and h < height)
-        and ((w - 1) * height <= (h + 1) * width and (h - 1) * width <= (w + 1) * height)
-        and not (page.compression in _LOSSLESS and base.compression not in _LOSSLESS)
-        and not _is_associated(page)
-    )
+    # Nobody keeps a small copy of what was stored with loss without; labels often are.
+    is_label = page.compression in _LOSSLESS and base.compression not in _LOSSLESS
+    similar = (w - 1) * height <= (h + 1) * width and (h - 1) * width <= (w + 1) * height
+    return w < width and h < height and similar and not is_label and not _is_associated(page)
 
 
 def _refuse_planes(base: TiffPage, others: _Pages) -> None:
@@ -225,7 +221,7 @@ def _philips(pages: _Pages, region: int | None) -> TiffLayout:
 
 def _leica(pages: _Pages, region: int | None) -> TiffLayout:
     """Layout of a Leica slide: scans on one canvas, the whole slide, in OpenSlide's coordinates."""
-    slide_nm, scans = metadata.leica_scans(pages[0].description)
+    slide_nm, scans, _ = metadata.leica_scans(pages[0].description)
     scans = [scan for scan in scans if scan.illumination == "brightfield"]
     if not scans:
         raise UnsupportedSlideError("none of the scans in the Leica file is brightfield")
@@ -290,7 +286,7 @@ def _ome(pages: _Pages, region: int | None) -> TiffLayout:
     listed = metadata.ome_images(pages[0].description, _samples(pages))
     images = [image for image in listed if metadata.associated_kind(image.name) is None]
     if listed and not images:
-        raise _only_associated()
+        raise only_associated()
     if not images or len({image.file for image in images}) > 1:
         raise UnsupportedSlideError(
             "the pixels of the OME-TIFF lie in several files, or in another one; xmag reads"

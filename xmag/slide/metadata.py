@@ -85,22 +85,15 @@ class LeicaScan:
     power: float | None
 
 
-def leica_scans(description: str) -> tuple[tuple[int, int], list[LeicaScan]]:
-    """(the size of the slide in nm, the scans on it) in the XML of an SCN file, without macros."""
-    whole, images = _leica_images(description)
-    return whole, [image for image in images if (image.offset_nm, image.size_nm) != ((0, 0), whole)]
-
-
-def leica_macros(description: str) -> list[LeicaScan]:
-    """The images of the whole slide in the XML of an SCN file."""
-    whole, images = _leica_images(description)
-    return [image for image in images if (image.offset_nm, image.size_nm) == ((0, 0), whole)]
-
-
-def _leica_images(description: str) -> tuple[tuple[int, int], list[LeicaScan]]:
+def leica_scans(
+    description: str,
+) -> tuple[tuple[int, int], list[LeicaScan], list[LeicaScan]]:
+    """(the size of the slide in nm, the scans on it, the images of all of it) in an SCN's XML."""
     collection = _first(ElementTree.fromstring(description), "collection")
     whole = (int(collection.attrib["sizeX"]), int(collection.attrib["sizeY"]))
-    return whole, [_leica_scan(image) for image in collection.iterfind("{*}image")]
+    images = [_leica_scan(image) for image in collection.iterfind("{*}image")]
+    macros = [image for image in images if (image.offset_nm, image.size_nm) == ((0, 0), whole)]
+    return whole, [image for image in images if image not in macros], macros
 
 
 def _leica_scan(image: ElementTree.Element) -> LeicaScan:

@@ -5,6 +5,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,27 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmag.errors import ClosedSlideError, DamagedSlideError, UnsupportedSlideError, XmagError
-from xmag.slide import metadata
+from xmag.slide import metadata, zarr_array
 from xmag.slide.codecs import MAX_TILE_PX, box_average, reductions
-from xmag.slide.integrity import check_level, damaged
-from xmag.slide.pixels import read_level
+from xmag.slide.integrity import MAX_LEVEL_PX, MAX_TILES, check_level, damaged, named
+from xmag.slide.layouts import only_associated
+from xmag.slide.pixels import read_whole
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, choose_scan, downsample
 from xmag.slide.remote import RemoteFolder
-from xmag.slide.zarr_array import (
-    UNSTORED,
-    Folder,
-    LocalFolder,
-    ZarrArray,
-    read_arrays,
-    read_documents,
-)
+from xmag.slide.zarr_array import UNSTORED, Folder, LocalFolder, ZarrArray
 from xmag.urls import Place, Url, readable
 
 _MAX_XML = 1 << 24
 _MAX_IMAGES, _MAX_LEVELS = 100, 64
-_MAX_LEVEL_PX = 1 << 40
-_MAX_TILES = 1 << 22
-_MAX_ASSOCIATED_PX = 1 << 26
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 16
 """Tiles of the finest and of the coarsest level that are hashed, and the most bytes of each."""
 
@@ -52,13 +44,13 @@ _STAIN = re.compile(
 )
 """Names of channels of fluorescence."""
 _PARSE_ERRORS = (
-    LookupError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError,
+    XmagError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError,
     NotImplementedError, ElementTree.ParseError,
 )  # fmt: skip
-"""Errors of zarr and of ours on metadata that make no sense."""
+"""Errors of ours, and of Python on metadata that make no sense."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Image:
     """An image of an OME-Zarr: its group, the attributes of that, and its entry in them.
 
@@ -148,14 +140,12 @@ class OmeZarrReader:
         self._place, self._closed = place, False
         self.source: Folder = RemoteFolder(place) if isinstance(place, Url) else LocalFolder(place)
         try:
-            self._open(region, image)
-        except XmagError as error:
-            self.close()
-            told = type(error)(f"{place.name}: {error}")
-            told.__dict__.update(error.__dict__)
-            raise told from None
+            with named(place.name):
+                self._open(region, image)
         except _PARSE_ERRORS as error:
             self.close()
+            if isinstance(error, XmagError):
+                raise
             # Without the error itself, which may hold some of what was written of the patient.
             raise damaged(
                 f"{place.name}: its metadata make no sense ({type(error).__name__})"
@@ -167,10 +157,7 @@ class OmeZarrReader:
             self._associated = [image for image in images if image.associated]
             scans = [image for image in images if not image.associated]
             if not scans:
-                raise UnsupportedSlideError(
-                    "it holds nothing but what is called a label, a macro, an overview or a"
-                    " thumbnail; expected a scan. Open that of the scan"
-                )
+                raise only_associated()
             sizes = [self._arrays_of(scan, scan.array_names()[:1])[0].size for scan in scans]
             image = scans[choose_scan(sizes, region)]
             image.check_colours()
@@ -181,7 +168,7 @@ class OmeZarrReader:
         self.metadata = image.scale()
 
     def _arrays_of(self, image: _Image, names: Sequence[str]) -> list[ZarrArray]:
-        return read_arrays(self.source, names, image.zarr_format, image.axes)
+        return zarr_array.read_arrays(self.source, names, image.zarr_format, image.axes)
 
     def _level(self, number: int) -> Level:
         """A level of the slide, checked."""
@@ -204,10 +191,10 @@ class OmeZarrReader:
                 f"it has {array.side('c')} channels; xmag reads RGB (brightfield) slides"
             )
         pixels, tiles = math.prod(level.size), level.tiles_across * level.tiles_down
-        if pixels > _MAX_LEVEL_PX or tiles > _MAX_TILES or math.prod(tile) > MAX_TILE_PX:
+        if pixels > MAX_LEVEL_PX or tiles > MAX_TILES or math.prod(tile) > MAX_TILE_PX:
             raise UnsupportedSlideError(
                 f"level {number} is {level.size[0]}x{level.size[1]} px in chunks of"
-                f" {tile[0]}x{tile[1]}; expected at most {_MAX_LEVEL_PX} px, {_MAX_TILES} chunks,"
+                f" {tile[0]}x{tile[1]}; expected at most {MAX_LEVEL_PX} px, {MAX_TILES} chunks,"
                 f" and {MAX_TILE_PX} px a chunk. Write it again in other chunks"
             )
         (width, height), (w, h) = base.size, level.size
@@ -317,17 +304,9 @@ class OmeZarrReader:
         return {str(image.associated): partial(self._read, image) for image in self._associated}
 
     def _read(self, image: _Image) -> Pixels:
-        reader = OmeZarrReader(self._place, image=image)
-        try:
-            size = reader.levels[0].size
-            if math.prod(size) > _MAX_ASSOCIATED_PX:
-                raise UnsupportedSlideError(
-                    f"an image beside the scan has {size[0]}x{size[1]} px; expected at most"
-                    f" {_MAX_ASSOCIATED_PX} in all"
-                )
-            return read_level(reader, 0, 1, (0, 0), size)
-        finally:
-            reader.close()
+        opened = closing(OmeZarrReader(self._place, image=image))
+        with opened as reader, named(self._place.name):
+            return read_whole(reader)
 
     def close(self) -> None:
         """Release what was opened. Closing twice is fine."""
@@ -384,16 +363,7 @@ def _images_of(
         raise UnsupportedSlideError("it is no OME-Zarr of version 0.4 or 0.5, which xmag reads")
     if not 0 < len(listed) <= _MAX_IMAGES:
         raise damaged(f"a group of it lists {len(listed)} images")
-    return [
-        _Image(
-            group=group,
-            zarr_format=zarr_format,
-            attributes=attributes,
-            multiscale=entry,
-            stated=stated,
-        )
-        for entry in listed
-    ]
+    return [_Image(group, zarr_format, attributes, entry, stated) for entry in listed]
 
 
 def _attributes(
@@ -402,7 +372,7 @@ def _attributes(
     """(version of zarr, what a group says of itself); DamagedSlideError where it says nothing."""
     start = f"{group}/" if group else ""
     names = ("zarr.json", ".zattrs", ".zarray")
-    third, second, array = read_documents(folder, [start + name for name in names])
+    third, second, array = zarr_array.read_documents(folder, [start + name for name in names])
     if array is not None or (third is not None and third["node_type"] == "array"):
         raise UnsupportedSlideError(
             "it is an array of zarr alone; expected OME-Zarr: open the folder above it"

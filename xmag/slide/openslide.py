@@ -16,15 +16,13 @@ from xmag.errors import (
     UnsupportedSlideError,
 )
 from xmag.slide.codecs import over_white
-from xmag.slide.integrity import check_level
+from xmag.slide.integrity import check_level, named
+from xmag.slide.pixels import check_whole
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
 from xmag.urls import without_folder
 
 SUFFIXES = frozenset({".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svslide", ".vms", ".vmu"})
 """Names of files that OpenSlide may know, whatever their first bytes."""
-
-
-_MAX_ASSOCIATED_PX = 1 << 26
 
 
 class OpenSlideReader:
@@ -41,13 +39,12 @@ class OpenSlideReader:
             ) from error
         if region not in (None, 0):
             raise InputError(f"region={region!r} is not in {path.name}; OpenSlide shows it as one")
+        self._path, self._name, self._closed = path, path.name, False
         self._errors = openslide.OpenSlideError
-        self._name = path.name
-        self._path = path
-        self._closed = False
         try:
             self._slide = openslide.OpenSlide(path)
-            self._read_facts()
+            with named(path.name):
+                self._read_facts()
         # Without their causes: those name the folders, which do not belong into logs of cohorts.
         except openslide.OpenSlideUnsupportedFormatError:
             raise UnsupportedSlideError(
@@ -59,9 +56,9 @@ class OpenSlideReader:
                 f"OpenSlide cannot open {path.name}: {without_folder(str(error), path)}. Copy the"
                 " file again, with those that belong to it"
             ) from None
-        except SlideError as error:
+        except SlideError:
             self.close()
-            raise type(error)(f"{path.name}: {error}") from None
+            raise
 
     def _read_facts(self) -> None:
         """Read levels, scale and vendor at once: after a failure OpenSlide answers nothing more."""
@@ -112,14 +109,10 @@ class OpenSlideReader:
     def _associated(self, name: str) -> Pixels:
         if self._closed:
             raise ClosedSlideError(f"{self._name} is closed; open the slide again to read from it")
-        with self._told():
+        with self._told(), named(f"{self._name}, an image beside the scan"):
             sides = (f"openslide.associated.{name}.{side}" for side in ("width", "height"))
             width, height = (int(self._slide.properties.get(side, 0)) for side in sides)
-            if width * height > _MAX_ASSOCIATED_PX:
-                raise UnsupportedSlideError(
-                    f"an image beside the scan of {self._name} is {width}x{height} px; expected at"
-                    f" most {_MAX_ASSOCIATED_PX} px in all"
-                )
+            check_whole((width, height))
             return over_white(np.asarray(self._slide.associated_images[name]))
 
     @contextmanager
@@ -129,8 +122,7 @@ class OpenSlideReader:
             yield
         except self._errors:
             raise DamagedSlideError(
-                f"OpenSlide cannot read what is beside the scan of {self._name}; copy the file"
-                " again"
+                f"OpenSlide cannot read what is beside the scan of {self._name}; copy it again"
             ) from None
 
     def close(self) -> None:

@@ -12,14 +12,13 @@ from PIL import Image
 from xmag.cores import usable_cores
 from xmag.errors import DamagedSlideError, UnsupportedSlideError
 from xmag.geometry import Resample
-from xmag.slide.codecs import box_average
+from xmag.slide.codecs import MAX_TILE_PX, box_average
 from xmag.slide.reader import Level, Pixels, RegionReader, SlideReader, TileReader
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
 
 _WHITE = 255
-_LANCZOS_SUPPORT = 3
 _MAX_DECODED_PX = 1 << 25
 """Decoded px held at once while a large window is resampled."""
 _MANY_TILES = 64
@@ -80,6 +79,21 @@ def read_level(
     return window
 
 
+def check_whole(size: tuple[int, int]) -> None:
+    """Raise UnsupportedSlideError where an image beside the scan is too large to read at once."""
+    if math.prod(size) > MAX_TILE_PX:
+        raise UnsupportedSlideError(
+            f"it is {size[0]}x{size[1]} px; expected at most {MAX_TILE_PX} px in all"
+        )
+
+
+def read_whole(reader: SlideReader) -> Pixels:
+    """The pixels of the first level, if that is not too large."""
+    size = reader.levels[0].size
+    check_whole(size)
+    return read_level(reader, 0, 1, (0, 0), size)
+
+
 def decode_together(
     reader: TileReader, level: int, chunks: Sequence[object], reduction: int, row: Pixels
 ) -> list[bool]:
@@ -122,22 +136,15 @@ def empty_tile(reader: TileReader, level: int, index: int, reduction: int) -> Pi
 
 
 def read_box(
-    reader: SlideReader,
-    level: int,
-    reduction: int,
-    box: Box,
-    size: tuple[int, int],
-    *,
-    kernel: Resample = "area",
+    reader: SlideReader, level: int, reduction: int, box: Box, size: tuple[int, int]
 ) -> Pixels:
-    """The pixels of `box`, in level-0 px, resampled to `size` from a level at 1/`reduction`.
+    """The pixels of `box`, in level-0 px, averaged to `size` from a level at 1/`reduction`.
 
     What of the box lies outside the canvas shows the pixels at its edge.
     """
     shape = reader.levels[level]
     x0, y0, x1, y1 = (edge / (shape.downsample * reduction) for edge in box)
     canvas = shape.decoded_size(reduction)
-    margin = _LANCZOS_SUPPORT if kernel == "lanczos" else 0
     px_width, px_height = (x1 - x0) / size[0], (y1 - y0) / size[1]
     if px_width * px_height > _MAX_DECODED_PX:
         raise UnsupportedSlideError(
@@ -150,14 +157,14 @@ def read_box(
     result = np.empty((size[1], size[0], 3), np.uint8)
     for first, last in _bands(size[1], rows):
         above, below = y0 + first * px_height, y0 + last * px_height
-        top, bottom = _span(above, below, margin * px_height, canvas[1])
+        top, bottom = _span(above, below, canvas[1])
         for start, stop in _bands(size[0], columns):
             west, east = x0 + start * px_width, x0 + stop * px_width
-            left, right = _span(west, east, margin * px_width, canvas[0])
+            left, right = _span(west, east, canvas[0])
             window = read_level(reader, level, reduction, (left, top), (right - left, bottom - top))
             inner = (west - left, above - top, east - left, below - top)
             into = (stop - start, last - first)
-            result[first:last, start:stop] = resample(window, inner, into, kernel)
+            result[first:last, start:stop] = resample(window, inner, into, "area")
     return result
 
 
@@ -196,10 +203,7 @@ def resample(pixels: Pixels, box: Box, size: tuple[int, int], kernel: Resample) 
 def _area_weights(
     start: float, stop: float, count: int, length: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """For each of `count` equal parts of [start, stop): the px it covers and their shares.
-
-    Both arrays are (count, most px covered by a part).
-    """
+    """(count, k): the px that each of equal parts of [start, stop) covers, and their shares."""
     edges = np.clip(np.linspace(start, stop, count + 1), 0, length)
     lower = np.minimum(edges[:-1], length - _ALIGNED)
     upper = np.maximum(edges[1:], lower + _ALIGNED)
@@ -222,10 +226,10 @@ def _weighted_sums(
     return total
 
 
-def _span(start: float, stop: float, margin: float, length: int) -> tuple[int, int]:
-    """The whole px that [start - margin, stop + margin) touches in [0, length); at least one."""
-    first = min(max(math.floor(start - margin + _ALIGNED), 0), length - 1)
-    last = max(min(math.ceil(stop + margin - _ALIGNED), length), first + 1)
+def _span(start: float, stop: float, length: int) -> tuple[int, int]:
+    """The whole px that [start, stop) touches in [0, length); at least one."""
+    first = min(max(math.floor(start + _ALIGNED), 0), length - 1)
+    last = max(min(math.ceil(stop - _ALIGNED), length), first + 1)
     return first, last
 
 
@@ -270,8 +274,8 @@ def are_huge(shape: Level) -> bool:
 def _has_bytes(reader: TileReader, level: int, box: Box) -> bool:
     """Whether any tile of a level under `box`, in level-0 px, is stored."""
     shape = reader.levels[level]
-    x0, x1 = _span(box[0] / shape.downsample, box[2] / shape.downsample, 0, shape.size[0])
-    y0, y1 = _span(box[1] / shape.downsample, box[3] / shape.downsample, 0, shape.size[1])
+    x0, x1 = _span(box[0] / shape.downsample, box[2] / shape.downsample, shape.size[0])
+    y0, y1 = _span(box[1] / shape.downsample, box[3] / shape.downsample, shape.size[1])
     return any(
         data is not None
         for run in _runs(shape, 1, (x0, y0), (x1 - x0, y1 - y0))

@@ -122,7 +122,6 @@ class SlideReader(Protocol):
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
-        ...
 
 
 @runtime_checkable
@@ -136,7 +135,6 @@ class DescribedReader(SlideReader, Protocol):
 
     def read_properties(self) -> Mapping[str, str]:
         """The texts of the file by their names, as it has them; DamagedSlideError where broken."""
-        ...
 
     def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
         """Functions that read the images beside the scan, such as "label", "macro", "thumbnail".
@@ -144,7 +142,6 @@ class DescribedReader(SlideReader, Protocol):
         Their names are of the reader's choice, lower-case, and no text of the file. The pixels are
         checked as a tile's are: DamagedSlideError, and never a pixel that is made up.
         """
-        ...
 
 
 @runtime_checkable
@@ -159,14 +156,12 @@ class TileReader(SlideReader, Protocol):
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
         """The bytes of tiles, each complete enough for `decode`; None for one declared empty."""
-        ...
 
     def decode(self, level: int, data: bytes, reduction: int) -> Pixels:
         """The pixels of one tile at 1/`reduction`, in full tile size even at the edges.
 
         Raises DamagedSlideError where the bytes do not hold what they should.
         """
-        ...
 
 
 @runtime_checkable
@@ -175,7 +170,6 @@ class RegionReader(SlideReader, Protocol):
 
     def read_region(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
         """The pixels of a window wholly inside the level; `xy` in px of that level."""
-        ...
 
 
 class Unshown(Mapping[str, _Value]):

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from xmag.errors import ClosedSlideError, DamagedSlideError, SlideError, UnsupportedSlideError
+from xmag.errors import (
+    ClosedSlideError,
+    DamagedSlideError,
+    InputError,
+    SlideError,
+    UnsupportedSlideError,
+)
 from xmag.slide.integrity import damaged
 from xmag.urls import Url, retold
 
@@ -108,6 +114,47 @@ class RemoteSource:
             self.bytes_fetched += sum(map(len, chunks))
 
 
+class OpenFile:
+    """Byte ranges of the file that an open TiffSlide reads, which stays open and the caller's."""
+
+    head = b""
+
+    def __init__(self, handle: Any) -> None:
+        # The lock of all who read from it; without one, tifffile reads by no thread but one.
+        handle.set_lock(True)
+        self._handle = handle
+        self.name, self.size = str(handle.name), int(handle.size)
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length); ClosedSlideError where the TiffSlide was closed."""
+        chunks = list[bytes]()
+        try:
+            with self._handle.lock:
+                for offset, length in ranges:
+                    self._handle.seek(offset)
+                    chunks.append(bytes(self._handle.read(length)))
+        except (ValueError, AttributeError):
+            raise ClosedSlideError(
+                f"the TiffSlide of {self.name} is closed; open it again"
+            ) from None
+        if any(len(chunk) != length for chunk, (_, length) in zip(chunks, ranges, strict=True)):
+            raise damaged(f"{self.name} ends within the bytes of a tile")
+        return chunks
+
+    def file(self) -> "_RangeFile":
+        """A file object over it, with a position of its own."""
+        return _RangeFile(self)
+
+    def close(self) -> None:
+        """Leave the file open: it is the caller's."""
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            f"a Slide of a TiffSlide whose file is not of this machine ({self.name}) cannot be sent"
+            " to another process; open a Slide by its path or URL"
+        )
+
+
 class RemoteFolder:
     """Files below a URL, fetched as they are needed; usable from many threads at once.
 
@@ -138,16 +185,18 @@ class RemoteFolder:
             if self.url.scheme in ("http", "https"):
                 from fsspec.asyn import sync
 
-                servers = [_HttpServer(url, whole=True) for url in urls]
-                found = sync(self._store.loop, _fetch_each, servers, most)
+                asked = [(_HttpServer(url, whole=True), 0, most) for url in urls]
+                found = sync(self._store.loop, _fetched, asked, keep_errors=True)
             else:
                 paths, zeros = [url.store()[1] for url in urls], [0] * len(urls)
                 ends = [most] * len(urls)
                 found = self._store.cat_ranges(paths, zeros, ends, on_error="return")
+            in_zip = self.url.scheme == "zip"
             for chunk in found:
                 # Of a zip file, older versions of fsspec give the KeyError of zipfile.
-                in_zip = self.url.scheme == "zip" and isinstance(chunk, KeyError)
-                if isinstance(chunk, BaseException) and not (in_zip or _is_missing(chunk)):
+                kinds = (FileNotFoundError, KeyError) if in_zip else FileNotFoundError
+                gone = isinstance(chunk, kinds) or getattr(chunk, "status", 0) in (404, 410)
+                if isinstance(chunk, BaseException) and not gone:
                     raise chunk
         files = [None if isinstance(chunk, BaseException) else bytes(chunk) for chunk in found]
         with self._lock:
@@ -181,16 +230,14 @@ class RemoteFolder:
                     source.close()
 
 
-def _is_missing(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410)
-
-
-async def _fetch_each(servers: Sequence["_HttpServer"], most: int) -> list[bytes | BaseException]:
-    """The first bytes of files on a server, at most so many of each, or why there are none."""
+async def _fetched(
+    asked: Sequence[tuple["_HttpServer", int, int]], *, keep_errors: bool = False
+) -> list[Any]:
+    """The bytes of each (server, offset, length); with `keep_errors`, or why there are none."""
     gate = asyncio.Semaphore(_MOST_REQUESTS)
-    tasks = [asyncio.ensure_future(server._persistently(gate, 0, most)) for server in servers]
+    tasks = [asyncio.ensure_future(server._persistently(gate, *span)) for server, *span in asked]
     try:
-        return list(await asyncio.gather(*tasks, return_exceptions=True))
+        return list(await asyncio.gather(*tasks, return_exceptions=keep_errors))
     finally:
         for task in tasks:
             task.cancel()
@@ -203,7 +250,7 @@ class _RangeFile(io.RawIOBase):
     a parser may take it for a fault of the file, and go on with a part of it.
     """
 
-    def __init__(self, source: RemoteSource) -> None:
+    def __init__(self, source: RemoteSource | OpenFile) -> None:
         from fsspec.caching import BlockCache
 
         self.name = source.name
@@ -312,17 +359,9 @@ class _HttpServer(_Store):
     def fetch(self, spans: _Ranges) -> list[bytes]:
         from fsspec.asyn import sync
 
-        chunks: list[bytes] = sync(self._store.loop, self._fetch_all, spans)
+        asked = [(self, *span) for span in spans]
+        chunks: list[bytes] = sync(self._store.loop, _fetched, asked)
         return chunks
-
-    async def _fetch_all(self, spans: _Ranges) -> list[bytes]:
-        gate = asyncio.Semaphore(_MOST_REQUESTS)
-        tasks = [asyncio.ensure_future(self._persistently(gate, *span)) for span in spans]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _persistently(self, gate: asyncio.Semaphore, offset: int, length: int) -> bytes:
         """The bytes of a span, fetched again after errors that may pass."""

@@ -79,7 +79,6 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
         return given, "given"
     power = found.objective_power
     nominal = _plausible(_UM_PER_PX_AT_1X / power) if power and power > 0 else None
-    mpp = None
     if found.mpp is not None and all(_plausible(value) for value in found.mpp):
         x, y = found.mpp
         if abs(x / y - 1) > _ANISOTROPY:
@@ -88,7 +87,6 @@ def judge(found: ScaleMetadata, given: float | None, name: str) -> tuple[float |
                 " square ones. Give the right scale as mpp="
             )
         mpp = x if x == y else (x + y) / 2
-    if mpp is not None:
         if nominal is not None and abs(mpp / nominal - 1) > _CONTRADICTION:
             warnings.warn(
                 f"{name} says {mpp:.4g} µm/px ({found.mpp_source}), but an objective power of"

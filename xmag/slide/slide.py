@@ -4,11 +4,11 @@ import math
 import operator
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from PIL import Image
 
@@ -31,10 +31,10 @@ from xmag.slide.layouts import NeedsOpenSlideError, NeedsTiffslideError
 from xmag.slide.omezarr import OmeZarrReader, is_omezarr
 from xmag.slide.pixels import read_box, read_level
 from xmag.slide.reader import DescribedReader, Pixels, SlideReader, Unshown
-from xmag.slide.remote import RemoteFolder, RemoteSource
+from xmag.slide.remote import OpenFile, RemoteFolder, RemoteSource
 from xmag.slide.scale import check_area, checked_mpp, checked_scale, judge, known_mpp
 from xmag.slide.tiff import TiffReader
-from xmag.slide.tiffslide import OpenFile, TiffSlideReader, file_of
+from xmag.slide.tiffslide import TiffSlideReader, file_of
 from xmag.urls import Place, Url, place_of, readable
 
 if TYPE_CHECKING:
@@ -42,21 +42,13 @@ if TYPE_CHECKING:
     from tiffslide import TiffSlide
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SLIDE_SUFFIXES = openslide.SUFFIXES | {
-    ".svs",
-    ".tif",
-    ".tiff",
-    ".btf",
-    ".vsi",
-    ".zarr",
-}
+_SLIDE_SUFFIXES = openslide.SUFFIXES | {".svs", ".tif", ".tiff", ".btf", ".vsi", ".zarr"}
 _ROUNDING = 1e-6
 _SHOWN_PX = 100_000_000
 """Px of the coarsest level up to which a notebook shows a thumbnail: about a second's work."""
 
 _Source = tuple[Place, int | None]
 """Place of a file, and the scan in it."""
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +307,9 @@ class Slide(Shown):
         """
         reader = self.reader
         found = reader.associated_images() if isinstance(reader, DescribedReader) else {}
-        return Unshown(self._name, "associated images", dict(found), _read_image)
+        return Unshown(
+            self._name, "associated images", dict(found), lambda read: Image.fromarray(read())
+        )
 
     def close(self) -> None:
         """Release the file. Closing twice is fine; reading afterwards raises ClosedSlideError."""
@@ -350,10 +344,6 @@ class Slide(Shown):
         self.__dict__.update(state)
         if self._source is not None:
             self._reader = open_reader(*self._source)
-
-
-def _read_image(read: Callable[[], Pixels]) -> Image.Image:
-    return Image.fromarray(read())
 
 
 def _version(path: Place) -> str | None:

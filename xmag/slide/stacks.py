@@ -55,12 +55,8 @@ class Stack:
         head, scans = chunks[0][:start], dict[int, memoryview]()
         for number, chunk in enumerate(chunks):
             data = chunk.rstrip(b"\0")  # some writers pad
-            if (
-                data.startswith(head)
-                and data.endswith(_EOI)
-                and len(data) <= _MOST_BYTES
-                and data.find(self.zeros, start) < 0
-            ):
+            is_whole = data.startswith(head) and data.endswith(_EOI)
+            if is_whole and len(data) <= _MOST_BYTES and data.find(self.zeros, start) < 0:
                 scans[number] = memoryview(data)[start:-2]
         numbers = list(scans)
         most = (_MOST_SIDE - self.mcu_height) // self.height

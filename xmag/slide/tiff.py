@@ -3,33 +3,25 @@
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 from xml.etree import ElementTree
 
 from tifffile import TIFF, TiffFile, TiffFileError, TiffPage
 
 from xmag.errors import ClosedSlideError, UnsupportedSlideError, XmagError
-from xmag.slide import codecs, directories
+from xmag.slide import codecs, directories, layouts
 from xmag.slide.directories import TileTable
-from xmag.slide.integrity import check_level, damaged
-from xmag.slide.layouts import (
-    NeedsOpenSlideError,
-    NeedsTiffslideError,
-    PageLevel,
-    TiffLayout,
-    associated_pages,
-    find_layout,
-    page_size,
-    texts,
-)
-from xmag.slide.pixels import read_level
+from xmag.slide.integrity import check_level, damaged, named
+from xmag.slide.layouts import NeedsTiffslideError, PageLevel, TiffLayout, page_size
+from xmag.slide.pixels import check_whole, read_whole
 from xmag.slide.reader import Level, Pixels, ScaleMetadata, downsample
+from xmag.slide.remote import OpenFile, RemoteSource
 
 _MOST_GAP = 64
 """Bytes between tiles that are read along with them: some writers align tiles."""
@@ -41,24 +33,6 @@ _PARSE_ERRORS = (
     AttributeError, ZeroDivisionError, RuntimeError, ElementTree.ParseError, StopIteration,
 )  # fmt: skip
 """Errors of tifffile on a directory that makes no sense."""
-
-
-class Source(Protocol):
-    """Byte ranges of a file that is no local one."""
-
-    name: str
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (offset, length)."""
-        ...
-
-    def file(self) -> AbstractContextManager[Any]:
-        """A file object over it."""
-        ...
-
-    def close(self) -> None:
-        """Release what it holds."""
-        ...
 
 
 class LocalSource:
@@ -128,13 +102,16 @@ class DecodingReader:
         self, level: int, chunks: Sequence[object], reduction: int, row: Pixels
     ) -> list[bool]:
         """Decode tiles of a level into `row`, side by side; False for what `decode` has to do."""
-        return codecs.decode_many(self._decoders[level], chunks, reduction, row)
+        decoder = self._decoders[level]
+        if isinstance(decoder, codecs.JpegDecoder):
+            return decoder.many(chunks, reduction, row)
+        return [False] * len(chunks)
 
 
 class TiffReader(DecodingReader):
     """A TileReader over the pages of one TIFF file; it closes a remote source with itself."""
 
-    def __init__(self, path: Path | Source, *, region: int | None = None) -> None:
+    def __init__(self, path: Path | RemoteSource | OpenFile, *, region: int | None = None) -> None:
         self._place, self._region = path, region
         with named(path.name):
             with self._parsed() as (_, layout, end):
@@ -144,19 +121,28 @@ class TiffReader(DecodingReader):
 
     @contextmanager
     def _parsed(self) -> Iterator[tuple[list[TiffPage], TiffLayout, int]]:
-        """The pages of the file, the pyramid among them, and where the file ends, while it is open.
-
-        What cannot be parsed in here is damage.
-        """
-        place = self._place
+        """The file's pages, pyramid and end, while it is open; what cannot be parsed is damage."""
+        place, is_ndpi = self._place, self._place.name.endswith(".ndpi")
         # What goes wrong on the way to a remote file comes before all else.
-        with place.open("rb") if isinstance(place, Path) else place.file() as file:
-            end = file.seek(0, 2)
-            is_ndpi = place.name.endswith(".ndpi")
-            with _layout_of(
-                cast(BinaryIO, file), self._region, self._opened, is_ndpi=is_ndpi
-            ) as found:
-                yield *found, end
+        with place.open("rb") if isinstance(place, Path) else place.file() as opened:
+            file = cast(BinaryIO, opened)
+            codes, end = directories.walk(file, is_ndpi=is_ndpi), file.seek(0, 2)
+            file.seek(0)
+            try:
+                # What counts of its warnings is found out here and raised.
+                with directories.tifffile_unheard(), self._opened(file, is_ndpi=is_ndpi) as tiff:
+                    pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
+                    if not pages:
+                        raise damaged("it begins like a TIFF, but holds no image")
+                    yield pages, _checked_layout(pages, self._region, codes), end
+            except _PARSE_ERRORS as error:
+                if isinstance(error, XmagError):
+                    raise
+                # Without the error itself, which may hold what the scanner wrote of the patient.
+                raise damaged(
+                    "it begins like a TIFF, but its directories make no sense"
+                    f" ({type(error).__name__})"
+                ) from None
 
     def _opened(self, file: BinaryIO, *, is_ndpi: bool) -> AbstractContextManager[TiffFile]:
         """The parser of a file."""
@@ -211,76 +197,41 @@ class TiffReader(DecodingReader):
     def read_properties(self) -> Mapping[str, str]:
         """The text tags of the first level and of the first page, and Aperio's fields."""
         with named(self._place.name), self._parsed() as (pages, layout, _):
-            return texts(pages, layout)
+            return layouts.texts(pages, layout)
 
     def associated_images(self) -> Mapping[str, Callable[[], Pixels]]:
         """Functions that read the pages beside the scan: "label", "macro", "thumbnail", "other"."""
         with named(self._place.name), self._parsed() as (pages, layout, end):
-            beside = associated_pages(pages, layout)
+            beside = layouts.associated_pages(pages, layout)
         return {kind: partial(self._page, kind, page, layout, end) for kind, page in beside.items()}
 
     def _page(self, kind: str, page: TiffPage, layout: TiffLayout, end: int) -> Pixels:
         """The pixels of a page that is no level."""
         with named(f"{self._place.name}, {kind}"):
-            width, height = size = page_size(page)
-            if width * height > codecs.MAX_TILE_PX:
-                raise UnsupportedSlideError(
-                    f"it is {width}x{height} px; expected at most {codecs.MAX_TILE_PX} px in all"
-                )
-            alone = copy(self)
-            alone._set(replace(layout, levels=(PageLevel(page=page, size=size),)), end)
-            return read_level(alone, 0, 1, (0, 0), size)
+            alone, level = copy(self), PageLevel(page=page, size=page_size(page))
+            check_whole(level.size)
+            alone._set(replace(layout, levels=(level,)), end)
+            return read_whole(alone)
 
     def close(self) -> None:
         """Release the file. Closing twice is fine."""
         self.source.close()
 
 
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put a name before the errors of a file."""
+def _checked_layout(
+    pages: list[TiffPage], region: int | None, codes: Mapping[int, Set[int]]
+) -> TiffLayout:
+    """The layout of the slide in a file, all tags of which could be read."""
     try:
-        yield
-    except XmagError as error:
-        again = type(error)(f"{name}: {error}")
-        vars(again).update(vars(error))
-        raise again from error
-
-
-@contextmanager
-def _layout_of(
-    file: BinaryIO,
-    region: int | None,
-    opened: Callable[..., AbstractContextManager[TiffFile]],
-    *,
-    is_ndpi: bool,
-) -> Iterator[tuple[list[TiffPage], TiffLayout]]:
-    """The pages of a file, and those of the slide in it."""
-    codes = directories.walk(file, is_ndpi=is_ndpi)
-    file.seek(0)
-    try:
-        # What counts of it is found out here and raised.
-        with directories.tifffile_unheard(), opened(file, is_ndpi=is_ndpi) as tiff:
-            pages = [page for page in tiff.pages if isinstance(page, TiffPage)]
-            if not pages:
-                raise damaged("it begins like a TIFF, but holds no image")
-            try:
-                layout = find_layout(pages, region)
-            except NeedsOpenSlideError:
-                for number, page in enumerate(pages):
-                    directories.check_tags(number, page, codes)
-                    directories.check_for_openslide(number, page, tile_size(page)[:2])
-                raise
-            for number, level in enumerate(layout.levels):
-                directories.check_tags(number, level.page, codes)
-            yield pages, layout
-    except _PARSE_ERRORS as error:
-        if isinstance(error, XmagError):
-            raise
-        # Without the error itself, which may hold some of what the scanner wrote of the patient.
-        raise damaged(
-            f"it begins like a TIFF, but its directories make no sense ({type(error).__name__})"
-        ) from None
+        layout = layouts.find_layout(pages, region)
+    except layouts.NeedsOpenSlideError:
+        for number, page in enumerate(pages):
+            directories.check_tags(number, page, codes)
+            directories.check_for_openslide(number, page, tile_size(page)[:2])
+        raise
+    for number, level in enumerate(layout.levels):
+        directories.check_tags(number, level.page, codes)
+    return layout
 
 
 def _coding(page: TiffPage, *, aperio: bool) -> codecs.TileCoding:

@@ -18,18 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tifffile import TiffFile, TiffPage
 
-from xmag.errors import (
-    ClosedSlideError,
-    DamagedSlideError,
-    InputError,
-    UnsupportedSlideError,
-)
+from xmag.errors import ClosedSlideError, DamagedSlideError, InputError, UnsupportedSlideError
 from xmag.slide import codecs
 from xmag.slide.image import PNG_MAGIC, chunks_of_png
 from xmag.slide.integrity import check_zeros, damaged, jpeg_xl_size
 from xmag.slide.layouts import NeedsTiffslideError
 from xmag.slide.reader import Pixels
-from xmag.slide.remote import RemoteSource
+from xmag.slide.remote import OpenFile
 from xmag.slide.tiff import TiffReader, tile_size
 
 _RGB = 2
@@ -60,7 +55,16 @@ class TiffSlideReader(TiffReader):
         try:
             return super()._decoder(page, aperio=aperio)
         except NeedsTiffslideError as error:
-            _refuse(page, str(error))
+            seen = str(error)
+        compression = int(page.compression)
+        if (coding := _SILENT.get(compression)) is not None:
+            raise UnsupportedSlideError(
+                f"its tiles are {coding} (TIFF compression {compression}, {page.planarconfig!r},"
+                f" extra samples {page.extrasamples}), and the decoder for such shows lost bytes as"
+                " pixels, without an error. Convert it to a tiled JPEG TIFF"
+            )
+        if page.photometric != _RGB or compression not in _DECODED or page.predictor not in (1, 2):
+            raise UnsupportedSlideError(f"{seen}. Convert it to a tiled JPEG TIFF")
         return _TileDecoder(page)
 
     def read_tile_bytes(self, level: int, indices: Sequence[int]) -> list[bytes | None]:
@@ -83,19 +87,6 @@ class TiffSlideReader(TiffReader):
             head = struct.pack(f"<{1 + len(stored)}I", index, *map(len, stored))
             chunks.append(head + b"".join(stored) if stored else None)
         return chunks
-
-
-def _refuse(page: TiffPage, seen: str) -> None:
-    """Raise UnsupportedSlideError where pages like this are not decoded, or not safely."""
-    compression = int(page.compression)
-    if (coding := _SILENT.get(compression)) is not None:
-        raise UnsupportedSlideError(
-            f"its tiles are {coding} (TIFF compression {compression}, {page.planarconfig!r}, extra"
-            f" samples {page.extrasamples}), and the decoder for such shows lost bytes as pixels,"
-            " without an error. Convert it to a tiled JPEG TIFF"
-        )
-    if page.photometric != _RGB or compression not in _DECODED or page.predictor not in (1, 2):
-        raise UnsupportedSlideError(f"{seen}. Convert it to a tiled JPEG TIFF")
 
 
 class _TileDecoder:
@@ -155,10 +146,7 @@ class _TileDecoder:
         return min(self._size[0], width), min(self._size[1], height)
 
     def _check(self, data: bytes, extent: tuple[int, int]) -> None:
-        """Raise DamagedSlideError where a tile says that it is larger, or lacks a sector.
-
-        Its decoder takes memory for what it says.
-        """
+        """Raise DamagedSlideError where a tile lacks a sector, or says that it is larger."""
         if self._compression == _ZSTD:
             check_zeros(data, "Zstandard")
         if self._compression == _PNG:
@@ -176,10 +164,7 @@ class _TileDecoder:
             )
 
     def _on_white(self, samples: NDArray[np.uint8]) -> Pixels:
-        """RGBA on white; alpha of a kind that the file does not say is taken as libtiff does.
-
-        That is as one that colours are multiplied by, if they can be.
-        """
+        """RGBA on white; colours are multiplied by alpha unless that cannot be, or is denied."""
         colour, alpha = samples[..., :3], samples[..., 3:]
         straight = self._extra == _STRAIGHT_ALPHA
         if not straight and (colour > alpha.astype(np.int16) + _TOLERANCE).any():
@@ -212,47 +197,6 @@ def _decode_png(data: bytes) -> NDArray[Any]:
             raise ValueError("the PNG says which of its colours is transparent")
         array = np.asarray(image)
     return array.reshape(1, *array.shape[:2], -1)
-
-
-class OpenFile:
-    """Byte ranges of the file that an open TiffSlide reads, which stays open and the caller's."""
-
-    head = b""
-
-    def __init__(self, handle: Any) -> None:
-        # The lock of all who read from it; without one, tifffile reads by no thread but one.
-        handle.set_lock(True)
-        self._handle = handle
-        self.name, self.size = str(handle.name), int(handle.size)
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (offset, length); ClosedSlideError where the TiffSlide was closed."""
-        chunks = list[bytes]()
-        try:
-            with self._handle.lock:
-                for offset, length in ranges:
-                    self._handle.seek(offset)
-                    chunks.append(bytes(self._handle.read(length)))
-        except (ValueError, AttributeError):
-            raise ClosedSlideError(
-                f"the TiffSlide of {self.name} is closed; open it again"
-            ) from None
-        if any(len(chunk) != length for chunk, (_, length) in zip(chunks, ranges, strict=True)):
-            raise damaged(f"{self.name} ends within the bytes of a tile")
-        return chunks
-
-    def file(self) -> Any:
-        """A file object over it, with a position of its own."""
-        return RemoteSource.file(cast(Any, self))
-
-    def close(self) -> None:
-        """Leave the file open: it is the caller's."""
-
-    def __reduce__(self) -> Any:
-        raise InputError(
-            f"a Slide of a TiffSlide whose file is not of this machine ({self.name}) cannot be sent"
-            " to another process; open a Slide by its path or URL"
-        )
 
 
 def file_of(slide: Any) -> Any:

@@ -27,9 +27,11 @@ from typing import Any, Self
 from xmag.errors import DamagedSlideError, InputError, XmagError
 from xmag.tiles.arena import Arena, Tiles
 from xmag.tiles.decoder import Begun, Decoded, DecodeJob, Event, Failed, Finished, Idle
-from xmag.tiles.worker import Filled, Free, Places, Ready
+from xmag.tiles.worker import Filled, Free, Places
 
-SUPPORTED = os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
+PROCESSES_SUPPORTED = (
+    os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
+)
 """Whether this program can start a Python, and hand sockets and memory to it as is done here."""
 
 LIMITS_MEMORY = sys.platform == "linux"
@@ -89,19 +91,35 @@ class Limits:
 class _Process:
     """A child process, our end of the line to it, and the seconds that its slide has cost."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        shape: dict[str, int],
-        slots: list[int],
-        threads: int,
-        memory_limit: int | None,
-    ) -> None:
-        call = (
-            f"{arena.fd}, {shape}, {slots}, threads={threads}, memory_limit={memory_limit},"
-            f" parent={os.getpid()}"
+    def __init__(self, pool: "_Pool", slots: list[int]) -> None:
+        ours, theirs = socket.socketpair()
+        # The child finds this very xmag, wherever the caller's sys.path found it.
+        root = str(Path(__file__).parents[2])
+        code = (
+            f"import sys; sys.path.insert(0, {root!r}); from xmag.tiles.worker import main;"
+            f" main({theirs.fileno()}, {pool.arena.fd}, {pool.shape}, {slots},"
+            f" threads={pool.threads}, memory_limit={pool.memory_limit}, parent={os.getpid()})"
         )
-        self.popen, self.connection = _launched(call, arena.fd)
+        try:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), pool.arena.fd),
+                # Ctrl-C goes to this process, which then ends the children.
+                process_group=0,
+                # Nothing there multiplies matrices: threads for that would only take memory.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            ours.close()
+            raise XmagError(
+                f"no process to decode slides can be started ({error.strerror}); with processes=0"
+                " slides are decoded in this process"
+            ) from error
+        finally:
+            theirs.close()
+        self.connection: Connection[Any, Any] = Connection(ours.detach())
         self._sending = threading.Lock()
         self._worked_s, self._since = 0.0, time.monotonic()
 
@@ -154,54 +172,21 @@ class _Process:
         return f"ended by itself (status {status})"
 
 
-def _launched(call: str, arena_fd: int) -> tuple["subprocess.Popen[bytes]", "Connection[Any, Any]"]:
-    """A process that does `xmag.tiles.worker.main` with these arguments, and our end of it."""
-    ours, theirs = socket.socketpair()
-    # The child finds this very xmag, wherever the caller's sys.path found it.
-    root = str(Path(__file__).parents[2])
-    code = (
-        f"import sys; sys.path.insert(0, {root!r}); from xmag.tiles.worker import main;"
-        f" main({theirs.fileno()}, {call})"
-    )
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), arena_fd),
-            # Ctrl-C goes to this process, which then ends the children.
-            process_group=0,
-            # Nothing there multiplies matrices: threads for that would only take memory.
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
-    except OSError as error:
-        ours.close()
-        raise XmagError(
-            f"no process to decode slides can be started ({error.strerror}); with processes=0"
-            " slides are decoded in this process"
-        ) from error
-    finally:
-        theirs.close()
-    return process, Connection(ours.detach())
-
-
 class _Pool:
     """Memory that children share with this process, and the thread that starts them."""
 
     def __init__(
         self, slots: int, slot_tiles: int, size_px: int, threads: int, memory_limit: int | None
     ) -> None:
-        self._shape = {"slots": slots, "slot_tiles": slot_tiles, "size_px": size_px}
-        self._threads, self._memory_limit = threads, memory_limit
-        self.arena = Arena(**self._shape)
+        self.shape = {"slots": slots, "slot_tiles": slot_tiles, "size_px": size_px}
+        self.threads, self.memory_limit = threads, memory_limit
+        self.arena = Arena(**self.shape)
         # A child gets SIGKILL when the thread that started it ends: this one outlives them.
         self._starter = ThreadPoolExecutor(1, "xmag-starter")
 
     def start(self, slots: list[int]) -> _Process:
         """A child that fills these slots. XmagError where the system starts none."""
-        return self._starter.submit(
-            _Process, self.arena, self._shape, slots, self._threads, self._memory_limit
-        ).result()
+        return self._starter.submit(_Process, self, slots).result()
 
     def __enter__(self) -> Self:
         return self
@@ -276,7 +261,7 @@ class DecodingPool(_Pool):
         """Kill the children, and see every one end. Closing twice is fine."""
         self.is_closing = True
         for child in self._children:
-            child.process.kill()
+            child.process.popen.kill()
             self.todo.put(None)
         for child in self._children:
             while child.thread.is_alive():
@@ -295,14 +280,9 @@ class _Child:
         self.lent: set[int] = set()
         self._jobs, self._has_begun = deque[DecodeJob](), False
         self._slots_change = threading.Lock()
-        self._process = pool.start(slots)
+        self.process = pool.start(slots)
         self.thread = threading.Thread(target=self._serve, name="xmag-decoder", daemon=True)
         self.thread.start()
-
-    @property
-    def process(self) -> "subprocess.Popen[bytes]":
-        """The process that is there now."""
-        return self._process.popen
 
     def _serve(self) -> None:
         try:
@@ -315,7 +295,7 @@ class _Child:
             if not self._pool.is_closing:
                 self._pool.inbox.put(error)
         finally:
-            self._process.end()
+            self.process.end()
 
     def _feed(self) -> bool:
         """Give the process its next jobs, one ahead of its work; False once the pool closes."""
@@ -329,21 +309,19 @@ class _Child:
             if job is None:
                 break
             if not self._jobs:
-                self._process.start_clock()
+                self.process.start_clock()
             self._jobs.append(job)
-            self._process.send(job)
+            self.process.send(job)
         return not self._pool.is_closing
 
     def _next_event(self) -> Event | None:
         """The next event of the process; None where what it says concerns nobody else."""
         try:
-            message = self._process.receive(self._patience_s())
+            message = self.process.receive(self._patience_s())
         except _GoneError:
-            return self._replace(self._process.end())
+            return self._replace(self.process.end())
         if message is None:
-            return self._stop() if self._is_overdue() else None
-        if isinstance(message, Ready):
-            return None
+            return self._stop_if_overdue()
         if isinstance(message, Filled):
             with self._slots_change:
                 self.lent.add(message.slot)
@@ -354,7 +332,7 @@ class _Child:
         elif isinstance(message, Finished | Failed):
             self._jobs.popleft()
             self._has_begun = False
-            self._process.start_clock(anew=True)
+            self.process.start_clock(anew=True)
         event: Event = message
         return event
 
@@ -362,9 +340,9 @@ class _Child:
         """Let a slot be written to again; called from the thread that has copied its tiles."""
         with self._slots_change:
             if not self._has_slot():
-                self._process.start_clock()
+                self.process.start_clock()
             self.lent.discard(slot)
-            self._process.send(Free(slot))
+            self.process.send(Free(slot))
 
     def _has_slot(self) -> bool:
         return not self.lent.issuperset(self._slots)
@@ -374,24 +352,19 @@ class _Child:
         limit = self._pool.limits.slide_timeout
         if limit is None or not self._has_begun:  # it is not at a slide yet
             return None
-        return max(0.0, self._process.seconds_left(limit)) if self._has_slot() else _NO_SLOT_S
+        return max(0.0, self.process.seconds_left(limit)) if self._has_slot() else _NO_SLOT_S
 
-    def _is_overdue(self) -> bool:
+    def _stop_if_overdue(self) -> Failed | None:
+        """Kill the process if its slide takes too long."""
         limit = self._pool.limits.slide_timeout
-        return limit is not None and self._has_slot() and self._process.seconds_left(limit) <= 0
-
-    def _stop(self) -> Failed | None:
-        """Kill the process, whose slide takes too long."""
-        self._process.kill()
-        self._process.connection.close()
-        limit = self._pool.limits.slide_timeout
+        if limit is None or not self._has_slot() or self.process.seconds_left(limit) > 0:
+            return None
+        self.process.kill()
+        self.process.connection.close()
         return self._replace(f"took longer than slide_timeout={limit:g} s and was stopped")
 
     def _replace(self, how: str) -> Failed | None:
-        """Start another process for one that died; the event of the slide that it died of.
-
-        A slide that it had not begun is not the reason, and is done by the other.
-        """
+        """Start another process for one that died; the event of the slide that it had begun."""
         if self._pool.is_closing:
             return None
         if not self._has_begun:
@@ -404,9 +377,9 @@ class _Child:
         died_of = self._jobs.popleft() if self._has_begun else None
         self._has_begun = False
         with self._slots_change:
-            self._process = self._pool.start([s for s in self._slots if s not in self.lent])
+            self.process = self._pool.start([s for s in self._slots if s not in self.lent])
         for job in self._jobs:
-            self._process.send(job)
+            self.process.send(job)
         if died_of is None:
             return None
         return Failed(died_of.number, f"the decoder {how}; check the slide with another program")
@@ -421,7 +394,6 @@ class PlacePool(_Pool):
 
     def __init__(self, processes: int, *, slot_tiles: int, size_px: int) -> None:
         super().__init__(processes, slot_tiles, size_px, 1, None)
-        self.slot_tiles = slot_tiles
         self._children: dict[int, _Process] = {}
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         try:
@@ -464,9 +436,7 @@ class PlacePool(_Pool):
     def _asked(self, slot: int, places: Places, into: Tiles) -> XmagError | None:
         child = self._children[slot]
         child.send(places)
-        while isinstance(answer := child.receive(), Ready):
-            pass
-        error: XmagError | None = answer.error
+        error: XmagError | None = child.receive()
         if error is None:
             into[:] = self.arena.slot(slot)[: len(into)]
         return error

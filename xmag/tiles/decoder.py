@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from xmag.errors import XmagError
 from xmag.geometry import TileSpec
 from xmag.grid import Border
+from xmag.masks import tissue_of
 from xmag.plan import TilePlan, plan_tiles
 from xmag.slide import Slide, SlideFacts
 from xmag.slide.reader import Pixels
 from xmag.tiles.arena import Tiles
 from xmag.tiles.decoding import Damaged, Reading
 from xmag.tiles.stream import default_threads, read_rows, reading_of
-from xmag.tissue import TissueMask, find_tissue
+from xmag.tissue import TissueMask
 from xmag.urls import Place
 
 
@@ -44,8 +45,8 @@ class Earlier:
 
     def is_to_compare(self, slide: SlideFacts) -> bool:
         """Whether the bytes have to be read again: the file was written since, at the same size."""
-        is_same = (self.content, self.mpp) == (slide.fingerprint, slide.mpp)
-        return is_same and bool(self.versions) and slide.version not in self.versions
+        is_new = bool(self.versions) and slide.version not in self.versions
+        return is_new and self.is_of(slide, None)
 
     def is_of(self, slide: SlideFacts, sha256: str | None) -> bool:
         """Whether the slide is as it was; `sha256` is None where its bytes were not read again."""
@@ -65,7 +66,7 @@ class DecodeJob:
     mpp: float | None
     region: int | None = None
     spec: TileSpec
-    tissue: Literal["auto"] | None
+    tissue: Path | Literal["auto"] | None
     overlap: int
     min_tissue: float | None
     border: Border
@@ -170,11 +171,7 @@ def decode_here(jobs: Iterable[DecodeJob], *, batch_size: int) -> Generator[Even
 
 
 def decode(
-    job: DecodeJob,
-    *,
-    batch_size: int,
-    threads: int,
-    told: Callable[[Exception], str] = reason_of,
+    job: DecodeJob, *, batch_size: int, threads: int, told: Callable[[Exception], str] = reason_of
 ) -> Generator[Event]:
     """The events of one job; whatever is wrong with its slide ends them with what `told` says."""
     yield Begun(job.number)
@@ -199,7 +196,10 @@ def _events(job: DecodeJob, batch_size: int, threads: int) -> Generator[Event]:
         wants_tiles, wants_thumbnail = _wanted(job, slide.facts, readings)
         if wants_tiles or wants_thumbnail:
             plan = _planned(job, slide) if planned is None else planned
-            small = _thumbnail(slide, plan.tissue, job.thumbnail_px) if wants_thumbnail else None
+            small = None
+            if wants_thumbnail and job.thumbnail_px is not None:
+                pixels = np.asarray(slide.thumbnail(max_px=job.thumbnail_px))
+                small = Thumbnail(pixels=pixels, dimensions=slide.dimensions, tissue=plan.tissue)
             # Computed here, where there are more of these than of the one that embeds and saves.
             _ = plan.uncovered_mm2
             planning = time.monotonic() - since
@@ -226,7 +226,7 @@ def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
     return plan_tiles(
         slide,
         job.spec,
-        tissue=find_tissue(slide) if job.tissue == "auto" else None,
+        tissue=tissue_of(slide, job.tissue),
         overlap=job.overlap,
         min_tissue=job.min_tissue,
         border=job.border,
@@ -236,12 +236,6 @@ def _planned(job: DecodeJob, slide: Slide) -> TilePlan:
 
 def _nothing() -> None:
     """Release tiles that are their holder's to keep."""
-
-
-def _thumbnail(slide: Slide, mask: TissueMask | None, max_px: int | None) -> Thumbnail:
-    assert max_px is not None
-    pixels = np.asarray(slide.thumbnail(max_px=max_px).convert("RGB"))
-    return Thumbnail(pixels=pixels, dimensions=slide.dimensions, tissue=mask)
 
 
 def _wanted(job: DecodeJob, slide: SlideFacts, readings: list[Reading]) -> tuple[bool, bool]:

@@ -21,13 +21,7 @@ from numpy.typing import NDArray
 from xmag.errors import DamagedSlideError
 from xmag.geometry import ReadScale
 from xmag.plan import Coords
-from xmag.slide.pixels import (
-    decode_tile,
-    decode_together,
-    empty_tile,
-    read_level,
-    tiles_at_once,
-)
+from xmag.slide.pixels import decode_tile, decode_together, empty_tile, read_level, tiles_at_once
 from xmag.slide.reader import Level, Pixels, SlideReader, TileReader
 from xmag.tiles.arena import Recycler
 

@@ -2,10 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +17,7 @@ from xmag.slide import Slide
 from xmag.slide.pixels import are_huge, resample
 from xmag.slide.reader import Level, Pixels
 from xmag.tiles.arena import Tiles
-from xmag.tiles.decoding import (
-    Damaged,
-    Decoding,
-    Pixels4D,
-    Reading,
-    Windows,
-    in_order,
-    windows_of,
-)
+from xmag.tiles.decoding import Damaged, Decoding, Pixels4D, Reading, Windows, in_order, windows_of
 from xmag.tissue import find_tissue
 
 _MOSTLY = 0.5
@@ -61,7 +52,13 @@ def read_tiles(
         DamagedSlideError: Some bytes do not decode.
     """
     rows = read_rows(slide, plan, batch_size=batch_size, threads=threads, damaged=damaged)
-    return _with_coords(rows, plan.coords)
+
+    def stream() -> Iterator[tuple[Coords, Tiles]]:
+        with closing(rows):
+            for numbers, tiles in rows:
+                yield plan.coords[numbers], tiles
+
+    return stream()
 
 
 def read_rows(
@@ -114,7 +111,7 @@ def read_rows(
                 for number, decoded in enumerate(in_order(decoding, pool, ahead=ahead)):
                     batch = slice(number * batch_size, number * batch_size + len(decoded))
                     rows = np.arange(batch.start, batch.stop)
-                    tiles = finished(decoded, windows, batch, plan.spec, pool)
+                    tiles = finished(decoded, windows, batch, plan.spec, pool.map)
                     lost = decoding.lost[batch]
                     if not lost.any():
                         yield rows, tiles
@@ -149,14 +146,6 @@ def default_threads() -> int:
     return min(_MOST_THREADS, usable_cores())
 
 
-def _with_coords(
-    rows: Generator[tuple[NDArray[np.int64], Tiles]], coords: Coords
-) -> Iterator[tuple[Coords, Tiles]]:
-    with closing(rows):
-        for numbers, tiles in rows:
-            yield coords[numbers], tiles
-
-
 def check_damaged(damaged: str) -> None:
     """Raise InputError where `damaged` is no policy."""
     if damaged not in get_args(Damaged):
@@ -189,9 +178,9 @@ def _warn_of_white(slide: Slide, level: Level, white: Sequence[int], plan: TileP
 
 
 def finished(
-    decoded: Pixels4D, windows: Windows, batch: slice, spec: TileSpec, pool: Executor | None
+    decoded: Pixels4D, windows: Windows, batch: slice, spec: TileSpec, mapped: Callable[..., Any]
 ) -> Tiles:
-    """The tiles of a batch, resampled from their decoded windows where `windows` asks for it."""
+    """The tiles of a batch, resampled by `mapped` where `windows` asks for it."""
     if windows.box is None:
         return decoded
     size = (spec.size_px, spec.size_px)
@@ -203,19 +192,16 @@ def finished(
         return resample(decoded[i, :height, :width], tuple(boxes[i]), size, spec.resample)
 
     tiles = np.empty((len(decoded), *size, 3), np.uint8)
-    rows = range(len(decoded))
-    for i, pixels in enumerate(map(one, rows) if pool is None else pool.map(one, rows)):
+    for i, pixels in enumerate(mapped(one, range(len(decoded)))):
         tiles[i] = pixels
     return tiles
 
 
-def read_places(
-    slide: Slide, spec: TileSpec, coords: Coords, *, pool: Executor | None = None
-) -> Tiles:
+def read_places(slide: Slide, spec: TileSpec, coords: Coords) -> Tiles:
     """The tiles with these top-left corners: uint8 (N, S, S, 3), as `read_tiles` reads them.
 
     `coords` is int64 (N, 2) in level-0 px, in any order and at any px. A source tile that several
-    of them touch is decoded once. The work is done in this thread, or shared among those of `pool`.
+    of them touch is decoded once, in this thread.
 
     Raises:
         SlideScaleError: The slide has no µm/px, or is coarser than `spec` tolerates.
@@ -238,12 +224,8 @@ def read_places(
     decoding = Decoding(slide.reader, scale, windows, len(coords))
     batches = {0: decoding.new_batch(0)}
     try:
-        if pool is None:
-            for run in decoding.runs:
-                decoding.decode(run, batches)
-        else:
-            for _ in pool.map(partial(decoding.decode, batches=batches), decoding.runs):
-                pass
+        for run in decoding.runs:
+            decoding.decode(run, batches)
     except DamagedSlideError as error:
         raise DamagedSlideError(f"{slide.name}: {error}") from error
-    return finished(batches[0], windows, slice(None), spec, pool)
+    return finished(batches[0], windows, slice(None), spec, map)

@@ -39,7 +39,10 @@ _OPEN_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Tiles of one slide to read: their top-left corners, int64 (N, 2) in level-0 px."""
+    """Tiles of one slide to read: their top-left corners, int64 (N, 2) in level-0 px.
+
+    The answer is the error that stood in the way, or None: then they lie in the slot.
+    """
 
     path: str
     mpp: float | None
@@ -48,22 +51,10 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The tiles of Places lie in the slot, or `error` says why not."""
-
-    error: XmagError | None
-
-
-@dataclass(frozen=True, slots=True)
 class Free:
     """A slot may be written to again."""
 
     slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The child has started, and takes jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +78,9 @@ def main(
 ) -> None:
     """Work on jobs until the other side hangs up."""
     _behave(parent, memory_limit)
-    worker = _Worker(
-        Connection(connection_fd), Arena(fd=arena_fd, **shape), slots, threads, memory_limit
-    )
+    arena, line = Arena(fd=arena_fd, **shape), Connection(connection_fd)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        worker.run()
+        _Worker(line, arena, slots, threads, memory_limit).run()
 
 
 def _behave(parent: int, memory_limit: int | None) -> None:
@@ -157,13 +146,12 @@ class _Worker:
 
     def run(self) -> None:
         """Do jobs, until the other side hangs up."""
-        self._send(Ready())
         while True:
             while not self._jobs:
                 self._receive()
             job = self._jobs.popleft()
             if isinstance(job, Places):
-                self._send(Answer(self._read(job)))
+                self._send(self._read(job))
             else:
                 self._decode(job)
 
@@ -208,11 +196,9 @@ class _Worker:
     def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self._send(Warned(self._number, str(message)))
 
-    def _send(self, message: Event | Filled | Ready | Answer) -> None:
-        """Send a message, with the seconds that the slide has cost so far.
-
-        Waiting for the other side, here or for a slot, is no fault of the slide.
-        """
+    def _send(self, message: Event | Filled | XmagError | None) -> None:
+        """Send a message, with the seconds that the slide has cost so far."""
+        # Waiting for the other side, here or for a slot, is no fault of the slide.
         with self._sending:
             now = time.monotonic()
             self._connection.send((now - self._start - self._waited_s, message))

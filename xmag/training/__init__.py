@@ -2,9 +2,7 @@
 
 from xmag.training.augmentation import Augmentation
 from xmag.training.checkpoint import Checkpoint
-from xmag.training.ema import Ema
-from xmag.training.loop import Loop, Progress
-from xmag.training.memory import with_less_memory
+from xmag.training.loop import Ema, Loop, Progress, with_less_memory
 from xmag.training.ranks import Ranks, joined_ranks
 from xmag.training.schedule import Schedule, best_epoch, warmup_cosine, warn_of_early_best
 

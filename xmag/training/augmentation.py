@@ -139,8 +139,7 @@ def draw(
     epochs = np.broadcast_to(np.asarray(epoch, np.int64), numbers.shape)
     if min(seed, view, *epochs.tolist(), *numbers.tolist(), 0) < 0:
         raise InputError(
-            f"seed {seed}, epoch {epoch}, view {view} and the items are numbers from 0 on; expected"
-            " none below"
+            f"seed {seed}, epoch {epoch}, view {view} and the items; expected numbers from 0 on"
         )
     words = np.empty((len(numbers), _WORDS), np.uint32)
     for row, (turn, item) in enumerate(zip(epochs.tolist(), numbers.tolist(), strict=True)):
@@ -185,9 +184,8 @@ def augment(images: Tensor, draws: Draws, *, dtype: torch.dtype = torch.uint8) -
     _check_rows(images, draws)
     result = torch.empty_like(images, dtype=dtype, memory_format=torch.contiguous_format)
     matrix, pivot = draws.colours()
-    recoloured = bool(pivot.any()) or not torch.equal(
-        matrix, torch.eye(3, dtype=matrix.dtype).expand_as(matrix)
-    )
+    same = torch.eye(3, dtype=matrix.dtype).expand_as(matrix)
+    recoloured = bool(pivot.any()) or not torch.equal(matrix, same)
     colours = [table.to(images.device, non_blocking=True) for table in (matrix, pivot)]
     stains = None if draws.gains is None else _stain_tables(draws.gains).to(images.device)
     position = draws.flips * 4 + draws.turns
@@ -223,9 +221,8 @@ def map_tokens(grid: Tensor, draws: Draws) -> Tensor:
     _check_rows(grid, draws)
     starts = torch.arange(len(grid))[:, None] * grid.shape[1] ** 2
     rows = (starts + token_sources(grid.shape[1], draws)).flatten()
-    return (
-        grid.flatten(0, 2).index_select(0, rows.to(grid.device, non_blocking=True)).view(grid.shape)
-    )
+    moved = grid.flatten(0, 2).index_select(0, rows.to(grid.device, non_blocking=True))
+    return moved.view(grid.shape)
 
 
 def checked_side(images: Tensor, multiple: int = 1) -> int:
@@ -285,6 +282,5 @@ def token_sources(n: int, draws: Draws) -> Tensor:
 def _sources(n: int) -> Tensor:
     """Source cell of each cell of an n x n grid, for the 8 flips and turns: int64 (8, n * n)."""
     cells = torch.arange(n * n).view(n, n)
-    return torch.stack(
-        [side.rot90(k).flatten() for side in (cells, cells.flip(1)) for k in range(4)]
-    )
+    turned = [side.rot90(k).flatten() for side in (cells, cells.flip(1)) for k in range(4)]
+    return torch.stack(turned)

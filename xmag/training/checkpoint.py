@@ -1,26 +1,18 @@
-"""Checkpoints of a training: one safetensors file with JSON in its header, for exact resume.
-
-A file is replaced as a whole: a run that is killed, or a disk that runs full, leaves the one
-before.
-"""
+"""Checkpoints of a training: one safetensors file with JSON in its header, for exact resume."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmag import records
-from xmag.errors import MismatchError, OutputError, WeightsError
+from xmag.errors import MismatchError, WeightsError
 from xmag.hub.weights import write_tensors
-from xmag.training.ema import Ema
-from xmag.training.ranks import Ranks
 
 _FORMAT = records.Format(
     version=2,
@@ -35,14 +27,9 @@ _VERSION_1 = ("xmag-finetune-checkpoint", "xmag-distillation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """State of a training run to resume from.
+    """State of a training run of a `kind`: JSON values of its progress, and tensors by name.
 
-    Attributes:
-        kind: The training that it is of, such as "fine-tuning".
-        identity: All that decides the weights of the run, as JSON values; only a run with the same
-            one resumes from it.
-        progress: How far the run is, as JSON values.
-        tensors: Weights, moments of the optimizer and other tensors by name.
+    `identity` is all that decides the weights; only a run with the same one resumes from it.
     """
 
     kind: str
@@ -51,16 +38,9 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint to `path`, atomically.
-
-        Raises OutputError where it cannot be written; the file that was there stays.
-        """
-        header = {
-            "xmag": version("xmag"),
-            "kind": self.kind,
-            "identity": self.identity,
-            "progress": self.progress,
-        }
+        """Write to `path`; OutputError where that fails, and the file that was there stays."""
+        header = {"xmag": version("xmag"), "kind": self.kind, "identity": self.identity}
+        header["progress"] = self.progress
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
         tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -72,11 +52,10 @@ class Checkpoint:
     def load(
         cls, path: Path, *, kind: str, identity: Mapping[str, Any] | None = None
     ) -> Self | None:
-        """The checkpoint at `path`, None where there is no file; tensors are on the CPU.
+        """The checkpoint at `path`, on the CPU; None where there is no file.
 
-        Raises WeightsError for a file that is damaged, no checkpoint of this kind, or of another
-        version of xmag, and MismatchError for one of a run with another `identity`, where that is
-        given, with what is different.
+        Raises WeightsError for a file that is damaged or no such checkpoint, and MismatchError for
+        one of a run with another `identity`, with what is different.
         """
         if not path.exists():
             return None
@@ -84,15 +63,22 @@ class Checkpoint:
             with safe_open(path, "pt", device="cpu") as file:
                 metadata = file.metadata() or {}
                 # Copies: what safetensors gives may be a view of the file.
-                tensors = {
-                    name: file.get_tensor(name).clone()
-                    for name in file.keys()  # noqa: SIM118 (no mapping)
-                }
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path} is no whole checkpoint ({error}); delete it to begin anew, or name another"
             ) from error
-        header = _FORMAT.loads(_header_text(path, metadata, kind), str(path))
+        form = metadata.get("format")
+        if any(name in (form or metadata.get("xmag", "")) for name in _VERSION_1):
+            raise WeightsError(
+                f"{path} is a checkpoint of version 1, written by xmag 0.1, and cannot be gone on"
+                " from exactly; finish that run with xmag 0.1, or delete the file to begin anew"
+            )
+        if "checkpoint" not in metadata:
+            raise WeightsError(
+                f"{path} is no checkpoint of {kind} (it has format {form!r}); name another file"
+            )
+        header = _FORMAT.loads(metadata["checkpoint"], str(path))
         with _FORMAT.reading(str(path)):
             values = {name: header[name] for name in ("kind", "identity", "progress")}
         found = cls(**values, tensors=tensors)
@@ -121,41 +107,6 @@ class Checkpoint:
             )
 
 
-def state_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None
-) -> dict[str, Tensor]:
-    """State of a training as tensors by name: of the module, its EMA and the optimizer.
-
-    They are "module.KEY", "ema.KEY" and "optimizer.PARAMETER.KEY"; `restore_state` takes them.
-    """
-    tensors = {f"module.{key}": tensor for key, tensor in module.state_dict().items()}
-    if ema is not None:
-        tensors |= {f"ema.{key}": tensor for key, tensor in ema.module.state_dict().items()}
-    states = optimizer.state_dict()["state"]
-    for at, name in enumerate(_optimized(module, optimizer)):
-        tensors |= {f"optimizer.{name}.{key}": t for key, t in states.get(at, {}).items()}
-    return tensors
-
-
-def restore_state(
-    tensors: Mapping[str, Tensor],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None = None,
-) -> None:
-    """Restore module, EMA and optimizer from the tensors of `state_tensors`, in place."""
-    module.load_state_dict(tensors_of(tensors, "module"))
-    if ema is not None:
-        ema.module.load_state_dict(tensors_of(tensors, "ema"))
-    places = {name: at for at, name in enumerate(_optimized(module, optimizer))}
-    states: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-    for path, tensor in tensors_of(tensors, "optimizer").items():
-        name, _, key = path.rpartition(".")
-        states[places[name]][key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(states), "param_groups": groups})
-
-
 def tensors_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors "PART.KEY" of a part, such as "module", by KEY."""
     return {
@@ -163,40 +114,6 @@ def tensors_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(f"{part}.")
     }
-
-
-def require_shared(path: Path, updates: int, ranks: Ranks) -> None:
-    """Raise OutputError where there is no folder for `path`, or ranks resume from other steps."""
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder {path.parent} for the checkpoint; create it first")
-    if float(ranks.mean(torch.tensor(float(updates)))) != updates:
-        raise OutputError(
-            f"the processes do not read the same checkpoint at {path}; expected a folder that all"
-            " machines share"
-        )
-
-
-def _header_text(path: Path, metadata: Mapping[str, str], kind: str) -> str:
-    """The JSON text in a file's metadata; WeightsError for what is no checkpoint of version 2."""
-    if "checkpoint" in metadata:
-        return metadata["checkpoint"]
-    found = metadata.get("format")
-    if any(name in (found or metadata.get("xmag", "")) for name in _VERSION_1):
-        raise WeightsError(
-            f"{path} is a checkpoint of version 1, written by xmag 0.1, and cannot be gone on from"
-            " exactly; finish that run with xmag 0.1, or delete the file to begin anew"
-        )
-    raise WeightsError(
-        f"{path} is no checkpoint of {kind} (it has format {found!r}); name another file"
-    )
-
-
-def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """Names of the parameters in the order of the optimizer's state."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield names[parameter]
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,10 @@
-"""Training loop: epochs of steps, validation, best weights, early stopping, checkpoints."""
+"""Training loop: epochs of steps, validation, best weights, moving average, checkpoints."""
 
+import copy
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -12,30 +13,55 @@ import torch
 from torch import Tensor, nn
 
 from xmag import records
+from xmag.errors import InputError, OutputError
 from xmag.progress import ProgressOption, progress_bar
-from xmag.training.checkpoint import (
-    Checkpoint,
-    require_shared,
-    restore_state,
-    state_tensors,
-    tensors_of,
-)
-from xmag.training.ema import Ema
+from xmag.training.checkpoint import Checkpoint, tensors_of
 from xmag.training.ranks import Ranks
 from xmag.training.schedule import Schedule, best_epoch
 
 _logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class Ema:
+    """Exponential moving average (EMA) of parameters and buffers, float32; counters are copied.
+
+    `module` is a frozen copy that holds it; call `update` after the optimizer's step.
+    """
+
+    def __init__(self, module: nn.Module, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"the decay of an average is {decay}; expected 0 <= decay < 1")
+        self.decay = decay
+        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, *, step: int | None = None) -> None:
+        """Move the average towards `module`: average = decay * average + (1 - decay) * module.
+
+        With the number of a `step` the decay is at most (1 + step) / (10 + step): the first weights
+        would otherwise stay for long.
+        """
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
+        now, averages = module.state_dict(), self.module.state_dict()
+        means, values = [], []
+        for name, mean in averages.items():
+            if mean.is_floating_point():
+                means.append(mean)
+                values.append(now[name].detach().to(mean))
+            else:
+                mean.copy_(now[name])
+        torch._foreach_lerp_(means, values, 1 - decay)  # one call: there are hundreds of them
 
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
     """Progress of a training in plain values, for a checkpoint; a trainer may add its own.
 
-    `epoch` epochs are done, `step` steps of the next, and `updates` steps in all, in `seconds`.
-    `losses` are the validation losses of the epochs so far. `best_epoch` (from 1) is the epoch
-    whose weights are kept, None without validation.
+    `epoch` epochs are done, `step` steps of the next, and `updates` in all. `losses` are those of
+    validation, `best_epoch` (from 1) the epoch whose weights are kept, None without validation.
     """
 
     epoch: int = 0
@@ -50,14 +76,8 @@ class Loop(ABC, Generic[Batch]):
     """Base class of trainers: `run` trains to the end, from wherever `progress` is.
 
     A trainer defines `steps` and `step`, and `end_epoch` and `save` where it has validation and
-    checkpoints. What changes in training is in `progress` and in `state`, so that a run that is
-    resumed from both goes on as one that never stopped.
-
-    Attributes:
-        kind: The training that its checkpoints are of, such as "distillation".
-        progress: How far the training is.
-        best: The weights of the best epoch so far, on the CPU; None without validation.
-        bar: The progress bar while `run` runs, which trainers move.
+    checkpoints of a `kind`. All that changes in training is in `progress` and `state`, so that it
+    can be resumed. `best` are the weights of the best epoch, on the CPU; trainers move the `bar`.
     """
 
     kind: ClassVar[str] = "training"
@@ -128,13 +148,22 @@ class Loop(ABC, Generic[Batch]):
         return time.perf_counter() - self._started
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint: module, EMA, optimizer and the best weights."""
-        best = {f"best.{key}": tensor for key, tensor in (self.best or {}).items()}
-        return state_tensors(self.module, self.optimizer, self.ema) | best
+        """Tensors of a checkpoint: "module.KEY", "ema.KEY", "best.KEY", "optimizer.NAME.KEY"."""
+        parts = {"module": self.module.state_dict(), "best": self.best or {}}
+        if self.ema is not None:
+            parts["ema"] = self.ema.module.state_dict()
+        states = self.optimizer.state_dict()["state"]
+        parts |= {f"optimizer.{name}": states.get(at, {}) for at, name in enumerate(self._names())}
+        return {f"{part}.{key}": t for part, found in parts.items() for key, t in found.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Go back to the `state` and the `progress` (as JSON values) of a checkpoint."""
-        restore_state(tensors, self.module, self.optimizer, self.ema)
+        self.module.load_state_dict(tensors_of(tensors, "module"))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors_of(tensors, "ema"))
+        state = {at: tensors_of(tensors, f"optimizer.{n}") for at, n in enumerate(self._names())}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.best = tensors_of(tensors, "best") or None
         self.progress = records.from_dict(type(self.progress), progress, "progress")
 
@@ -144,16 +173,26 @@ class Loop(ABC, Generic[Batch]):
         Checkpoint(kind=self.kind, identity=identity, progress=progress, tensors=tensors).save(path)
 
     def resume(self, path: Path, identity: Mapping[str, Any], ranks: Ranks) -> bool:
-        """Go on from the checkpoint at `path`; False where there is none.
-
-        Raises what `Checkpoint.load` does, and OutputError where ranks read different ones.
-        """
+        """Go on from the checkpoint at `path`, as `Checkpoint.load`; False where there is none."""
         found = Checkpoint.load(path, kind=self.kind, identity=identity)
         if found is not None:
             self.restore(found.tensors, found.progress)
             _logger.info("going on from %s, after %d steps", path, self.progress.updates)
-        require_shared(path, self.progress.updates, ranks)
+        if not path.parent.is_dir():
+            raise OutputError(
+                f"there is no folder {path.parent} for the checkpoint; create it first"
+            )
+        updates = self.progress.updates
+        if float(ranks.mean(torch.tensor(float(updates)))) != updates:
+            raise OutputError(
+                f"the processes do not read the same checkpoint at {path}; expected a shared folder"
+            )
         return found is not None
+
+    def _names(self) -> list[str]:
+        """Names of the parameters in the order of the optimizer's state."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def _run_epoch(self) -> None:
         now, batches = self.progress, self.steps(self.progress.epoch)
@@ -172,3 +211,19 @@ class Loop(ABC, Generic[Batch]):
                 # On the CPU, so that the best weights take no room on the GPU.
                 self.best = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
         now.epoch, now.step, now.seconds = now.epoch + 1, 0, self.seconds()
+
+
+def with_less_memory(
+    run: Callable[[], Result], halve: Callable[[torch.cuda.OutOfMemoryError], None]
+) -> Result:
+    """Result of `run`, called anew after each `halve` as long as CUDA runs out of memory.
+
+    `halve` makes the parts that `run` computes at once smaller, or raises ModelError.
+    """
+    while True:
+        try:
+            return run()
+        except torch.cuda.OutOfMemoryError as error:
+            halve(error)
+        # Outside of the handler, so that the failed tensors are gone.
+        torch.cuda.empty_cache()

@@ -64,23 +64,17 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """A context in which the processes of torchrun form a process group; yields the `Ranks`.
 
-    Without torchrun's variables, or where the program has joined a group by itself already, that
-    group is used and left as it is.
+    A group that the program has joined already is used and left as it is.
     """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(
-            rank=dist.get_rank(),
-            world=dist.get_world_size(),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        )
+        yield Ranks(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local)
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    ranks = Ranks(
-        rank=int(os.environ["RANK"]), world=world, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
-    )
+    ranks = Ranks(rank=int(os.environ["RANK"]), world=world, local_rank=local)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_RENDEZVOUS_LIMIT)
     try:

@@ -15,8 +15,7 @@ def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> 
     """The learning-rate factor at `step` (from 0): linear warm-up to 1, then cosine decay.
 
     The last of `warmup` steps has factor 1, and the last of `total` steps has `floor`. Raises
-    InputError where the warm-up leaves no step to decay in: a rate that only ever rises is a
-    mistake that is easy to make and hard to see.
+    InputError where the warm-up leaves no step to decay in.
     """
     if not 0 <= warmup < total:
         raise InputError(
@@ -36,13 +35,9 @@ class Schedule:
     warmup: int
     floor: float = 0.0
 
-    def factor(self, step: int) -> float:
-        """The learning-rate factor at `step`, from 0."""
-        return warmup_cosine(step, total=self.total, warmup=self.warmup, floor=self.floor)
-
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of `step`: the factor times the rate that a group began with."""
-        factor = self.factor(step)
+        factor = warmup_cosine(step, total=self.total, warmup=self.warmup, floor=self.floor)
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
@@ -50,11 +45,10 @@ class Schedule:
 def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
     """The best epoch (from 1), whose weights to keep, by smoothed validation losses so far.
 
-    Of few patients a single loss is mostly luck, so that an epoch counts as the mean of the last
-    losses up to its own, a tenth of `epochs` of them; the lowest mean wins. Until a fifth of
-    `epochs` is over, the latest is kept: a network that has hardly learned anything is unsure of
-    everything, which can cost less than a few errors in good faith. `epochs` is the length of the
-    schedule, however early the training ends.
+    Of few patients a single loss is mostly luck: an epoch counts as the mean of the last losses up
+    to its own, a tenth of `epochs` (the length of the schedule) of them. Until a fifth of `epochs`
+    is over the latest is kept: a network that has hardly learned anything is unsure of everything,
+    which can cost less than a few errors in good faith.
     """
     first, window = _first_epoch(epochs), math.ceil(epochs / 10)
     if len(losses) <= first:
@@ -64,10 +58,7 @@ def best_epoch(losses: Sequence[float], *, epochs: int) -> int:
 
 
 def warn_of_early_best(best: int, *, trained: int, epochs: int, stacklevel: int) -> None:
-    """Warn (XmagWarning) where the best epoch is the first that may be kept.
-
-    Not where a single epoch came after it, which says nothing.
-    """
+    """Warn where the best epoch is the first that may be kept, and more than one came after it."""
     if best == _first_epoch(epochs) < trained - 1:
         warnings.warn(
             f"epoch {best} of {trained} is kept, the first that may be: the validation loss has not"

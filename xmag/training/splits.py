@@ -5,9 +5,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xmag.errors import InputError, XmagWarning
+from xmag.metrics.labels import Bools, Floats, Ints
 
 _ORDERS = 16
 
@@ -15,11 +15,7 @@ _ORDERS = 16
 def read_validation(
     validation: Any, *, what: str
 ) -> tuple[float | None, tuple[Any, Any, Any] | None]:
-    """The `validation=` argument as a share to hold out, or as given (data, labels, groups).
-
-    Both are None for None. `what` names the data, for the error. Raises InputError for anything
-    else.
-    """
+    """The `validation=` argument: a share to hold out, or (data, labels, groups), or neither."""
     if validation is None:
         return None, None
     number = isinstance(validation, int | float | np.number) and not isinstance(validation, bool)
@@ -36,12 +32,8 @@ def read_validation(
     )
 
 
-def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArray[np.int64]:
-    """Group ids of bags, (n,): equal for bags that must stay on the same side of a split.
-
-    Those are the bags of a patient, and bags with identical features, and so on from one to the
-    next.
-    """
+def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> Ints:
+    """Group ids of bags, (n,): one for those of a patient, with equal features, and so on."""
     parent = list(range(len(digests)))
 
     def root(i: int) -> int:
@@ -61,17 +53,11 @@ def units(groups: Sequence[Hashable] | None, digests: Sequence[bytes]) -> NDArra
     return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
-def held_out(
-    unit: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    fraction: float,
-    rng: np.random.Generator,
-) -> NDArray[np.bool_]:
+def held_out(unit: Ints, labels: Ints, fraction: float, rng: np.random.Generator) -> Bools:
     """Mask of the validation bags, bool (n,): whole units, about `fraction` of each class.
 
-    Units are gone through in random order and taken where that brings the shares of the classes
-    nearer to `fraction`; the last unit of a class always stays to be trained on. Of several such
-    orders the one that comes nearest counts. Raises InputError where nothing can be held out.
+    Units are taken in random order where that brings the shares of the classes nearer; the last of
+    a class always stays to be trained on. The best of several orders counts.
     """
     # Classes without any bag (nobody is censored) are none to hold out of.
     present, codes = np.unique(labels, return_inverse=True)
@@ -90,13 +76,11 @@ def held_out(
                 " for all epochs and keeps the last weights"
             )
         taken[min(possible, key=lambda i: _distance(counts[i] / total, fraction))] = True
-    chosen: NDArray[np.bool_] = taken[unit]
+    chosen: Bools = taken[unit]
     return chosen
 
 
-def _greedy(
-    counts: NDArray[np.float64], fraction: float, order: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _greedy(counts: Floats, fraction: float, order: Ints) -> Bools:
     """Mask of the units to hold out, bool (U,), chosen greedily in `order` by counts (U, C)."""
     total = counts.sum(axis=0)
     taken, held = np.zeros(len(counts), dtype=np.bool_), np.zeros(len(total))
@@ -108,7 +92,7 @@ def _greedy(
     return taken
 
 
-def _distance(held: NDArray[np.float64], fraction: float) -> float:
+def _distance(held: Floats, fraction: float) -> float:
     # A class without any bag to validate with is worse than one that has too many.
     return float(((held - fraction) ** 2).sum() + (held == 0).sum())
 
@@ -130,9 +114,8 @@ def require_disjoint(
 def warn_without_groups() -> None:
     """Warn that the validation split is by slide, as no patients (groups) were given."""
     warnings.warn(
-        "no groups were given, so the validation split is by slide: if a patient has several"
-        " slides, they may lie on both sides, and training stops too late. Give"
-        " groups= (the patient of each bag)",
+        "no groups were given, so the validation split is by slide: slides of a patient may lie on"
+        " both sides, and training stops too late. Give groups= (the patient of each bag)",
         XmagWarning,
         stacklevel=4,
     )
