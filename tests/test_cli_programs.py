@@ -39,7 +39,7 @@ def test_finetune_writes_a_model_for_both_loaders_and_goes_on(cohort, tmp_path, 
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("epoch 0: loss ")
     assert out[-1].startswith(f"saved     {tmp_path / 'model'}: ")
-    assert xmag.load_model(tmp_path / "model", device="cpu").embed_dim == 192
+    assert xmag.load_model(tmp_path / "model", device="cpu").embed_dim == 384
     assert list(MILClassifier.load(tmp_path / "model").classes_) == ["a", "b"]
     made = (tmp_path / "model" / "run" / "checkpoint.safetensors").stat().st_mtime_ns
     assert main(args) == 0

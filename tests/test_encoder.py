@@ -298,7 +298,7 @@ def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_mini_model_is_trained_and_comes_without_a_warning() -> None:
     mini = load_model("xmag-mini", device="cpu")
     assert mini.provenance["trained"] is True
-    assert (mini.embed_dim, mini.tile_spec) == (192, TileSpec(mpp=2.0, size_px=224))
+    assert (mini.embed_dim, mini.tile_spec) == (384, TileSpec(mpp=2.0, size_px=224))
     assert all(p.dtype == torch.float32 for p in mini.vit.parameters())
 
 

@@ -181,7 +181,7 @@ def test_progress_shows_by_default_on_a_terminal(fake_slide, monkeypatch):
 
 def test_mini_embeds_a_slide_from_end_to_end(slide_path):
     bag = extract_features(slide_path, model="xmag-mini", tissue=None)
-    assert bag.features.shape == (3 * 2, 192)
+    assert bag.features.shape == (3 * 2, 384)
     assert bag.provenance.record["model"]["name"] == "xmag-mini"
 
 

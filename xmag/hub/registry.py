@@ -27,7 +27,7 @@ MINI = "xmag-mini"
 Its model card is docs/models.md. The weights are stored in float16, and computed with in float32.
 """
 MINI_WEIGHTS = Path(__file__).with_name("mini.safetensors")
-MINI_SHA256 = "439e898600a2216bf5882bdb837b824063b8d07be77ef99a47d909f16c9f2fcd"
+MINI_SHA256 = "a5c321236231b5f5303c501d31df3efea9aa5cad1cfc0d566e4d77ef2364462b"
 
 ENTRY_POINTS = "xmag.models"
 """Entry point group by which other packages add models: a KnownModel, or several."""
@@ -206,7 +206,7 @@ def _models() -> Iterable[KnownModel]:
         mpp=2.0, mpp_source="stated",
     )  # fmt: skip
     yield _known(
-        MINI, MINI, CONFIGS["xmag_mini"],
+        MINI, MINI, replace(CONFIGS["xmag_mini"], pooling="token+mean"),
         "Apache-2.0; made from images under CC BY 4.0, BSD-3 and unconfirmed terms: see its card",
         "trained with xmag, for trying things out", mpp=2.0, mpp_source="stated",
     )  # fmt: skip
