@@ -52,7 +52,7 @@ def test_info_of_features_says_what_made_them(made, capsys):
         rows, width = file["features"].shape
     assert lines["features"] == "a.h5"
     assert lines["tiles"] == f"{rows}, {width} features each"
-    assert lines["model"].startswith("xmag-mini, weights 7c70c6c0caf8")
+    assert lines["model"].startswith("xmag-mini, weights a5c321236231")
     assert lines["slide"] == "a.svs"
     assert lines["coverage"].endswith("% of the tissue")
 
