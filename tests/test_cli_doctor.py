@@ -41,6 +41,18 @@ def test_doctor_tells_of_everything_and_its_remedies_without_a_network(tmp_path)
     assert "xmag-mini" in lines[-1]
 
 
+def test_without_a_torch_that_can_be_imported_that_is_the_last_line():
+    code = (
+        "import sys\nfrom xmag.cli import main\n"
+        "sys.modules['torch'] = None\nsys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    fault, remedy = done.stdout.splitlines()[-2:]
+    assert fault.startswith("torch     cannot be imported: ")
+    assert remedy.startswith("          -> install torch again")
+
+
 def test_the_first_line_comes_before_anything_heavy_is_loaded():
     code = (
         "import sys\nfrom xmag.cli import main\n"

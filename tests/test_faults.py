@@ -263,12 +263,17 @@ def test_children_end_when_the_program_is_killed_even_where_a_decoder_hangs(tmp_
         patch.setenv("PYTHONPATH", paths)
         process = trial.start()
     with process:
-        until = time.monotonic() + 600
-        while time.monotonic() < until and not (below := descendants(process.pid)):
-            time.sleep(0.05)
-        time.sleep(3)
-        assert survivors(below, 0) == below
-        process.kill()
+        try:
+            until = time.monotonic() + 600
+            while time.monotonic() < until and not descendants(process.pid):
+                time.sleep(0.05)
+            time.sleep(3)
+            below = descendants(process.pid)  # not those that came and went at the start
+            assert below
+            time.sleep(1)
+            assert survivors(below, 0) == below
+        finally:
+            process.kill()
         process.communicate()
     assert not survivors(below)
 

@@ -129,6 +129,18 @@ def test_a_palette_whose_first_colour_is_white_is_not_turned_around(tmp_path, sl
     assert np.array_equal(read_mask(tmp_path / "a.png", slide).mask, halves() > 0)
 
 
+def test_an_image_whose_px_are_all_opaque_is_taken_with_its_alpha(tmp_path, slide):
+    opaque = np.dstack([halves()] * 3 + [np.full_like(halves(), 255)])
+    (tmp_path / "a.png").write_bytes(png(opaque))
+    assert np.array_equal(read_mask(tmp_path / "a.png", slide).mask, halves() > 0)
+
+
+def two_colours():
+    """Red where there is tissue and green where there is none: as bright as each other."""
+    red = np.where(halves() > 0, 200, 0).astype(np.uint8)
+    return png(np.dstack([red, 200 - red, np.zeros_like(red)]))
+
+
 def transparent():
     return png(np.dstack([halves()] * 3 + [halves()]))
 
@@ -139,6 +151,8 @@ def transparent():
         (png(np.arange(4500, dtype=np.uint8).reshape(60, 75)), "256 values, from 0 to 255"),
         (png(halves() // 5 + 1), "2 values, from 1 to 52"),
         (transparent(), "transparent px"),
+        (two_colours(), "the image has 2 values"),
+        (b"[" * 100_000, "is not JSON|nested too deep"),
         (png(halves(), "P", transparency=0), "transparent px"),
         (png(np.zeros((60, 90), np.uint8)), "the mask has 90x60 px and the slide 1500x1200"),
         (png(halves())[:70], "the image is damaged"),

@@ -1,4 +1,4 @@
-"""What the CPU has: usable cores, and units for bfloat16."""
+"""CPU cores that may be used, and their units for bfloat16."""
 
 import os
 import re

@@ -94,8 +94,9 @@ def extract_features(
     if not is_choice:
         seen = repr(tissue) if isinstance(tissue, str) else f"a {type(tissue).__name__}"
         raise InputError(
-            f"tissue is {seen}; expected 'auto', None (every tile) or a TissueMask:"
-            " TissueMask.from_array(mask, slide) makes one of a mask of your own"
+            f"tissue is {seen}; expected 'auto', None (every tile), a .geojson, .json or .png"
+            " file, or a TissueMask: TissueMask.from_array(mask, slide) makes one of a mask of"
+            " your own"
         )
     check_damaged(damaged)
     with ExitStack() as stack:

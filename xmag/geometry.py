@@ -205,7 +205,10 @@ def polygons_from_geojson(source: Any) -> tuple[Polygon, ...]:
     InputError where there is no polygon, and for points and lines: what they were meant to select
     is not guessed.
     """
-    polygons = tuple(_find_polygons(_load_geojson(source)))
+    try:
+        polygons = tuple(_find_polygons(_load_geojson(source)))
+    except RecursionError:
+        raise InputError("the GeoJSON is nested too deep; expected a list of areas") from None
     if not polygons:
         raise InputError(
             "the GeoJSON holds no polygon; expected at least one Polygon or MultiPolygon"
@@ -228,7 +231,7 @@ def _load_geojson(source: Any) -> Any:
         return source
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{origin} is not JSON: {error}; export it again as GeoJSON") from error
 
 

@@ -101,9 +101,11 @@ def _of_png(data: bytes) -> Bools:
         )
     try:
         with Image.open(chunks_of_png(data), formats=["PNG"]) as image:
-            is_clear = image.mode in ("LA", "RGBA") or "transparency" in image.info
+            has_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
+            is_clear = has_alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
             # The numbers of a palette are those of its colours, in any order.
-            array = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+            plain = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
+            array = np.asarray(image.convert(plain) if plain != image.mode else image)
     # Pillow raises SyntaxError and struct.error where a chunk makes no sense.
     except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise InputError(f"the image is damaged ({type(error).__name__}); write it again") from None
@@ -112,7 +114,8 @@ def _of_png(data: bytes) -> Bools:
             "the image has transparent px; expected 0 (black) where there is no tissue, and one"
             " other value where there is some"
         )
-    values = array if array.ndim == 2 else array.max(axis=2)
+    # A number a colour.
+    values = array if array.ndim == 2 else array @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     found = np.unique(values)
     if len(found) > 2 or (len(found) == 2 and found[0] != 0):
         raise InputError(

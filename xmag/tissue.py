@@ -12,16 +12,14 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmag import records
-from xmag.cores import usable_cores
 from xmag.errors import InputError
 from xmag.geometry import Polygon, inside_any
 from xmag.morphology import (
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _Field = NDArray[np.float32]
-_Found = TypeVar("_Found")
 
 _MPP = 32.0
 """µm/px at which everything here was calibrated: nuclei average out, a 0.5 mm biopsy is 16 px."""
@@ -353,14 +350,13 @@ def _segment(
     px_per_mm2 = (1000 / mpp) ** 2
     red, blue, density = _light(pixels)
     height = len(pixels)
-
-    def candidates(band: slice) -> list[Bools]:
+    parts = []
+    for band in _bands(height):
         # With the rows that their squares reach.
         first, last = max(0, band.start - _REACH_PX), min(height, band.stop + _REACH_PX)
         found = _candidates(red[first:last], blue[first:last], density[first:last])
-        return [part[band.start - first : band.stop - first] for part in found]
-
-    tissue, strong, ink = map(np.concatenate, zip(*_by_bands(candidates, height), strict=True))
+        parts.append([part[band.start - first : band.stop - first] for part in found])
+    tissue, strong, ink = map(np.concatenate, zip(*parts, strict=True))
     ink = _strokes(ink, mpp)
     tissue &= ~ink
     tissue = closed(tissue, round(close_um / mpp))
@@ -376,14 +372,11 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     channels = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
     logs = np.log(np.maximum(np.arange(256), _DARKEST)).astype(np.float32)
     red, blue, light = fields = np.empty((3, *pixels.shape[:2]), np.float32)
-
-    def fill(band: slice) -> None:
+    for band in _bands(len(pixels)):
         reds, greens, blues = (logs.take(channel[band]) for channel in channels)
         np.subtract(reds, greens, out=red[band])
         np.subtract(blues, greens, out=blue[band])
         np.divide(reds + greens + blues, np.float32(3), out=light[band])
-
-    _by_bands(fill, len(pixels))
     glass = _glass(channels, red, blue)
     if np.count_nonzero(glass) < _GLASS_MIN_FRACTION * glass.size:
         return red, blue, np.float32(math.log(_GLASS_LEVEL)) - light
@@ -391,13 +384,9 @@ def _light(pixels: Pixels) -> tuple[_Field, _Field, _Field]:
     return red, blue, np.negative(light, out=light)
 
 
-def _by_bands(work: Callable[[slice], _Found], height: int) -> list[_Found]:
-    """`work` on each band of an image's rows, side by side: numpy's loops let others run."""
-    bands = [slice(at, min(at + _BAND_ROWS, height)) for at in range(0, height, _BAND_ROWS)]
-    if len(bands) == 1:
-        return [work(bands[0])]
-    with ThreadPoolExecutor(min(len(bands), usable_cores()), "xmag-tissue") as pool:
-        return list(pool.map(work, bands))
+def _bands(height: int) -> Iterator[slice]:
+    """The rows of an image, in bands."""
+    return (slice(at, min(at + _BAND_ROWS, height)) for at in range(0, height, _BAND_ROWS))
 
 
 def _glass(channels: Sequence[NDArray[np.uint8]], red: _Field, blue: _Field) -> Bools:
@@ -435,8 +424,7 @@ def _flatten(fields: NDArray[np.float32], glass: Bools) -> None:
         near = np.abs(seen - np.einsum("if,in->fn", fit, design))[:2].max(0) < _GLASS_RESIDUAL
     fit[0] += levels
     xx = x * x
-
-    def level(band: slice) -> None:
+    for band in _bands(len(y)):
         down = y[band, None]
         product = x * down
         for values, (one, cx, cy, cxy, cxx, cyy) in zip(fields, fit.T.astype("f4"), strict=True):
@@ -445,8 +433,6 @@ def _flatten(fields: NDArray[np.float32], glass: Bools) -> None:
             surface += xx * cxx  # a row
             surface += down * down * cyy  # a column
             values[band] -= surface
-
-    _by_bands(level, len(y))
 
 
 def _candidates(red: _Field, blue: _Field, density: _Field) -> tuple[Bools, Bools, Bools]:

@@ -76,7 +76,9 @@ class ViTConfig(records.Record):
         is_number = isinstance(self.eps, float) and math.isfinite(self.eps)
         require("eps", is_number and self.eps > 0, "a positive number")
         if self.width % self.heads:
-            raise InputError(f"ViTConfig.width {self.width} is no multiple of {self.heads} heads")
+            raise InputError(
+                f"ViTConfig.width {self.width} is no multiple of heads {self.heads}; expected one"
+            )
         for name, kind in (("mlp", Mlp), ("position_rule", PositionRule), ("pooling", Pooling)):
             require(name, getattr(self, name) in get_args(kind), f"one of {get_args(kind)}")
 

@@ -330,6 +330,8 @@ def test_a_model_that_cannot_be_fine_tuned_has_the_frozen_row_alone(cohorts, tmp
         ({"estimator": NearestMeanOfBags()}, "no NearestMeanOfBags"),
         ({"estimator": MILClassifier(ordinal=True)}, "no MILClassifier of this kind"),
         ({"overlap": 28}, "overlap is 28; end to end it is always 0"),
+        ({"roi": "areas"}, "roi is 'areas'; end to end it is always None"),
+        ({"tissue": "masks"}, "tissue is a place of masks; end to end it is found"),
     ],
 )
 def test_fine_tuning_is_refused_before_any_work(cohorts, models, tmp_path, change, message):

@@ -28,6 +28,7 @@ _AS_FLAGS = {
     "min_tissue=": "--min-tissue",
     "dtype='float32'": "--dtype float32",
     "folds=": "--folds ",
+    "tissue and roi go with slides: expected slides=, too": "--mask and --roi go with --slides",
     "repeats=": "--repeats ",
 }
 """Words of messages about Python's options, and those of the command line."""

@@ -42,6 +42,8 @@ def doctor() -> int:
             sys.stdout.flush()
             if found.is_fault:
                 status = FAILED
+        if check is cuda and status == FAILED:  # what follows needs torch
+            break
     return status
 
 
@@ -173,6 +175,10 @@ def weights() -> Iterator[Finding]:
         found = locate_model(DEFAULT_MODEL, local_files_only=True)
     except HubError:
         pass
+    except XmagError as error:  # a folder here is called as the model, and holds none
+        remedy = f"call {DEFAULT_MODEL} otherwise in this folder, or begin in another"
+        yield Finding("weights", one_line(str(error)), remedy, is_fault=True)
+        return
     else:
         yield Finding("weights", f"{DEFAULT_MODEL} @ {str(found.revision)[:7]}, in the cache")
         return

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from xmag import files
 from xmag.cli.console import ALL_DONE, write
 from xmag.cli.table import read_table
 from xmag.cli.tasks import Target
@@ -25,13 +26,14 @@ def finetune(csv: Path, out: str, *, label: str = "label", **options: Any) -> in
         names = {field.name for field in fields(kind)} & options.keys()
         parts[kind.__name__] = {name: options.pop(name) for name in names}
     table = read_table(csv, None, target=Target(columns=(label,)), with_features=False)
-    jobs = jobs_of(csv, format="h5", mpp=None)
+    given = parts["TileOptions"].get("mpp")
+    jobs = jobs_of(csv, format="h5", mpp=given)
     folder = Path(out, "run")  # below the model, where nothing takes it for weights
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     with ExitStack() as stack:
         slides: list[Any] = [
             # By path where that says all, as open slides hold files.
-            job.path if job.mpp is None and job.region is None
+            job.path if job.mpp == given and job.region is None
             else stack.enter_context(Slide(job.path, mpp=job.mpp, region=job.region))
             for job in jobs
         ]  # fmt: skip

@@ -61,6 +61,7 @@ def _loaded(
     names: Sequence[str], device: str | None, dtype: str | None, gpus: int | str | None
 ) -> Sequence[Any]:
     """The models, loaded where a device or a dtype is given, else as they are named."""
+    device, dtype = (None if given == "auto" else given for given in (device, dtype))
     if device is None and dtype is None:
         return names
     if gpus is not None and device is not None:

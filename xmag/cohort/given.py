@@ -1,5 +1,6 @@
 """Files that are given for the slides of a cohort: regions of interest, and tissue masks."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ def masked(jobs: Sequence[Job], tissue: Any) -> list[Job]:
         )
     files = _files_of(jobs, tissue, ("tissue", "tissue mask", "GeoJSON or PNG"), MASK_SUFFIXES)
     return [
-        replace(job, tissue=file.absolute(), tissue_sha256=sha256_of(file))
+        replace(job, tissue=file.absolute(), tissue_sha256=_sha256(file))
         for job, file in zip(jobs, files, strict=True)
     ]
 
@@ -97,14 +98,18 @@ def _found_below(
     if missing:
         raise InputError(_missing([name for name, _ in missing], len(jobs), noun, missing[0][1]))
     own = {*files}
-    others = [p for p in sorted(folder.rglob("*")) if p.suffix in suffixes and p not in own]
+    others: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = (name for name in sorted(folders) if not name.endswith(".zarr"))  # of slides
+        there = (Path(place, name) for name in sorted(names))
+        others += [p for p in there if p.suffix.lower() in suffixes and p not in own]
     if others:
         warnings.warn(
             f"{len(others)} of {len(others) + len(own)} files in {folder.name!r} are no slide's"
             f" {noun}, such as {others[0].relative_to(folder).as_posix()}: expected the ids of"
             " slides, such as a.geojson for a.svs",
             XmagWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return files
 
@@ -114,6 +119,15 @@ def _missing(names: Sequence[str], count: int, noun: str, wanted: Path) -> str:
         f"{len(names)} of {count} slides have no {noun}, such as {names[0]}; expected the file"
         f" {wanted}, or leave those slides out"
     )
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return sha256_of(file)
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror or error}); expected a tissue mask"
+        ) from None
 
 
 def _roi_sha256(file: Path) -> str:

@@ -129,7 +129,7 @@ class Encoder(Shown):
 
     @property
     def pooling(self) -> str:
-        """How tokens become an embedding: "token", "token+mean" or "mean"."""
+        """Pooling of tokens to an embedding: "token", "token+mean" or "mean"."""
         return self._config.vit.pooling
 
     @property

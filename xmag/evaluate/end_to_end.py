@@ -21,7 +21,7 @@ from xmag.mil import MILClassifier
 from xmag.slide import Slide
 
 _OF_TILES = ("tissue", "min_tissue", "border", "transform")
-_ALIKE = {"overlap": 0, "damaged": "raise"}
+_ALIKE = {"overlap": 0, "damaged": "error", "roi": None}
 """Options of `extract_cohort` that fine-tuning has no other value of."""
 
 
@@ -43,6 +43,11 @@ def check_end_to_end(like: Any, extraction: Mapping[str, Any]) -> None:
                 f"{name} is {extraction[name]!r}; end to end it is always {value!r}: leave it"
                 " out, or fine-tuning"
             )
+    if extraction.get("tissue") not in ("auto", None):
+        raise InputError(
+            "tissue is a place of masks; end to end it is found, or None for every tile: leave it"
+            " out, or fine-tuning"
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -47,7 +47,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ("fit", "predict")
-    """What an estimator has to have."""
+    """Methods that an estimator has to have."""
 
     @abstractmethod
     def read(self, y: Any, name: str, n: int) -> Any:

@@ -194,7 +194,9 @@ def _object_in(path: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON ({error}); expected a {path.name}") from error
     if not isinstance(values, dict):
-        raise WeightsError(f"{path} is neither a config of xmag nor another's; expected an object")
+        raise WeightsError(
+            f"{path} is neither a config of xmag nor another's; expected a JSON object"
+        )
     return values
 
 

@@ -170,7 +170,7 @@ def numbered(labels: Labels, n: int, name: str) -> Ints:
 def strata_of(within: Ints | None, rows: Ints) -> list[Ints]:
     """The `rows` of each value of `within` (n,), all of them where it is None."""
     if within is None:
-        return [rows]
+        return [rows] if len(rows) else []
     return [rows[within[rows] == one] for one in np.unique(within[rows])]
 
 

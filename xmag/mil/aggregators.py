@@ -85,7 +85,8 @@ def aggregator_config(module: nn.Module) -> dict[str, Any]:
         if type(module) is kind:
             return {"name": name, "options": dict(module.options)}
     raise InputError(
-        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected its own"
+        f"the aggregator is a {type(module).__name__}, which xmag cannot describe; expected one of"
+        f" {', '.join(kind.__name__ for kind in AGGREGATORS.values())}"
     )
 
 

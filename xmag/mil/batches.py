@@ -169,7 +169,7 @@ class BatchedAggregator:
                     f"the aggregator {name} gave {field} {tuple(found.shape)} for one bag; expected"
                     " (1, E), finite: check its weights and the scale of the features"
                 )
-            vectors.append(found[0].double().cpu().numpy())
+            vectors.append(found[0].cpu().double().numpy())
         return np.stack(vectors)
 
     def _attention(self, bag: Features) -> NDArray[np.float32]:

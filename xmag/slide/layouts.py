@@ -118,7 +118,7 @@ def associated_pages(pages: _Pages, layout: TiffLayout) -> dict[str, TiffPage]:
 
 
 def _kind(page: TiffPage, layout: TiffLayout) -> str | None:
-    """What a page shows beside the scan; None where it may be a part of that."""
+    """Name of what a page shows beside the scan; None where it may be a part of that."""
     if layout.format == "hamamatsu":
         return "macro" if page.tags.valueof(_NDPI_SOURCE_LENS_TAG) == -1 else None
     if (kind := metadata.associated_kind(page.description)) is not None:

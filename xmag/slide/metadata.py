@@ -92,8 +92,10 @@ def leica_scans(
     collection = _first(ElementTree.fromstring(description), "collection")
     whole = (int(collection.attrib["sizeX"]), int(collection.attrib["sizeY"]))
     images = [_leica_scan(image) for image in collection.iterfind("{*}image")]
-    macros = [image for image in images if (image.offset_nm, image.size_nm) == ((0, 0), whole)]
-    return whole, [image for image in images if image not in macros], macros
+    parts: tuple[list[LeicaScan], list[LeicaScan]] = [], []
+    for image in images:
+        parts[(image.offset_nm, image.size_nm) == ((0, 0), whole)].append(image)
+    return whole, *parts
 
 
 def _leica_scan(image: ElementTree.Element) -> LeicaScan:
