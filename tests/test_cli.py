@@ -1,5 +1,4 @@
 import csv
-import inspect
 import os
 import subprocess
 import sys
@@ -44,32 +43,6 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in ("info", "extract", "demo", "examples:"))
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_flags_of_extract_are_options_of_extract_cohort_and_its_defaults_hold(monkeypatch):
-    """What is given is passed on under its option's name, and nothing that is not given."""
-    flags = {
-        "model": "xmag-mini", "format": "safetensors", "border": "drop", "damaged": "drop",
-        "slide_timeout": 9.0, "mpp": 0.25, "overlay": True, "on_mismatch": "redo", "shard": (1, 4),
-        "gpus": 2, "region": 1,
-    }  # fmt: skip
-    args = ["--overlay", "--redo", "--shard", "1/4", "--gpus", "2"]
-    for name in ("model", "format", "border", "damaged", "slide_timeout", "mpp", "region"):
-        args += [f"--{name.replace('_', '-')}", str(flags[name])]
-    calls = []
-    signature = inspect.signature(xmag.extract_cohort)
-
-    def record(*args, **options):
-        calls.append(signature.bind(*args, **options).arguments)
-        return xmag.cohort.CohortReport(())
-
-    monkeypatch.setattr("xmag.cohort.extract_cohort", record)
-    assert main(["extract", "a.svs", "-o", "out"]) == 0
-    assert main(["extract", "a.svs", "b.svs", "-o", "out", *args]) == 0
-    assert calls[0] == {"slides": "a.svs", "out": "out"}
-    assert calls[1] == {"slides": ["a.svs", "b.svs"], "out": "out", **flags}
-    assert main(["extract", "a.svs", "-o", "out", "--model", "a", "--model", "b"]) == 0
-    assert calls[2]["model"] == ["a", "b"]
 
 
 def test_version_is_that_of_the_package(capsys):

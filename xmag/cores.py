@@ -15,12 +15,17 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_info() -> str:
-    """The text of /proc/cpuinfo; empty on systems without it."""
+def system_text(path: str) -> str:
+    """The text of a file of the system, such as those in /proc; empty where there is none."""
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def cpu_info() -> str:
+    """The text of /proc/cpuinfo; empty on systems without it."""
+    return system_text("/proc/cpuinfo")
 
 
 def bfloat16_units(info: str) -> list[str]:

@@ -3,6 +3,7 @@
 Pure arithmetic on rectangles and masks; `xmag.plan` puts it together.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -180,8 +181,15 @@ def painted(
     change = np.zeros((shape[0] + 1, shape[1] + 1), np.int32)
     for x, y, by in ((first, first, 1), (last, first, -1), (first, last, -1), (last, last, 1)):
         np.add.at(change, (y[:, 1], x[:, 0]), by)
-    change.cumsum(0, out=change).cumsum(1, out=change)
+    _add_up(change)
     return np.asarray(change[:-1, :-1] > 0)
+
+
+def _add_up(table: NDArray[np.int32]) -> None:
+    """Turn each number of a table into the sum of those above and to the left of it, and itself."""
+    table.cumsum(1, out=table)
+    for above, row in itertools.pairwise(table):
+        np.add(row, above, out=row)  # cumsum(0) goes down the columns: four times as long
 
 
 def tissue_under(
@@ -224,7 +232,8 @@ def _area(mask: Bools) -> _Area:
     """
     height, width = mask.shape
     table = np.zeros((height + 1, width + 1), np.int32)
-    mask.cumsum(0, out=table[1:, 1:]).cumsum(1, out=table[1:, 1:])
+    table[1:, 1:] = mask
+    _add_up(table)
 
     def integral(x: _Floats, y: _Floats) -> _Floats:
         x, y = np.clip(x, 0, width), np.clip(y, 0, height)

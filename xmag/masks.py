@@ -1,7 +1,6 @@
 """Tissue masks that are given as files: GeoJSON, or PNG images -> TissueMask."""
 
 import hashlib
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from xmag.morphology import Bools
 from xmag.slide import Slide
 from xmag.slide.image import PNG_MAGIC, chunks_of_png
 from xmag.slide.scale import check_area
-from xmag.tissue import TISSUE_METHOD, TissueMask, find_tissue
+from xmag.tissue import TISSUE_METHOD, TissueMask, find_tissue, px_inside, size_at
 
 MASK_SUFFIXES = (".geojson", ".json", ".png")
 
@@ -78,17 +77,8 @@ def _of_geojson(data: bytes, slide: Slide) -> TissueMask:
     mpp, level0_mpp = float(TISSUE_METHOD["parameters"]["mpp"]), slide.known_mpp()
     check_area(slide.dimensions, level0_mpp, slide.name)
     downsample = mpp / level0_mpp
-    width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
-    mask = np.zeros((height, width), np.bool_)
-    for polygon in polygons_from_geojson(text):
-        left, top, right, bottom = (side / downsample for side in polygon.bounds)
-        rows = np.arange(max(math.floor(top), 0), min(math.ceil(bottom), height))
-        columns = np.arange(max(math.floor(left), 0), min(math.ceil(right), width))
-        if not len(rows) or not len(columns):
-            continue
-        y, x = np.meshgrid(rows, columns, indexing="ij")
-        centres = (np.stack([x.ravel(), y.ravel()], axis=1) + 0.5) * downsample
-        mask[y, x] |= polygon.contains(centres).reshape(y.shape)
+    width, height = size_at(slide, downsample)
+    mask = px_inside(polygons_from_geojson(text), (height, width), downsample)
     return TissueMask(mask=mask, mpp=mpp, downsample=downsample, method=GIVEN_METHOD)
 
 

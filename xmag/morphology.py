@@ -22,8 +22,9 @@ _Ints = NDArray[np.intp]
 def over_square(combine: np.ufunc, values: NDArray[Any], reach_px: int) -> NDArray[Any]:
     """`combine` over the square around each px; the outermost px go on beyond the edges."""
     for axis in (0, 1):
-        padding = [(reach_px, reach_px) if a == axis else (0, 0) for a in (0, 1)]
-        padded, size = np.pad(values, padding, mode="edge"), values.shape[axis]
+        size = values.shape[axis]
+        first, last = (values.take([at] * reach_px, axis) for at in (0, -1))
+        padded = np.concatenate([first, values, last], axis)  # np.pad takes three times as long
         steps = range(2 * reach_px + 1)
         shifted = [padded[i : i + size] if axis == 0 else padded[:, i : i + size] for i in steps]
         values = combine(shifted[0], shifted[1]) if reach_px else shifted[0]

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from xmag import records
 from xmag.errors import InputError
-from xmag.geometry import Polygon, inside_any
+from xmag.geometry import Polygon
 from xmag.morphology import (
     Bools,
     closed,
@@ -207,11 +207,7 @@ class TissueMask(Shown):
 
     def within(self, polygons: Sequence[Polygon]) -> Self:
         """The mask without the px whose centres lie outside of all polygons, in level-0 px."""
-        inside = np.zeros_like(self.mask)
-        held = self.mask if self.too_small is None else self.mask | self.too_small
-        rows, columns = np.nonzero(held)
-        centres = (np.stack([columns, rows], axis=1) + 0.5) * self.downsample
-        inside[rows, columns] = inside_any(polygons, centres)
+        inside = px_inside(polygons, self.mask.shape, self.downsample)
         small = None if self.too_small is None else self.too_small & inside
         return replace(self, mask=self.mask & inside, too_small=small)
 
@@ -324,7 +320,7 @@ def find_tissue(
     _check_positive(mpp=mpp)
     _check_positive(or_zero=True, **sizes)
     downsample = mpp / slide.known_mpp()
-    width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
+    width, height = size_at(slide, downsample)
     if width and height:
         pixels = slide.read_region((0, 0), (width, height), mpp=mpp)
         mask, too_small = _segment(pixels, mpp, **sizes)
@@ -334,6 +330,27 @@ def find_tissue(
     return TissueMask(
         mask=mask, mpp=float(mpp), downsample=downsample, method=method, too_small=too_small
     )
+
+
+def size_at(slide: Slide, downsample: float) -> tuple[int, int]:
+    """(width, height) of the mask of a slide: the px that lie in it as a whole."""
+    width, height = (math.floor(side / downsample * (1 + 1e-9)) for side in slide.dimensions)
+    return width, height
+
+
+def px_inside(polygons: Sequence[Polygon], shape: tuple[int, ...], downsample: float) -> Bools:
+    """The px of a mask, bool (height, width), whose centres lie in a polygon in level-0 px."""
+    inside = np.zeros(shape, np.bool_)
+    for polygon in polygons:
+        left, top, right, bottom = (side / downsample for side in polygon.bounds)
+        rows = np.arange(max(math.floor(top), 0), min(math.ceil(bottom), shape[0]))
+        columns = np.arange(max(math.floor(left), 0), min(math.ceil(right), shape[1]))
+        if not len(rows) or not len(columns):
+            continue
+        y, x = np.meshgrid(rows, columns, indexing="ij")
+        centres = (np.stack([x.ravel(), y.ravel()], axis=1) + 0.5) * downsample
+        inside[y, x] |= polygon.contains(centres).reshape(y.shape)
+    return inside
 
 
 def _check_positive(*, or_zero: bool = False, **values: float) -> None:

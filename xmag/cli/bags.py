@@ -65,10 +65,14 @@ def check(folder: str) -> int:
     return FAILED if faults else ALL_DONE
 
 
+def is_cohort(folder: Path) -> bool:
+    """Whether `extract_cohort` wrote to a folder, whole or shards of a cohort."""
+    return (folder / "report.csv").is_file() or any(folder.glob("report-*-of-*.csv"))
+
+
 def _missing(place: Path) -> tuple[list[str], set[str]]:
     """Lines on slides of the folder's report that have no bag, and the names of its models."""
-    reports = [place / "report.csv", *place.glob("report-*-of-*.csv")]
-    if not any(report.is_file() for report in reports):
+    if not is_cohort(place):
         return [], set()
     say_torch_is_loading()
     from xmag.cohort.report import CohortReport

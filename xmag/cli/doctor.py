@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xmag.cli.console import ALL_DONE, FAILED, one_line, write
-from xmag.cores import bfloat16_units, cpu_info, gain_of_bfloat16, usable_cores
+from xmag.cores import bfloat16_units, cpu_info, gain_of_bfloat16, system_text, usable_cores
 from xmag.errors import HubError, XmagError
 
 # What is heavy is imported by the checks: the first line is there at once.
@@ -112,8 +112,8 @@ def cpu(info: str | None = None) -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Memory that is free, and the limit of this container where there is one."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", system_text("/proc/meminfo"), re.MULTILINE)
+    limit = system_text("/sys/fs/cgroup/memory.max").strip()
     sizes = [int(found[1]) << 10] if found else []
     told = [f"{_gib(sizes[0])} available"] if sizes else []
     if limit.isdecimal():
@@ -253,14 +253,6 @@ def _best(work: Callable[[], Any]) -> float:
         work().cpu()  # waits until it is there
         times.append(time.perf_counter() - began)
     return max(min(times), 1e-9)
-
-
-def _read(path: str) -> str:
-    """The text of a file of the system; empty where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _gib(size: int) -> str:

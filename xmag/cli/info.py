@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from xmag.bag import SUFFIXES, FeatureBag
+from xmag.cli.bags import is_cohort
 from xmag.cli.console import ALL_DONE, WRONG_USE, counted, one_line, say_torch_is_loading, write
 from xmag.errors import SeveralScansError, SlideScaleError, XmagError
 from xmag.geometry import TileSpec
 from xmag.slide import Slide
-from xmag.urls import place_of, readable
+from xmag.urls import Place, place_of, readable
 
 Fact = tuple[str, str]
 """A line: its label, which is empty where it is that of the line before, and its value."""
@@ -58,16 +59,21 @@ def _of_ours(path: str) -> list[Fact] | None:
         return None
     if any((place / name).is_file() for name in _ESTIMATORS):
         return _of_estimator(place)
-    if (place / "report.csv").is_file() or [*place.glob("report-*-of-*.csv")]:
+    if is_cohort(place):
         return _of_cohort(place)
-    for name, kind in (("report.json", "Report"), ("compare.json", "Comparison")):
-        if (place / name).is_file():
-            say_torch_is_loading()
-            from xmag import evaluate  # needs the extra
+    if (kind := kind_of_evaluation(place)) is None:
+        return None
+    say_torch_is_loading()
+    from xmag import evaluate  # needs the extra
 
-            lines = str(getattr(evaluate, kind).load(place)).splitlines()
-            return [("report", readable(place.name)), *(("", line) for line in lines)]
-    return None
+    lines = str(getattr(evaluate, kind).load(place)).splitlines()
+    return [("report", readable(place.name)), *(("", line) for line in lines)]
+
+
+def kind_of_evaluation(folder: Place) -> str | None:
+    """Name of the class in `xmag.evaluate` that was saved to a folder; None for no such folder."""
+    kinds = {"report.json": "Report", "compare.json": "Comparison"}
+    return next((kind for name, kind in kinds.items() if (folder / name).exists()), None)
 
 
 def _of_bag(name: str, bag: FeatureBag) -> Iterator[Fact]:

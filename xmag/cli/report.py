@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xmag.cli.console import ALL_DONE, write
+from xmag.cli.info import kind_of_evaluation
 from xmag.cohort.report import REPORT_NAME, CohortReport
 from xmag.errors import InputError
 from xmag.urls import place_of
@@ -16,17 +17,16 @@ def report(
     """Write the page of a folder of `extract_cohort`, or of an evaluation or a comparison."""
     place = place_of(folder)
     path = place / "report.html" if out is None else place_of(out)
-    kinds = {"report.json": "Report", "compare.json": "Comparison"}
-    found = [kind for name, kind in kinds.items() if (place / name).exists()]
-    if found and not (place / REPORT_NAME).exists():
+    kind = kind_of_evaluation(place)
+    if kind is not None and not (place / REPORT_NAME).exists():
         from xmag import evaluate  # needs the extra
 
         if slides or options:
             names = [*(["slides"] if slides else []), *options]
             given = ", ".join(f"--{name}".replace("_", "-") for name in names)
-            what = "an evaluation" if found == ["Report"] else "a comparison"
+            what = "an evaluation" if kind == "Report" else "a comparison"
             raise InputError(f"{folder} holds {what}, which has no slides: leave out {given}")
-        getattr(evaluate, found[0]).load(folder).to_html(path)
+        getattr(evaluate, kind).load(folder).to_html(path)
     else:
         if "mask" in options:
             options["tissue"] = options.pop("mask")
