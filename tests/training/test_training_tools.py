@@ -141,3 +141,25 @@ def test_keeping_the_first_epoch_that_may_be_is_a_warning() -> None:
     assert found[0].filename == __file__
     warn(21, 41)  # later
     warn(20, 21)  # one other epoch is no evidence
+
+
+AFTER_RANKS = """
+import os, sys
+from pathlib import Path
+import torch
+from xmag.training import joined_ranks
+with joined_ranks() as ranks:
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
+    model(torch.ones(2, 3)).sum().backward()
+    del model
+tasks = Path("/proc/self/task").iterdir()
+threads = [(task / "comm").read_text().strip() for task in tasks]
+Path(sys.argv[1], str(ranks.rank)).write_text(" ".join(threads))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux' list of threads")
+def test_no_thread_of_a_process_group_is_left_behind(tmp_path: Path) -> None:
+    run_on_two_ranks(AFTER_RANKS, tmp_path, beside=__file__)
+    for rank in "01":
+        assert "gloo" not in (tmp_path / rank).read_text()

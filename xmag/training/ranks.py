@@ -1,6 +1,7 @@
 """Ranks of distributed training: the processes that torchrun starts, and what they share."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +9,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Before any process group: its functions take the one that is there when it is imported as their
+# default, and keep it and its threads until the process ends. DistributedDataParallel imports it.
+import torch.distributed.nn
 from torch import Tensor
 
 _RENDEZVOUS_LIMIT = timedelta(minutes=30)
+_PARTING_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +86,7 @@ def joined_ranks() -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
+        # A thread of gloo needs the GIL to drop the last message. Destroying the group holds it
+        # and waits for that thread, and one that is late at the end of a process aborts it.
+        time.sleep(_PARTING_S)
         dist.destroy_process_group()
