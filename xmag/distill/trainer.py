@@ -371,9 +371,8 @@ class Trainer(Loop[int]):
         Returns the values of `metrics`, still on the device.
         """
         train, watch = self.settings.train, self.watch
-        images = (
-            train.batch * train.views * (1 + train.quarters)
-        )  # of all ranks, if none is damaged
+        # Of all ranks, if none is damaged.
+        images = train.batch * train.views * (1 + train.quarters)
         self.schedule.set_rate(self.optimizer, number)
         self.optimizer.zero_grad(set_to_none=True)
         done = torch.zeros(len(self.metrics), dtype=torch.float32, device=self.device)
