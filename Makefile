@@ -40,7 +40,7 @@ demo: $(VENV)/.package
 	$(BIN)/xmag demo $${SLIDE:+"$$SLIDE"} $${MPP:+--mpp "$$MPP"} --out demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.check
 	$(BIN)/ruff format --check .

@@ -17,8 +17,8 @@ _OPEN_FILES = Path("/proc/self/fd")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as there are cores, as some tests wait for a clock or a process."""
-    return max(2, usable_cores() * 3 // 2)
+    """Twice as many as there are cores, as many tests wait for a clock or a process."""
+    return 2 * usable_cores()
 
 
 @pytest.fixture(scope="session")
