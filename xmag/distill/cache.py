@@ -32,7 +32,7 @@ from xmag.distill.dataset import (
 )
 from xmag.distill.regions import Manifest
 from xmag.distill.teachers import Teacher
-from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, low_view, teacher_tiles
+from xmag.distill.views import LOW_MPP, LOW_PX, SIDE, check_kernel, low_view, teacher_tiles
 from xmag.errors import DamagedSlideError, InputError, MismatchError, ModelError
 from xmag.files import atomic_path, make_folder, write_text
 from xmag.geometry import Resample, TileSpec
@@ -72,6 +72,9 @@ class CacheSettings:
     low: bool = False
     turned: bool = False
     resample: Resample = "lanczos"
+
+    def __post_init__(self) -> None:
+        check_kernel(self.resample)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as the fingerprint of a cache has them, plain JSON values."""

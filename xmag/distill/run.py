@@ -395,7 +395,7 @@ class _ConfiguredRun:
             f"regions   {training:,} to learn from, {held:,} held out",
             *(
                 f"teacher   {teacher.name}: {teacher.dim}-d, weight {teacher.weight:g}, features"
-                f" {'of every view' if teacher.needs_pixels else 'cached, of regions as they are'}"
+                f" {'of every view' if teacher.needs_pixels else 'cached'}"
                 for teacher in teachers
             ),
             f"steps     {train.total_steps(training):,} of {train.batch} regions,"

@@ -106,7 +106,7 @@ class Views:
 
     def quarters(self, corners: Tensor) -> "Views":
         """The quarter of each image that `corners`, int64 (B,), numbers row by row."""
-        grids = [target.view(len(target), SIDE, SIDE, -1) for target in self.targets]
+        grids = [target.view(len(target), SIDE, SIDE, target.shape[-1]) for target in self.targets]
         return Views(
             low=quarters(self.low, corners),
             targets=[quarters(grid, corners).flatten(1, 2) for grid in grids],
@@ -518,7 +518,9 @@ class Trainer(Loop[int]):
         assert held is not None
         found = self.validate(held)
         if self.settings.train.quarters:
-            corners = torch.arange(len(held.low)) % 4
+            # By its place among all that are held out: the same on any number of ranks.
+            places = self._ranks.rank + self._ranks.world * torch.arange(len(held.low))
+            corners = places % 4
             of_quarters = self.validate(held.quarters(corners))
             found |= {f"quarter/{name}": value for name, value in of_quarters.items()}
         self._logger.add(VALIDATION, taken, found)

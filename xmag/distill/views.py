@@ -6,6 +6,7 @@ draw.
 """
 
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from xmag.errors import InputError
 from xmag.geometry import Resample
 from xmag.training.augmentation import checked_side
 
@@ -33,15 +35,22 @@ _PART = 16
 """Regions of a chunk in a resize on a GPU: enough to fill it, at 0.4 GB."""
 
 
+def check_kernel(kernel: str) -> None:
+    """Raise InputError where low views are not made with such a kernel."""
+    if kernel not in get_args(Resample):
+        raise InputError(f"resample is {kernel!r}; expected one of {', '.join(get_args(Resample))}")
+
+
 def low_view(high: Tensor, kernel: Resample = "lanczos") -> Tensor:
     """Low views (2.0 µm/px) of regions at 0.5 µm/px: uint8 (B, S / 4, S / 4, 3).
 
     `high` is uint8 (B, S, S, 3) on any device, S a multiple of 4 and `REGION_PX` in training. The
     result is on the same device, and equals ``Image.resize(..., Image.Resampling.LANCZOS)`` in
-    every bit, or ``Image.reduce(4)`` with the `kernel` "area". Raises InputError for another shape
-    or dtype.
+    every bit, or ``Image.reduce(4)`` with the `kernel` "area". Raises InputError for another shape,
+    dtype or kernel.
     """
     size = checked_side(high, SIDE)
+    check_kernel(kernel)
     if kernel == "area":
         return _area(high)
     low = high.new_empty((len(high), size // SIDE, size // SIDE, 3))

@@ -9,11 +9,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-# Before any process group: its functions take the one that is there when it is imported as their
-# default, and keep it and its threads until the process ends. DistributedDataParallel imports it.
-import torch.distributed.nn
 from torch import Tensor
+
+if dist.is_available():
+    # Before any process group: its functions take the one that is there when it is imported as
+    # their default, and keep it and its threads until the process ends.
+    # DistributedDataParallel imports it.
+    import torch.distributed.nn
 
 _RENDEZVOUS_LIMIT = timedelta(minutes=30)
 _PARTING_S = 0.2
