@@ -24,11 +24,11 @@ from common import usable_cores
 from safetensors.torch import load_file, save_file
 
 from xmag.distill import distill
-from xmag.distill.cache import CachedFeatures, CacheSettings, FeatureCache, cache_features
+from xmag.distill.cache import CachedFeatures, FeatureCache, cache_features
 from xmag.distill.dataset import Numbers, SlideRegions
 from xmag.distill.export import MADE_BY, WEIGHTS
 from xmag.distill.regions import Manifest, plan_images
-from xmag.distill.run import MANIFEST, TARGETS, prepare
+from xmag.distill.run import MANIFEST, TARGETS, cache_settings, prepare
 from xmag.distill.settings import DistillConfig, Settings
 from xmag.distill.student import StudentStart, fresh_student
 from xmag.distill.summary import TRAINING, VALIDATION
@@ -93,7 +93,7 @@ def write_caches(
     (out / TARGETS).mkdir(exist_ok=True)
     with SlideRegions(manifest, out / "fields") as source:
         for number, wanted in enumerate(config.teachers):
-            folder, settings = out / TARGETS / str(number), _kept(config, number)
+            folder, settings = out / TARGETS / str(number), cache_settings(config, wanted)
             cache_features(
                 folder,
                 source,
@@ -103,15 +103,6 @@ def write_caches(
                 device=device,
                 progress=False,
             ).close()
-
-
-def _kept(config: DistillConfig, number: int) -> CacheSettings:
-    wanted = config.teachers[number]
-    return CacheSettings(
-        low=wanted.keep_low,
-        turned=wanted.keep == "turned",
-        resample=config.student.resample,
-    )
 
 
 def fresh(config: DistillConfig, seed: int = 0) -> StudentStart:
@@ -194,8 +185,10 @@ def _train(config: DistillConfig, out: Path, run: Run, pace: _Pace, threads: int
         of = np.array([source.site == run.left_out for source in manifest.sources])
         held = np.flatnonzero(of[manifest.places[:, 0]])
     caches = [
-        FeatureCache(out / TARGETS / str(number), manifest=manifest, settings=_kept(config, number))
-        for number in range(len(config.teachers))
+        FeatureCache(
+            out / TARGETS / str(number), manifest=manifest, settings=cache_settings(config, wanted)
+        )
+        for number, wanted in enumerate(config.teachers)
     ]
     teachers = [
         CachedFeatures(cache, weight=wanted.weight)

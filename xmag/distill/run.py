@@ -357,11 +357,7 @@ class _ConfiguredRun:
             source,
             source.manifest,
             teacher,
-            settings=CacheSettings(
-                low=wanted.keep_low,
-                turned=wanted.keep == "turned",
-                resample=self.config.student.resample,
-            ),
+            settings=cache_settings(self.config, wanted),
             device=device,
             progress=self.progress,
             ranks=self.ranks,
@@ -403,6 +399,13 @@ class _ConfiguredRun:
             f"rate      {train.lr:g} after a warm-up of {train.warmup:.0%}, then half a cosine down"
             f" to {train.floor * train.lr:g}",
         )
+
+
+def cache_settings(config: DistillConfig, wanted: TeacherConfig) -> CacheSettings:
+    """The settings of the cache that a configuration wants of a teacher."""
+    return CacheSettings(
+        low=wanted.keep_low, turned=wanted.keep == "turned", resample=config.student.resample
+    )
 
 
 def _student(wanted: StudentConfig) -> StudentStart:

@@ -105,8 +105,9 @@ class Student(nn.Module):
 
     def _region(self, teacher: int, pooled: Tensor) -> Tensor:
         """Pooled tokens (B, P, D) through the global heads of a teacher: (B, Dt), or (B, 2, Dt)."""
-        heads = self.global_heads[teacher * self._pooled :]
-        found = [head(rows) for head, rows in zip(heads, pooled.unbind(1), strict=False)]
+        first = teacher * self._pooled
+        heads = self.global_heads[first : first + self._pooled]
+        found = [head(rows) for head, rows in zip(heads, pooled.unbind(1), strict=True)]
         return found[0] if len(found) == 1 else torch.stack(found, dim=1)
 
 

@@ -160,10 +160,8 @@ def draw(
     if augmentation.stain or augmentation.density:
         apart = words[:, 7:].astype(np.float64) / 2**31 - 1
         apart[words[:, 6] / 2**32 >= augmentation.jitter] = 0
-        own, common = (
-            (1 + augmentation.stain) ** apart[:, :3],
-            (1 + augmentation.density) ** apart[:, 3:],
-        )
+        own = (1 + augmentation.stain) ** apart[:, :3]
+        common = (1 + augmentation.density) ** apart[:, 3:]
         gains = torch.from_numpy(own * common).float()
     return Draws(
         flips=torch.from_numpy(flips * augmentation.flips),
